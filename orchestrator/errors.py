@@ -1,0 +1,33 @@
+"""The errors this product raises on purpose. Every message is written for the person who has to act on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class OrchestratorError(Exception):
+    """Base of them all; its text names the thing, the value and the remedy."""
+
+
+class SettingsError(OrchestratorError):
+    """One or more settings are wrong. `problems` holds one line for each, all found in one pass."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ValidationError(OrchestratorError):
+    """A submitted value is unacceptable: `field` says which (``scheduled_at``), `reason` says why."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        self.field = field
+        self.reason = reason
+        super().__init__(field, reason)
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
+
+
+class DatabaseUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
+    """PostgreSQL cannot be reached just now; the same call may succeed later."""

@@ -1,0 +1,205 @@
+"""What each field of a submission may hold, and what to tell a client whose submission breaks a rule."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Protocol
+
+import msgspec
+
+from orchestrator.errors import ValidationError
+from orchestrator.json_text import MAX_DEPTH, deeper_than, has_forbidden_escape
+from orchestrator.urls import url_fault
+
+EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
+LATEST = datetime(2200, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)
+MAX_NAME_CHARS = 200
+MAX_HEADERS = 20
+MAX_HEADER_CHARS = 4096
+MAX_RETRIES = 100
+HEADER_NAME_PATTERN = "^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}$"
+HEADER_VALUE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f]*$"
+RETRY_POLICY_PATTERN = "^[a-z0-9_-]{1,63}$"
+SHOWN_CHARS = 80
+MAX_FAULTS = 20
+
+# What the dispatcher or HTTP itself sets; a client's value would break framing or forge a signature.
+RESERVED_HEADERS = frozenset(
+    {"connection", "content-length", "content-type", "expect", "host", "keep-alive"}
+    | {"proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
+)
+RESERVED_HEADER_PREFIXES = ("webhook-", "orchestrator-")
+
+_HEADER_NAME = re.compile(HEADER_NAME_PATTERN)
+_HEADER_VALUE = re.compile(HEADER_VALUE_PATTERN, re.DOTALL)
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+ScheduledAt = Annotated[datetime, msgspec.Meta(tz=True)]
+Retries = Annotated[int, msgspec.Meta(ge=0, le=MAX_RETRIES)]
+RetryPolicy = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_-]{1,63}\Z")]
+
+
+class Limits(Protocol):
+    """The settings that bound a submission; `Settings` is one."""
+
+    @property
+    def max_payload_bytes(self) -> int: ...
+    @property
+    def max_batch_events(self) -> int: ...
+    @property
+    def max_retries(self) -> int: ...
+
+
+class JsonError(ValidationError):
+    """The text is not JSON in UTF-8; `position` is the byte where that shows."""
+
+    def __init__(self, reason: str, position: int) -> None:
+        self.position = position
+        super().__init__("body", f"{reason} at byte {position}")
+
+
+class SubmissionError(ValidationError):
+    """A submission breaks one rule or several. `errors` holds a (field, reason) for each, in no order."""
+
+    def __init__(self, errors: Sequence[tuple[str, str]]) -> None:
+        self.errors = tuple(errors)
+        super().__init__(*self.errors[0])
+
+
+class Wire(msgspec.Struct, forbid_unknown_fields=True):
+    """A submission as clients write it. Null is the same as absent for every field that may be absent."""
+
+    source: Name
+    scheduled_at: ScheduledAt
+    destination: str
+    payload: msgspec.Raw
+    external_job_id: Name | None = None
+    delivery_type: Literal["HTTP"] | None = None
+    headers: dict[str, str] | None = None
+    max_retries: Retries | None = None
+    retry_policy: RetryPolicy | None = None
+
+
+def shown(value: object) -> str:
+    """A value as it is quoted in a message: never longer than a line."""
+    text = bytes(value).decode(errors="replace") if isinstance(value, (bytes, msgspec.Raw)) else str(value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text)} characters)"
+
+
+def scheduled_at_fault(at: datetime) -> str | None:
+    if EARLIEST <= at <= LATEST:
+        return None
+    return f"expected a time from 1970 to 2200, got {at.isoformat()}"
+
+
+def text_fault(text: str) -> str | None:
+    return "expected no NUL character and no lone surrogate" if "\x00" in text else None
+
+
+def payload_fault(payload: msgspec.Raw, limits: Limits, suspect: bool) -> str | None:
+    """`suspect`: the text that the payload came from holds a forbidden escape somewhere."""
+    size = len(memoryview(payload))
+    if size > limits.max_payload_bytes:
+        return f"expected at most {limits.max_payload_bytes} bytes of JSON, got {size}"
+    text = bytes(payload)
+    if deeper_than(text):
+        return f"expected at most {MAX_DEPTH} levels of nesting"
+    if suspect and has_forbidden_escape(text):
+        return r"expected no \u0000 and no lone surrogate in strings: PostgreSQL cannot read them"
+    return None
+
+
+def headers_fault(headers: dict[str, str]) -> str | None:
+    if len(headers) > MAX_HEADERS:
+        return f"expected at most {MAX_HEADERS} headers, got {len(headers)}"
+    if len({name.lower() for name in headers}) < len(headers):
+        return "expected each header once: names differ in more than case"
+    for name, value in headers.items():
+        if _HEADER_NAME.match(name) is None or name[-1] == "\n":
+            return f"expected a header name of 1 to 100 token characters, got {shown(repr(name))}"
+        lowered = name.lower()
+        if lowered in RESERVED_HEADERS or lowered.startswith(RESERVED_HEADER_PREFIXES):
+            return f"expected no {lowered} header: it is set on delivery"
+        if len(value) > MAX_HEADER_CHARS or _HEADER_VALUE.match(value) is None or value[-1:] == "\n":
+            return f"expected at most {MAX_HEADER_CHARS} characters, none of them control, in {name}"
+    return None
+
+
+_EXPECTED: dict[str, tuple[Any, str]] = {
+    "source": (Name, f"a string of 1 to {MAX_NAME_CHARS} characters"),
+    "scheduled_at": (ScheduledAt, "an RFC 3339 time with a zone, such as 2026-01-31T09:00:00Z"),
+    "destination": (str, "an http or https URL"),
+    "payload": (msgspec.Raw, "a JSON value"),
+    "external_job_id": (Name | None, f"a string of 1 to {MAX_NAME_CHARS} characters, or null"),
+    "delivery_type": (Literal["HTTP"] | None, "HTTP"),
+    "headers": (dict[str, str] | None, "an object of strings, or null"),
+    "max_retries": (Retries | None, f"a whole number from 0 to {MAX_RETRIES}, or null"),
+    "retry_policy": (RetryPolicy | None, "a name of 1 to 63 characters from a-z, 0-9, _ and -, or null"),
+}
+_REQUIRED = ("source", "scheduled_at", "destination", "payload")
+_FAULTS: dict[str, Callable[[Any], str | None]] = {
+    "source": text_fault,
+    "scheduled_at": scheduled_at_fault,
+    "destination": url_fault,
+    "external_job_id": text_fault,
+    "headers": headers_fault,
+}
+
+
+def faults_of(text: bytes, limits: Limits, suspect: bool) -> list[tuple[str, str]]:
+    """The rules that a well-formed submission breaks, at most MAX_FAULTS of them, as (field, reason)."""
+    try:
+        fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        return [("body", f"expected a JSON object, got {shown(text)}")]
+    faults = [(name, f"required: {_EXPECTED[name][1]}") for name in _REQUIRED if name not in fields]
+    for name, raw in fields.items():
+        if len(faults) == MAX_FAULTS:
+            break
+        if name not in _EXPECTED:
+            faults.append((shown(name), _unknown_field(name, tuple(_EXPECTED))))
+        elif reason := _field_fault(name, raw, limits, suspect):
+            faults.append((name, reason))
+    return faults
+
+
+def _field_fault(name: str, raw: msgspec.Raw, limits: Limits, suspect: bool) -> str | None:
+    if name == "payload":
+        return payload_fault(raw, limits, suspect)
+    expected_type, expected = _EXPECTED[name]
+    try:
+        value = msgspec.json.decode(raw, type=expected_type)
+    except msgspec.ValidationError:
+        if name == "delivery_type" and bytes(raw) == b'"KAFKA"':
+            return "expected HTTP: this version does not deliver to Kafka"
+        return f"expected {expected}, got {shown(raw)}"
+    check = _FAULTS.get(name)
+    return check(value) if check and value is not None else None
+
+
+def envelope_faults(text: bytes) -> list[tuple[str, str]]:
+    """Why a well-formed text is not ``{"events": [...]}``, as (field, reason)."""
+    try:
+        fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        return [("body", f'expected a JSON object {{"events": […]}}, got {shown(text)}')]
+    unknown = itertools.islice((name for name in fields if name != "events"), MAX_FAULTS)
+    faults = [(shown(name), _unknown_field(name, ("events",))) for name in unknown]
+    if "events" not in fields:
+        faults.append(("events", "required: an array of events"))
+    elif bytes(fields["events"])[:1] != b"[":
+        faults.append(("events", f"expected an array, got {shown(fields['events'])}"))
+    return faults
+
+
+def _unknown_field(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name[:SHOWN_CHARS], known, 1)
+    return (
+        f"unknown field, did you mean {nearest[0]}?"
+        if nearest
+        else f"unknown field, not one of {', '.join(known)}"
+    )

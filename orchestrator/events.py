@@ -1,0 +1,224 @@
+"""A submission: how it is read, its id, and its line in a COPY. Every client of the database comes here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from datetime import UTC, datetime
+from typing import NoReturn
+
+import msgspec
+
+from orchestrator.errors import ValidationError
+from orchestrator.event_rules import (
+    EARLIEST,
+    LATEST,
+    JsonError,
+    Limits,
+    SubmissionError,
+    Wire,
+    envelope_faults,
+    faults_of,
+    headers_fault,
+    payload_fault,
+)
+from orchestrator.json_text import has_forbidden_escape, pruned, utf8_fault, with_nul_for_surrogates
+from orchestrator.urls import url_fault
+
+__all__ = [
+    "JsonError",
+    "Limits",
+    "Submission",
+    "SubmissionError",
+    "copy_row",
+    "event_id",
+    "parse_batch",
+    "parse_submission",
+    "random_event_id",
+]
+
+
+class Submission(msgspec.Struct, frozen=True):
+    """A submission that keeps every rule: `scheduled_at` in UTC, `payload` and `headers` as JSON texts."""
+
+    id: str
+    scheduled_at: datetime
+    source: str
+    external_job_id: str | None
+    delivery_type: str
+    destination: str
+    payload: bytes
+    headers: bytes | None
+    max_retries: int
+    retry_policy: str | None
+
+
+class _Batch(msgspec.Struct, forbid_unknown_fields=True):
+    events: list[msgspec.Raw]
+
+
+_decode_wire = msgspec.json.Decoder(Wire).decode
+_decode_batch = msgspec.json.Decoder(_Batch).decode
+_decode_any = msgspec.json.Decoder(msgspec.Raw).decode
+_encode = msgspec.json.Encoder().encode
+_POSITION = re.compile(r" \(byte (\d+)\)$")
+
+
+def event_id(source: str, external_job_id: str, scheduled_at: datetime) -> str:
+    """The id of the event with this source, external id and time: the same in every process and in SQL.
+
+    A UUID laid out like version 7 (RFC 9562, 5.7): the millisecond of `scheduled_at`, then bits of a SHA-256
+    over the three. The length of the source keeps ("a", "bc") and ("ab", "c") apart.
+    """
+    micros = _micros(scheduled_at)
+    name = source.encode()
+    digest = hashlib.sha256(b"%d:%d:%b%b" % (micros, len(name), name, external_job_id.encode())).digest()
+    return _uuid(micros // 1000, digest)
+
+
+def random_event_id(scheduled_at: datetime) -> str:
+    """An id for an event without an external id: the millisecond of `scheduled_at`, then random bits."""
+    return _uuid(_micros(scheduled_at) // 1000, os.urandom(10))
+
+
+def _micros(at: datetime) -> int:
+    since = at - EARLIEST
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+
+
+def _uuid(millis: int, tail: bytes) -> str:
+    high = int.from_bytes(tail[:2], "big") & 0x0FFF | 0x7000
+    low = int.from_bytes(tail[2:10], "big") & 0x3FFF_FFFF_FFFF_FFFF | 0x8000_0000_0000_0000
+    text = f"{millis:012x}{high:04x}{low:016x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def parse_submission(raw: bytes, limits: Limits) -> Submission:
+    """Read one submission. Raises JsonError, or SubmissionError with every rule it breaks."""
+    text, suspect = _screened(raw)
+    return _submission(text, limits, suspect)
+
+
+def parse_batch(raw: bytes, limits: Limits) -> list[Submission | ValidationError]:
+    """Read ``{"events": [...]}``: a submission or its error for each item, in order.
+
+    Raises JsonError or SubmissionError when the envelope itself is wrong.
+    """
+    text, suspect = _screened(raw)
+    try:
+        items = _items(text)
+    except RecursionError:
+        items = _items(pruned(text))
+    if not 1 <= len(items) <= limits.max_batch_events:
+        raise SubmissionError(
+            [("events", f"expected 1 to {limits.max_batch_events} events, got {len(items)}")]
+        )
+    results: list[Submission | ValidationError] = []
+    for item in items:
+        try:
+            results.append(_submission(item, limits, suspect))
+        except ValidationError as error:
+            results.append(error)
+    return results
+
+
+def _screened(raw: bytes) -> tuple[bytes, bool]:
+    """The text to decode, and whether it holds an escape that no event may hold."""
+    position = utf8_fault(raw)
+    if position is not None:
+        raise JsonError("expected UTF-8, got an invalid sequence", position)
+    if not has_forbidden_escape(raw):
+        return raw, False
+    return with_nul_for_surrogates(raw), True
+
+
+def _items(text: bytes) -> list[msgspec.Raw]:
+    try:
+        return _decode_batch(text).events
+    except msgspec.DecodeError as error:
+        _raise_if_malformed(text, error)
+        raise SubmissionError(envelope_faults(text)) from None
+
+
+def _submission(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submission:
+    try:
+        return _valid(text, limits, suspect)
+    except RecursionError:
+        return _valid(pruned(bytes(text)), limits, suspect)
+
+
+def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submission:
+    try:
+        wire = _decode_wire(text)
+    except msgspec.DecodeError as error:
+        _raise_if_malformed(text, error)
+        _refuse(text, limits, suspect)
+    at = wire.scheduled_at
+    job = wire.external_job_id
+    if (
+        not EARLIEST <= at <= LATEST
+        or url_fault(wire.destination)
+        or payload_fault(wire.payload, limits, suspect)
+        or (wire.headers and headers_fault(wire.headers))
+        or (suspect and ("\x00" in wire.source or "\x00" in (job or "")))
+    ):
+        _refuse(text, limits, suspect)
+    if at.tzinfo is not UTC:
+        at = at.astimezone(UTC)
+    return Submission(
+        random_event_id(at) if job is None else event_id(wire.source, job, at),
+        at,
+        wire.source,
+        job,
+        "HTTP",
+        wire.destination,
+        bytes(wire.payload),
+        _encode(wire.headers) if wire.headers else None,
+        limits.max_retries if wire.max_retries is None else wire.max_retries,
+        wire.retry_policy,
+    )
+
+
+def _raise_if_malformed(text: bytes | msgspec.Raw, error: msgspec.DecodeError) -> None:
+    """The decoder stops at the first wrong value: what it calls invalid may be malformed further on."""
+    if isinstance(error, msgspec.ValidationError):
+        try:
+            _decode_any(text)
+        except msgspec.DecodeError as malformed:
+            error = malformed
+        else:
+            return
+    reason = str(error).removeprefix("JSON is malformed: ")
+    found = _POSITION.search(reason)
+    if found:
+        raise JsonError(f"expected JSON, got {reason[: found.start()]}", int(found[1])) from None
+    raise JsonError("expected JSON, got a text that ends early", len(memoryview(text))) from None
+
+
+def _refuse(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> NoReturn:
+    # The decoder looks at every occurrence of a field, the list of faults at the last one.
+    faults = faults_of(bytes(text), limits, suspect) or [("body", "expected each field once")]
+    raise SubmissionError(faults) from None
+
+
+def copy_row(s: Submission, n: int) -> bytes:
+    """One line of COPY text, with its end: n, then the fields of the submission in their order."""
+    return b"%d\t%b\t%b\t%b\t%b\t%b\t%b\t%b\t%b\t%d\t%b\n" % (
+        n,
+        s.id.encode(),
+        s.scheduled_at.isoformat().encode(),
+        _escaped(s.source.encode()),
+        rb"\N" if s.external_job_id is None else _escaped(s.external_job_id.encode()),
+        _escaped(s.delivery_type.encode()),
+        _escaped(s.destination.encode()),
+        _escaped(s.payload),
+        rb"\N" if s.headers is None else _escaped(s.headers),
+        s.max_retries,
+        rb"\N" if s.retry_policy is None else _escaped(s.retry_policy.encode()),
+    )
+
+
+def _escaped(field: bytes) -> bytes:
+    # The backslash first, or the escapes would be escaped again.
+    return field.replace(b"\\", rb"\\").replace(b"\t", rb"\t").replace(b"\n", rb"\n").replace(b"\r", rb"\r")

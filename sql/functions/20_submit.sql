@@ -1,0 +1,222 @@
+-- Submission: staging table -> event + timer. submit_staged() is the one way in; COPY clients call it themselves,
+-- schedule_event() and submit_events() fill the staging table from their arguments.
+
+create or replace function orchestrator.open_staging() returns void
+language plpgsql security definer set search_path = orchestrator, pg_temp set client_min_messages = warning as $$
+begin
+  if to_regclass('pg_temp.submission') is not null then
+    perform orchestrator.check_staging();
+    delete from pg_temp.submission;
+    return;
+  end if;
+  create temp table submission
+  ( n integer not null, id uuid not null, scheduled_at timestamptz not null, source text not null, external_job_id text
+  , delivery_type text not null, destination text not null, payload json not null, headers json
+  , max_retries integer not null, retry_policy text) on commit delete rows;
+  execute format('grant select, insert on pg_temp.submission to %I', session_user);
+end $$;
+comment on function orchestrator.open_staging() is
+  'Makes this session''s staging table pg_temp.submission, or empties it. COPY into it, then call submit_staged() in the same transaction';
+
+-- A table of that name made by somebody else could run their code with this owner's rights.
+create or replace function orchestrator.check_staging() returns void
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+begin
+  if not exists (select from pg_class
+                 where oid = to_regclass('pg_temp.submission') and relkind = 'r' and relowner = current_user::regrole) then
+    raise exception 'pg_temp.submission is not the staging table'
+      using hint = 'drop it, then: select orchestrator.open_staging()', errcode = 'object_not_in_prerequisite_state';
+  end if;
+end $$;
+comment on function orchestrator.check_staging() is 'Refuses a staging table that open_staging() did not make';
+
+create or replace function orchestrator.partition_bounds(out first_day timestamptz, out end_day timestamptz)
+language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+  select min(to_date(right(c.relname, 8), 'YYYYMMDD')), max(to_date(right(c.relname, 8), 'YYYYMMDD')) + 1
+  from pg_inherits i join pg_class c on c.oid = i.inhrelid
+  where i.inhparent = 'orchestrator.event'::regclass
+$$;
+comment on function orchestrator.partition_bounds() is 'First instant of the first day of event, and first instant after its last day';
+
+-- Set-returning and without settings of its own, so that the planner inlines it.
+create or replace function orchestrator.check_submission(
+  p_scheduled_at timestamptz, p_source text, p_external_job_id text, p_delivery_type text, p_destination text, p_headers json,
+  p_max_retries integer, p_retry_policy text, p_first_day timestamptz, p_end_day timestamptz)
+returns table (field text, reason text)
+language sql stable parallel safe as $$
+  select split_part(problem, ': ', 1), substr(problem, strpos(problem, ': ') + 2)
+  from (values (case
+    when p_scheduled_at < p_first_day
+      then format('scheduled_at: %s is before the first day kept; send %s or later', to_json(p_scheduled_at) #>> '{}', to_json(p_first_day) #>> '{}')
+    when p_scheduled_at >= p_end_day or p_end_day is null
+      then format('scheduled_at: %s is beyond the last day that has a partition; send a time before %s', to_json(p_scheduled_at) #>> '{}', to_json(p_end_day) #>> '{}')
+    when length(p_source) not between 1 and 200
+      then format('source: expected 1 to 200 characters, got %s', length(p_source))
+    when length(p_external_job_id) not between 1 and 200
+      then format('external_job_id: expected 1 to 200 characters or null, got %s', length(p_external_job_id))
+    when p_delivery_type <> 'HTTP'
+      then format('delivery_type: expected HTTP, got %s', left(p_delivery_type, 40))
+    when length(p_destination) > 2048 or p_destination !~ '^https?://[^/]'
+      then format('destination: expected an http:// or https:// URL of at most 2048 characters, got %s', left(p_destination, 100))
+    when json_typeof(p_headers) <> 'object'
+      then 'headers: expected an object of strings'
+    when p_max_retries not between 0 and 100
+      then format('max_retries: expected 0 to 100, got %s', p_max_retries)
+    when not exists (select from orchestrator.retry_policy r where r.name = p_retry_policy) and p_retry_policy is not null
+      then format('retry_policy: there is no policy named %s; see table orchestrator.retry_policy', left(p_retry_policy, 63))
+  end)) as checked (problem)
+$$;
+comment on function orchestrator.check_submission(timestamptz, text, text, text, text, json, integer, text, timestamptz, timestamptz) is
+  'The first rule that a submission breaks: field and reason; both null when it breaks none';
+
+-- Takes no lock but those of its own rows, inserted in order of id so that two batches cannot deadlock.
+-- The plain insert is tried first: looking for duplicates beforehand, or on conflict, costs each row an index probe and a
+-- WAL record more. Only a batch that breaks a constraint is classified row by row.
+create or replace function orchestrator.submit_staged()
+returns table (n integer, id uuid, result text, field text, reason text)
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+declare
+  v_now constant timestamptz := orchestrator.now();
+  v_staged bigint;
+  v_first timestamptz;
+  v_policies text[];
+begin
+  perform orchestrator.check_staging();
+  select count(*), min(s.scheduled_at), array_agg(distinct s.retry_policy) filter (where s.retry_policy is not null)
+  into v_staged, v_first, v_policies
+  from pg_temp.submission s;
+  begin
+    if v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy) then
+      raise check_violation;
+    end if;
+    insert into orchestrator.event
+      (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, headers, payload)
+    select s.id, s.scheduled_at, v_now, s.max_retries, s.source, s.external_job_id, s.delivery_type, s.destination, s.retry_policy, s.headers, s.payload
+    from pg_temp.submission s
+    order by s.id;
+    insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, attempt, max_attempts)
+    select s.id, s.scheduled_at, greatest(s.scheduled_at, v_now), orchestrator.lane_of(s.destination), 0, s.max_retries + 1
+    from pg_temp.submission s
+    order by s.id;
+    insert into orchestrator.statistic select date_trunc('minute', v_now), 'accepted', v_staged where v_staged > 0;
+  exception when unique_violation or check_violation or numeric_value_out_of_range then
+    return query
+    with checked as materialized (
+      select s.*, c.field, c.reason, row_number() over (partition by s.id, c.field is null order by s.n) as copy
+      from pg_temp.submission s
+      cross join orchestrator.partition_bounds() b
+      cross join lateral orchestrator.check_submission(
+        s.scheduled_at, s.source, s.external_job_id, s.delivery_type, s.destination, s.headers, s.max_retries, s.retry_policy,
+        b.first_day, b.end_day) c
+    ), kept as (
+      insert into orchestrator.event
+        (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, headers, payload)
+      select c.id, c.scheduled_at, v_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination, c.retry_policy, c.headers, c.payload
+      from checked c
+      where c.field is null and c.copy = 1
+      order by c.id
+      on conflict do nothing
+      returning id, scheduled_at, destination, max_retries
+    ), armed as (
+      insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, attempt, max_attempts)
+      select k.id, k.scheduled_at, greatest(k.scheduled_at, v_now), orchestrator.lane_of(k.destination), 0, k.max_retries + 1
+      from kept k
+    ), answer as materialized (
+      select c.n, c.id, case when c.field is null then 'duplicate' else 'refused' end as result, c.field, c.reason
+      from checked c
+      where c.field is not null or c.copy > 1 or c.id not in (select k.id from kept k)
+    ), counted as (
+      insert into orchestrator.statistic
+      select date_trunc('minute', v_now), t.name, t.value
+      from (select 'accepted', count(*) from kept union all select 'duplicate', count(*) from answer where result = 'duplicate') t (name, value)
+      where t.value > 0
+    )
+    select * from answer;
+  end;
+  if v_first < v_now + orchestrator.notify_horizon() then
+    perform pg_notify('orchestrator_due', extract(epoch from v_first)::text);
+  end if;
+end $$;
+comment on function orchestrator.submit_staged() is
+  'Turns the rows of pg_temp.submission into events and their timers. Answers only the rows that became no new event: result duplicate (the id is kept already; nothing changes) or refused (with field and reason)';
+
+create or replace function orchestrator.notify_horizon() returns interval
+language sql immutable parallel safe
+return interval '10 s';
+comment on function orchestrator.notify_horizon() is
+  'Submissions due within this time wake the dispatchers; the longest poll interval a dispatcher may have';
+
+create or replace function orchestrator.submit_events(p_events jsonb)
+returns table (n integer, id uuid, result text, field text, reason text)
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+#variable_conflict use_column
+begin
+  if jsonb_typeof(p_events) is distinct from 'array' then
+    raise exception 'p_events: expected a JSON array of events, got %', coalesce(jsonb_typeof(p_events), 'null') using errcode = 'invalid_parameter_value';
+  end if;
+  perform orchestrator.open_staging();
+  return query
+  with item as materialized (
+    select i.n::integer as n, i.event, e.*,
+      case
+        when jsonb_typeof(i.event) <> 'object' then 'event: expected an object'
+        when u.unknown is not null then u.unknown || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy'
+        when w.wrong is not null then w.wrong
+        when e.scheduled_at is null then 'scheduled_at: required'
+        when e.scheduled_at !~* '^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+-]\d\d(:?\d\d)?)$' or not pg_input_is_valid(e.scheduled_at, 'timestamptz')
+          then format('scheduled_at: expected an ISO 8601 time with zone such as 2030-01-31T08:00:00Z, got %s', left(e.scheduled_at, 50))
+        when e.source is null then 'source: required'
+        when e.destination is null then 'destination: required'
+        when not i.event ? 'payload' then 'payload: required'
+        when not pg_input_is_valid(e.max_retries, 'smallint') then format('max_retries: expected 0 to 100, got %s', left(e.max_retries, 20))
+      end as problem
+    from jsonb_array_elements(p_events) with ordinality as i (event, n)
+    cross join lateral (select i.event ->> 'source' as source, i.event ->> 'external_job_id' as external_job_id, i.event ->> 'scheduled_at' as scheduled_at
+      , coalesce(i.event ->> 'delivery_type', 'HTTP') as delivery_type, i.event ->> 'destination' as destination
+      , i.event ->> 'max_retries' as max_retries, i.event ->> 'retry_policy' as retry_policy) e
+    cross join lateral (select min(k) as unknown from jsonb_object_keys(case jsonb_typeof(i.event) when 'object' then i.event else '{}' end) k
+      where k <> all ('{source,external_job_id,scheduled_at,delivery_type,destination,payload,headers,max_retries,retry_policy}')) u
+    cross join lateral (select min(format('%s: expected a string, got %s', f.key, jsonb_typeof(f.value))) as wrong
+      from jsonb_each(case jsonb_typeof(i.event) when 'object' then i.event else '{}' end) f
+      where f.key = any ('{source,external_job_id,scheduled_at,delivery_type,destination,retry_policy}') and jsonb_typeof(f.value) not in ('string', 'null')) w
+  ), staged as (
+    insert into pg_temp.submission
+    select i.n, coalesce(orchestrator.event_id(i.source, i.external_job_id, i.scheduled_at::timestamptz), orchestrator.random_event_id(i.scheduled_at::timestamptz))
+      , i.scheduled_at::timestamptz, i.source, i.external_job_id, i.delivery_type, i.destination, (i.event -> 'payload')::json
+      , nullif(i.event -> 'headers', 'null')::json, coalesce(i.max_retries::integer, 3), i.retry_policy
+    from item i
+    where i.problem is null
+  )
+  select i.n, null::uuid, 'refused', split_part(i.problem, ': ', 1), substr(i.problem, strpos(i.problem, ': ') + 2)
+  from item i
+  where i.problem is not null;
+  return query
+  with staged as materialized (select s.n, s.id from pg_temp.submission s),
+  answer as materialized (select * from orchestrator.submit_staged())
+  select s.n, case when a.result is distinct from 'refused' then s.id end, coalesce(a.result, 'accepted'), a.field, a.reason
+  from staged s left join answer a on a.n = s.n
+  order by s.n;
+end $$;
+comment on function orchestrator.submit_events(jsonb) is
+  'Submits an array of events (source, scheduled_at, destination, payload; optional external_job_id, delivery_type, headers, max_retries, retry_policy). One row for each: accepted, duplicate or refused with field and reason; a refused one does not fail the others';
+
+create or replace function orchestrator.schedule_event(
+  p_destination text, p_payload jsonb, p_scheduled_at timestamptz default orchestrator.now(), p_source text default 'psql',
+  p_external_job_id text default null, p_max_retries integer default 3, p_headers jsonb default null, p_retry_policy text default null)
+returns uuid
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+declare
+  v_answer record;
+begin
+  select * into v_answer from orchestrator.submit_events(jsonb_build_array(jsonb_build_object(
+    'destination', p_destination, 'payload', p_payload, 'scheduled_at', p_scheduled_at, 'source', p_source,
+    'external_job_id', p_external_job_id, 'max_retries', p_max_retries, 'headers', p_headers, 'retry_policy', p_retry_policy)));
+  if v_answer.result = 'refused' then
+    raise exception '%: %', v_answer.field, v_answer.reason using errcode = 'invalid_parameter_value';
+  end if;
+  return v_answer.id;
+end $$;
+comment on function orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text) is
+  'Submits one event and returns its id; submitting the same (source, external_job_id, scheduled_at) again returns the same id and changes nothing';

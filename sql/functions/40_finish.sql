@@ -1,0 +1,116 @@
+-- Finishing: a leased timer becomes an outcome and is gone, or waits for its next attempt. Called by whoever claimed.
+
+create or replace function orchestrator.retry_delay(p_policy text, p_attempt integer, p_at_least interval default null) returns interval
+language sql volatile set search_path = orchestrator, pg_temp as $$
+  select greatest(
+    case when r.schedule is not null then r.schedule[least(p_attempt, cardinality(r.schedule))]
+         else make_interval(secs => least(extract(epoch from r.max_delay)::double precision,
+           extract(epoch from r.initial_delay)::double precision * power(r.multiplier, least(p_attempt - 1, 100))))
+    end * (1 - r.jitter * random()),
+    least(p_at_least, r.max_delay))
+  from orchestrator.retry_policy r
+  where r.name in (p_policy, 'default')
+  order by r.name = p_policy desc nulls last
+  limit 1
+$$;
+comment on function orchestrator.retry_delay(text, integer, interval) is
+  'How long to wait after failed attempt p_attempt: exponential with full jitter unless the policy says otherwise, and no less than the receiver asked for, up to max_delay; a policy that is gone is served as ''default''';
+
+-- Invariant: a result counts only while its (event_id, attempt) names the present lease; anything else is answered as stale,
+-- unless that very result is in the log already (the reply of an earlier call was lost).
+-- Locks timers in the order of the arrays: callers sort by event_id.
+create or replace function orchestrator.finish_events(
+  p_event_ids uuid[], p_attempts integer[], p_results text[], p_status_codes integer[] default null,
+  p_started_at double precision[] default null, p_finished_at double precision[] default null,
+  p_errors text[] default null, p_responses text[] default null, p_retry_after double precision[] default null, p_worker integer default 0)
+returns table (event_id uuid, result text, due_at timestamptz)
+language plpgsql security definer set search_path = orchestrator, pg_temp rows 10
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set jit = off as $$
+#variable_conflict use_column
+declare
+  v_now constant timestamptz := orchestrator.now();
+  v_finished bigint := 0;
+begin
+  if not p_results <@ array['delivered', 'retry', 'fail'] or array_position(p_results, null) is not null then
+    raise exception 'p_results: expected delivered, retry or fail, got %', left(p_results::text, 200) using errcode = 'invalid_parameter_value';
+  end if;
+  if cardinality(p_attempts) is distinct from cardinality(p_event_ids) or cardinality(p_results) is distinct from cardinality(p_event_ids) then
+    raise exception 'p_event_ids, p_attempts, p_results: expected arrays of one length, got %, % and %',
+      cardinality(p_event_ids), cardinality(p_attempts), cardinality(p_results) using errcode = 'invalid_parameter_value';
+  end if;
+  if p_results <@ array['delivered'] then
+    with gone as (
+      delete from orchestrator.timer t
+      using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at)
+        as r (event_id, attempt, status_code, started_at, finished_at)
+      where t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
+      returning t.event_id, t.scheduled_at, t.due_at, t.attempt, r.status_code, r.started_at, r.finished_at
+    )
+    insert into orchestrator.outcome (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result)
+    select g.event_id, g.scheduled_at, g.due_at, to_timestamp(g.started_at), coalesce(to_timestamp(g.finished_at), v_now)
+      , p_worker, g.attempt, g.status_code, 'delivered'
+    from gone g;
+    get diagnostics v_finished = row_count;
+    insert into orchestrator.statistic select date_trunc('minute', v_now), 'delivered', v_finished where v_finished > 0;
+  else
+    return query
+    with given as materialized (
+      select * from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses, p_retry_after)
+        as r (event_id, attempt, result, status_code, started_at, finished_at, error, response, retry_after)
+    ), gone as (
+      delete from orchestrator.timer t using given r
+      where t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null and (r.result <> 'retry' or t.attempt >= t.max_attempts)
+      returning r.event_id, t.scheduled_at, r.attempt, case r.result when 'delivered' then 'delivered' else 'dead' end as result
+        , r.status_code, t.due_at, r.started_at, r.finished_at, r.error, r.response, null::timestamptz as next_due
+    ), waiting as (
+      update orchestrator.timer t
+      set worker = null, lease_until = null, due_at = v_now + orchestrator.retry_delay(e.retry_policy, t.attempt, make_interval(secs => r.retry_after))
+      from given r, orchestrator.event e
+      where t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null and r.result = 'retry' and t.attempt < t.max_attempts
+        and e.id = t.event_id and e.scheduled_at = t.scheduled_at
+      returning r.event_id, t.scheduled_at, r.attempt, 'retried' as result
+        , r.status_code, old.due_at, r.started_at, r.finished_at, r.error, r.response, new.due_at as next_due
+    ), done as materialized (
+      select * from gone union all select * from waiting
+    ), logged as (
+      insert into orchestrator.outcome (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result, error, response)
+      select d.event_id, d.scheduled_at, d.due_at, to_timestamp(d.started_at), coalesce(to_timestamp(d.finished_at), v_now)
+        , p_worker, d.attempt, d.status_code, d.result, d.error, d.response
+      from done d
+    ), mourned as (
+      insert into orchestrator.dead_letter (event_id, scheduled_at, died_at, attempts, reason)
+      select d.event_id, d.scheduled_at, v_now, d.attempt, coalesce(d.error, 'failed') from done d where d.result = 'dead'
+    ), counted as (
+      insert into orchestrator.statistic
+      select date_trunc('minute', v_now), d.result, count(*) from done d group by d.result
+    )
+    select d.event_id, d.result, d.next_due from done d where d.result <> 'delivered';
+  end if;
+  if v_finished < cardinality(p_event_ids) then
+    return query
+    select r.event_id, 'stale', null::timestamptz
+    from unnest(p_event_ids, p_attempts) as r (event_id, attempt)
+    where not exists (
+      select from orchestrator.outcome o
+      where o.event_id = r.event_id and o.attempt = r.attempt and o.worker is not distinct from p_worker
+        and o.error is distinct from orchestrator.lost_lease()
+        and o.scheduled_at >= uuid_extract_timestamp(r.event_id) and o.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms');
+  end if;
+end $$;
+comment on function orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer) is
+  'Records the results (delivered; retry: failed, try again if attempts are left; fail: failed for good) of leased attempts, one array element each; times are Unix seconds by the database''s clock, retry_after seconds. Answers only what was not delivered: retried (with the next due_at), dead, or stale (the lease was lost; nothing was recorded)';
+
+create or replace function orchestrator.release_events(p_event_ids uuid[], p_attempts integer[]) returns integer
+language sql security definer set search_path = orchestrator, pg_temp
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+  with freed as (
+    update orchestrator.timer t
+    set worker = null, lease_until = null, max_attempts = t.max_attempts + 1
+    from unnest(p_event_ids, p_attempts) as r (event_id, attempt)
+    where t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
+    returning 1
+  )
+  select count(*)::integer from freed
+$$;
+comment on function orchestrator.release_events(uuid[], integer[]) is
+  'Hands leases back unused, spending no attempt. Returns how many were still held';

@@ -1,0 +1,80 @@
+-- Questions: what the API, the CLI and an operator ask. All answers are JSON as clients see it.
+
+create or replace function orchestrator.event_json(p_id uuid, p_scheduled_at timestamptz) returns json
+language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+  select json_build_object(
+    'id', s.id, 'source', s.source, 'external_job_id', s.external_job_id, 'scheduled_at', s.scheduled_at
+  , 'delivery_type', s.delivery_type, 'destination', s.destination, 'payload', s.payload, 'headers', s.headers
+  , 'max_retries', s.max_retries, 'retry_policy', s.retry_policy, 'created_at', s.created_at
+  , 'status', s.status, 'attempt', s.attempt, 'due_at', s.due_at
+  , 'outcomes', coalesce((
+      select json_agg(json_build_object('attempt', o.attempt, 'result', o.result, 'status_code', o.status_code, 'error', o.error
+        , 'response', o.response, 'due_at', o.due_at, 'started_at', o.started_at, 'finished_at', o.finished_at
+        , 'lateness_ms', round(extract(epoch from o.started_at - o.due_at) * 1000, 3), 'worker', w.name) order by o.finished_at, o.attempt)
+      from orchestrator.outcome o left join orchestrator.worker w using (worker)
+      where o.event_id = s.id and o.scheduled_at = s.scheduled_at), '[]'))
+  from orchestrator.event_status s
+  where s.id = p_id and s.scheduled_at = p_scheduled_at
+$$;
+comment on function orchestrator.event_json(uuid, timestamptz) is 'One event with its state and every outcome';
+
+create or replace function orchestrator.get_event(p_id uuid) returns json
+language sql stable security definer set search_path = orchestrator, pg_temp as $$
+  select orchestrator.event_json(e.id, e.scheduled_at) from orchestrator.event e
+  where e.id = p_id and e.scheduled_at >= uuid_extract_timestamp(p_id) and e.scheduled_at < uuid_extract_timestamp(p_id) + interval '1 ms'
+$$;
+comment on function orchestrator.get_event(uuid) is 'One event with its state and every outcome; null: there is none';
+
+create or replace function orchestrator.events_by_external_id(
+  p_external_job_id text, p_limit integer default 100, p_before_scheduled_at timestamptz default null, p_before_id uuid default null)
+returns setof json
+language sql stable security definer set search_path = orchestrator, pg_temp as $$
+  select orchestrator.event_json(e.id, e.scheduled_at) from (
+    select e.id, e.scheduled_at from orchestrator.event e
+    where hashtextextended(e.external_job_id, 0) = hashtextextended(p_external_job_id, 0) and e.external_job_id = p_external_job_id
+      and (p_before_id is null or (e.scheduled_at, e.id) < (p_before_scheduled_at, p_before_id))
+    order by e.scheduled_at desc, e.id desc
+    limit p_limit) e
+$$;
+comment on function orchestrator.events_by_external_id(text, integer, timestamptz, uuid) is
+  'Events of an external_job_id, newest scheduled_at first; the next page starts after the last (scheduled_at, id) seen';
+
+create or replace function orchestrator.list_dead_letters(p_limit integer default 100, p_before_died_at timestamptz default null, p_before_id uuid default null)
+returns setof json
+language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+  select row_to_json(d) from orchestrator.dead_letters d
+  where p_before_id is null or (d.died_at, d.id) < (p_before_died_at, p_before_id)
+  order by d.died_at desc, d.id desc
+  limit p_limit
+$$;
+comment on function orchestrator.list_dead_letters(integer, timestamptz, uuid) is 'Dead letters, newest first; the next page starts after the last (died_at, id) seen';
+
+create or replace function orchestrator.statistics() returns json
+language sql volatile security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+  select json_build_object(
+    'scheduled', t.scheduled, 'retrying', t.retrying, 'in_flight', t.in_flight, 'backlog', t.backlog
+  , 'oldest_due_at', t.oldest_due_at, 'next_due_at', orchestrator.next_due_at()
+  , 'dead_letters', (select count(*) from orchestrator.dead_letter)
+  , 'totals', coalesce((select json_object_agg(c.name, c.value order by c.name) from (
+      select n.name, coalesce(sum(s.value), 0) as value
+      from unnest(array['accepted', 'duplicate', 'delivered', 'retried', 'dead', 'cancelled']) as n (name)
+      left join orchestrator.statistic s using (name) group by n.name) c), '{}')
+  , 'at', n.now)
+  from orchestrator.now() as n (now)
+  cross join lateral (
+    select count(*) filter (where attempt = 0) as scheduled
+         , count(*) filter (where attempt > 0 and (lease_until is null or lease_until <= n.now)) as retrying
+         , count(*) filter (where lease_until > n.now) as in_flight
+         , count(*) filter (where due_at <= n.now and (lease_until is null or lease_until <= n.now)) as backlog
+         , min(due_at) filter (where due_at <= n.now and (lease_until is null or lease_until <= n.now)) as oldest_due_at
+    from orchestrator.timer) t
+$$;
+comment on function orchestrator.statistics() is
+  'Live events by state (a scan of timer, which is narrow), the backlog (due and not claimed), dead letters, and totals since installation';
+
+create or replace function orchestrator.backlog() returns bigint
+language sql volatile security definer set search_path = orchestrator, pg_temp as $$
+  select count(*) from orchestrator.now() n (now), orchestrator.lane l cross join lateral (
+    select 1 from orchestrator.timer t where t.lane = l.lane and t.due_at <= n.now and (t.lease_until is null or t.lease_until <= n.now) limit 10000) t
+$$;
+comment on function orchestrator.backlog() is 'Events due and not claimed, counted up to 10,000 a lane';

@@ -1,0 +1,43 @@
+-- Roles: what each part of the runtime, and each kind of user, may do. Applied last, whenever anything before it changed.
+-- Roles belong to the whole server, so another database's migration may make them at the same time.
+
+do $$
+declare
+  v_role text;
+begin
+  foreach v_role in array array['orchestrator_submit', 'orchestrator_dispatch', 'orchestrator_ingest', 'orchestrator_ops', 'orchestrator_read'] loop
+    if not exists (select from pg_roles where rolname = v_role) then
+      begin
+        execute format('create role %I nologin', v_role);
+      exception when duplicate_object or unique_violation then null;
+      end;
+    end if;
+  end loop;
+end $$;
+
+revoke all on all tables in schema orchestrator from public;
+revoke all on all functions in schema orchestrator from public;
+grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
+grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz), orchestrator.random_event_id(timestamptz), orchestrator.lane_of(text)
+  to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
+
+grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_events(jsonb),
+  orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text)
+  to orchestrator_submit, orchestrator_ingest, orchestrator_ops;
+grant execute on function orchestrator.cancel_event(uuid, text), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()
+  to orchestrator_submit, orchestrator_ops;
+grant execute on function orchestrator.register_worker(text), orchestrator.claim_due_events(integer, integer, interval, interval),
+  orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer),
+  orchestrator.release_events(uuid[], integer[]), orchestrator.next_due_at(), orchestrator.backlog()
+  to orchestrator_dispatch, orchestrator_ops;
+grant execute on function orchestrator.get_event(uuid), orchestrator.events_by_external_id(text, integer, timestamptz, uuid),
+  orchestrator.list_dead_letters(integer, timestamptz, uuid), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog(),
+  orchestrator.partition_bounds()
+  to orchestrator_read, orchestrator_ops;
+grant execute on function orchestrator.run_maintenance(integer, integer), orchestrator.create_partitions(date, date),
+  orchestrator.create_api_key(text, bytea, text[]), orchestrator.revoke_api_key(text), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()
+  to orchestrator_ops;
+grant select on all tables in schema orchestrator to orchestrator_read, orchestrator_ops;
+revoke select on orchestrator.api_key from orchestrator_read, orchestrator_ops;
+grant select (name, scopes, created_at) on orchestrator.api_key to orchestrator_ops;
+grant insert, update, delete on orchestrator.retry_policy to orchestrator_ops;
