@@ -1,0 +1,110 @@
+"""Records the results of attempts in batches, and hands unused leases back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from orchestrator.database import Claimed, Finished, Leases
+from orchestrator.errors import ValidationError
+from orchestrator.metrics import Metrics
+
+_MAX_BATCH = 1000
+_FULL_BATCH = 500
+_GATHER_S = 0.025
+
+_log = logging.getLogger(__name__)
+
+
+class Finisher:
+    """Gathers results until there are 500, or for 25 ms, and records them with one call.
+
+    What it holds survives the loss of the database: `run` is called again with new connections and goes on. A
+    batch whose reply was lost is sent again; the database answers a repeated result as done, not as stale.
+    """
+
+    def __init__(self, metrics: Metrics, on_retry: Callable[[float], None]) -> None:
+        self._metrics = metrics
+        self._on_retry = on_retry
+        self._results: list[Finished] = []
+        self._unused: list[Claimed] = []
+        self._ready = asyncio.Event()
+        self._full = asyncio.Event()
+        self._closing = False
+
+    def add(self, result: Finished) -> None:
+        self._results.append(result)
+        self._ready.set()
+        if len(self._results) >= _FULL_BATCH:
+            self._full.set()
+
+    def release(self, leases: Sequence[Claimed]) -> None:
+        """Hands leases back that no attempt was made on."""
+        self._unused.extend(leases)
+        self._ready.set()
+
+    @property
+    def pending(self) -> int:
+        return len(self._results) + len(self._unused)
+
+    def close(self) -> None:
+        """Lets `run` return as soon as everything is recorded."""
+        self._closing = True
+        self._ready.set()
+        self._full.set()
+
+    async def run(self, leases: Leases) -> None:
+        """Records until closed and empty. Raises DatabaseUnavailable with what is unrecorded still held."""
+        while not (self._closing and not self.pending):
+            await self._ready.wait()
+            if not self._closing and len(self._results) < _FULL_BATCH:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_GATHER_S):
+                        await self._full.wait()
+            if self._results:
+                batch = self._results[:_MAX_BATCH]
+                await self._finish(leases, batch)
+                del self._results[: len(batch)]
+            if self._unused:
+                unused = self._unused[:_MAX_BATCH]
+                self._metrics.events_released_total.inc(await leases.release(unused))
+                del self._unused[: len(unused)]
+            if not self._closing:
+                if not self.pending:
+                    self._ready.clear()
+                if len(self._results) < _FULL_BATCH:
+                    self._full.clear()
+
+    async def _finish(self, leases: Leases, batch: Sequence[Finished]) -> None:
+        with self._metrics.finish_seconds.time():
+            try:
+                exceptions = await leases.finish(batch)
+            except ValidationError as error:
+                # A result is worth more than the words about it.
+                _log.error("the database refused the text of a result: %s", error)
+                for result in batch:
+                    result.error = result.error and "error text refused by the database"
+                    result.response = None
+                exceptions = await leases.finish(batch)
+        stale = {exception.event_id for exception in exceptions if exception.result == "stale"}
+        delivered = sum(result.result == "delivered" and result.event_id not in stale for result in batch)
+        self._metrics.events_delivered_total.inc(delivered)
+        failed = {result.event_id: result for result in batch if result.error} if exceptions else {}
+        for exception in exceptions:
+            attempt = failed.get(exception.event_id)
+            context = {"event_id": exception.event_id}
+            if attempt:
+                context |= {"attempt": str(attempt.attempt), "error": str(attempt.error)}
+            if exception.result == "retried":
+                self._metrics.events_retried_total.inc()
+                _log.info("attempt failed, will be repeated", extra=context)
+                if exception.due_at is not None:
+                    self._on_retry(exception.due_at)
+            elif exception.result == "dead":
+                self._metrics.events_dead_total.inc()
+                _log.warning("event is dead", extra=context)
+            else:
+                self._metrics.events_stale_total.inc()
+                _log.warning("lease was lost before its result was recorded", extra=context)

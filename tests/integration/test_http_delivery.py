@@ -1,0 +1,655 @@
+"""Deliveries over real sockets to receivers that behave, misbehave, or must not be reached at all."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import shutil
+import socket
+import subprocess
+import time
+import warnings
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from email.utils import formatdate
+from pathlib import Path
+from ssl import PROTOCOL_TLS_SERVER, SSLContext
+from typing import Any
+
+import pytest
+
+from orchestrator.config import Settings
+from orchestrator.dispatch.http import Attempted, Delivery, HttpSender
+from tests.support.scripted_receiver import Receiver, Request, raw, reply
+
+KEY = b"0123456789abcdef0123456789abcdef"
+SETTINGS = replace(
+    Settings.from_env(
+        {
+            "HTTP_ALLOW_NETWORKS": "127.0.0.1",
+            "WEBHOOK_SECRETS": "whsec_" + base64.b64encode(KEY).decode(),
+        }
+    ),
+    http_timeout_s=10.0,
+)
+HASTY = replace(SETTINGS, http_timeout_s=0.3)
+ID = "019ab2c3-0000-7000-8000-000000000001"
+
+
+def delivery(destination: str, headers: dict[str, str] | None = None, *, attempt: int = 1) -> Delivery:
+    return Delivery(ID, attempt, "2026-11-21T09:00:00.000001Z", destination, b'{"secret":"payload"}', headers)
+
+
+async def send(settings: Settings, destination: str, headers: dict[str, str] | None = None) -> Attempted:
+    async with HttpSender(settings) as sender:
+        return await sender.send(delivery(destination, headers))
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with Receiver() as running:
+        yield running
+
+
+@pytest.fixture
+async def sender() -> AsyncIterator[HttpSender]:
+    async with HttpSender(SETTINGS) as running:
+        yield running
+
+
+# What is sent
+
+
+async def test_a_delivery_is_one_signed_post_of_the_payload_as_it_is(receiver: Receiver) -> None:
+    before = int(time.time())
+    assert await send(SETTINGS, receiver.url + "/%7Euser?a=%2B+b&c=/") == Attempted("delivered", 204)
+    [request] = receiver.requests
+    assert request.line == "POST /hook/%7Euser?a=%2B+b&c=/ HTTP/1.1"
+    assert request.body == b'{"secret":"payload"}'
+    headers = dict(request.headers)
+    signed = f"{ID}.{headers['webhook-timestamp']}.".encode() + request.body
+    digest = base64.b64encode(hmac.digest(KEY, signed, "sha256")).decode()
+    assert before <= int(headers.pop("webhook-timestamp")) <= time.time()
+    assert headers == {
+        "host": f"127.0.0.1:{receiver.port}",
+        "content-length": str(len(request.body)),
+        "content-type": "application/json",
+        "user-agent": "scheduled-event-orchestrator/1",
+        "webhook-id": ID,
+        "webhook-signature": f"v1,{digest}",
+        "orchestrator-attempt": "1",
+        "orchestrator-scheduled-at": "2026-11-21T09:00:00.000001Z",
+    }
+
+
+async def test_without_secrets_the_signature_is_left_out(receiver: Receiver) -> None:
+    await send(replace(SETTINGS, webhook_secrets=()), receiver.url)
+    assert "webhook-signature" not in receiver.requests[0].headers
+    assert receiver.requests[0].headers["webhook-id"] == ID
+
+
+async def test_an_events_own_headers_are_added_but_override_none_of_ours(receiver: Receiver) -> None:
+    ours = [
+        "Host",
+        "Content-Length",
+        "Transfer-Encoding",
+        "Connection",
+        "Content-Type",
+        "User-Agent",
+        "Expect",
+    ]
+    ours += ["Webhook-Id", "WEBHOOK-SIGNATURE", "Webhook-Other", "Orchestrator-Attempt", "Content-Encoding"]
+    await send(SETTINGS, receiver.url, {"X-Tenant": "ocean", "authorization": "Bearer ü"})
+    await send(SETTINGS, receiver.url, dict.fromkeys(ours, "forged") | {"X-Tenant": "ocean"})
+    first, second = (request.headers for request in receiver.requests)
+    assert first.pop("authorization") == "Bearer ü".encode().decode("latin-1")
+    assert first["x-tenant"] == "ocean"
+    assert first.keys() == second.keys()
+    assert "forged" not in " ".join(second.values())
+
+
+@pytest.mark.parametrize(
+    ("headers", "error"),
+    [
+        ({"x y": "1"}, "headers: 'x y' is not a header name"),
+        ({"": "1"}, "headers: '' is not a header name"),
+        ({"x\r\ny": "1"}, r"headers: 'x\r\ny' is not a header name"),
+        ({"x": "token\r\ny: 1"}, "headers: the value of 'x' cannot be sent"),
+        ({"x": "\0"}, "headers: the value of 'x' cannot be sent"),
+        ({"x": "\ud800"}, "headers: the value of 'x' cannot be sent"),
+        ({"x": 1}, "headers: the value of 'x' cannot be sent"),
+    ],
+)
+async def test_a_header_that_cannot_be_sent_is_final_and_its_value_not_repeated(
+    receiver: Receiver, headers: dict[str, Any], error: str
+) -> None:
+    assert await send(SETTINGS, receiver.url, headers) == Attempted("fail", error=error)
+    assert receiver.connections == 0
+
+
+@pytest.mark.parametrize(
+    "destination",
+    [
+        "",
+        "hook",
+        "ftp://127.0.0.1/",
+        "tcp://127.0.0.1/",
+        "ws://127.0.0.1/",
+        "http://",
+        "http:///hook",
+        "http://127.0.0.1:99999/",
+        "http://127.0.0.1:x/",
+        "http://[::1/",
+        "http://user:secret@127.0.0.1/",
+        "http://127.0.0.1:0/",
+    ],
+)
+async def test_a_destination_that_is_no_web_address_is_final(sender: HttpSender, destination: str) -> None:
+    attempted = await sender.send(delivery(destination))
+    assert attempted.verdict == "fail"
+    assert attempted.error is not None
+    assert attempted.error.startswith("destination: expected an http or https URL")
+
+
+async def test_a_destination_cannot_smuggle_lines_into_the_request(receiver: Receiver) -> None:
+    await send(SETTINGS, receiver.url + "/a b\r\nx-evil: 1\r\n\r\nGET / HTTP/1.1")
+    assert all("x-evil" not in request.headers for request in receiver.requests)
+    assert len(receiver.requests) <= 1
+
+
+# What the status means
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 206, 299])
+async def test_every_2xx_delivers(receiver: Receiver, sender: HttpSender, status: int) -> None:
+    receiver.answer = reply(status)
+    assert await sender.send(delivery(receiver.url)) == Attempted("delivered", status)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 410, 413, 422, 451, 499])
+async def test_a_4xx_is_final(receiver: Receiver, sender: HttpSender, status: int) -> None:
+    receiver.answer = reply(status, "retry-after: 1", body=b"no")
+    attempted = await sender.send(delivery(receiver.url))
+    assert attempted.verdict == "fail"
+    assert attempted.status_code == status
+    assert (attempted.error or "").startswith(f"HTTP {status}")
+    assert (attempted.response, attempted.retry_after_s) == ("no", None)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (408, "HTTP 408 Request Timeout"),
+        (425, "HTTP 425 Too Early"),
+        (429, "HTTP 429 Too Many Requests"),
+        (500, "HTTP 500 Internal Server Error"),
+        (502, "HTTP 502 Bad Gateway"),
+        (503, "HTTP 503 Service Unavailable"),
+        (599, "HTTP 599"),
+        (700, "HTTP 700"),
+    ],
+)
+async def test_these_are_worth_another_attempt_when_the_receiver_says(
+    receiver: Receiver, sender: HttpSender, status: int, error: str
+) -> None:
+    receiver.answer = reply(status, "Retry-After: 17", body=b"busy")
+    attempted = await sender.send(delivery(receiver.url))
+    assert attempted == Attempted("retry", status, error, "busy", 17.0)
+
+
+async def test_retry_after_may_be_a_date(receiver: Receiver, sender: HttpSender) -> None:
+    receiver.answer = reply(503, f"Retry-After: {formatdate(time.time() + 60, usegmt=True)}")
+    attempted = await sender.send(delivery(receiver.url))
+    assert attempted.retry_after_s is not None
+    assert 55 < attempted.retry_after_s <= 60
+
+
+@pytest.mark.parametrize("wish", ["-1", "soon", ""])
+async def test_a_senseless_retry_after_leaves_the_retry_policy_alone(
+    receiver: Receiver, sender: HttpSender, wish: str
+) -> None:
+    receiver.answer = reply(429, f"Retry-After: {wish}")
+    assert await sender.send(delivery(receiver.url)) == Attempted("retry", 429, "HTTP 429 Too Many Requests")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_is_not_followed_and_named(receiver: Receiver, sender: HttpSender, status: int) -> None:
+    receiver.answer = reply(status, f"location: {receiver.url}/{'x' * 500}")
+    attempted = await sender.send(delivery(receiver.url))
+    assert (attempted.verdict, attempted.status_code) == ("fail", status)
+    assert f"redirect to '{receiver.url}/xxx" in str(attempted.error)
+    assert "...' is not followed" in str(attempted.error)
+    assert len(str(attempted.error)) < 300
+    assert len(receiver.requests) == 1
+
+
+async def test_interim_responses_are_passed_over(receiver: Receiver, sender: HttpSender) -> None:
+    receiver.answer = raw(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n")
+    assert await sender.send(delivery(receiver.url)) == Attempted("delivered", 204)
+
+
+async def test_a_failures_body_is_quoted_within_bounds_and_as_valid_text(
+    receiver: Receiver, sender: HttpSender
+) -> None:
+    receiver.answer = reply(500, body=b"\xff\x00" + "é€😀".encode() * 2000)
+    attempted = await sender.send(delivery(receiver.url))
+    assert attempted.response is not None
+    assert attempted.response.startswith("\ufffd\ufffdé€😀é")
+    assert len(attempted.response) == 1024
+    assert "\0" not in attempted.response
+
+
+async def test_a_compressed_body_is_neither_unpacked_nor_quoted(receiver: Receiver, sender: HttpSender) -> None:
+    receiver.answer = reply(500, "content-encoding: gzip", body=b"\x1f\x8b not really")
+    attempted = await sender.send(delivery(receiver.url))
+    assert attempted == Attempted("retry", 500, "HTTP 500 Internal Server Error")
+
+
+# Connections
+
+
+async def test_connections_are_kept_and_used_again(receiver: Receiver, sender: HttpSender) -> None:
+    for status in (204, 200, 500, 404):
+        receiver.answer = reply(status, body=b"" if status == 204 else b"some text")
+        await sender.send(delivery(receiver.url))
+    assert [request.connection for request in receiver.requests] == [1, 1, 1, 1]
+
+
+async def test_a_connection_the_receiver_wants_closed_is_not_used_again(receiver: Receiver, sender: HttpSender) -> None:
+    receiver.answer = reply(204, "connection: close")
+    for _ in range(2):
+        assert (await sender.send(delivery(receiver.url))).verdict == "delivered"
+    assert receiver.connections == 2
+
+
+async def test_no_more_connections_than_allowed_are_open_at_once(receiver: Receiver) -> None:
+    gate = asyncio.Event()
+
+    async def answer(request: Request, writer: asyncio.StreamWriter) -> None:
+        await gate.wait()
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    receiver.answer = answer
+    async with HttpSender(replace(SETTINGS, http_max_connections=3)) as sender, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(sender.send(delivery(receiver.url))) for _ in range(10)]
+        await receiver.until(lambda r: len(r.requests) == 3)
+        gate.set()
+        await asyncio.gather(*tasks)
+    assert receiver.connections == 3
+    assert {task.result().verdict for task in tasks} == {"delivered"}
+
+
+async def test_idle_connections_to_many_hosts_are_bounded_too() -> None:
+    settings = replace(
+        Settings.from_env({"HTTP_ALLOW_NETWORKS": "127.0.0.0/8"}), http_max_connections=2, http_timeout_s=10.0
+    )
+    async with Receiver(host="0.0.0.0") as receiver, HttpSender(settings) as sender:
+        for host in range(1, 9):
+            await sender.send(delivery(f"http://127.0.0.{host}:{receiver.port}/"))
+        await receiver.until(lambda r: r.open_connections <= 2)
+    assert receiver.connections == 8
+
+
+async def test_a_connection_that_went_stale_costs_no_attempt(receiver: Receiver, sender: HttpSender) -> None:
+    async def answer(request: Request, writer: asyncio.StreamWriter) -> None:
+        # The second request on a connection finds it closed, as after an idle timeout at the far end.
+        if sum(request.connection == earlier.connection for earlier in receiver.requests) > 1:
+            writer.close()
+        else:
+            writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    receiver.answer = answer
+    for _ in range(2):
+        assert await sender.send(delivery(receiver.url)) == Attempted("delivered", 204)
+    assert [request.connection for request in receiver.requests] == [1, 1, 2]
+    assert len({request.headers["webhook-id"] for request in receiver.requests}) == 1
+
+
+async def test_a_receiver_that_hangs_up_on_a_new_connection_is_not_asked_twice(
+    receiver: Receiver, sender: HttpSender
+) -> None:
+    receiver.answer = raw(b"", close=True)
+    attempted = await sender.send(delivery(receiver.url))
+    place = f"127.0.0.1:{receiver.port}"
+    assert attempted == Attempted("retry", error=f"connection closed by {place} before it answered")
+    assert len(receiver.requests) == 1
+
+
+async def test_cookies_are_not_kept(receiver: Receiver, sender: HttpSender) -> None:
+    receiver.answer = reply(204, "set-cookie: session=1")
+    for _ in range(2):
+        await sender.send(delivery(receiver.url))
+    assert "cookie" not in receiver.requests[1].headers
+
+
+async def test_proxies_from_the_environment_are_ignored(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert (await send(SETTINGS, receiver.url)).verdict == "delivered"
+
+
+async def test_a_cancelled_delivery_ends_at_once_and_gives_its_place_back(receiver: Receiver) -> None:
+    async def silence(request: Request, writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    receiver.answer = silence
+    async with HttpSender(replace(SETTINGS, http_max_connections=1)) as sender:
+        task = asyncio.create_task(sender.send(delivery(receiver.url)))
+        await receiver.until(lambda r: len(r.requests) == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        receiver.answer = reply(204)
+        assert (await sender.send(delivery(receiver.url))).verdict == "delivered"
+
+
+# Receivers that do not answer as they should
+
+
+async def test_a_refused_connection_is_named_and_retried(sender: HttpSender) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        attempted = await sender.send(delivery(f"http://127.0.0.1:{port}/"))
+    assert attempted == Attempted("retry", error=f"connection refused by 127.0.0.1:{port}")
+
+
+async def test_a_host_that_does_not_resolve_is_retried(sender: HttpSender, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", _unknown_host)
+    attempted = await sender.send(delivery("http://shop.invalid/hook"))
+    assert attempted == Attempted("retry", error="host does not resolve: shop.invalid")
+
+
+@pytest.mark.parametrize("host", ["a..b.invalid", "x" * 64 + ".invalid"])
+async def test_a_host_that_cannot_even_be_asked_for_does_not_resolve(sender: HttpSender, host: str) -> None:
+    attempted = await sender.send(delivery(f"http://{host}/"))
+    assert attempted == Attempted("retry", error=f"host does not resolve: {host}")
+
+
+async def test_a_connection_that_is_not_accepted_in_time_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A listener whose queue is full drops further handshakes, so that connecting hangs.
+    settings = replace(SETTINGS, http_connect_timeout_s=0.2)
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        port = full.getsockname()[1]
+        fillers = [socket.socket() for _ in range(3)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        attempted = await send(settings, f"http://127.0.0.1:{port}/")
+        for filler in fillers:
+            filler.close()
+    assert attempted == Attempted("retry", error=f"timeout: no connection to 127.0.0.1:{port} within 0.2 s")
+
+
+async def test_a_receiver_that_hangs_is_left_when_the_time_is_up(receiver: Receiver) -> None:
+    receiver.answer = raw(b"")
+    attempted, took_s = await _timed(HASTY, receiver.url)
+    assert attempted == Attempted("retry", error="timeout: no complete response within 0.3 s")
+    assert took_s < 1.0
+    await receiver.until(lambda r: r.open_connections == 0)
+
+
+async def test_a_receiver_that_does_not_read_is_left_when_the_time_is_up() -> None:
+    async with HttpSender(HASTY) as sender:
+        with socket.socket() as deaf:
+            deaf.bind(("127.0.0.1", 0))
+            deaf.listen()
+            url = f"http://127.0.0.1:{deaf.getsockname()[1]}/"
+            large = Delivery(ID, 1, "2026-11-21T09:00:00Z", url, b"x" * 2**20 * 16)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)  # aiohttp's, about large bodies
+                attempted = await sender.send(large)
+    assert attempted == Attempted("retry", error="timeout: no complete response within 0.3 s")
+
+
+async def test_a_receiver_that_drips_its_header_is_left_when_the_time_is_up(receiver: Receiver) -> None:
+    receiver.answer = _drip(b"HTTP/1.1 200 OK\r\nx: ")
+    attempted, took_s = await _timed(HASTY, receiver.url)
+    assert attempted == Attempted("retry", error="timeout: no complete response within 0.3 s")
+    assert took_s < 1.0
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (b"200 OK", Attempted("delivered", 200)),
+        (b"503 Busy", Attempted("retry", 503, "HTTP 503 Service Unavailable", "....")),
+    ],
+)
+async def test_a_body_that_drips_is_not_waited_for_once_the_status_has_decided(
+    receiver: Receiver, status: bytes, expected: Attempted
+) -> None:
+    receiver.answer = _drip(b"HTTP/1.1 " + status + b"\r\ncontent-length: 60000\r\n\r\n....")
+    attempted, took_s = await _timed(SETTINGS, receiver.url)
+    assert attempted._replace(response=attempted.response and attempted.response[:4]) == expected
+    assert took_s < 3.0
+    await receiver.until(lambda r: r.open_connections == 0)
+
+
+async def test_an_endless_body_is_cut_off_and_a_2xx_still_delivers(receiver: Receiver) -> None:
+    sent = 0
+
+    async def endless(request: Request, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            writer.write(b"x" * 65536)
+            await writer.drain()
+            sent += 65536
+
+    receiver.answer = endless
+    attempted, took_s = await _timed(SETTINGS, receiver.url)
+    assert attempted == Attempted("delivered", 200)
+    assert took_s < 3.0
+    await receiver.until(lambda r: r.open_connections == 0)
+    assert sent < 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    "rest", [b"content-length: 100\r\n\r\nhalf", b"transfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n"]
+)
+async def test_the_status_decides_when_the_connection_breaks_inside_the_body(
+    receiver: Receiver, sender: HttpSender, rest: bytes
+) -> None:
+    receiver.answer = raw(b"HTTP/1.1 200 OK\r\n" + rest, close=True)
+    assert await sender.send(delivery(receiver.url)) == Attempted("delivered", 200)
+    receiver.answer = raw(b"HTTP/1.1 500 Oops\r\n" + rest, close=True)
+    attempted = await sender.send(delivery(receiver.url))
+    assert attempted == Attempted("retry", 500, "HTTP 500 Internal Server Error", "half")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"HTTP/1.1 abc\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx: " + b"y" * 200_000 + b"\r\n\r\n",
+    ],
+)
+async def test_an_answer_that_is_not_http_is_retried(receiver: Receiver, sender: HttpSender, answer: bytes) -> None:
+    receiver.answer = raw(answer, close=True)
+    attempted = await sender.send(delivery(receiver.url))
+    place = f"127.0.0.1:{receiver.port}"
+    assert attempted == Attempted("retry", error=f"{place} answered with something that is not HTTP")
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl program to make a certificate")
+    both = tmp_path_factory.mktemp("tls") / "both.pem"
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-keyout", both, "-out", f"{both}.crt"], check=True, capture_output=True)
+    both.write_text(both.read_text() + Path(f"{both}.crt").read_text())
+    return both
+
+
+async def test_tls_is_spoken_to_a_trusted_receiver_and_no_other(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls = SSLContext(PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    async with Receiver(tls=tls) as receiver:
+        url = receiver.url.replace("http:", "https:")
+        place = f"127.0.0.1:{receiver.port}"
+        attempted = await send(SETTINGS, url)
+        assert attempted == Attempted("retry", error=f"the certificate of {place} is not trusted")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert await send(SETTINGS, url) == Attempted("delivered", 204)
+        assert len(receiver.requests) == 1
+
+
+async def test_a_receiver_that_does_not_speak_tls_is_retried() -> None:
+    async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(5)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(plain, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        attempted = await send(SETTINGS, f"https://127.0.0.1:{port}/")
+    assert attempted == Attempted("retry", error=f"no TLS connection with 127.0.0.1:{port}")
+
+
+# Where deliveries may not go
+
+
+async def test_a_private_address_is_refused_for_good_and_never_connected_to(receiver: Receiver) -> None:
+    attempted = await send(replace(SETTINGS, http_allow_networks=()), receiver.url)
+    assert attempted == Attempted(
+        "fail", error="address refused: 127.0.0.1 is loopback; HTTP_ALLOW_NETWORKS does not include it"
+    )
+    assert receiver.connections == 0
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST",
+        "localhost.",
+        "127.0.0.1.",
+        "127.1",
+        "2130706433",
+        "0x7f000001",
+        "0x7f.1",
+        "017700000001",
+        "0177.0.0.1",
+        "0",
+        "0.0.0.0",
+        "[::1]",
+        "[::]",
+        "[::ffff:127.0.0.1]",
+        "[::127.0.0.1]",
+        "[0:0:0:0:0:ffff:7f00:1]",
+        "[64:ff9b::7f00:1]",
+        "[::1%25lo]",
+        "[::1%lo]",
+        "127.0.0.1%2e",
+        "①②⑦.0.0.1",
+    ],
+)
+async def test_no_spelling_of_the_loopback_address_gets_by(host: str) -> None:
+    async with Receiver(host="127.0.0.1") as receiver:
+        attempted = await send(replace(SETTINGS, http_allow_networks=()), f"http://{host}:{receiver.port}/")
+        assert receiver.connections == 0
+    assert attempted.verdict == "fail" or str(attempted.error).startswith("host does not resolve")
+
+
+async def test_of_mixed_addresses_only_the_allowed_are_connected_to(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Receiver(host="127.0.0.2", port=receiver.port) as forbidden:
+        monkeypatch.setattr(socket, "getaddrinfo", _resolving_to("127.0.0.2", "127.0.0.1", "127.0.0.2"))
+        attempted = await send(SETTINGS, f"http://mixed.test:{receiver.port}/")
+        assert attempted == Attempted("delivered", 204)
+        assert receiver.requests[0].headers["host"] == f"mixed.test:{receiver.port}"
+        receiver.answer = raw(b"", close=True)
+        assert (await send(SETTINGS, f"http://mixed.test:{receiver.port}/")).verdict == "retry"
+        assert forbidden.connections == 0
+
+
+async def test_a_name_with_none_but_refused_addresses_is_final(
+    sender: HttpSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", _resolving_to("10.0.0.1", "192.168.0.1"))
+    attempted = await sender.send(delivery("http://inside.test/"))
+    assert attempted.verdict == "fail"
+    assert (attempted.error or "").startswith("address refused: ")
+
+
+async def test_a_name_that_changes_between_look_ups_is_connected_to_as_it_was_checked(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(["127.0.0.1", *["127.0.0.2"] * 9])
+    looked_up: list[str] = []
+
+    def rebinding(host: str, *rest: Any, **options: Any) -> Any:
+        looked_up.append(next(answers))
+        return _resolving_to(looked_up[-1])(host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    async with Receiver(host="127.0.0.2", port=receiver.port) as forbidden:
+        url = f"http://rebinding.test:{receiver.port}/"
+        assert await send(SETTINGS, url) == Attempted("delivered", 204)
+        assert looked_up == ["127.0.0.1"]
+        attempted = await send(SETTINGS, url)
+        assert attempted.verdict == "fail"
+        assert "127.0.0.2 is loopback" in str(attempted.error)
+        assert forbidden.connections == 0
+
+
+async def test_a_name_with_a_dead_first_address_is_reached_at_the_next(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", _resolving_to("127.0.0.3", "127.0.0.1"))
+    settings = replace(Settings.from_env({"HTTP_ALLOW_NETWORKS": "127.0.0.1,127.0.0.3"}), http_timeout_s=10.0)
+    attempted = await send(settings, f"http://half-dead.test:{receiver.port}/")
+    assert attempted == Attempted("delivered", 204)
+
+
+def _drip(start: bytes) -> Callable[[Request, asyncio.StreamWriter], Any]:
+    async def answer(request: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(start)
+        while True:
+            writer.write(b".")
+            await writer.drain()
+            await asyncio.sleep(0.02)
+
+    return answer
+
+
+async def _timed(settings: Settings, url: str) -> tuple[Attempted, float]:
+    async with HttpSender(settings) as sender:
+        started_s = time.monotonic()
+        attempted = await sender.send(delivery(url))
+        return attempted, time.monotonic() - started_s
+
+
+def _unknown_host(*_: Any, **__: Any) -> Any:
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+_real_getaddrinfo = socket.getaddrinfo
+
+
+def _resolving_to(*addresses: str) -> Callable[..., Any]:
+    """A look-up that finds these addresses for names under .test, and the usual ones for everything else."""
+
+    def look_up(host: Any, port: Any, *rest: Any, **options: Any) -> Any:
+        if not str(host).endswith(".test"):
+            return _real_getaddrinfo(host, port, *rest, **options)
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, int(port))) for address in addresses
+        ]
+
+    return look_up
