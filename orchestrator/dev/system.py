@@ -1,0 +1,77 @@
+"""What the embedded server asks of the operating system: processes, ports, patience."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import OrchestratorError
+
+# psutil comes with the extra "embedded" and is imported where it is used, so that a missing extra is
+# reported by find_installation in words.
+if TYPE_CHECKING:
+    import psutil
+
+# Below the range from which systems choose ports for outgoing connections: no connection can take the port
+# of a server that is down for a moment, nor can a client that retries the port connect to itself.
+_PORTS = range(15_000, 32_000)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nothing listens."""
+    for port in secrets.SystemRandom().sample(_PORTS, 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OrchestratorError(f"no free port between {_PORTS.start} and {_PORTS.stop} on 127.0.0.1")
+
+
+def until(timeout_s: float) -> Iterator[None]:
+    """Yields again and again, with short pauses, until the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(0.01)
+
+
+def runs_with_argument(pid: int, argument: str) -> bool:
+    """Whether the process lives and was started with this argument. Works for other users' processes."""
+    import psutil
+
+    try:
+        return argument in psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
+
+
+def kill_family(pid: int) -> list[psutil.Process]:
+    """SIGKILL to a process and then to all of its descendants, which are returned with it."""
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+        family = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return family
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """False for zombies too: an orphan is one until the init process notices, and holds nothing by then."""
+    import psutil
+
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

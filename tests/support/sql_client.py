@@ -1,0 +1,256 @@
+"""A session of psql in Python: the SQL functions, called as a client calls them, one answer a row.
+
+The clock is the session's own: `Client.at` sets ``orchestrator.now`` for everything that it does from then on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Any, LiteralString, NamedTuple, Self, TypeVar
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import TupleRow
+from psycopg.types.json import Jsonb
+
+T = TypeVar("T")
+
+# Noon of today: the partitions reach from a week ago to a month from now, and no test crosses midnight.
+NOON = datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0)
+HOST = "https://receiver.example"
+
+
+def seconds(amount: float) -> timedelta:
+    return timedelta(seconds=amount)
+
+
+def event(**changes: Any) -> dict[str, Any]:
+    """A submission due at `NOON`; a change to ... leaves the field out."""
+    fields = {
+        "source": "tests",
+        "scheduled_at": NOON,
+        "destination": f"{HOST}/hook",
+        "payload": {"n": 1},
+    } | changes
+    fields = {name: value for name, value in fields.items() if value is not ...}
+    if isinstance(fields.get("scheduled_at"), datetime):
+        fields["scheduled_at"] = fields["scheduled_at"].isoformat()
+    return fields
+
+
+class Answer(NamedTuple):
+    """What `submit_events` says of one item."""
+
+    n: int
+    id: str | None
+    result: str
+    field: str | None
+    reason: str | None
+
+
+class Lease(NamedTuple):
+    """What `claim_due_events` gives, without what the event itself says."""
+
+    event_id: str
+    attempt: int
+    due_at: datetime
+    lease_until: datetime
+    scheduled_at: datetime
+    source: str
+    external_job_id: str | None
+    delivery_type: str
+    destination: str
+    headers: Any
+    payload: Any
+
+
+class Result(NamedTuple):
+    """The result of one attempt, as `finish_events` takes it."""
+
+    event_id: str
+    attempt: int
+    result: str = "delivered"
+    status_code: int | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    error: str | None = None
+    response: str | None = None
+    retry_after: float | None = None
+
+
+class Finish(NamedTuple):
+    event_id: str
+    result: str
+    due_at: datetime | None
+
+
+class Cancel(NamedTuple):
+    event_id: str
+    result: str
+    status: str
+
+
+def results(leases: Iterable[Lease], result: str = "delivered", **more: Any) -> list[Result]:
+    return [Result(lease.event_id, lease.attempt, result, **more) for lease in leases]
+
+
+class Client:
+    """One autocommitting session."""
+
+    def __init__(self, url: str) -> None:
+        self.connection: psycopg.Connection[TupleRow] = psycopg.connect(
+            url, autocommit=True, options="-c timezone=UTC -c client_min_messages=warning"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.connection.close()
+
+    @property
+    def pid(self) -> int:
+        return self.connection.info.backend_pid
+
+    def rows(self, query: LiteralString, *values: Any) -> list[TupleRow]:
+        cursor = self.connection.execute(query, values or None)
+        return cursor.fetchall() if cursor.description else []
+
+    def column(self, query: LiteralString, *values: Any) -> list[Any]:
+        return [row[0] for row in self.rows(query, *values)]
+
+    def value(self, query: LiteralString, *values: Any) -> Any:
+        rows = self.rows(query, *values)
+        return rows[0][0] if rows else None
+
+    @contextmanager
+    def transaction(self) -> Any:
+        with self.connection.transaction():
+            yield
+
+    def at(self, moment: datetime | None) -> Self:
+        """Sets this session's clock; None lets it run again."""
+        self.rows(
+            "select set_config('orchestrator.now', %s, false)", "" if moment is None else moment.isoformat()
+        )
+        return self
+
+    def set_role(self, role: str) -> None:
+        self.connection.execute(sql.SQL("set role {}").format(sql.Identifier(role)))
+
+    # Submitting
+
+    def submit(self, *events: Any) -> list[Answer]:
+        return self.submit_json(events)
+
+    def submit_json(self, document: Any) -> list[Answer]:
+        rows = self.rows("select * from orchestrator.submit_events(%s)", Jsonb(document))
+        return [Answer(n, None if id is None else str(id), *rest) for n, id, *rest in rows]
+
+    def schedule(self, **changes: Any) -> str:
+        """Submits one event, which must be accepted, and returns its id."""
+        [answer] = self.submit(event(**changes))
+        assert answer.result == "accepted", answer
+        assert answer.id is not None
+        return answer.id
+
+    def schedule_many(self, count: int, **changes: Any) -> list[str]:
+        """Accepts `count` events that differ in their ids only."""
+        answers = self.submit(*[event(**changes) for _ in range(count)])
+        assert {answer.result for answer in answers} == {"accepted"}, answers
+        return [str(answer.id) for answer in answers]
+
+    # The life of a lease
+
+    def claim(
+        self, batch: int = 1000, *, worker: int = 0, lease_s: float = 60, lookahead_s: float = 0
+    ) -> list[Lease]:
+        rows = self.rows(
+            "select * from orchestrator.claim_due_events(%s, %s, make_interval(secs => %s), make_interval(secs => %s))",
+            batch,
+            worker,
+            lease_s,
+            lookahead_s,
+        )
+        return [Lease(str(event_id), *rest) for event_id, *rest in rows]
+
+    def finish(self, given: Sequence[Result], *, worker: int = 0) -> list[Finish]:
+        rows = self.rows(
+            """select * from orchestrator.finish_events(%s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[],
+              %s::float8[], %s::text[], %s::text[], %s::float8[], %s)""",
+            *([list(column) for column in zip(*given, strict=True)] or [[]] * 9),
+            worker,
+        )
+        return [Finish(str(event_id), result, due_at) for event_id, result, due_at in rows]
+
+    def release(self, leases: Iterable[Lease]) -> int:
+        held = list(leases)
+        released: int = self.value(
+            "select orchestrator.release_events(%s::uuid[], %s::integer[])",
+            [lease.event_id for lease in held],
+            [lease.attempt for lease in held],
+        )
+        return released
+
+    def cancel(self, event_id: str) -> list[Cancel]:
+        return [
+            Cancel(str(id), *rest)
+            for id, *rest in self.rows("select * from orchestrator.cancel_event(%s::uuid)", event_id)
+        ]
+
+    def cancel_external(self, external_job_id: str) -> list[Cancel]:
+        rows = self.rows("select * from orchestrator.cancel_event(p_external_job_id => %s)", external_job_id)
+        return [Cancel(str(id), *rest) for id, *rest in rows]
+
+    # Asking
+
+    def get(self, event_id: str) -> Any:
+        return self.value("select orchestrator.get_event(%s)", event_id)
+
+    def status(self, event_id: str) -> str:
+        status: str = self.value("select status from orchestrator.event_status where id = %s", event_id)
+        return status
+
+    def outcomes(self, event_id: str) -> list[tuple[int, str]]:
+        """(attempt, result) of every outcome, in the order they were recorded."""
+        rows = self.rows("select attempt, result from orchestrator.outcome where event_id = %s order by ctid", event_id)
+        return [(attempt, result) for attempt, result in rows]
+
+    def statistics(self) -> Any:
+        return self.value("select orchestrator.statistics()")
+
+    def totals(self) -> dict[str, int]:
+        return {name: count for name, count in self.statistics()["totals"].items() if count}
+
+    def wait_until_blocked(self, other: Client) -> None:
+        """Returns when the other session waits for a lock."""
+        wait_for(
+            lambda: self.value(
+                "select wait_event_type = 'Lock' and state = 'active' from pg_stat_activity where pid = %s", other.pid
+            )
+        )
+
+
+def wait_for(condition: Callable[[], T], timeout_s: float = 10) -> T:
+    """Calls `condition` until it returns something truthy, and returns that."""
+    deadline = time.monotonic() + timeout_s
+    while not (outcome := condition()):
+        assert time.monotonic() < deadline, f"not true within {timeout_s} s"
+        time.sleep(0.002)
+    return outcome
+
+
+def rfc3339(moment: datetime) -> str:
+    """As PostgreSQL writes it in JSON, in a session whose zone is UTC."""
+    text: str = json.dumps(moment.isoformat())[1:-1]
+    return text
