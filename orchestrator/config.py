@@ -1,0 +1,296 @@
+"""Every setting, each defined once; the README's table and `orchestrator config check` come from here.
+
+An instance is told apart from its neighbours by its environment alone, so one image serves many customers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from orchestrator import database_url as database_urls
+from orchestrator.errors import SettingsError
+from orchestrator.setting import (
+    Kind,
+    Network,
+    Setting,
+    boolean,
+    host,
+    milliseconds,
+    networks,
+    one_of,
+    password,
+    seconds,
+    text,
+    webhook_secrets,
+    whole,
+)
+from orchestrator.settings_notices import notices
+from orchestrator.settings_rules import contradictions
+
+_DATABASE_URL = Kind(
+    "postgresql://user:password@host:5432/database, with or without jdbc: before it",
+    database_urls.parse,
+    database_urls.masked,
+)
+# The names of Python's logging, and those of Java's that it lacks.
+_LEVELS = {level.lower(): level for level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
+_LEVELS |= {"trace": "DEBUG", "warn": "WARNING", "fatal": "CRITICAL"}
+
+
+def _setting(
+    *names: str, kind: Kind, about: str, default: str | None = None, otherwise: str = "", secret: bool = False
+) -> Any:
+    """A field of `Settings` that carries its definition; a secret stays out of the repr."""
+    definition = Setting(names, kind, about, default, otherwise, secret)
+    return field(repr=not secret, metadata={"setting": definition})
+
+
+DATABASE_PARTS = {
+    "host": Setting(("DB_HOST",), host, "Host of the database, without `DATABASE_URL`.", "localhost"),
+    "port": Setting(("DB_PORT",), whole(1, 65535), "Port of the database, without `DATABASE_URL`.", "5432"),
+    "name": Setting(("DB_NAME",), text(63), "Name of the database, without `DATABASE_URL`.", "orchestrator"),
+    "user": Setting(
+        ("DB_USER", "DATABASE_USERNAME"),
+        text(63),
+        "Who logs in, when `DATABASE_URL` does not say.",
+        otherwise="libpq's own",
+    ),
+    "password": Setting(
+        ("DB_PASSWORD", "DATABASE_PASSWORD"),
+        password,
+        "Its password, when `DATABASE_URL` does not say.",
+        otherwise="libpq's own",
+        secret=True,
+    ),
+}
+"""The parts an address is made of when DATABASE_URL is unset."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The settings in force. A name ends in its unit: `_s` is seconds, whatever the variable counts in."""
+
+    deployment: str = _setting(
+        "DEPLOYMENT_NAME",
+        kind=text(),
+        default="event-scheduler",
+        about="This deployment, as metrics and log lines name it.",
+    )
+    customer: str = _setting("CUSTOMER_NAME", kind=text(), default="default", about="The customer it serves.")
+    environment: str = _setting(
+        "ENVIRONMENT",
+        kind=text(),
+        default="development",
+        about="The stage it runs in; a name that begins with `prod` makes API keys obligatory.",
+    )
+    server_host: str = _setting(
+        "SERVER_HOST",
+        kind=text(),
+        default="0.0.0.0",  # noqa: S104  # in a container the address is not known before
+        about="Address the API listens on.",
+    )
+    server_port: int = _setting(
+        "SERVER_PORT", kind=whole(1, 65535), default="8080", about="Port the API listens on."
+    )
+    management_port: int | None = _setting(
+        "MANAGEMENT_SERVER_PORT",
+        kind=whole(1, 65535),
+        otherwise="the API's port",
+        about="Port of health and metrics, to keep them apart from the API.",
+    )
+    database_url: str = _setting(
+        "DATABASE_URL",
+        kind=_DATABASE_URL,
+        otherwise="made from the DB_ settings",
+        secret=True,
+        about="Address of the database.",
+    )
+    pool_max_size: int = _setting(
+        "DB_POOL_MAX_SIZE",
+        kind=whole(1, 1000),
+        default="50",
+        about="Most database connections a process opens.",
+    )
+    pool_min_idle: int = _setting(
+        "DB_POOL_MIN_IDLE",
+        kind=whole(0, 1000),
+        default="2",
+        about="Database connections kept open when idle.",
+    )
+    batch_size: int = _setting(
+        "SCHEDULER_BATCH_SIZE",
+        "BATCH_SIZE",
+        kind=whole(1, 10000),
+        default="100",
+        about="Most events taken by one claim.",
+    )
+    poll_interval_s: float = _setting(
+        "SCHEDULER_POLL_INTERVAL_MS",
+        "EXECUTION_INTERVAL",
+        kind=milliseconds(50, 10000),
+        default="1000",
+        about="Longest wait between two looks for due events, in case a notification is lost.",
+    )
+    lookahead_s: float = _setting(
+        "SCHEDULER_LOOKAHEAD_MS",
+        kind=milliseconds(0, 10000),
+        default="1500",
+        about="How long before they are due events are claimed, to be fired on the millisecond.",
+    )
+    lease_s: float = _setting(
+        "SCHEDULER_LEASE_SECONDS",
+        kind=seconds(1, 3600),
+        default="60",
+        about="How long a claimed event belongs to its dispatcher; after that it is due again.",
+    )
+    prefetch: int = _setting(
+        "SCHEDULER_PREFETCH",
+        kind=whole(1, 1000000),
+        otherwise="1000, or two batches if that is more",
+        about="Most claimed events a dispatcher holds in memory. Each claim walks past all that are held.",
+    )
+    http_max_connections: int = _setting(
+        "HTTP_MAX_CONNECTIONS",
+        kind=whole(1, 10000),
+        default="200",
+        about="Most deliveries under way at once.",
+    )
+    http_connect_timeout_s: float = _setting(
+        "HTTP_CONNECT_TIMEOUT_SECONDS",
+        kind=seconds(0.1, 600),
+        default="5",
+        about="Longest wait for a connection.",
+    )
+    http_timeout_s: float = _setting(
+        "HTTP_TIMEOUT_SECONDS",
+        kind=seconds(0.1, 600),
+        default="30",
+        about="Longest that one delivery may take, from connecting to the last byte of the response.",
+    )
+    http_max_response_bytes: int = _setting(
+        "HTTP_MAX_RESPONSE_BYTES",
+        kind=whole(1, 2**24),
+        default="65536",
+        about="Most that is read of a response.",
+    )
+    http_allow_networks: tuple[Network, ...] = _setting(
+        "HTTP_ALLOW_NETWORKS",
+        kind=networks,
+        default="",
+        about="Private networks that events may be delivered to; all others are refused.",
+    )
+    webhook_secrets: tuple[str, ...] = _setting(
+        "WEBHOOK_SECRETS",
+        kind=webhook_secrets,
+        default="",
+        secret=True,
+        about="Keys that sign deliveries, newest first; each signs, so that receivers can change over.",
+    )
+    max_payload_bytes: int = _setting(
+        "MAX_PAYLOAD_BYTES", kind=whole(1, 2**26), default="1048576", about="Longest payload of an event."
+    )
+    max_body_bytes: int = _setting(
+        "MAX_BODY_BYTES",
+        kind=whole(1, 2**28),
+        default="16777216",
+        about="Longest body of a request to the API.",
+    )
+    max_batch_events: int = _setting(
+        "MAX_BATCH_EVENTS", kind=whole(1, 100000), default="1000", about="Most events in one batch request."
+    )
+    max_retries: int = _setting(
+        "DEFAULT_MAX_RETRIES",
+        kind=whole(0, 100),
+        default="3",
+        about="Retries of an event that does not say how many.",
+    )
+    allow_anonymous: bool = _setting(
+        "ALLOW_ANONYMOUS",
+        kind=boolean,
+        otherwise="true, but false in production",
+        about="Whether the API answers callers without a key.",
+    )
+    partition_days_ahead: int = _setting(
+        "PARTITION_DAYS_AHEAD",
+        kind=whole(1, 400),
+        default="30",
+        about="Days ahead that partitions are made for, and so that events can be scheduled.",
+    )
+    shutdown_timeout_s: float = _setting(
+        "SHUTDOWN_TIMEOUT_SECONDS",
+        kind=seconds(0, 600),
+        default="20",
+        about="Longest that a stopping process finishes its work; what is left is released.",
+    )
+    log_level: str = _setting(
+        "LOG_LEVEL",
+        kind=one_of(_LEVELS, "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
+        default="INFO",
+        about="Least severity that is logged.",
+    )
+    log_file: str | None = _setting(
+        "LOG_FILE",
+        kind=text(4096),
+        otherwise="standard error",
+        about="File to log to; it may be rotated by renaming.",
+    )
+    log_format: str | None = _setting(
+        "LOG_FORMAT",
+        kind=one_of({"json": "json", "console": "console"}, "json or console"),
+        otherwise="console on a terminal, else json",
+        about="One JSON object a line, or text for people.",
+    )
+    notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What is odd about the environment but no error, a line each: likely typos, variables without effect."""
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """Reads every setting; SettingsError lists all that is wrong, not only the first."""
+        problems: list[str] = []
+        values = _read(SETTINGS, environ, problems)
+        parts = _read(DATABASE_PARTS, environ, problems)
+        if values.get("prefetch", 0) is None and "batch_size" in values:
+            values["prefetch"] = max(1000, 2 * values["batch_size"])
+        problems += contradictions(values)
+        if problems:
+            raise SettingsError(problems)
+        url: database_urls.DatabaseUrl | None = values["database_url"]
+        address = url or database_urls.from_parts(parts["host"], parts["port"], parts["name"])
+        values["database_url"] = str(address.with_login(parts["user"], parts["password"]))
+        if values["allow_anonymous"] is None:
+            values["allow_anonymous"] = not values["environment"].lower().startswith("prod")
+        dropped = () if url is None else url.dropped
+        return cls(**values, notices=notices(environ, _names(), _superseded_names(url), dropped))
+
+
+SETTINGS: dict[str, Setting] = {
+    each.name: each.metadata["setting"] for each in fields(Settings) if "setting" in each.metadata
+}
+"""Attribute of `Settings` → its definition, in the order of the documentation."""
+
+
+def superseded(url: database_urls.DatabaseUrl | None) -> tuple[str, ...]:
+    """The keys of DATABASE_PARTS that have no effect, given what DATABASE_URL holds."""
+    if url is None:
+        return ()
+    return ("host", "port", "name", *(key for key in ("user", "password") if getattr(url, key)))
+
+
+def _superseded_names(url: database_urls.DatabaseUrl | None) -> tuple[str, ...]:
+    return tuple(name for key in superseded(url) for name in DATABASE_PARTS[key].names)
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(name for setting in (*SETTINGS.values(), *DATABASE_PARTS.values()) for name in setting.names)
+
+
+def _read(table: Mapping[str, Setting], environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
+    values = {}
+    for key, setting in table.items():
+        try:
+            values[key] = setting.read(environ)
+        except ValueError as wrong:
+            problems.append(str(wrong))
+    return values

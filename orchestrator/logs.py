@@ -1,0 +1,106 @@
+"""Log lines: one JSON object each for collectors, or text for people, with who speaks in every line.
+
+What a call passes as ``extra={"event_id": …}`` appears as a field. Everything that logs in the process goes
+through the one handler installed here; uvicorn does when it is started with ``log_config=None``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from datetime import UTC, datetime
+from logging.handlers import WatchedFileHandler
+from typing import Any
+
+from orchestrator.config import Settings
+from orchestrator.errors import SettingsError
+
+_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
+"""Attributes that a record has without `extra`; the last is uvicorn's coloured copy of its message."""
+_PER_REQUEST = ("uvicorn.access", "aiohttp.access", "httpx")
+# Neither a message nor a value may forge a line or drive the reader's terminal; a traceback keeps its lines.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {10: "\\n", 13: "\\r"}
+_CONTROLS_BUT_LINES = {code: escape for code, escape in _CONTROLS.items() if code not in (9, 10)}
+
+
+def configure(settings: Settings, role: str) -> None:
+    """Sends all logging of this process to LOG_FILE or standard error; `role` says what the process does.
+
+    The file may be rotated by renaming it: it is opened anew when its name leads elsewhere.
+    SettingsError when it cannot be opened. May be called again, the last call holds.
+    """
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if settings.log_file is not None:
+        try:
+            handler = WatchedFileHandler(settings.log_file, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            reason = error.strerror or error
+            raise SettingsError(
+                f"LOG_FILE: expected a file that can be written, got {settings.log_file!r}: {reason}"
+            ) from None
+    console = settings.log_format == "console" or (
+        settings.log_format is None and settings.log_file is None and sys.stderr.isatty()
+    )
+    handler.setFormatter(ConsoleFormatter() if console else JsonFormatter(settings, role))
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    # A line for each request says little at a thousand requests a second; the metrics count them.
+    for name in _PER_REQUEST:
+        logging.getLogger(name).setLevel("NOTSET" if settings.log_level == "DEBUG" else "WARNING")
+
+
+def extra_fields(record: logging.LogRecord) -> dict[str, Any]:
+    """What the caller passed as `extra`."""
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+
+
+class JsonFormatter(logging.Formatter):
+    """``ts`` (UTC), ``level``, ``logger``, ``message``, who speaks, fields of `extra`, ``exception``."""
+
+    def __init__(self, settings: Settings, role: str) -> None:
+        super().__init__()
+        self._speaker = {
+            "deployment": settings.deployment,
+            "customer": settings.customer,
+            "environment": settings.environment,
+            "role": role,
+        }
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **self._speaker,
+        }
+        for key, value in extra_fields(record).items():
+            line.setdefault(key, value)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = self.formatStack(record.stack_info)
+        try:
+            return json.dumps(line, default=str, skipkeys=True, allow_nan=False)
+        except ValueError:  # a value that contains itself, or one that JSON has no number for
+            return json.dumps({key: str(value) for key, value in line.items()})
+
+
+class ConsoleFormatter(logging.Formatter):
+    """``12:30:01.250 INFO    orchestrator.api: message  key=value``, in local time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        text = record.getMessage() + "".join(
+            f"  {key}={value}" for key, value in extra_fields(record).items()
+        )
+        line = (
+            f"{clock}.{int(record.msecs):03d} {record.levelname:<8}{record.name}: {text.translate(_CONTROLS)}"
+        )
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info).translate(_CONTROLS_BUT_LINES)
+        if record.stack_info:
+            line += "\n" + self.formatStack(record.stack_info).translate(_CONTROLS_BUT_LINES)
+        return line

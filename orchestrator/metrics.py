@@ -1,0 +1,152 @@
+"""What a process counts and measures, for Prometheus.
+
+Every series carries deployment, customer and environment, the process's own included. They are added when
+the series are read, so counting pays nothing for them.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from orchestrator.config import Settings
+
+PREFIX = "orchestrator"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LATENESS_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+DURATION_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+
+class Metrics:
+    """One per process. Attributes are named as the series they feed, less the prefix ``orchestrator_``.
+
+    Those with labels of their own are called with the labels' values and give the series to feed, as in
+    ``metrics.events_received_total("http").inc(500)``; that is a look-up in a dict. Values of labels must
+    come from small sets: the pattern of a route, never a path or an id. Times are in seconds.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.registry = CollectorRegistry()
+        self._labelled = _Labelled(
+            self.registry,
+            {
+                "deployment": settings.deployment,
+                "customer": settings.customer,
+                "environment": settings.environment,
+            },
+        )
+        ProcessCollector(registry=self.registry)
+        build = self._gauge("build_info", "The version that runs; always 1.", "version", "python")
+        build.labels(_version(), platform.python_version()).set(1)
+
+        self.events_received_total: Callable[[str], Counter] = cache(
+            self._counter(
+                "events_received_total", "Submissions received, by how they came.", "channel"
+            ).labels
+        )
+        self.events_duplicate_total = self._counter(
+            "events_duplicate_total", "Submissions that repeated an event already kept."
+        )
+        self.events_rejected_total = self._counter("events_rejected_total", "Submissions refused as invalid.")
+        self.events_claimed_total = self._counter("events_claimed_total", "Events claimed for delivery.")
+        self.events_delivered_total = self._counter("events_delivered_total", "Events delivered.")
+        self.events_retried_total = self._counter(
+            "events_retried_total", "Attempts that failed and will be repeated."
+        )
+        self.events_dead_total = self._counter("events_dead_total", "Events that ran out of attempts.")
+        self.events_stale_total = self._counter(
+            "events_stale_total", "Attempts whose lease had passed on before they were finished."
+        )
+        self.events_released_total = self._counter(
+            "events_released_total", "Events given back unattempted, as a stopping dispatcher does."
+        )
+        self.database_reconnects_total = self._counter(
+            "database_reconnects_total", "Times the database was found again after it was away."
+        )
+
+        self.event_lateness_seconds = self._histogram(
+            "event_lateness_seconds", "From when an attempt was due to when it began.", LATENESS_BUCKETS_S
+        )
+        self.event_delivery_seconds: Callable[[str, str], Histogram] = cache(
+            self._histogram(
+                "event_delivery_seconds",
+                "How long attempts took.",
+                DURATION_BUCKETS_S,
+                "delivery_type",
+                "outcome",
+            ).labels
+        )
+        self.claim_seconds = self._histogram("claim_seconds", "How long claims took.", DURATION_BUCKETS_S)
+        self.finish_seconds = self._histogram(
+            "finish_seconds", "How long it took to record outcomes.", DURATION_BUCKETS_S
+        )
+        self.http_request_seconds: Callable[[str, str, str], Histogram] = cache(
+            self._histogram(
+                "http_request_seconds",
+                "How long requests to the API took.",
+                DURATION_BUCKETS_S,
+                "route",
+                "method",
+                "status",
+            ).labels
+        )
+
+        self.events_in_flight = self._gauge("events_in_flight", "Deliveries under way.")
+        self.events_held = self._gauge("events_held", "Claimed events that wait in memory to become due.")
+        self.events_backlog = self._gauge("events_backlog", "Events that are due and not yet finished.")
+        self.database_pool_size = self._gauge("database_pool_size", "Open database connections.")
+        self.database_pool_in_use = self._gauge("database_pool_in_use", "Database connections in use.")
+        self.database_pool_waiting = self._gauge(
+            "database_pool_waiting", "Callers that wait for a database connection."
+        )
+
+    def set_pool(self, stats: Mapping[str, int]) -> None:
+        """Takes over what psycopg's pool says of itself: pool_size, pool_available, requests_waiting."""
+        size = stats.get("pool_size", 0)
+        self.database_pool_size.set(size)
+        self.database_pool_in_use.set(size - stats.get("pool_available", 0))
+        self.database_pool_waiting.set(stats.get("requests_waiting", 0))
+
+    def exposition(self) -> tuple[bytes, str]:
+        """All series as Prometheus reads them, and the content type to send them with."""
+        return generate_latest(self._labelled), CONTENT_TYPE
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(name, about, labels, namespace=PREFIX, registry=self.registry)
+
+    def _gauge(self, name: str, about: str, *labels: str) -> Gauge:
+        return Gauge(name, about, labels, namespace=PREFIX, registry=self.registry)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, about, labels, namespace=PREFIX, registry=self.registry, buckets=buckets)
+
+
+class _Labelled(Collector):
+    """Reads a registry and adds labels to all of it."""
+
+    def __init__(self, registry: CollectorRegistry, labels: Mapping[str, str]) -> None:
+        self._registry = registry
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            # The time a series began doubles the number of series and answers no question here.
+            metric.samples = [
+                sample._replace(labels={**self._labels, **sample.labels})
+                for sample in metric.samples
+                if not sample.name.endswith("_created")
+            ]
+            yield metric
+
+
+def _version() -> str:
+    try:
+        return version("scheduled-event-orchestrator")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"

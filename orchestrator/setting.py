@@ -1,0 +1,194 @@
+"""What a setting is: its names, its default and the kind of value it takes. config.py defines them all."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.dispatch.signing import decode_secret
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class BadItemError(ValueError):
+    """One item of a comma-separated value is wrong; `position` counts from 1."""
+
+    def __init__(self, position: int, item: str) -> None:
+        self.position = position
+        self.item = item
+        super().__init__(position, item)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of value: `expects` completes "expected …", `parse` raises ValueError for anything else."""
+
+    expects: str
+    parse: Callable[[str], Any]
+    show: Callable[[Any], str] = str
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting. The first of `names` is the one the documentation uses, the others are accepted as well.
+
+    `default` is text as it would stand in the environment, None where there is none; `otherwise` then says
+    what happens without it. The values of `secret` settings never appear in messages.
+    """
+
+    names: tuple[str, ...]
+    kind: Kind
+    about: str
+    default: str | None = None
+    otherwise: str = ""
+    secret: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def given(self, environ: Mapping[str, str]) -> str | None:
+        """The first of its names that is set; an empty variable is unset, as Compose and Helm write them."""
+        return next((name for name in self.names if environ.get(name, "").strip()), None)
+
+    def read(self, environ: Mapping[str, str]) -> Any:
+        """The value in force; ValueError carries the line for the user."""
+        given = self.given(environ)
+        if given is None:
+            return None if self.default is None else self.kind.parse(self.default)
+        raw = environ[given]
+        for other in self.names:
+            if environ.get(other, "").strip() not in ("", raw.strip()):
+                raise ValueError(f"{given} and {other}: both are set and differ; keep {self.name}")
+        try:
+            return self.kind.parse(raw)
+        except BadItemError as wrong:
+            got = f"item {wrong.position} is not one" if self.secret else f"got {_shortened(wrong.item)}"
+            raise ValueError(f"{given}: expected {self.kind.expects}; {got}") from None
+        except ValueError:
+            got = _scheme(raw) if self.secret else _shortened(raw)
+            raise ValueError(f"{given}: expected {self.kind.expects}{got and f', got {got}'}") from None
+
+
+def _scheme(raw: str) -> str:
+    match = re.match(r"\s*([A-Za-z][A-Za-z0-9+:]{0,20}://)", raw)
+    return repr(f"{match[1]}…") if match else ""
+
+
+def _shortened(raw: str) -> str:
+    return repr(raw if len(raw) <= 80 else raw[:77] + "...")
+
+
+def whole(least: int, most: int) -> Kind:
+    """A whole number, both bounds included."""
+
+    def parse(raw: str) -> int:
+        return int(_bounded(raw, r"[+-]?[0-9]{1,15}", least, most))
+
+    return Kind(f"a whole number from {least} to {most}", parse)
+
+
+def seconds(least: float, most: float) -> Kind:
+    """Seconds, fractions allowed; read as a float of seconds."""
+
+    def parse(raw: str) -> float:
+        return _bounded(raw, r"[0-9]{1,9}(\.[0-9]{1,9})?", least, most)
+
+    return Kind(f"seconds from {least:g} to {most:g}", parse, lambda value: f"{value:g}")
+
+
+def milliseconds(least: int, most: int) -> Kind:
+    """Whole milliseconds; read as a float of seconds."""
+
+    def parse(raw: str) -> float:
+        return _bounded(raw, r"[0-9]{1,9}", least, most) / 1000
+
+    return Kind(f"whole milliseconds from {least} to {most}", parse, lambda value: str(round(value * 1000)))
+
+
+def _bounded(raw: str, form: str, least: float, most: float) -> float:
+    # int() and float() alone would also take 1_000, nan and digits of other scripts.
+    if not re.fullmatch(form, raw.strip()) or not least <= (value := float(raw)) <= most:
+        raise ValueError
+    return value
+
+
+def text(longest: int = 255) -> Kind:
+    """Printable text on one line, blanks around it removed."""
+
+    def parse(raw: str) -> str:
+        value = raw.strip()
+        if not value.isprintable() or len(value) > longest:
+            raise ValueError
+        return value
+
+    return Kind(f"text of at most {longest} characters", parse)
+
+
+def _host(raw: str) -> str:
+    value = raw.strip()
+    if ":" in value:
+        ipaddress.IPv6Address(value)
+    elif not re.fullmatch(r"[^\s@?#,]{1,255}", value):
+        raise ValueError
+    return value
+
+
+host = Kind("a host name, an address without its port, or the directory of a socket", _host)
+
+
+def one_of(choices: Mapping[str, str], expects: str) -> Kind:
+    """One of the keys of `choices`, in any case; read as what it maps to."""
+
+    def parse(raw: str) -> str:
+        value = choices.get(raw.strip().lower())
+        if value is None:
+            raise ValueError
+        return value
+
+    return Kind(expects, parse)
+
+
+def _boolean(raw: str) -> bool:
+    word = raw.strip().lower()
+    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+        raise ValueError
+    return word in ("true", "1", "yes", "on")
+
+
+boolean = Kind("true or false", _boolean, lambda value: str(value).lower())
+
+# A password may begin or end with blanks, but the line end of the file it was read from is never part of it.
+password = Kind("a password", lambda raw: raw.rstrip("\r\n"), lambda _: "***")
+
+
+def _items(raw: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
+    values = []
+    for position, item in enumerate((item.strip() for item in raw.split(",")), start=1):
+        if item:
+            try:
+                values.append(parse(item))
+            except ValueError:
+                raise BadItemError(position, item) from None
+    return tuple(values)
+
+
+def _webhook_secret(item: str) -> str:
+    decode_secret(item)
+    return item
+
+
+networks = Kind(
+    "a comma-separated list of networks such as 10.1.0.0/16 or addresses",
+    lambda raw: _items(raw, ipaddress.ip_network),
+    lambda value: ",".join(map(str, value)),
+)
+
+webhook_secrets = Kind(
+    "a comma-separated list of whsec_ followed by the base64 of 24 to 64 random bytes",
+    lambda raw: _items(raw, _webhook_secret),
+    lambda value: ",".join("whsec_***" for _ in value),
+)

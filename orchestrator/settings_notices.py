@@ -1,0 +1,54 @@
+"""What is odd about an environment but no error: variables that are likely typos, or that change nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+
+# Names that deployments of the systems this one replaces carry along; they must keep starting unchanged.
+_WITHOUT_EFFECT = {
+    r"REDIS_\w+": "locks, limits and caches live in PostgreSQL",
+    r"KAFKA_\w+": "this version takes events over HTTP and SQL and delivers over HTTP",
+    "CUSTOMER_MAX_PARALLEL": "HTTP_MAX_CONNECTIONS bounds the deliveries under way",
+    "CLEANUP_RETENTION_DAYS": "this version deletes nothing",
+    "MAX_SCHEDULE_AHEAD_DAYS": "PARTITION_DAYS_AHEAD says how far ahead events can be scheduled",
+}
+_OURS = ("SCHEDULER_", "HTTP_MAX_", "DB_")
+# Kubernetes and Docker set these for every neighbouring service, also for one that is called "db".
+_SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?|ENV_\w+)")
+
+
+def notices(
+    environ: Mapping[str, str], known: Collection[str], superseded: Collection[str], dropped: Collection[str]
+) -> tuple[str, ...]:
+    """One line for each oddity.
+
+    `known` are the names of all settings, `superseded` those that DATABASE_URL replaces, `dropped` the
+    parameters in DATABASE_URL that mean something to a Java driver only.
+    """
+    found = (_notice(name, known, superseded) for name in sorted(environ) if environ[name].strip())
+    return (
+        *(notice for notice in found if notice),
+        *(
+            f"DATABASE_URL: {name} is a parameter of the Java driver and has no effect here"
+            for name in dropped
+        ),
+    )
+
+
+def _notice(name: str, known: Collection[str], superseded: Collection[str]) -> str | None:
+    if name in superseded:
+        return f"{name}: no effect, because DATABASE_URL says it"
+    if name in known:
+        return None
+    for pattern, reason in _WITHOUT_EFFECT.items():
+        if re.fullmatch(pattern, name):
+            return f"{name}: no effect; {reason}"
+    if _SERVICE_LINK.fullmatch(name):
+        return None
+    ours = name.startswith(_OURS)
+    near = get_close_matches(name, known, n=1, cutoff=0.6 if ours else 0.85)
+    if near:
+        return f"{name}: not a setting; did you mean {near[0]}?"
+    return f"{name}: not a setting" if ours else None

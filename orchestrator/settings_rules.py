@@ -1,0 +1,64 @@
+"""What settings that are fine one by one must keep to together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+MARGIN_S = 5.0
+"""What a lease must leave beyond look-ahead and time-out, to finish an attempt in the database."""
+
+
+def contradictions(values: Mapping[str, Any]) -> list[str]:
+    """One line for each rule that `values`, keyed as `Settings`, break; missing keys break none."""
+    return [problem for rule in _RULES if (problem := _broken(rule, values))]
+
+
+def _broken(rule: Callable[[Mapping[str, Any]], str | None], values: Mapping[str, Any]) -> str | None:
+    try:
+        return rule(values)
+    except KeyError:
+        return None  # a value it compares is wrong itself and has been reported
+
+
+def _pool_holds_idle(v: Mapping[str, Any]) -> str | None:
+    if v["pool_min_idle"] <= v["pool_max_size"]:
+        return None
+    most = v["pool_max_size"]
+    return f"DB_POOL_MIN_IDLE: expected at most DB_POOL_MAX_SIZE ({most}), got {v['pool_min_idle']}"
+
+
+def _memory_holds_batch(v: Mapping[str, Any]) -> str | None:
+    if v["prefetch"] >= v["batch_size"]:
+        return None
+    return (
+        f"SCHEDULER_PREFETCH: expected at least SCHEDULER_BATCH_SIZE ({v['batch_size']}), got {v['prefetch']}"
+    )
+
+
+def _lease_outlasts_attempt(v: Mapping[str, Any]) -> str | None:
+    # Else the event comes due again, and is delivered twice, while its first delivery is still under way.
+    least = v["lookahead_s"] + v["http_timeout_s"] + MARGIN_S
+    if v["lease_s"] > least:
+        return None
+    return (
+        f"SCHEDULER_LEASE_SECONDS: expected more than {least:g}, the sum of SCHEDULER_LOOKAHEAD_MS, "
+        f"HTTP_TIMEOUT_SECONDS and {MARGIN_S:g} s to record the outcome, got {v['lease_s']:g}"
+    )
+
+
+def _body_holds_payload(v: Mapping[str, Any]) -> str | None:
+    if v["max_payload_bytes"] <= v["max_body_bytes"]:
+        return None
+    least = v["max_payload_bytes"]
+    return f"MAX_BODY_BYTES: expected at least MAX_PAYLOAD_BYTES ({least}), got {v['max_body_bytes']}"
+
+
+def _ports_differ(v: Mapping[str, Any]) -> str | None:
+    if v["management_port"] != v["server_port"]:
+        return None
+    port = v["server_port"]
+    return f"MANAGEMENT_SERVER_PORT: expected another port than SERVER_PORT, got {port}; unset it to share"
+
+
+_RULES = (_pool_holds_idle, _memory_holds_batch, _lease_outlasts_attempt, _body_holds_payload, _ports_differ)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from orchestrator.config import Settings
+from orchestrator.metrics import LATENESS_BUCKETS_S, Metrics
+
+SETTINGS = Settings.from_env({"DEPLOYMENT_NAME": "event-scheduler-ocean", "CUSTOMER_NAME": "ocean"})
+SPEAKER = {"deployment": "event-scheduler-ocean", "customer": "ocean", "environment": "development"}
+
+
+def families(metrics: Metrics) -> dict[str, Metric]:
+    body, content_type = metrics.exposition()
+    assert content_type.startswith("text/plain; version=0.0.4")
+    return {family.name: family for family in text_string_to_metric_families(body.decode())}
+
+
+def samples(metrics: Metrics) -> list[Sample]:
+    return [sample for family in families(metrics).values() for sample in family.samples]
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    (found,) = [s.value for s in samples(metrics) if s.name == name and s.labels == {**SPEAKER, **labels}]
+    return found
+
+
+def feed_everything(metrics: Metrics) -> None:
+    metrics.events_received_total("http").inc()
+    metrics.event_delivery_seconds("HTTP", "delivered").observe(0.1)
+    metrics.http_request_seconds("/api/v1/events", "POST", "202").observe(0.1)
+
+
+def test_every_series_says_whose_it_is_the_process_included() -> None:
+    metrics = Metrics(SETTINGS)
+    feed_everything(metrics)
+    found = samples(metrics)
+    assert any(sample.name == "process_cpu_seconds_total" for sample in found)
+    for sample in found:
+        assert SPEAKER.items() <= sample.labels.items(), sample
+
+
+def test_every_name_is_prefixed_and_explained() -> None:
+    metrics = Metrics(SETTINGS)
+    feed_everything(metrics)
+    for name, family in families(metrics).items():
+        assert name.startswith(("orchestrator_", "process_"))
+        assert family.documentation.endswith(".")
+
+
+def test_what_is_counted_can_be_read() -> None:
+    metrics = Metrics(SETTINGS)
+    metrics.events_received_total("http").inc(500)
+    metrics.events_received_total("http").inc()
+    metrics.events_claimed_total.inc(100)
+    metrics.events_in_flight.set(7)
+    assert value(metrics, "orchestrator_events_received_total", channel="http") == 501
+    assert value(metrics, "orchestrator_events_claimed_total") == 100
+    assert value(metrics, "orchestrator_events_dead_total") == 0
+    assert value(metrics, "orchestrator_events_in_flight") == 7
+
+
+@given(st.lists(st.floats(0, 100), max_size=20))
+def test_the_buckets_of_lateness_count_what_is_at_most_their_bound(lateness_s: list[float]) -> None:
+    metrics = Metrics(SETTINGS)
+    for one in lateness_s:
+        metrics.event_lateness_seconds.observe(one)
+    found = {
+        float(sample.labels["le"]): sample.value
+        for sample in samples(metrics)
+        if sample.name == "orchestrator_event_lateness_seconds_bucket"
+    }
+    assert found == {
+        bound: sum(one <= bound for one in lateness_s) for bound in (*LATENESS_BUCKETS_S, float("inf"))
+    }
+
+
+def test_a_label_with_several_values_gives_a_series_for_each() -> None:
+    metrics = Metrics(SETTINGS)
+    for status in ("202", "400", "202"):
+        metrics.http_request_seconds("/api/v1/events", "POST", status).observe(0.01)
+    labels = {"route": "/api/v1/events", "method": "POST"}
+    assert value(metrics, "orchestrator_http_request_seconds_count", **labels, status="202") == 2
+    assert value(metrics, "orchestrator_http_request_seconds_count", **labels, status="400") == 1
+
+
+def test_the_pool_is_told_in_connections_open_used_and_waited_for() -> None:
+    metrics = Metrics(SETTINGS)
+    metrics.set_pool({"pool_size": 10, "pool_available": 4, "requests_waiting": 3})
+    assert value(metrics, "orchestrator_database_pool_size") == 10
+    assert value(metrics, "orchestrator_database_pool_in_use") == 6
+    assert value(metrics, "orchestrator_database_pool_waiting") == 3
+    metrics.set_pool({"pool_size": 2, "pool_available": 2})
+    assert value(metrics, "orchestrator_database_pool_waiting") == 0
+
+
+def test_two_instances_in_a_process_keep_their_counts_apart() -> None:
+    first, second = Metrics(SETTINGS), Metrics(SETTINGS)
+    first.events_dead_total.inc()
+    first.events_received_total("http").inc()
+    assert value(second, "orchestrator_events_dead_total") == 0
+    assert not families(second)["orchestrator_events_received"].samples
+
+
+def test_a_customer_may_be_called_anything() -> None:
+    metrics = Metrics(Settings.from_env({"CUSTOMER_NAME": 'o"c\\ean {é}'}))
+    assert {sample.labels["customer"] for sample in samples(metrics)} == {'o"c\\ean {é}'}
