@@ -1,0 +1,1 @@
+"""Benchmarks of the whole system on real parts: ``orchestrator bench SCENARIO``."""

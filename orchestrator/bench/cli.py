@@ -1,0 +1,80 @@
+"""``orchestrator bench``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.bench import api, delivery, lifecycle
+from orchestrator.bench.processes import database
+from orchestrator.dev.postgres_tuning import memory_bytes
+
+_EVENTS = {"lifecycle": 300_000, "deliver-http": 50_000, "steady": 60_000, "herd": 50_000, "api": 40_000}
+
+
+@click.command()
+@click.argument("scenario", type=click.Choice(list(_EVENTS)))
+@click.option("--events", type=click.IntRange(min=1), help="How many; the default is the scenario's own.")
+@click.option("--dispatchers", type=click.IntRange(1, 64), default=2, show_default=True, help="Dispatcher processes.")
+@click.option(
+    "--batch", type=click.IntRange(1, 10_000), default=1000, show_default=True, help="lifecycle: size of a claim."
+)
+@click.option("--null", is_flag=True, help="herd: deliveries that do nothing.")
+@click.option(
+    "--database-url", help="An empty database to use, instead of an embedded server that is removed afterwards."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def bench(
+    scenario: str, events: int | None, dispatchers: int, batch: int, null: bool, database_url: str | None, as_json: bool
+) -> None:
+    """Measure SCENARIO on this machine, everything included.
+
+    \b
+    lifecycle     SQL only: submit by COPY, claim, finish; 50 destinations
+    deliver-http  a backlog of due events to a local receiver
+    steady        1,000 events a second to a local receiver
+    herd          events due at one instant to a local receiver
+    api           single POSTs from 64 clients, then batches of 500
+    """
+    count = events or _EVENTS[scenario]
+    runs: dict[str, Callable[[str], dict[str, object]]] = {
+        "lifecycle": lambda url: lifecycle.run(url, count, batch),
+        "deliver-http": lambda url: delivery.deliver_http(url, count, dispatchers),
+        "steady": lambda url: delivery.steady(url, count, dispatchers),
+        "herd": lambda url: (delivery.herd_null if null else delivery.herd)(url, count, dispatchers),
+        "api": lambda url: api.run(url, count),
+    }
+    with database(database_url) as url:
+        result = {"scenario": scenario, "events": count, **runs[scenario](url), "machine": machine()}
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        table = Table("figure", "value", title=f"bench {scenario}")
+        for name, value in result.items():
+            table.add_row(name, json.dumps(value) if isinstance(value, dict) else str(value))
+        Console().print(table)
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    model = platform.machine()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpu_info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory_bytes() / (1 << 30), 1),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+    }

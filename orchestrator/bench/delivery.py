@@ -1,0 +1,158 @@
+"""Deliveries over HTTP by real dispatcher processes: a backlog, a herd, and a steady flow."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+
+from orchestrator.bench.processes import Receiver, product, receiver, rss_mib, wait_until
+from orchestrator.bench.workload import judged, new_run, spread, submissions
+from orchestrator.config import Settings
+from orchestrator.database import Database
+from orchestrator.events import Submission
+
+DESTINATIONS = 50
+_STAGED = 2500
+_DRAIN_S = 300.0
+_HERD_LEAD_S = 4.0
+_STEADY_PER_S = 1000
+_STEADY_EVERY_S = 0.05
+
+
+def deliver_http(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
+    """Drains a backlog that is due before the dispatchers start. Timed from the first arrival to the last finish."""
+    with receiver() as target:
+        due = spread(datetime.now(UTC) - timedelta(minutes=2), 1.0, events)
+        made = submissions(events, lambda n: f"{target.url}/{n % DESTINATIONS}", due, new_run())
+        asyncio.run(_submit(database_url, made))
+        with _dispatchers(database_url, dispatchers, []) as processes:
+            finished_s = _drained(database_url, target, events)
+            memory = max(rss_mib(process) for process in processes)
+        arrivals = target.arrivals()
+        seconds = finished_s - arrivals[0][1]
+        return _rates(events, seconds) | judged(made, arrivals) | {"lateness_ms": None, "rss_mib": {"dispatch": memory}}
+
+
+def herd(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
+    """Events due at one instant, submitted before. Timed from that instant to the last finish."""
+    with receiver() as target, _dispatchers(database_url, dispatchers, []) as processes:
+        at = datetime.now(UTC) + timedelta(seconds=_HERD_LEAD_S + events / 25_000)
+        made = submissions(events, lambda n: f"{target.url}/{n % DESTINATIONS}", lambda n: at, new_run())
+        asyncio.run(_submit(database_url, made))
+        submitted_s = at.timestamp() - time.time()
+        finished_s = _drained(database_url, target, events)
+        memory = max(rss_mib(process) for process in processes)
+        result = _rates(events, finished_s - at.timestamp()) | judged(made, target.arrivals())
+        return result | {"submitted_ahead_s": round(submitted_s, 3), "rss_mib": {"dispatch": memory}}
+
+
+def herd_null(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
+    """The same with deliveries that do nothing; lateness is that of each attempt's start, as recorded."""
+    with _dispatchers(database_url, dispatchers, ["orchestrator.bench.null_dispatcher"]) as processes:
+        at = datetime.now(UTC) + timedelta(seconds=_HERD_LEAD_S + events / 25_000)
+        made = submissions(
+            events, lambda n: f"https://receiver-{n % DESTINATIONS}.example.com/hooks", lambda n: at, new_run()
+        )
+        asyncio.run(_submit(database_url, made))
+        submitted_s = at.timestamp() - time.time()
+        finished_s = _drained(database_url, None, events)
+        memory = max(rss_mib(process) for process in processes)
+    with psycopg.connect(database_url) as connection:
+        rows = connection.execute(
+            "select event_id::text, extract(epoch from started_at)::float8 from orchestrator.outcome"
+            " where scheduled_at = %s and result = 'delivered'",
+            (at,),
+        ).fetchall()
+    result = _rates(events, finished_s - at.timestamp()) | judged(made, [(row[0], row[1]) for row in rows])
+    return result | {"submitted_ahead_s": round(submitted_s, 3), "rss_mib": {"dispatch": memory}}
+
+
+def steady(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
+    """1,000 events a second, submitted 0.1 to 2 s before they are due; lateness is that of their arrival."""
+    with receiver() as target, _dispatchers(database_url, dispatchers, []) as processes:
+        made = asyncio.run(_flow(database_url, target, events))
+        _drained(database_url, target, events)
+        memory = max(rss_mib(process) for process in processes)
+        seconds = events / _STEADY_PER_S
+        return _rates(events, seconds) | judged(made, target.arrivals()) | {"rss_mib": {"dispatch": memory}}
+
+
+def _rates(events: int, seconds: float) -> dict[str, object]:
+    return {"seconds": round(seconds, 3), "events_per_s": round(events / seconds)}
+
+
+@contextmanager
+def _dispatchers(database_url: str, count: int, module: Sequence[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    environ = {
+        "SCHEDULER_BATCH_SIZE": "500",
+        "SCHEDULER_PREFETCH": "2000",
+        "HTTP_MAX_CONNECTIONS": "64",
+        "HTTP_ALLOW_NETWORKS": "127.0.0.0/8",
+        "WEBHOOK_SECRETS": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        "LOG_LEVEL": "WARNING",
+    }
+    environ = {**environ, **os.environ, "DATABASE_URL": database_url}
+    with psycopg.connect(database_url, autocommit=True) as watching, ExitStack() as running:
+        before = _workers(watching)
+        arguments = list(module) or ["orchestrator", "dispatch"]
+        processes = [running.enter_context(product(arguments, environ)) for _ in range(count)]
+        wait_until(lambda: _workers(watching) >= before + count, "starting the dispatchers", 30.0)
+        yield processes
+
+
+def _workers(connection: psycopg.Connection) -> int:
+    row = connection.execute("select count(*) from orchestrator.worker").fetchone()
+    return int(row[0]) if row else 0
+
+
+async def _submit(database_url: str, made: Sequence[Submission]) -> None:
+    async with Database(Settings.from_env({"DATABASE_URL": database_url}), role="bench") as database:
+        for start in range(0, len(made), _STAGED):
+            await database.submit(made[start : start + _STAGED])
+
+
+async def _flow(database_url: str, target: Receiver, events: int) -> list[Submission]:
+    """Submits on time whatever the database does meanwhile; fails when it cannot keep up."""
+    made: list[Submission] = []
+    run = new_run()
+    share = int(_STEADY_PER_S * _STEADY_EVERY_S)
+    async with Database(Settings.from_env({"DATABASE_URL": database_url}), role="bench") as database:
+        began_s = time.monotonic()
+        async with asyncio.TaskGroup() as submitting:
+            for n in range(0, events, share):
+                await asyncio.sleep(max(0.0, began_s + n / _STEADY_PER_S - time.monotonic()))
+                batch = submissions(
+                    min(share, events - n),
+                    lambda k: f"{target.url}/{k % DESTINATIONS}",
+                    _soon_after(datetime.now(UTC)),
+                    f"{run}-{n}",
+                )
+                made += batch
+                submitting.create_task(database.submit(batch))
+    return made
+
+
+def _soon_after(now: datetime) -> Callable[[int], datetime]:
+    return lambda _: now + timedelta(microseconds=random.randrange(100_000, 2_000_000))
+
+
+def _drained(database_url: str, target: Receiver | None, events: int) -> float:
+    """Waits until every event is finished in the database; the Unix time when it was."""
+    if target is not None:
+        wait_until(lambda: target.count() >= events, f"delivering {events} events", _DRAIN_S)
+    with psycopg.connect(database_url, autocommit=True) as watching:
+
+        def done() -> bool:
+            row = watching.execute("select exists (select from orchestrator.timer)").fetchone()
+            return row is not None and not row[0]
+
+        wait_until(done, f"finishing {events} events", _DRAIN_S, 0.01 if target else 0.05)
+    return time.time()

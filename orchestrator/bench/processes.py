@@ -1,0 +1,114 @@
+"""The processes of a benchmark: servers of its own, the product's processes, and the tools written in C."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from orchestrator.dev.postgres import EmbeddedPostgres
+from orchestrator.errors import OrchestratorError
+from orchestrator.migrate import migrate
+
+_RECORD = struct.Struct("=36sq")
+_STOP_S = 30.0
+
+
+@contextmanager
+def database(given_url: str | None) -> Iterator[str]:
+    """A migrated database: the given one, or one on an embedded server that is removed afterwards."""
+    if given_url:
+        migrate(given_url)
+        yield given_url
+        return
+    with EmbeddedPostgres.temporary() as server:
+        url = server.ensure_database("bench")
+        migrate(url)
+        yield url
+
+
+@contextmanager
+def product(arguments: list[str], environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of the product, stopped as an operator would; what it logs goes to standard error."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments], env=dict(environ), stdin=subprocess.DEVNULL, stdout=sys.stderr
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def rss_mib(process: subprocess.Popen[bytes]) -> float:
+    """The most memory the process has had resident so far, in MiB."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
+    return 0.0
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, every_s: float = 0.02) -> None:
+    """Raises OrchestratorError, naming `what`, when the condition does not come true in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            raise OrchestratorError(f"bench: {what} took more than {timeout_s:g} s")
+        time.sleep(every_s)
+
+
+@contextmanager
+def compiled(name: str) -> Iterator[Path]:
+    """The C program of that name in this folder, compiled."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise OrchestratorError(
+            "bench: its receiver and load are C programs; install a C compiler (apt-get install gcc)"
+        )
+    with tempfile.TemporaryDirectory(prefix="orchestrator-bench-") as folder:
+        program = Path(folder) / name
+        source = Path(__file__).with_name(f"{name}.c")
+        subprocess.run([compiler, "-O2", "-o", str(program), str(source)], check=True, stdout=sys.stderr)
+        yield program
+
+
+class Receiver:
+    """A webhook receiver in C that notes the arrival of every delivery."""
+
+    def __init__(self, port: int, records: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._records = records
+
+    def count(self) -> int:
+        return self._records.stat().st_size // _RECORD.size
+
+    def arrivals(self) -> list[tuple[str, float]]:
+        """Event id and Unix time of each delivery, in the order of their arrival."""
+        data = self._records.read_bytes()
+        usable = len(data) - len(data) % _RECORD.size
+        return [(identity.decode(), at / 1e9) for identity, at in _RECORD.iter_unpack(data[:usable])]
+
+
+@contextmanager
+def receiver() -> Iterator[Receiver]:
+    """Starts a receiver on a free port."""
+    with compiled("receiver") as program:
+        records = program.with_name("records")
+        process = subprocess.Popen([program, records], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            if process.stdout is None or not (line := process.stdout.readline()):
+                raise OrchestratorError("bench: the receiver did not start")
+            yield Receiver(int(line), records)
+        finally:
+            process.communicate(timeout=_STOP_S)

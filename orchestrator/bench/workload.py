@@ -1,0 +1,66 @@
+"""What the benchmarks submit, and how its deliveries are judged."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+
+from orchestrator.events import Submission, event_id
+
+# 261 bytes, as in the measurements that the targets were set by.
+PAYLOAD = (
+    b'{"order":{"id":"7c9f2f0e-3b1d-4a55-9c54-0d3f1f0a6a11","status":"confirmed","currency":"EUR","total":12999,'
+    b'"lines":[{"sku":"A-1001","quantity":2,"price":4999},{"sku":"B-2002","quantity":1,"price":3001}]},'
+    b'"customer":{"id":"c-48151623","locale":"de-DE"}}'
+).ljust(261)
+
+
+def submissions(
+    count: int, destination: Callable[[int], str], scheduled_at: Callable[[int], datetime], run: str
+) -> list[Submission]:
+    """`count` events of distinct ids; `destination` and `scheduled_at` are asked for each by its number."""
+    made = []
+    for n in range(count):
+        at, external_job_id = scheduled_at(n), f"{run}-{n}"
+        identity = event_id("bench", external_job_id, at)
+        made.append(Submission(identity, at, "bench", external_job_id, "HTTP", destination(n), PAYLOAD, None, 3, None))
+    return made
+
+
+def new_run() -> str:
+    """A prefix for external ids that no earlier run in the same database has used."""
+    return f"{random.getrandbits(40):010x}"
+
+
+def judged(expected: Sequence[Submission], arrivals: Sequence[tuple[str, float]]) -> dict[str, object]:
+    """Holds arrivals (event id, Unix time) against what was due: lost, duplicated, early, and the lateness."""
+    due = {submission.id: submission.scheduled_at.timestamp() for submission in expected}
+    counts = Counter(identity for identity, _ in arrivals)
+    lateness_s = [at - due[identity] for identity, at in arrivals if identity in due]
+    return {
+        "delivered": sum(identity in counts for identity in due),
+        "lost": sum(identity not in counts for identity in due),
+        "duplicated": sum(count - 1 for identity, count in counts.items() if identity in due),
+        "early": sum(late_s < 0 for late_s in lateness_s),
+        "lateness_ms": lateness(lateness_s),
+    }
+
+
+def lateness(seconds: Sequence[float]) -> dict[str, float | None]:
+    """The percentiles that every benchmark reports, in milliseconds; by nearest rank."""
+    ordered = sorted(seconds)
+    return {name: _percentile(ordered, share) for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float | None:
+    if not ordered:
+        return None
+    return round(1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)], 3)
+
+
+def spread(start: datetime, seconds: float, count: int) -> Callable[[int], datetime]:
+    """Times spread evenly over so many seconds from `start`."""
+    return lambda n: start + timedelta(microseconds=int(n * seconds / count * 1_000_000))
