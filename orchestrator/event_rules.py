@@ -39,7 +39,11 @@ _HEADER_VALUE = re.compile(HEADER_VALUE_PATTERN, re.DOTALL)
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 ScheduledAt = Annotated[datetime, msgspec.Meta(tz=True)]
-Retries = Annotated[int, msgspec.Meta(ge=0, le=MAX_RETRIES)]
+# To JSON, 3.0 is a whole number too.
+Retries = (
+    Annotated[int, msgspec.Meta(ge=0, le=MAX_RETRIES)]
+    | Annotated[float, msgspec.Meta(ge=0, le=MAX_RETRIES, multiple_of=1)]
+)
 RetryPolicy = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_-]{1,63}\Z")]
 
 
@@ -68,6 +72,10 @@ class SubmissionError(ValidationError):
     def __init__(self, errors: Sequence[tuple[str, str]]) -> None:
         self.errors = tuple(errors)
         super().__init__(*self.errors[0])
+
+
+class OutOfRangeError(SubmissionError):
+    """A submission whose only fault is a time that is never kept; see `scheduled_at_fault`."""
 
 
 class Wire(msgspec.Struct, forbid_unknown_fields=True):
@@ -100,15 +108,13 @@ def text_fault(text: str) -> str | None:
     return "expected no NUL character and no lone surrogate" if "\x00" in text else None
 
 
-def payload_fault(payload: msgspec.Raw, limits: Limits, suspect: bool) -> str | None:
+def payload_fault(payload: bytes, limits: Limits, suspect: bool) -> str | None:
     """`suspect`: the text that the payload came from holds a forbidden escape somewhere."""
-    size = len(memoryview(payload))
-    if size > limits.max_payload_bytes:
-        return f"expected at most {limits.max_payload_bytes} bytes of JSON, got {size}"
-    text = bytes(payload)
-    if deeper_than(text):
+    if len(payload) > limits.max_payload_bytes:
+        return f"expected at most {limits.max_payload_bytes} bytes of JSON, got {len(payload)}"
+    if deeper_than(payload):
         return f"expected at most {MAX_DEPTH} levels of nesting"
-    if suspect and has_forbidden_escape(text):
+    if suspect and has_forbidden_escape(payload):
         return r"expected no \u0000 and no lone surrogate in strings: PostgreSQL cannot read them"
     return None
 
@@ -169,7 +175,7 @@ def faults_of(text: bytes, limits: Limits, suspect: bool) -> list[tuple[str, str
 
 def _field_fault(name: str, raw: msgspec.Raw, limits: Limits, suspect: bool) -> str | None:
     if name == "payload":
-        return payload_fault(raw, limits, suspect)
+        return payload_fault(bytes(raw), limits, suspect)
     expected_type, expected = _EXPECTED[name]
     try:
         value = msgspec.json.decode(raw, type=expected_type)
@@ -198,8 +204,4 @@ def envelope_faults(text: bytes) -> list[tuple[str, str]]:
 
 def _unknown_field(name: str, known: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(name[:SHOWN_CHARS], known, 1)
-    return (
-        f"unknown field, did you mean {nearest[0]}?"
-        if nearest
-        else f"unknown field, not one of {', '.join(known)}"
-    )
+    return f"unknown field, did you mean {nearest[0]}?" if nearest else f"unknown field, not one of {', '.join(known)}"

@@ -16,12 +16,14 @@ from orchestrator.event_rules import (
     LATEST,
     JsonError,
     Limits,
+    OutOfRangeError,
     SubmissionError,
     Wire,
     envelope_faults,
     faults_of,
     headers_fault,
     payload_fault,
+    scheduled_at_fault,
 )
 from orchestrator.json_text import has_forbidden_escape, pruned, utf8_fault, with_nul_for_surrogates
 from orchestrator.urls import url_fault
@@ -29,6 +31,7 @@ from orchestrator.urls import url_fault
 __all__ = [
     "JsonError",
     "Limits",
+    "OutOfRangeError",
     "Submission",
     "SubmissionError",
     "copy_row",
@@ -62,6 +65,7 @@ _decode_wire = msgspec.json.Decoder(Wire).decode
 _decode_batch = msgspec.json.Decoder(_Batch).decode
 _decode_any = msgspec.json.Decoder(msgspec.Raw).decode
 _encode = msgspec.json.Encoder().encode
+_VARIANT = {f"{digit:x}": f"{digit & 0b0011 | 0b1000:x}" for digit in range(16)}
 _POSITION = re.compile(r" \(byte (\d+)\)$")
 
 
@@ -73,13 +77,13 @@ def event_id(source: str, external_job_id: str, scheduled_at: datetime) -> str:
     """
     micros = _micros(scheduled_at)
     name = source.encode()
-    digest = hashlib.sha256(b"%d:%d:%b%b" % (micros, len(name), name, external_job_id.encode())).digest()
+    digest = hashlib.sha256(b"%d:%d:%b%b" % (micros, len(name), name, external_job_id.encode())).hexdigest()
     return _uuid(micros // 1000, digest)
 
 
 def random_event_id(scheduled_at: datetime) -> str:
     """An id for an event without an external id: the millisecond of `scheduled_at`, then random bits."""
-    return _uuid(_micros(scheduled_at) // 1000, os.urandom(10))
+    return _uuid(_micros(scheduled_at) // 1000, os.urandom(10).hex())
 
 
 def _micros(at: datetime) -> int:
@@ -87,11 +91,10 @@ def _micros(at: datetime) -> int:
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
-def _uuid(millis: int, tail: bytes) -> str:
-    high = int.from_bytes(tail[:2], "big") & 0x0FFF | 0x7000
-    low = int.from_bytes(tail[2:10], "big") & 0x3FFF_FFFF_FFFF_FFFF | 0x8000_0000_0000_0000
-    text = f"{millis:012x}{high:04x}{low:016x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+def _uuid(millis: int, tail: str) -> str:
+    """The 48 bits of `millis`, then `tail`, hex digits, of which version and variant overwrite six bits."""
+    time = f"{millis:012x}"
+    return f"{time[:8]}-{time[8:]}-7{tail[1:4]}-{_VARIANT[tail[4]]}{tail[5:8]}-{tail[8:20]}"
 
 
 def parse_submission(raw: bytes, limits: Limits) -> Submission:
@@ -111,9 +114,7 @@ def parse_batch(raw: bytes, limits: Limits) -> list[Submission | ValidationError
     except RecursionError:
         items = _items(pruned(text))
     if not 1 <= len(items) <= limits.max_batch_events:
-        raise SubmissionError(
-            [("events", f"expected 1 to {limits.max_batch_events} events, got {len(items)}")]
-        )
+        raise SubmissionError([("events", f"expected 1 to {limits.max_batch_events} events, got {len(items)}")])
     results: list[Submission | ValidationError] = []
     for item in items:
         try:
@@ -156,14 +157,16 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
         _refuse(text, limits, suspect)
     at = wire.scheduled_at
     job = wire.external_job_id
+    payload = bytes(wire.payload)
     if (
-        not EARLIEST <= at <= LATEST
-        or url_fault(wire.destination)
-        or payload_fault(wire.payload, limits, suspect)
+        url_fault(wire.destination)
+        or payload_fault(payload, limits, suspect)
         or (wire.headers and headers_fault(wire.headers))
         or (suspect and ("\x00" in wire.source or "\x00" in (job or "")))
     ):
         _refuse(text, limits, suspect)
+    if not EARLIEST <= at <= LATEST:
+        raise OutOfRangeError([("scheduled_at", scheduled_at_fault(at) or "")])
     if at.tzinfo is not UTC:
         at = at.astimezone(UTC)
     return Submission(
@@ -173,9 +176,9 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
         job,
         "HTTP",
         wire.destination,
-        bytes(wire.payload),
+        payload,
         _encode(wire.headers) if wire.headers else None,
-        limits.max_retries if wire.max_retries is None else wire.max_retries,
+        limits.max_retries if wire.max_retries is None else int(wire.max_retries),
         wire.retry_policy,
     )
 
@@ -204,19 +207,20 @@ def _refuse(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> NoRetur
 
 def copy_row(s: Submission, n: int) -> bytes:
     """One line of COPY text, with its end: n, then the fields of the submission in their order."""
-    return b"%d\t%b\t%b\t%b\t%b\t%b\t%b\t%b\t%b\t%d\t%b\n" % (
-        n,
-        s.id.encode(),
-        s.scheduled_at.isoformat().encode(),
-        _escaped(s.source.encode()),
-        rb"\N" if s.external_job_id is None else _escaped(s.external_job_id.encode()),
-        _escaped(s.delivery_type.encode()),
-        _escaped(s.destination.encode()),
-        _escaped(s.payload),
-        rb"\N" if s.headers is None else _escaped(s.headers),
-        s.max_retries,
-        rb"\N" if s.retry_policy is None else _escaped(s.retry_policy.encode()),
-    )
+    job = r"\N" if s.external_job_id is None else _escaped_text(s.external_job_id)
+    headers = rb"\N" if s.headers is None else _escaped(s.headers)
+    policy = r"\N" if s.retry_policy is None else _escaped_text(s.retry_policy)
+    first = (
+        f"{n}\t{s.id}\t{s.scheduled_at.isoformat()}\t{_escaped_text(s.source)}\t{job}"
+        f"\t{_escaped_text(s.delivery_type)}\t{_escaped_text(s.destination)}\t"
+    ).encode()
+    return b"%b%b\t%b\t%d\t%b\n" % (first, _escaped(s.payload), headers, s.max_retries, policy.encode())
+
+
+def _escaped_text(field: str) -> str:
+    if field.isprintable() and "\\" not in field:
+        return field
+    return _escaped(field.encode()).decode()
 
 
 def _escaped(field: bytes) -> bytes:

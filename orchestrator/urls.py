@@ -28,8 +28,10 @@ _IPV6 = "|".join(
     )
 )
 _LABEL = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-# The last label starts with a letter, so that a mistyped address is not taken for a name.
-_LAST_LABEL = "[A-Za-z_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+# The last label is no number, not even 0x1f, so that a mistyped address is not taken for a name.
+_LAST_LABEL = (
+    "(?:[A-Za-z_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?|[0-9]{1,31}[A-WYZa-wyz_](?:[A-Za-z0-9_-]{0,30}[A-Za-z0-9_])?)"
+)
 _NAME = rf"(?:{_LABEL}\.)*{_LAST_LABEL}\.?"
 _PORT = "(?:6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
 _REST = r"(?:[/?](?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*)?"
@@ -75,7 +77,7 @@ def _why_not(url: str) -> str:
         return "expected a host after ://"
     if "#" in rest:
         return "expected no fragment: remove everything from # on"
-    if re.fullmatch(r"(?:\[[^]]*\]|[^:]*):(.*)", authority) and not re.fullmatch(rf".*:{_PORT}", authority):
+    if re.fullmatch(r"(?:\[[^]]*\]|[^:\[]*):.*", authority) and not re.fullmatch(rf".*:{_PORT}", authority):
         return "expected a port from 1 to 65535 after the host"
     if not re.fullmatch(rf"(?:{_NAME}|{_IPV4}|\[(?:{_IPV6})\])(?::{_PORT})?", authority):
         return "expected a host name, an IPv4 address or an IPv6 address in brackets"

@@ -1,0 +1,1 @@
+"""The HTTP API: submitting, reading and cancelling events, health and metrics."""

@@ -1,0 +1,126 @@
+"""The ASGI applications: the API, and health and metrics on their own when they have a port of their own."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from urllib.parse import unquote
+
+import msgspec
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import Message, Receive, Scope, Send
+
+from orchestrator.api.auth import Guard
+from orchestrator.api.events import EventRoutes
+from orchestrator.api.gather import gathering
+from orchestrator.api.health import Health
+from orchestrator.api.http import ClientGoneError
+from orchestrator.api.openapi import document
+from orchestrator.api.problems import as_problem
+from orchestrator.api.submit import SubmitBatch, SubmitOne
+from orchestrator.config import Settings
+from orchestrator.database import Database
+from orchestrator.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+
+class _Segment(Convertor[str]):
+    """One segment of a path, decoded only after the path was split: an external id may hold a slash, as %2F."""
+
+    regex = "[^/]+"
+
+    def convert(self, value: str) -> str:
+        return unquote(value)
+
+    def to_string(self, value: str) -> str:
+        raise NotImplementedError("paths are matched here, never made")
+
+
+class _EventId(_Segment):
+    """A segment that is not the name of another route, so that those answer 405 themselves."""
+
+    regex = "(?!(?:batch|statistics|external)$)[^/]+"
+
+
+register_url_convertor("segment", _Segment())
+register_url_convertor("event_id", _EventId())
+
+
+class Edge:
+    """The outermost layer: measures each request and turns every error into a problem document."""
+
+    def __init__(self, routes: Sequence[BaseRoute], metrics: Metrics) -> None:
+        self.routes = routes
+        self._router = Router(routes, redirect_slashes=False)
+        self._seconds = metrics.http_request_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
+        status = 0
+
+        async def noting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        # The router is to match what was sent; `_Segment` decodes the parts. With an app, it raises its 404 and 405.
+        scope["path"] = scope["raw_path"].decode("latin-1")
+        scope["app"] = self
+        try:
+            await self._router(scope, receive, noting_send)
+        except ClientGoneError:
+            status = 499
+        except Exception as error:
+            if status:
+                _log.exception("an answer broke off")
+                raise
+            problem = as_problem(error)
+            status = problem.status
+            await problem.send(scope, send)
+        finally:
+            route = scope.get("route")
+            pattern = route.path_format if isinstance(route, Route) else "none"
+            self._seconds(pattern, _method(scope), str(status)).observe(time.perf_counter() - began)
+
+
+def _method(scope: Scope) -> str:
+    """The method, from a small set: labels of metrics are kept for ever."""
+    method: str = scope["method"]
+    return method if method in ("GET", "POST", "DELETE", "HEAD", "PUT", "PATCH", "OPTIONS") else "other"
+
+
+@asynccontextmanager
+async def api_app(settings: Settings, database: Database, metrics: Metrics, health: Health) -> AsyncIterator[Edge]:
+    """The API, with what runs behind it. Health and metrics are part of it unless they have their own port."""
+    guard = Guard(settings, database)
+    events = EventRoutes(guard, database)
+    described = msgspec.json.encode(document(settings))
+
+    async def openapi(request: Request) -> Response:
+        return Response(described, media_type="application/json")
+
+    async with gathering(database) as gatherer:
+        routes = [
+            Route("/api/v1/events", SubmitOne(settings, guard, gatherer, metrics), methods=["POST"]),
+            Route("/api/v1/events/batch", SubmitBatch(settings, guard, database, metrics), methods=["POST"]),
+            Route("/api/v1/events/statistics", events.statistics, methods=["GET"]),
+            Route("/api/v1/events/external/{external_job_id:segment}", events.newest, methods=["GET", "DELETE"]),
+            Route("/api/v1/events/external/{external_job_id:segment}/all", events.all, methods=["GET"]),
+            Route("/api/v1/events/{id:event_id}", events.event, methods=["GET", "DELETE"]),
+            Route("/openapi.json", openapi, methods=["GET"]),
+        ]
+        if settings.management_port is None:
+            routes += health.routes()
+        yield Edge(routes, metrics)
+
+
+def management_app(health: Health, metrics: Metrics) -> Edge:
+    """Health and metrics alone: for MANAGEMENT_SERVER_PORT, and for processes without an API."""
+    return Edge(health.routes(), metrics)

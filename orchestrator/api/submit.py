@@ -1,0 +1,137 @@
+"""POST /api/v1/events and /api/v1/events/batch, written straight over ASGI: these two carry the load."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from orchestrator.api.auth import Guard
+from orchestrator.api.gather import Gatherer, submit_all
+from orchestrator.api.http import read_json, send_json
+from orchestrator.api.problems import Problem
+from orchestrator.config import Settings
+from orchestrator.database import Database, Submitted
+from orchestrator.errors import ValidationError
+from orchestrator.events import Submission, parse_batch, parse_submission
+from orchestrator.metrics import Metrics
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Answer(msgspec.Struct):
+    """What a client is told of an event that is kept. `status` is ``duplicate`` if it was kept before."""
+
+    id: str
+    external_job_id: str | None
+    scheduled_at: str
+    status: str
+    duplicate: bool
+
+
+class ItemAnswer(msgspec.Struct):
+    index: int
+    id: str
+    status: str
+    duplicate: bool
+
+
+class Fault(msgspec.Struct):
+    field: str
+    reason: str
+
+
+class ItemRefusal(msgspec.Struct):
+    index: int
+    error: Fault
+
+
+class BatchAnswer(msgspec.Struct):
+    accepted: int
+    duplicates: int
+    rejected: int
+    results: list[ItemAnswer | ItemRefusal]
+
+
+class SubmitOne:
+    """Keeps one event: 201, or 200 if it was kept before."""
+
+    def __init__(self, settings: Settings, guard: Guard, gatherer: Gatherer, metrics: Metrics) -> None:
+        self._settings = settings
+        self._guard = guard
+        self._gatherer = gatherer
+        self._received = metrics.events_received_total("http")
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._guard.require(scope, "submit")
+        raw = await read_json(scope, receive, self._settings.max_body_bytes)
+        self._received.inc()
+        try:
+            submission = parse_submission(raw, self._settings)
+            kept = await self._gatherer.submit(submission)
+            if kept.result == "refused":
+                raise _refusal(kept)
+        except (ValidationError, Problem):
+            self._metrics.events_rejected_total.inc()
+            raise
+        duplicate = kept.result == "duplicate"
+        if duplicate:
+            self._metrics.events_duplicate_total.inc()
+        answer = Answer(
+            kept.id,
+            submission.external_job_id,
+            submission.scheduled_at.isoformat(),
+            "duplicate" if duplicate else "scheduled",
+            duplicate,
+        )
+        location = (b"location", b"/api/v1/events/" + kept.id.encode())
+        await send_json(send, 200 if duplicate else 201, _encode(answer), location)
+
+
+class SubmitBatch:
+    """Keeps many events in one transaction, with a result for each."""
+
+    def __init__(self, settings: Settings, guard: Guard, database: Database, metrics: Metrics) -> None:
+        self._settings = settings
+        self._guard = guard
+        self._database = database
+        self._received = metrics.events_received_total("http")
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._guard.require(scope, "submit")
+        raw = await read_json(scope, receive, self._settings.max_body_bytes)
+        items = parse_batch(raw, self._settings)
+        self._received.inc(len(items))
+        valid = [item for item in items if isinstance(item, Submission)]
+        answer = _batch_answer(items, await submit_all(self._database, valid) if valid else [])
+        self._metrics.events_duplicate_total.inc(answer.duplicates)
+        self._metrics.events_rejected_total.inc(answer.rejected)
+        await send_json(send, 200, _encode(answer))
+
+
+def _batch_answer(items: list[Submission | ValidationError], kept: list[Submitted]) -> BatchAnswer:
+    answer = BatchAnswer(0, 0, 0, [])
+    results = iter(kept)
+    for index, item in enumerate(items):
+        if isinstance(item, ValidationError):
+            fault = Fault(item.field, item.reason)
+        else:
+            event_id, result, field, reason = next(results)
+            if result == "accepted":
+                answer.accepted += 1
+                answer.results.append(ItemAnswer(index, event_id, "scheduled", False))
+                continue
+            if result == "duplicate":
+                answer.duplicates += 1
+                answer.results.append(ItemAnswer(index, event_id, "duplicate", True))
+                continue
+            fault = Fault(field or "body", reason or "refused by the database")
+        answer.rejected += 1
+        answer.results.append(ItemRefusal(index, fault))
+    return answer
+
+
+def _refusal(kept: Submitted) -> Problem:
+    field, reason = kept.field or "body", kept.reason or "refused by the database"
+    return Problem("refused", f"{field}: {reason}", errors=[(field, reason)])

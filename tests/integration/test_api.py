@@ -1,0 +1,359 @@
+"""Submitting, reading and cancelling over HTTP, on a real server and a real database."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import psycopg
+import pytest
+
+from orchestrator.database import Database
+from orchestrator.events import event_id
+from tests.conftest import MakeSettings
+from tests.integration.api_support import assert_problem, fields, free_port, running_api, submission, tomorrow
+
+
+@pytest.fixture
+async def client(settings: MakeSettings) -> AsyncIterator[httpx.AsyncClient]:
+    chosen = settings(
+        SERVER_PORT=str(free_port()), MAX_BODY_BYTES="100000", MAX_PAYLOAD_BYTES="50000", MAX_BATCH_EVENTS="20"
+    )
+    async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
+        yield client
+
+
+async def submit(client: httpx.AsyncClient, **changes: Any) -> str:
+    response = await client.post("/api/v1/events", json=submission(**changes))
+    assert response.status_code == 201, response.text
+    found: str = response.json()["id"]
+    return found
+
+
+async def test_a_submission_is_kept_and_can_be_read_where_location_says(client: httpx.AsyncClient) -> None:
+    at = tomorrow()
+    sent = submission(external_job_id="job-1", scheduled_at=at.isoformat(), headers={"X-A": "é"}, max_retries=7)
+    response = await client.post("/api/v1/events", json=sent)
+    assert response.status_code == 201
+    expected_id = event_id("orders", "job-1", at)
+    assert response.json() == {
+        "id": expected_id,
+        "external_job_id": "job-1",
+        "scheduled_at": at.isoformat(),
+        "status": "scheduled",
+        "duplicate": False,
+    }
+    event = (await client.get(response.headers["location"])).json()
+    assert event["id"] == expected_id
+    assert event["status"] == "scheduled"
+    assert (event["payload"], event["headers"], event["max_retries"]) == ({"a": 1}, {"X-A": "é"}, 7)
+    assert event["outcomes"] == []
+
+
+async def test_submitting_again_changes_nothing_and_says_so(client: httpx.AsyncClient) -> None:
+    sent = submission(external_job_id="job-1")
+    first = await client.post("/api/v1/events", json=sent)
+    second = await client.post("/api/v1/events", json=sent | {"payload": "other"})
+    assert (first.status_code, second.status_code) == (201, 200)
+    assert second.json() == first.json() | {"status": "duplicate", "duplicate": True}
+    assert (await client.get(second.headers["location"])).json()["payload"] == {"a": 1}
+
+
+async def test_submissions_without_an_external_id_are_never_duplicates(client: httpx.AsyncClient) -> None:
+    assert await submit(client) != await submit(client)
+
+
+async def test_the_payload_is_kept_byte_for_byte(client: httpx.AsyncClient) -> None:
+    payload = '{ "b":1.50,\t"a" : 1e2, "a": "\\u00e9\\\\n" }'
+    raw = json.dumps(submission()).replace('{"a": 1}', payload).encode()
+    response = await client.post("/api/v1/events", content=raw, headers={"content-type": "application/json"})
+    assert response.status_code == 201
+    assert payload in (await client.get(response.headers["location"])).text
+
+
+async def test_many_concurrent_submissions_are_each_kept_once(client: httpx.AsyncClient) -> None:
+    at = tomorrow().isoformat()
+    sent = [submission(external_job_id=f"job-{n % 50}", scheduled_at=at) for n in range(100)]
+    responses = await asyncio.gather(*(client.post("/api/v1/events", json=one) for one in sent))
+    assert sorted(response.status_code for response in responses) == [200] * 50 + [201] * 50
+    assert len({response.json()["id"] for response in responses}) == 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"source": ""}, "source"),
+        ({"scheduled_at": "2030-01-31T09:00:00"}, "scheduled_at"),
+        ({"destination": "http://user:secret@example.com/"}, "destination"),
+        ({"payload": "\x00"}, "payload"),
+        ({"max_retries": 101}, "max_retries"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+async def test_a_broken_rule_is_a_422_that_names_the_field(
+    client: httpx.AsyncClient, changes: dict[str, Any], field: str
+) -> None:
+    response = await client.post("/api/v1/events", json=submission(**changes))
+    problem = assert_problem(response, 422, "validation")
+    assert fields(problem) == {field}
+    assert problem["instance"] == "/api/v1/events"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"scheduled_at": "2199-01-31T09:00:00Z"}, "scheduled_at"),
+        ({"scheduled_at": "1970-01-01T00:00:00Z"}, "scheduled_at"),
+        ({"scheduled_at": "1969-12-31T23:59:59Z"}, "scheduled_at"),
+        ({"scheduled_at": "9999-12-31T23:59:59-01:00"}, "scheduled_at"),
+        ({"retry_policy": "nobody_made_this"}, "retry_policy"),
+    ],
+)
+async def test_what_this_installation_cannot_keep_just_now_is_a_409_that_names_the_field(
+    client: httpx.AsyncClient, changes: dict[str, Any], field: str
+) -> None:
+    response = await client.post("/api/v1/events", json=submission(**changes))
+    assert fields(assert_problem(response, 409, "refused")) == {field}
+
+
+async def test_malformed_json_is_a_400_that_says_where(client: httpx.AsyncClient) -> None:
+    headers = {"content-type": "application/json"}
+    for path in ("/api/v1/events", "/api/v1/events/batch"):
+        response = await client.post(path, content=b'{"source": }', headers=headers)
+        assert "byte 11" in assert_problem(response, 400, "malformed-json")["detail"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"content-type": "text/plain"},
+        {"content-type": "application/json; charset=latin-1"},
+        {"content-type": "application/json", "content-encoding": "gzip"},
+    ],
+)
+async def test_a_body_that_is_not_declared_as_plain_json_is_a_415(
+    client: httpx.AsyncClient, headers: dict[str, str]
+) -> None:
+    content = json.dumps(submission()).encode()
+    assert_problem(await client.post("/api/v1/events", content=content, headers=headers), 415, "unsupported-media-type")
+
+
+async def test_json_may_be_declared_with_its_charset(client: httpx.AsyncClient) -> None:
+    headers = {"content-type": 'Application/JSON; charset="UTF-8"'}
+    content = json.dumps(submission()).encode()
+    assert (await client.post("/api/v1/events", content=content, headers=headers)).status_code == 201
+
+
+async def test_a_body_beyond_the_limit_is_a_413_whether_or_not_its_length_is_declared(
+    client: httpx.AsyncClient,
+) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(200):
+            yield b" " * 1000
+
+    headers = {"content-type": "application/json"}
+    for content in (b" " * 100_001, chunks()):
+        assert_problem(await client.post("/api/v1/events", content=content, headers=headers), 413, "too-large")
+
+
+async def test_a_body_may_come_in_chunks(client: httpx.AsyncClient) -> None:
+    raw = json.dumps(submission()).encode()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for byte in raw:
+            yield bytes([byte])
+
+    response = await client.post("/api/v1/events", content=chunks(), headers={"content-type": "application/json"})
+    assert response.status_code == 201
+
+
+async def test_a_batch_has_a_result_for_each_item_and_a_bad_one_fails_no_other(client: httpx.AsyncClient) -> None:
+    kept = submission(external_job_id="kept-before")
+    kept_id = await submit(client, **kept)
+    items: list[Any] = [submission(), submission(source=""), kept, 7, submission(scheduled_at="2199-01-31T09:00:00Z")]
+    response = await client.post("/api/v1/events/batch", json={"events": [*items, submission()]})
+    assert response.status_code == 200
+    answer = response.json()
+    assert (answer["accepted"], answer["duplicates"], answer["rejected"]) == (2, 1, 3)
+    results = answer["results"]
+    assert [result["index"] for result in results] == [0, 1, 2, 3, 4, 5]
+    assert [result.get("error", {}).get("field") for result in results] == [
+        None,
+        "source",
+        None,
+        "body",
+        "scheduled_at",
+        None,
+    ]
+    assert results[2] == {"index": 2, "id": kept_id, "status": "duplicate", "duplicate": True}
+    for index in (0, 5):
+        assert (await client.get(f"/api/v1/events/{results[index]['id']}")).status_code == 200
+
+
+async def test_an_item_twice_in_a_batch_is_kept_once(client: httpx.AsyncClient) -> None:
+    item = submission(external_job_id="twice")
+    answer = (await client.post("/api/v1/events/batch", json={"events": [item, item]})).json()
+    assert (answer["accepted"], answer["duplicates"]) == (1, 1)
+    assert answer["results"][0]["id"] == answer["results"][1]["id"]
+
+
+@pytest.mark.parametrize("body", [[], {}, {"events": []}, {"events": 1}, {"events": [{}] * 21}, {"events": [], "a": 1}])
+async def test_a_wrong_envelope_is_a_422(client: httpx.AsyncClient, body: Any) -> None:
+    assert_problem(await client.post("/api/v1/events/batch", json=body), 422, "validation")
+
+
+async def test_the_newest_event_of_an_external_id_is_the_one_scheduled_last(client: httpx.AsyncClient) -> None:
+    at = tomorrow()
+    for hours in (1, 3, 2):
+        await submit(client, external_job_id="j", scheduled_at=(at + timedelta(hours=hours)).isoformat())
+    event = (await client.get("/api/v1/events/external/j")).json()
+    assert event["id"] == event_id("orders", "j", at + timedelta(hours=3))
+
+
+@pytest.mark.parametrize("job", ["a/b", "all", "a b", "é😀", "%2F", "..", "a?b#c", "x" * 200])
+async def test_an_external_id_may_hold_any_character(client: httpx.AsyncClient, job: str) -> None:
+    kept = await submit(client, external_job_id=job)
+    path = f"/api/v1/events/external/{quote(job, safe='').replace('.', '%2E')}"
+    assert (await client.get(path)).json()["id"] == kept
+    assert [event["id"] for event in (await client.get(f"{path}/all")).json()["events"]] == [kept]
+
+
+async def test_pages_hold_every_event_once_newest_first(client: httpx.AsyncClient) -> None:
+    at = tomorrow()
+    # Two of each share an instant, so that a page can end between them.
+    kept = {
+        await submit(
+            client, external_job_id="j", source=f"s{n}", scheduled_at=(at + timedelta(hours=n // 2)).isoformat()
+        )
+        for n in range(7)
+    }
+    seen: list[dict[str, Any]] = []
+    query: dict[str, str] = {"limit": "3"}
+    while True:
+        page = (await client.get("/api/v1/events/external/j/all", params=query)).json()
+        seen += page["events"]
+        if page["next"] is None:
+            break
+        assert len(page["events"]) == 3
+        query["cursor"] = page["next"]
+    assert len(seen) == 7
+    assert {event["id"] for event in seen} == kept
+    places = [(event["scheduled_at"], event["id"]) for event in seen]
+    assert places == sorted(places, reverse=True)
+
+
+async def test_an_unknown_external_id_is_a_404_and_its_list_is_empty(client: httpx.AsyncClient) -> None:
+    assert_problem(await client.get("/api/v1/events/external/nobody"), 404, "not-found")
+    assert_problem(await client.delete("/api/v1/events/external/nobody"), 404, "not-found")
+    assert (await client.get("/api/v1/events/external/nobody/all")).json() == {"events": [], "next": None}
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "%00", "AAAA", "WzEsMl0", "WyIyMDI2LTAxLTAxIiwieCJd"])
+async def test_a_cursor_that_was_not_given_out_is_a_400_that_names_it(client: httpx.AsyncClient, cursor: str) -> None:
+    response = await client.get(f"/api/v1/events/external/j/all?cursor={cursor}")
+    assert fields(assert_problem(response, 400, "bad-cursor")) == {"cursor"}
+
+
+@pytest.mark.parametrize("limit", ["0", "1001", "-1", "x", "", "1.5", "9" * 50, "١"])
+async def test_a_limit_out_of_bounds_is_a_422(client: httpx.AsyncClient, limit: str) -> None:
+    response = await client.get("/api/v1/events/external/j/all", params={"limit": limit})
+    assert fields(assert_problem(response, 422, "validation")) == {"limit"}
+
+
+@pytest.mark.parametrize("path", ["/api/v1/events/not-a-uuid", "/api/v1/events/%00", "/api/v1/events/1"])
+async def test_an_id_that_is_not_a_uuid_is_a_422(client: httpx.AsyncClient, path: str) -> None:
+    for method in ("GET", "DELETE"):
+        assert fields(assert_problem(await client.request(method, path), 422, "validation")) == {"id"}
+
+
+@pytest.mark.parametrize("job", ["%00", "x" * 201])
+async def test_an_impossible_external_id_is_a_422(client: httpx.AsyncClient, job: str) -> None:
+    response = await client.get(f"/api/v1/events/external/{job}")
+    assert fields(assert_problem(response, 422, "validation")) == {"external_job_id"}
+
+
+async def test_an_unknown_event_is_a_404(client: httpx.AsyncClient) -> None:
+    for unknown in ("019c1347-d2fb-705e-a717-2a27dd38d28f", "4fc0a1d5-1d3f-4d57-9ac4-1bb3b1d0b0c5"):
+        for method in ("GET", "DELETE"):
+            assert_problem(await client.request(method, f"/api/v1/events/{unknown}"), 404, "not-found")
+
+
+async def test_cancelling_is_told_of_and_may_be_repeated(client: httpx.AsyncClient) -> None:
+    kept = await submit(client)
+    first = await client.delete(f"/api/v1/events/{kept.upper()}")
+    assert first.status_code == 200
+    assert first.json() == {"id": kept, "result": "cancelled", "status": "cancelled"}
+    second = await client.delete(f"/api/v1/events/{kept}")
+    assert second.json() == {"id": kept, "result": "already_cancelled", "status": "cancelled"}
+    event = (await client.get(f"/api/v1/events/{kept}")).json()
+    assert event["status"] == "cancelled"
+    assert [outcome["result"] for outcome in event["outcomes"]] == ["cancelled"]
+
+
+def claim_everything_due(database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        assert connection.execute("select * from orchestrator.claim_due_events(100)").fetchall()
+
+
+async def test_an_event_in_flight_is_not_cancelled_and_the_answer_says_which(
+    client: httpx.AsyncClient, database_url: str
+) -> None:
+    due = datetime.now(UTC)
+    kept = await submit(client, external_job_id="j", scheduled_at=due.isoformat())
+    await asyncio.to_thread(claim_everything_due, database_url)
+    problem = assert_problem(await client.delete(f"/api/v1/events/{kept}"), 409, "not-cancellable")
+    assert (problem["id"], problem["event_status"]) == (kept, "in_flight")
+    problem = assert_problem(await client.delete("/api/v1/events/external/j"), 409, "not-cancellable")
+    assert problem["events"] == [{"id": kept, "result": "in_flight", "status": "in_flight"}]
+
+
+async def test_cancelling_an_external_id_cancels_all_that_can_be(client: httpx.AsyncClient, database_url: str) -> None:
+    due = datetime.now(UTC)
+    running = await submit(client, external_job_id="j", scheduled_at=due.isoformat())
+    await asyncio.to_thread(claim_everything_due, database_url)
+    waiting = await submit(client, external_job_id="j")
+    response = await client.delete("/api/v1/events/external/j")
+    assert response.status_code == 200
+    assert {(event["id"], event["result"]) for event in response.json()["events"]} == {
+        (running, "in_flight"),
+        (waiting, "cancelled"),
+    }
+
+
+async def test_statistics_count_the_events_by_state(client: httpx.AsyncClient) -> None:
+    await submit(client)
+    await client.delete(f"/api/v1/events/{await submit(client)}")
+    statistics = (await client.get("/api/v1/events/statistics")).json()
+    assert statistics["scheduled"] == 1
+    assert (statistics["totals"]["accepted"], statistics["totals"]["cancelled"]) == (2, 1)
+
+
+@pytest.mark.parametrize("path", ["/", "/api/v1/events/", "/api/v1/event", "/api/v1/events/external", "/%00"])
+async def test_an_unknown_path_is_a_404_problem(client: httpx.AsyncClient, path: str) -> None:
+    assert_problem(await client.get(path), 404, "not-found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/api/v1/events", {"POST"}),
+        ("GET", "/api/v1/events/batch", {"POST"}),
+        ("DELETE", "/api/v1/events/statistics", {"GET", "HEAD"}),
+        ("PATCH", "/api/v1/events/019c1347-d2fb-705e-a717-2a27dd38d28f", {"GET", "HEAD", "DELETE"}),
+        ("POST", "/api/v1/events/external/j", {"GET", "HEAD", "DELETE"}),
+        ("DELETE", "/api/v1/events/external/j/all", {"GET", "HEAD"}),
+        ("POST", "/health", {"GET", "HEAD"}),
+    ],
+)
+async def test_a_wrong_method_is_a_405_that_lists_the_right_ones(
+    client: httpx.AsyncClient, method: str, path: str, allowed: set[str]
+) -> None:
+    response = await client.request(method, path)
+    assert_problem(response, 405, "method-not-allowed")
+    assert set(response.headers["allow"].split(", ")) == allowed

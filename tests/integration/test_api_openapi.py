@@ -1,0 +1,97 @@
+"""The OpenAPI document is true: a fuzzer that believes it finds no answer that it does not describe."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from starlette.routing import Route
+
+from orchestrator.api.app import api_app
+from orchestrator.api.auth import key_hash, new_key
+from orchestrator.api.health import Health
+from orchestrator.api.openapi import document
+from orchestrator.config import Settings
+from orchestrator.database import Database
+from orchestrator.events import parse_submission
+from orchestrator.metrics import Metrics
+from tests.conftest import MakeSettings
+from tests.integration.api_support import free_port, running_api
+
+CONFIGURATION = Path(__file__).parents[1] / "schemathesis.toml"
+EXAMPLES = 10
+
+
+async def fuzz(settings: Settings, directory: Path, *arguments: str) -> tuple[int, str]:
+    """Runs schemathesis against the server of these settings; its exit status and what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "schemathesis.cli", "--config-file", str(CONFIGURATION), "run", "--no-color"),
+        *("--max-examples", str(EXAMPLES), *arguments),
+        f"http://127.0.0.1:{settings.server_port}/openapi.json",
+        cwd=directory,
+        env={**os.environ, "NO_PROXY": "127.0.0.1"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    printed, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, printed.decode()
+
+
+@pytest.mark.timeout(600)
+async def test_every_answer_of_an_open_api_is_described(settings: MakeSettings, tmp_path: Path) -> None:
+    chosen = settings(SERVER_PORT=str(free_port()))
+    async with Database(chosen, role="api") as database, running_api(chosen, database):
+        status, printed = await fuzz(chosen, tmp_path)
+    assert status == 0, printed
+
+
+@pytest.mark.timeout(600)
+async def test_every_answer_of_an_api_that_needs_keys_is_described(settings: MakeSettings, tmp_path: Path) -> None:
+    chosen = settings(SERVER_PORT=str(free_port()), ALLOW_ANONYMOUS="false")
+    key = new_key()
+    async with Database(chosen, role="api") as database:
+        await database.create_api_key("fuzzer", key_hash(key), ["admin"])
+        async with running_api(chosen, database):
+            authorization = f"Authorization: Bearer {key}"
+            status, printed = await fuzz(chosen, tmp_path, "--header", authorization, "--phases", "coverage,fuzzing")
+    assert status == 0, printed
+
+
+@pytest.mark.parametrize("management", [{}, {"MANAGEMENT_SERVER_PORT": "8081"}])
+async def test_the_document_lists_exactly_the_routes_there_are(
+    settings: MakeSettings, management: dict[str, str]
+) -> None:
+    chosen = settings(**management)
+    metrics = Metrics(chosen)
+    async with (
+        Database(chosen, role="api") as database,
+        api_app(chosen, database, metrics, Health(database, metrics)) as app,
+    ):
+        routes = {
+            (route.path_format, method)
+            for route in app.routes
+            if isinstance(route, Route)
+            for method in (route.methods or set()) - {"HEAD"}
+        }
+    described = {
+        (path, method.upper()) for path, operations in document(chosen)["paths"].items() for method in operations
+    }
+    assert described == routes
+
+
+def test_the_example_is_a_submission(settings: MakeSettings) -> None:
+    chosen = settings(DATABASE_URL="postgresql://localhost/none")
+    (example,) = document(chosen)["components"]["schemas"]["Submission"]["examples"]
+    assert parse_submission(json.dumps(example).encode(), chosen).source == example["source"]
+
+
+def test_the_document_asks_for_keys_just_when_the_api_does(settings: MakeSettings) -> None:
+    url = "postgresql://localhost/none"
+    assert {} in document(settings(DATABASE_URL=url))["security"]
+    assert {} not in document(settings(DATABASE_URL=url, ENVIRONMENT="production"))["security"]

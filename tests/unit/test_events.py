@@ -1,0 +1,403 @@
+"""The submission: what is let in, what is refused and why, its id and its line in a COPY."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.errors import ValidationError
+from orchestrator.events import (
+    JsonError,
+    Submission,
+    SubmissionError,
+    copy_row,
+    event_id,
+    parse_batch,
+    parse_submission,
+    random_event_id,
+)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    max_payload_bytes: int = 1000
+    max_batch_events: int = 10
+    max_retries: int = 3
+
+
+BOUNDS = Bounds()
+MINIMAL = {
+    "source": "orders",
+    "scheduled_at": "2026-01-31T09:00:00.123456Z",
+    "destination": "https://example.com/hook",
+    "payload": {"a": 1},
+}
+times = st.integers(0, 84_371 * 86_400_000_000 - 1).map(
+    lambda micros: datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=micros)
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def body(**changes: Any) -> bytes:
+    return json.dumps({**MINIMAL, **changes}).encode()
+
+
+def without(field: str) -> bytes:
+    return json.dumps({name: value for name, value in MINIMAL.items() if name != field}).encode()
+
+
+def errors_of(raw: bytes) -> dict[str, str]:
+    with pytest.raises(SubmissionError) as caught:
+        parse_submission(raw, BOUNDS)
+    return dict(caught.value.errors)
+
+
+def test_the_least_submission_gets_the_defaults() -> None:
+    submission = parse_submission(body(), BOUNDS)
+    assert submission.scheduled_at == datetime(2026, 1, 31, 9, 0, 0, 123456, tzinfo=UTC)
+    assert (submission.source, submission.delivery_type, submission.max_retries) == ("orders", "HTTP", 3)
+    assert (submission.external_job_id, submission.headers, submission.retry_policy) == (None, None, None)
+
+
+def test_every_field_is_kept() -> None:
+    submission = parse_submission(
+        body(
+            external_job_id="job-1",
+            delivery_type="HTTP",
+            headers={"X-Tenant": "a"},
+            max_retries=0,
+            retry_policy="fast_1",
+        ),
+        BOUNDS,
+    )
+    assert submission.external_job_id == "job-1"
+    assert submission.headers == b'{"X-Tenant":"a"}'
+    assert (submission.max_retries, submission.retry_policy) == (0, "fast_1")
+
+
+def test_null_is_the_same_as_absent_for_optional_fields() -> None:
+    optional = ("external_job_id", "delivery_type", "headers", "max_retries", "retry_policy")
+    submission = parse_submission(body(**dict.fromkeys(optional)), BOUNDS)
+    assert (submission.external_job_id, submission.max_retries) == (None, 3)
+
+
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    assert repr(parse_submission(body(max_retries=7.0), BOUNDS).max_retries) == "7"
+
+
+def test_the_payload_keeps_the_bytes_that_were_sent() -> None:
+    raw = body().replace(b'{"a": 1}', b'{ "b":1.50,\n\t"a" : 1e2, "b": "\\u00e9" }')
+    assert parse_submission(raw, BOUNDS).payload == b'{ "b":1.50,\n\t"a" : 1e2, "b": "\\u00e9" }'
+
+
+@given(payload=json_values)
+def test_any_json_value_without_nul_and_lone_surrogates_is_a_payload(payload: Any) -> None:
+    text = json.dumps(payload)
+    allowed = "\\u0000" not in text.replace("\\\\", "") and len(text) <= BOUNDS.max_payload_bytes
+    if allowed:
+        assert json.loads(parse_submission(body(payload=payload), BOUNDS).payload) == payload
+    else:
+        assert list(errors_of(body(payload=payload))) == ["payload"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("2026-01-31T10:30:00+01:30", datetime(2026, 1, 31, 9, tzinfo=UTC)),
+        ("2026-01-31t09:00:00.5z", datetime(2026, 1, 31, 9, 0, 0, 500000, tzinfo=UTC)),
+        ("2026-01-31T09:00:00-00:00", datetime(2026, 1, 31, 9, tzinfo=UTC)),
+        ("1970-01-01T00:00:00Z", datetime(1970, 1, 1, tzinfo=UTC)),
+        ("2200-12-31T23:59:59.999999Z", datetime(2200, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)),
+    ],
+)
+def test_times_are_kept_to_the_microsecond_in_utc(text: str, kept: datetime) -> None:
+    at = parse_submission(body(scheduled_at=text), BOUNDS).scheduled_at
+    assert at == kept
+    assert at.tzinfo is UTC
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "2026-01-31T09:00:00",
+        "2026-01-31",
+        "2026-02-30T00:00:00Z",
+        "2016-12-31T23:59:60Z",
+        "2026-01-31T24:00:00Z",
+        "2026-01-31T09:00:00+24:00",
+        "1969-12-31T23:59:59.999999Z",
+        "2201-01-01T00:00:00Z",
+        "0001-01-01T00:00:00+01:00",
+        "9999-12-31T23:59:59-01:00",
+        "tomorrow",
+        "",
+        1769850000,
+        None,
+    ],
+)
+def test_a_time_that_is_not_clear_or_not_in_range_is_refused(at: Any) -> None:
+    assert list(errors_of(body(scheduled_at=at))) == ["scheduled_at"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("source", ""),
+        ("source", "s" * 201),
+        ("source", None),
+        ("source", 7),
+        ("source", "a\x00b"),
+        ("source", "a\ud800b"),
+        ("external_job_id", ""),
+        ("external_job_id", "j" * 201),
+        ("external_job_id", "\x00"),
+        ("delivery_type", "KAFKA"),
+        ("delivery_type", "http"),
+        ("max_retries", -1),
+        ("max_retries", 101),
+        ("max_retries", 1.5),
+        ("max_retries", "3"),
+        ("max_retries", True),
+        ("retry_policy", "Fast"),
+        ("retry_policy", "fast\n"),
+        ("retry_policy", ""),
+        ("headers", []),
+        ("headers", {"A": 1}),
+        ("headers", {"": "a"}),
+        ("headers", {"a b": "a"}),
+        ("headers", {"X-A\n": "a"}),
+        ("headers", {"X-A": "a\r\nHost: b"}),
+        ("headers", {"X-A": "a\n"}),
+        ("headers", {"X-A": "\x00"}),
+        ("headers", {"X-A": "a" * 4097}),
+        ("headers", {"X-A": "1", "x-a": "2"}),
+        ("headers", {"Host": "a"}),
+        ("headers", {"Transfer-Encoding": "chunked"}),
+        ("headers", {"WebHook-Signature": "v1,forged"}),
+        ("headers", {f"X-{n}": "a" for n in range(21)}),
+        ("payload", "\x00"),
+        ("payload", {"a": ["\ud83d"]}),
+        ("payload", {"\udc00": 1}),
+        ("payload", "a" * 999),
+    ],
+)
+def test_a_broken_rule_names_its_field(field: str, value: Any) -> None:
+    assert list(errors_of(body(**{field: value}))) == [field]
+
+
+@pytest.mark.parametrize("field", list(MINIMAL))
+def test_a_missing_field_is_named(field: str) -> None:
+    assert errors_of(without(field))[field].startswith("required")
+
+
+def test_all_broken_rules_are_reported_at_once() -> None:
+    raw = body(source="", destination="ftp://a", sheduled_at="x", max_retries=-1)
+    assert set(errors_of(raw)) == {"source", "destination", "sheduled_at", "max_retries"}
+
+
+def test_an_unknown_field_is_refused_with_the_likely_name() -> None:
+    assert "did you mean scheduled_at?" in errors_of(body(sheduled_at="x"))["sheduled_at"]
+
+
+def test_a_refused_value_is_quoted_but_never_at_length() -> None:
+    (reason,) = errors_of(body(max_retries="9" * 5000)).values()
+    assert '"999' in reason
+    assert len(reason) < 300
+
+
+def test_a_submission_of_nothing_but_mistakes_gets_a_short_list() -> None:
+    raw = json.dumps({f"field_{n}": n for n in range(100_000)}).encode()
+    assert len(errors_of(raw)) == 20
+
+
+def test_a_field_given_twice_takes_the_last_or_is_refused() -> None:
+    assert parse_submission(body()[:-1] + b',"source":"b"}', BOUNDS).source == "b"
+    assert errors_of(body(source="")[:-1] + b',"source":"b"}') == {"body": "expected each field once"}
+
+
+@pytest.mark.parametrize("raw", [b"[]", b"null", b'"text"', b"1"])
+def test_a_submission_is_an_object(raw: bytes) -> None:
+    assert list(errors_of(raw)) == ["body"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "position"),
+    [
+        (b"", 0),
+        (b'{"source": "a"', 14),
+        (b'{"source": 1, "x" 2}', 18),
+        (b'{"source": "a"} {}', 17),
+        (b'{"payload": "\xff"}', 13),
+        (b'{"payload": "\xed\xa0\x80"}', 13),
+        (b'{"payload": 01}', 13),
+        (b'{"payload": "\n"}', 13),
+        (b"\xef\xbb\xbf{}", 0),
+    ],
+)
+def test_malformed_json_is_refused_with_its_position(raw: bytes, position: int) -> None:
+    with pytest.raises(JsonError) as caught:
+        parse_submission(raw, BOUNDS)
+    assert caught.value.position == position
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_a_payload_is_nested_at_most_64_levels(opening: str) -> None:
+    closing = "]" if opening == "[" else "}"
+
+    def nested(levels: int) -> bytes:
+        return body().replace(b'{"a": 1}', (opening * levels + "1" + closing * levels).encode())
+
+    assert parse_submission(nested(64), BOUNDS).payload
+    for levels in (65, 900, 985, 1000, 100_000):
+        limits = Bounds(max_payload_bytes=10_000_000)
+        with pytest.raises(SubmissionError, match="64 levels"):
+            parse_submission(nested(levels), limits)
+
+
+def test_brackets_in_strings_and_side_by_side_are_not_nesting() -> None:
+    payload: list[Any] = ["[" * 100, {"{" * 100: ['"[\\'] * 40}] + [[[]]] * 70
+    assert json.loads(parse_submission(body(payload=payload), BOUNDS).payload) == payload
+
+
+def test_escaped_backslashes_are_not_escapes() -> None:
+    assert parse_submission(body(payload="\\u0000 \\ud800"), BOUNDS).payload == rb'"\\u0000 \\ud800"'
+
+
+def test_a_pair_of_surrogate_escapes_is_let_in() -> None:
+    assert parse_submission(body(payload="\U0001f600", source="\U0001f600"), BOUNDS).source == "\U0001f600"
+
+
+def batch(*items: bytes) -> bytes:
+    return b'{"events": [' + b", ".join(items) + b"]}"
+
+
+def test_a_bad_item_of_a_batch_does_not_fail_the_others() -> None:
+    deep = body().replace(b'{"a": 1}', b"[" * 100_000 + b"]" * 100_000)
+    results = parse_batch(
+        batch(
+            body(),
+            body(source=""),
+            body(payload="\x00"),
+            body(payload="\ud800 and on"),
+            deep,
+            b"7",
+            body(),
+            b"{}",
+        ),
+        Bounds(max_payload_bytes=10_000_000),
+    )
+    fields = [result.field if isinstance(result, ValidationError) else None for result in results]
+    assert fields == [None, "source", "payload", "payload", "payload", "body", None, "source"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        (b"[]", "body"),
+        (b"{}", "events"),
+        (b'{"events": {}}', "events"),
+        (b'{"events": []}', "events"),
+        (b'{"events": [{}], "more": 1}', "more"),
+        (batch(*[b"{}"] * 11), "events"),
+    ],
+)
+def test_a_wrong_envelope_names_its_field(raw: bytes, field: str) -> None:
+    with pytest.raises(SubmissionError) as caught:
+        parse_batch(raw, BOUNDS)
+    assert caught.value.field == field
+
+
+def test_a_malformed_batch_is_refused_as_a_whole() -> None:
+    with pytest.raises(JsonError):
+        parse_batch(b'{"events": [{"source": "a"}, {"source": }]}', BOUNDS)
+
+
+@given(source=st.text(), job=st.text(), at=times)
+def test_the_id_is_a_version_7_uuid_of_the_three_that_name_an_event(source: str, job: str, at: datetime) -> None:
+    found = uuid.UUID(event_id(source, job, at))
+    assert str(found) == event_id(source, job, at)
+    assert (found.version, found.variant) == (7, uuid.RFC_4122)
+    micros = (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    assert found.int >> 80 == micros // 1000
+    name = source.encode()
+    digest = hashlib.sha256(f"{micros}:{len(name)}:".encode() + name + job.encode()).digest()
+    raw = bytearray((micros // 1000).to_bytes(6, "big") + digest[:10])
+    raw[6] = raw[6] & 0x0F | 0x70
+    raw[8] = raw[8] & 0x3F | 0x80
+    assert found.bytes == bytes(raw)
+
+
+def test_a_known_id() -> None:
+    at = datetime(2026, 1, 31, 9, 0, 0, 123456, tzinfo=UTC)
+    assert event_id("orders", "job-1", at) == "019c1347-d2fb-705e-a717-2a27dd38d28f"
+
+
+def test_the_zone_that_a_time_was_written_in_does_not_change_the_id() -> None:
+    at = datetime(2026, 1, 31, 9, tzinfo=UTC)
+    assert event_id("a", "b", at) == event_id("a", "b", at.astimezone(timezone(timedelta(hours=5.5))))
+
+
+def test_source_and_job_do_not_run_into_each_other() -> None:
+    at = datetime(2026, 1, 31, 9, tzinfo=UTC)
+    assert event_id("a", "bc", at) != event_id("ab", "c", at)
+
+
+@given(at=times)
+def test_a_random_id_holds_the_millisecond_and_is_new_each_time(at: datetime) -> None:
+    first, second = random_event_id(at), random_event_id(at)
+    assert first != second
+    assert uuid.UUID(first).version == 7
+    assert first[:13] == event_id("a", "b", at)[:13]
+
+
+def unescaped(field: bytes) -> bytes | None:
+    if field == rb"\N":
+        return None
+    plain = {b"t": b"\t", b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
+    parts = field.split(b"\\\\")
+    for escape in (b"t", b"n", b"r"):
+        parts = [part.replace(b"\\" + escape, plain[escape]) for part in parts]
+    return b"\\".join(parts)
+
+
+awkward = st.text(string.printable + "\\\t\r\n\\Né😀", min_size=1)
+
+
+@given(source=awkward, job=st.none() | awkward, payload=awkward, headers=st.none() | awkward, at=times)
+def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
+    source: str, job: str | None, payload: str, headers: str | None, at: datetime
+) -> None:
+    raw_headers = None if headers is None else headers.encode()
+    submission = Submission(
+        random_event_id(at), at, source, job, "HTTP", "http://a/", payload.encode(), raw_headers, 3, None
+    )
+    line = copy_row(submission, 41)
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    fields = [unescaped(field) for field in line[:-1].split(b"\t")]
+    assert fields == [
+        b"41",
+        submission.id.encode(),
+        at.isoformat().encode(),
+        source.encode(),
+        None if job is None else job.encode(),
+        b"HTTP",
+        b"http://a/",
+        payload.encode(),
+        raw_headers,
+        b"3",
+        None,
+    ]
