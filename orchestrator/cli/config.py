@@ -1,0 +1,63 @@
+"""``config``: the settings in force, and all there are."""
+
+from __future__ import annotations
+
+import click
+
+from orchestrator.cli.support import console, environ, json_option, plain, print_json
+from orchestrator.config import DATABASE_PARTS, SETTINGS, Settings
+from orchestrator.settings_table import render_markdown_table, settings_table
+
+
+@click.group()
+def config() -> None:
+    """Check and document the settings."""
+
+
+@config.command()
+@json_option
+def check(as_json: bool) -> None:
+    """Print the settings in force, secrets masked; exit with 2 when one is wrong.
+
+    Below the table stands what is odd though no error: likely typos, and variables without effect.
+    """
+    given = environ()
+    rows = settings_table(given)
+    notices = Settings.from_env(given).notices
+    if as_json:
+        settings = {row.name: {"value": row.value, "source": row.source, "default": row.default} for row in rows}
+        print_json({"settings": settings, "notices": notices})
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("setting", "value", "from", box=None, pad_edge=False)
+    for row in rows:
+        value = f"({row.default})" if row.value is None else plain(row.value)
+        style = "dim" if row.source == "default" else ""
+        table.add_row(row.name, Text(value, overflow="fold"), row.source, style=style)
+    out = console()
+    out.print(table)
+    for notice in notices:
+        out.print(Text(f"! {plain(notice)}", style="yellow"))
+
+
+@config.command()
+@json_option
+def table(as_json: bool) -> None:
+    """Print every setting there is, as the Markdown table of the README."""
+    if not as_json:
+        click.echo(render_markdown_table())
+        return
+    print_json(
+        [
+            {
+                "names": setting.names,
+                "about": setting.about,
+                "takes": setting.kind.expects,
+                "default": setting.default,
+                "secret": setting.secret,
+            }
+            for setting in (*SETTINGS.values(), *DATABASE_PARTS.values())
+        ]
+    )

@@ -1,0 +1,62 @@
+"""``run``, ``api`` and ``dispatch``: the processes that stay."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+
+from orchestrator.cli.support import settings
+from orchestrator.errors import OrchestratorError
+from orchestrator.runtime import Role, serve
+
+_log = logging.getLogger(__name__)
+
+
+@click.command()
+def run() -> None:
+    """Serve the API, dispatch, and maintain the database, in one process.
+
+    SIGTERM or Ctrl-C stops it in order: requests and deliveries under way are finished within
+    SHUTDOWN_TIMEOUT_SECONDS, claimed events are handed back. A second one stops it at once.
+    """
+    _serve("run")
+
+
+@click.command()
+def api() -> None:
+    """Serve the HTTP API alone.
+
+    Events are delivered by `orchestrator dispatch` or `run` elsewhere, and partitions are made by `run`,
+    `orchestrator maintain` or pg_cron. Start as many as you need, behind a load balancer.
+    """
+    _serve("api")
+
+
+@click.command()
+def dispatch() -> None:
+    """Deliver due events, and nothing else.
+
+    Start as many as you need; they share the work. With MANAGEMENT_SERVER_PORT it answers health checks
+    and serves metrics there.
+    """
+    _serve("dispatch")
+
+
+def _serve(role: Role) -> None:
+    from orchestrator import logs
+
+    ours = settings()
+    logs.configure(ours, role)
+    try:
+        serve(ours, role)
+    except OrchestratorError as error:
+        # One line: where logs go to standard error, the log's own.
+        _log.error("%s", error)
+        if ours.log_file is not None:
+            raise
+    except Exception:
+        _log.exception("ended by an error that was not foreseen")
+    else:
+        return
+    click.get_current_context().exit(1)

@@ -1,0 +1,217 @@
+"""``submit``: one event from options, or many from a file, by the same rules as the API's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import IO, TYPE_CHECKING
+
+import click
+
+from orchestrator.cli.support import console, exit_with, json_option, moment, plain, print_json, with_database
+from orchestrator.config import Settings
+from orchestrator.errors import OrchestratorError, ValidationError
+
+if TYPE_CHECKING:
+    from orchestrator.database import Database, Submitted
+    from orchestrator.events import Submission
+
+_BATCH = 1000
+_SHOWN_REFUSALS = 20
+_RELATIVE = re.compile(r"\+(?=\d)(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,7})m)?(?:(\d{1,8}(?:\.\d{1,6})?)s)?")
+
+
+def _time(value: str | None) -> str:
+    """RFC 3339 text of ``now``, of ``+10s``, ``+1h30m`` and the like; whatever else is given stays as it is."""
+    if value is None or value == "now":
+        return datetime.now(UTC).isoformat()
+    if not value.startswith("+"):
+        return value
+    relative = _RELATIVE.fullmatch(value)
+    if relative is None:
+        raise click.UsageError(f"--at: expected a time such as +10s, +5m, +1h30m or +2d, got {value!r}")
+    days, hours, minutes, seconds = (float(part or 0) for part in relative.groups())
+    try:
+        return (datetime.now(UTC) + timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)).isoformat()
+    except OverflowError:
+        raise click.UsageError(f"--at: {value!r} is further ahead than there are dates") from None
+
+
+def _headers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+    for value in values:
+        if ":" not in value:
+            raise click.BadParameter(f"expected 'Name: value', got {value!r}")
+    parts = (value.partition(":") for value in values)
+    return {name.strip(): content.strip() for name, _, content in parts} or None
+
+
+@dataclass
+class Tally:
+    """What became of a file's lines. `results` has the API's form, with the line in place of the index."""
+
+    accepted: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    results: list[dict[str, object]] = field(default_factory=list)
+
+
+@click.command()
+@click.argument("file", type=click.File("rb"), required=False)
+@click.option("--destination", metavar="URL", help="Where the payload is posted to when the event is due.")
+@click.option("--payload", metavar="JSON", help="What is posted; @FILE reads it from a file.")
+@click.option("--at", metavar="TIME", help="When: RFC 3339 with a zone, or relative: +10s, +1h30m. [default: now]")
+@click.option("--source", help="The system it comes from. [default: cli]")
+@click.option("--external-id", metavar="X", help="Your own name for it: the same name, source and time is one event.")
+@click.option(
+    "--header", "headers", metavar="'NAME: VALUE'", multiple=True, callback=_headers, help="Sent along; repeatable."
+)
+@click.option("--max-retries", type=int, help="Attempts after the first. [default: DEFAULT_MAX_RETRIES]")
+@click.option("--retry-policy", metavar="NAME", help="A row of orchestrator.retry_policy.")
+@json_option
+def submit(
+    file: IO[bytes] | None,
+    destination: str | None,
+    payload: str | None,
+    at: str | None,
+    source: str | None,
+    external_id: str | None,
+    headers: dict[str, str] | None,
+    max_retries: int | None,
+    retry_policy: str | None,
+    as_json: bool,
+) -> None:
+    """Submit one event, or a file of them.
+
+    \b
+    orchestrator submit --destination https://example.com/hook --payload '{"n": 1}' --at +10s
+    orchestrator submit events.jsonl
+    make-events | orchestrator submit -
+
+    A line of a file is a JSON object as POST /api/v1/events takes it. Lines that are refused do not keep the
+    others out; they are named, and the exit code is 1. Submitting a file again changes nothing for events that
+    have an external_job_id.
+    """
+    options = (destination, payload, at, source, external_id, headers, max_retries, retry_policy)
+    if file is not None:
+        if any(option is not None for option in options):
+            raise click.UsageError("a file's lines say everything themselves: leave the other options out")
+        _submit_file(file, as_json)
+        return
+    if destination is None or payload is None:
+        raise click.UsageError("expected --destination and --payload, or a FILE (- for standard input)")
+    fields: dict[str, object] = {
+        "source": source or "cli",
+        "scheduled_at": _time(at),
+        "destination": destination,
+        "external_job_id": external_id,
+        "headers": headers,
+        "max_retries": max_retries,
+        "retry_policy": retry_policy,
+    }
+    _submit_one(fields, _payload(payload), as_json)
+
+
+def _payload(given: str) -> bytes:
+    if not given.startswith("@"):
+        text = given.encode(errors="surrogateescape")
+    else:
+        with click.open_file(given[1:], "rb") as file:
+            text = file.read()
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"expected JSON, got {plain(given[:80])!r}: {error}", param_hint="--payload") from None
+    return text
+
+
+def _submit_one(fields: dict[str, object], payload: bytes, as_json: bool) -> None:
+    async def work(database: Database, settings: Settings) -> tuple[Submission, Submitted]:
+        from orchestrator.events import parse_submission
+
+        # Spliced in as it is, since the payload is kept and delivered byte for byte.
+        raw = b'%b,"payload":%b}' % (json.dumps(fields).encode()[:-1], payload)
+        submission = parse_submission(raw, settings)
+        return submission, (await database.submit([submission]))[0]
+
+    submission, kept = with_database(work)
+    if kept.result == "refused":
+        raise OrchestratorError(f"{kept.field}: {kept.reason}")
+    duplicate = kept.result == "duplicate"
+    at = submission.scheduled_at.isoformat()
+    if as_json:
+        status = "duplicate" if duplicate else "scheduled"
+        print_json({"id": kept.id, "scheduled_at": at, "status": status, "duplicate": duplicate})
+        return
+    what = "was kept before, and is unchanged" if duplicate else f"due {moment(at, now=datetime.now(UTC))}"
+    click.echo(f"{kept.id}  {what}")
+
+
+def _submit_file(file: IO[bytes], as_json: bool) -> None:
+    tally = Tally()
+    show = console(stderr=True)
+
+    async def work(database: Database, settings: Settings) -> None:
+        from orchestrator.api.gather import submit_all
+        from orchestrator.events import Submission
+
+        with show.status("submitting …") as status:
+            for batch in _batches(file, settings):
+                valid = [item for _, item in batch if isinstance(item, Submission)]
+                kept = iter(await submit_all(database, valid) if valid else [])
+                for line, item in batch:
+                    _count(tally, line, item if isinstance(item, ValidationError) else next(kept), as_json)
+                status.update(f"submitting … {tally.accepted + tally.duplicates:,}")
+
+    with_database(work)
+    if as_json:
+        print_json(
+            {
+                "accepted": tally.accepted,
+                "duplicates": tally.duplicates,
+                "rejected": tally.rejected,
+                "results": tally.results,
+            }
+        )
+    else:
+        if tally.rejected > _SHOWN_REFUSALS:
+            show.print(f"… and {tally.rejected - _SHOWN_REFUSALS:,} more")
+        click.echo(f"accepted {tally.accepted:,}, duplicates {tally.duplicates:,}, rejected {tally.rejected:,}")
+    exit_with(tally.rejected == 0)
+
+
+def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Submission | ValidationError]]]:
+    """Lists of (line number, what stands there), empty lines left out."""
+    from orchestrator.events import parse_submission
+
+    def parsed() -> Iterator[tuple[int, Submission | ValidationError]]:
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                try:
+                    yield number, parse_submission(line, settings)
+                except ValidationError as error:
+                    yield number, error
+
+    items = parsed()
+    while batch := list(islice(items, _BATCH)):
+        yield batch
+
+
+def _count(tally: Tally, line: int, outcome: ValidationError | Submitted, as_json: bool) -> None:
+    if not isinstance(outcome, ValidationError) and outcome.result != "refused":
+        duplicate = outcome.result == "duplicate"
+        tally.duplicates += duplicate
+        tally.accepted += not duplicate
+        if as_json:
+            status = "duplicate" if duplicate else "scheduled"
+            tally.results.append({"line": line, "id": outcome.id, "status": status, "duplicate": duplicate})
+        return
+    tally.rejected += 1
+    reason = {"field": outcome.field or "body", "reason": outcome.reason or "refused by the database"}
+    if as_json:
+        tally.results.append({"line": line, "error": reason})
+    elif tally.rejected <= _SHOWN_REFUSALS:
+        click.echo(f"line {line}: {reason['field']}: {plain(reason['reason'])}", err=True)

@@ -1,0 +1,70 @@
+"""What development tools set, and where they keep things."""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.config import DATABASE_PARTS, SETTINGS
+from orchestrator.dispatch.signing import SECRET_PREFIX, decode_secret
+from orchestrator.errors import OrchestratorError
+
+LOOPBACK = "127.0.0.0/8,::1/128"
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def state_directory(environ: Mapping[str, str]) -> Path:
+    """Where data is kept between runs: ``.orchestrator`` in a checkout, else below the user's state directory."""
+    checkout = _PACKAGE.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "sql").is_dir():
+        return checkout / ".orchestrator"
+    state = environ.get("XDG_STATE_HOME", "")
+    base = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
+    return base / "scheduled-event-orchestrator"
+
+
+def new_webhook_secret() -> str:
+    return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def kept_webhook_secret(directory: Path) -> str:
+    """The webhook secret kept in `directory`, made at the first call."""
+    path = directory / "webhook-secret"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                file.write(new_webhook_secret() + "\n")
+        secret = path.read_text().strip()
+    except OSError as error:
+        raise OrchestratorError(f"{path}: cannot keep the webhook secret here: {error.strerror}") from error
+    try:
+        decode_secret(secret)
+    except ValueError as error:
+        raise OrchestratorError(f"{path}: {error}; remove the file to have a new one made") from None
+    return secret
+
+
+def with_defaults(environ: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
+    """`environ`, and `defaults` where it has nothing."""
+    return {**environ, **{name: value for name, value in defaults.items() if not environ.get(name, "").strip()}}
+
+
+def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` without any of this product's settings."""
+    ours = {name for setting in (*SETTINGS.values(), *DATABASE_PARTS.values()) for name in setting.names}
+    return {name: value for name, value in environ.items() if name not in ours}
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError:
+        return False
+    return True

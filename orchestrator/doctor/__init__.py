@@ -1,0 +1,28 @@
+"""What is wrong with an installation, and how to mend it: `orchestrator doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from orchestrator.config import Settings
+from orchestrator.doctor.database import database_findings
+from orchestrator.doctor.finding import Finding, ok, problem, warning
+from orchestrator.doctor.machine import machine_findings
+from orchestrator.errors import SettingsError
+
+__all__ = ["Finding", "diagnose"]
+
+
+def diagnose(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Looks at the settings, this machine and the database; changes nothing. Wrong settings end it."""
+    try:
+        settings = Settings.from_env(environ)
+    except SettingsError as error:
+        for wrong in error.problems:
+            yield problem("settings", wrong, "set the variable right; orchestrator config table lists all there are")
+        return
+    yield ok("settings", "all settings are valid")
+    for notice in settings.notices:
+        yield warning("settings", notice, "correct the name, or remove the variable")
+    yield from machine_findings(settings)
+    yield from database_findings(settings)

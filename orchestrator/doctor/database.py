@@ -1,0 +1,209 @@
+"""What can be seen in the database. Plain catalog queries live here; all else asks the product's functions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from orchestrator import database_url, migrate
+from orchestrator.config import Settings
+from orchestrator.doctor.finding import Finding, is_production, ok, problem, warning
+from orchestrator.doctor.server import server_findings
+from orchestrator.doctor.work import work_findings
+from orchestrator.errors import OrchestratorError
+
+Connection = psycopg.Connection[TupleRow]
+
+_ROLES = (
+    "orchestrator_submit",
+    "orchestrator_dispatch",
+    "orchestrator_ingest",
+    "orchestrator_ops",
+    "orchestrator_read",
+)
+_ABILITIES = {
+    "submit": ("orchestrator_submit", "orchestrator.submit_staged()"),
+    "dispatch": (
+        "orchestrator_dispatch",
+        "orchestrator.claim_due_events(integer, integer, interval, interval)",
+    ),
+    "query": ("orchestrator_read", "orchestrator.statistics()"),
+    "maintain": ("orchestrator_ops", "orchestrator.run_maintenance(integer, integer)"),
+}
+_LEAST_DAYS_AHEAD = 2
+
+
+def database_findings(settings: Settings) -> Iterator[Finding]:
+    """Findings about the server, the schema and the work in it; only that it is away, when it is."""
+    masked = database_url.masked(settings.database_url)
+    try:
+        connection = psycopg.connect(
+            settings.database_url,
+            autocommit=True,
+            connect_timeout=5,
+            application_name="orchestrator doctor",
+            options="-c timezone=UTC -c statement_timeout=15000 -c lock_timeout=2000",
+        )
+    except psycopg.OperationalError as error:
+        yield problem(
+            "database",
+            f"cannot reach {masked}: {_first_line(error)}",
+            "start the server, or set DATABASE_URL (or DB_HOST, DB_PORT, DB_NAME, DB_USER, DB_PASSWORD) right",
+        )
+        return
+    with connection:
+        version = connection.info.server_version
+        if version < migrate.MINIMUM_VERSION:
+            yield problem(
+                "database",
+                f"{masked} is PostgreSQL {version // 10000}; expected 18 or newer",
+                "upgrade the server, or set DATABASE_URL to a newer one",
+            )
+            return
+        yield ok("database", f"PostgreSQL {version // 10000}.{version % 10000} at {masked}")
+        yield from _guarded("server", lambda: server_findings(connection, settings))
+        yield from _guarded("clock", lambda: _clock(connection))
+        yield from _guarded("roles", lambda: _roles(connection))
+        migrated = True
+        for finding in _guarded("migrations", lambda: _migrations(settings)):
+            migrated = migrated and finding.level != "problem"
+            yield finding
+        if migrated:
+            yield from _guarded("rights", lambda: _rights(connection, settings))
+            yield from _guarded("partitions", lambda: _partitions(connection, settings))
+            yield from _guarded("API keys", lambda: _api_keys(connection, settings))
+            yield from work_findings(connection, _guarded)
+
+
+def _guarded(check: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """The findings; an error of the database becomes one too, so that the other checks go on."""
+    try:
+        yield from findings()
+    except psycopg.errors.InsufficientPrivilege as error:
+        yield warning(check, f"cannot look: {_first_line(error)}", "run this as a member of orchestrator_ops")
+    except psycopg.Error as error:
+        yield problem(check, f"cannot look: {_first_line(error)}", "see the server's log")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _clock(connection: Connection) -> Iterator[Finding]:
+    # The quickest of a few answers bounds the difference best.
+    answers = []
+    for _ in range(5):
+        sent_s = time.time()
+        row = connection.execute("select extract(epoch from clock_timestamp())::float8").fetchone()
+        received_s = time.time()
+        assert row is not None
+        answers.append((received_s - sent_s, row[0] - (sent_s + received_s) / 2))
+    took_s, skew_s = min(answers)
+    size_s = max(0.0, abs(skew_s) - took_s / 2)
+    shown = f"this machine's clock is {abs(skew_s):.3g} s {'behind' if skew_s > 0 else 'ahead of'} the database's"
+    mend = "synchronise both with NTP (chrony, systemd-timesyncd)"
+    if size_s < 1:
+        yield ok("clock", "this machine's clock and the database's agree")
+    elif size_s < 60:
+        yield warning("clock", f"{shown}; events are delivered by the database's", mend)
+    else:
+        yield problem("clock", f"{shown}; receivers refuse signatures that seem minutes old", mend)
+
+
+def _roles(connection: Connection) -> Iterator[Finding]:
+    rows = connection.execute("select rolname from pg_roles where rolname = any (%s)", (list(_ROLES),)).fetchall()
+    missing = sorted(set(_ROLES) - {str(row[0]) for row in rows})
+    if missing:
+        yield problem(
+            "roles",
+            f"missing: {', '.join(missing)}",
+            "run orchestrator migrate as a user who may create roles",
+        )
+    else:
+        yield ok("roles", "all are there")
+
+
+def _migrations(settings: Settings) -> Iterator[Finding]:
+    try:
+        pending = migrate.check(settings.database_url)
+    except OrchestratorError as error:
+        what, _, mend = str(error).partition("; ")
+        yield problem("migrations", what, mend or "see the server's log")
+        return
+    if pending:
+        shown = ", ".join(pending[:3]) + (f" and {len(pending) - 3} more" if len(pending) > 3 else "")
+        yield problem("migrations", f"{len(pending)} pending: {shown}", "run orchestrator migrate")
+    else:
+        yield ok("migrations", "the schema is up to date")
+
+
+def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    row = connection.execute("select current_user, rolsuper from pg_roles where rolname = current_user").fetchone()
+    assert row is not None
+    user, is_superuser = row
+    if is_superuser and is_production(settings):
+        yield warning(
+            "rights",
+            f"{user} is a superuser: a fault in one process could touch everything on the server",
+            "make a login for the runtime and grant it orchestrator_submit, _dispatch, _read and _ops as it needs",
+        )
+        return
+    may = {
+        ability: connection.execute(
+            "select has_function_privilege(current_user, %s::regprocedure, 'execute')", (function,)
+        ).fetchone()
+        == (True,)
+        for ability, (_, function) in _ABILITIES.items()
+    }
+    lacking = [ability for ability, allowed in may.items() if not allowed]
+    if lacking:
+        roles = ", ".join(_ABILITIES[ability][0] for ability in lacking)
+        yield warning(
+            "rights",
+            f"{user} may not {', '.join(lacking)}, which orchestrator run does",
+            f"grant {roles} to {user}; or leave it so, if this login is for less",
+        )
+    else:
+        yield ok("rights", f"{user} may {', '.join(may)}" + (" (a superuser)" if is_superuser else ""))
+
+
+def _partitions(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    row = connection.execute(
+        "select orchestrator.now() >= first_day and orchestrator.now() < end_day,"
+        " extract(epoch from end_day - orchestrator.now())::float8 / 86400, end_day::date::text"
+        " from orchestrator.partition_bounds()"
+    ).fetchone()
+    assert row is not None
+    today, days_ahead, end_day = row
+    mend = "run orchestrator maintain, and see to it that run, cron or pg_cron does so every hour"
+    if not today:
+        yield problem("partitions", "there is none for today: no event can be kept", mend)
+    elif days_ahead < _LEAST_DAYS_AHEAD:
+        yield problem("partitions", f"they end before {end_day}: later events are refused", mend)
+    elif days_ahead < settings.partition_days_ahead / 2:
+        yield warning(
+            "partitions",
+            f"they end before {end_day}, but PARTITION_DAYS_AHEAD is {settings.partition_days_ahead}",
+            mend,
+        )
+    else:
+        yield ok("partitions", f"made for {days_ahead:.0f} days ahead")
+
+
+def _api_keys(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    row = connection.execute("select orchestrator.count_api_keys()").fetchone()
+    count = row[0] if row else 0
+    mend = "make one: orchestrator keys create NAME --scope submit"
+    if not settings.allow_anonymous and count == 0:
+        yield problem("API keys", "there is none, and anonymous requests are not allowed: the API does not start", mend)
+    elif settings.allow_anonymous and is_production(settings):
+        yield warning(
+            "API keys", "ALLOW_ANONYMOUS=true in production: the API answers everybody", "unset ALLOW_ANONYMOUS"
+        )
+    elif settings.allow_anonymous:
+        yield ok("API keys", f"not needed here: anonymous requests are allowed ({count} made)")
+    else:
+        yield ok("API keys", f"{count} made")

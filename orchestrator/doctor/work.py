@@ -1,0 +1,85 @@
+"""Whether events flow: the backlog, leases that ran out, dead letters, and who is there to deliver."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
+
+_Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
+_LATE_S = 10.0
+_VERY_LATE_S = 120.0
+
+
+def work_findings(connection: psycopg.Connection[TupleRow], guarded: _Guarded) -> Iterator[Finding]:
+    yield from guarded("dispatchers", lambda: _dispatchers(connection))
+    yield from guarded("leases", lambda: _leases(connection))
+
+
+def _dispatchers(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
+    row = connection.execute("select orchestrator.statistics()::text").fetchone()
+    assert row is not None
+    statistics = json.loads(row[0])
+    listening = connection.execute(
+        "select count(*) from pg_stat_activity where datname = current_database()"
+        " and application_name = 'orchestrator listen'"
+    ).fetchone()
+    count = listening[0] if listening else 0
+    live = statistics["scheduled"] + statistics["retrying"] + statistics["in_flight"]
+    if count:
+        yield ok("dispatchers", f"{count} connected, {counted(live, 'event')} to deliver")
+    elif live:
+        yield warning(
+            "dispatchers",
+            f"none is connected, though there is work: {counted(live, 'event')}",
+            "start one: orchestrator run, or orchestrator dispatch",
+        )
+    else:
+        yield ok("dispatchers", "none is connected, and there is nothing to deliver")
+    yield _backlog(statistics, count)
+    if statistics["dead_letters"]:
+        yield warning(
+            "dead letters",
+            f"{counted(statistics['dead_letters'], 'event')} ran out of attempts",
+            "see why: orchestrator dead-letters",
+        )
+    else:
+        yield ok("dead letters", "there are none")
+
+
+def _backlog(statistics: dict[str, Any], dispatchers: int) -> Finding:
+    if not statistics["oldest_due_at"]:
+        return ok("backlog", "nothing due waits to be claimed")
+    now, oldest = (datetime.fromisoformat(statistics[key]) for key in ("at", "oldest_due_at"))
+    late_s = (now - oldest).total_seconds()
+    shown = f"{counted(statistics['backlog'], 'event')} due and not claimed, the oldest for {late_s:.0f} s"
+    if late_s < _LATE_S:
+        return ok("backlog", shown)
+    mend = (
+        "start more dispatchers, or raise SCHEDULER_BATCH_SIZE and HTTP_MAX_CONNECTIONS; slow receivers hold "
+        "connections up to HTTP_TIMEOUT_SECONDS"
+        if dispatchers
+        else "start a dispatcher: orchestrator run, or orchestrator dispatch"
+    )
+    return (problem if late_s > _VERY_LATE_S else warning)("backlog", shown, mend)
+
+
+def _leases(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
+    row = connection.execute(
+        "select count(*) from orchestrator.timer where lease_until < orchestrator.now() - interval '1 minute'"
+    ).fetchone()
+    count = row[0] if row else 0
+    if count:
+        yield warning(
+            "leases",
+            f"{counted(count, 'lease')} ran out over a minute ago and nobody took up the work",
+            "start a dispatcher: orchestrator run, or orchestrator dispatch",
+        )
+    else:
+        yield ok("leases", "none has run out unnoticed")

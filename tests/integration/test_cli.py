@@ -1,0 +1,504 @@
+"""The commands, as a person or a script uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
+
+import httpx
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+
+from orchestrator.cli import COMMANDS, main
+from orchestrator.dev.postgres import EmbeddedPostgres
+from orchestrator.dev.system import free_port
+from tests.conftest import Spawn
+from tests.support.receiver import HANG, Receiver
+from tests.support.waiting import eventually
+
+Cli = Callable[..., Result]
+NOWHERE = "postgresql://127.0.0.1:1/none"
+HOOK = "http://127.0.0.1:9/hook"
+
+
+def invoke(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, input=stdin, prog_name="orchestrator")
+
+
+@pytest.fixture
+def cli(environ: Callable[..., dict[str, str]]) -> Cli:
+    """Runs a command in this process: ``cli("get", "--json", …, stdin="…", SERVER_PORT="80")``."""
+
+    def run(*arguments: str, stdin: str | None = None, **given: str) -> Result:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        # A thread of its own, since a command has an event loop of its own.
+        with mock.patch.dict(os.environ, kept | environ(**given), clear=True), ThreadPoolExecutor(1) as thread:
+            return thread.submit(invoke, *arguments, stdin=stdin).result()
+
+    return run
+
+
+def document(result: Result, exit_code: int = 0) -> Any:
+    """The one JSON document on standard output."""
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def error_of(result: Result, exit_code: int) -> str:
+    """The one line on standard error of a command that printed nothing else."""
+    assert (result.exit_code, result.stdout) == (exit_code, ""), result.output
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("Error: ").rstrip("\n")
+
+
+def submitted(cli: Cli, *options: str) -> str:
+    answer = document(cli("submit", "--destination", HOOK, "--payload", '{"a": 1}', *options, "--json"))
+    return str(answer["id"])
+
+
+# The command line itself
+
+
+def test_help_lists_every_command_without_loading_any() -> None:
+    probe = "import sys; from orchestrator.cli import main; main(['--help'], standalone_mode=False); "
+    probe += "print(sorted({'psycopg', 'rich', 'aiohttp', 'starlette', 'msgspec'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    *help_lines, loaded = shown.splitlines()
+    assert loaded == "[]"
+    listed = {line.split()[0] for line in help_lines if line.startswith("  ") and line.strip()}
+    assert {name for section in COMMANDS.values() for name in section} <= listed
+
+
+@pytest.mark.parametrize("name", [name for section in COMMANDS.values() for name in section])
+def test_a_command_begins_its_own_help_as_the_list_of_commands_describes_it(name: str) -> None:
+    about = {name: about for section in COMMANDS.values() for name, (_, about) in section.items()}[name]
+    result = invoke(name, "--help")
+    paragraph = re.split(r"\n\s*\n", result.stdout)[1]
+    assert (result.exit_code, " ".join(paragraph.split())) == (0, about)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["sbmit"], "no command 'sbmit', did you mean submit?; see orchestrator --help"),
+        (["--nope"], "No such option '--nope'; see orchestrator --help"),
+        (["get"], "expected either ID or --external-id; see orchestrator get --help"),
+        (["keys", "create", "me"], "Missing option '--scope'"),
+        (["stats", "--watch", "--json"], "--watch and --json"),
+    ],
+)
+def test_wrong_usage_is_one_line_on_standard_error_and_exit_code_2(arguments: list[str], complaint: str) -> None:
+    assert complaint in error_of(invoke(*arguments), 2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["stats"], ["migrate"], ["migrate", "--check"], ["get", "--external-id", "x"], ["keys", "list"], ["maintain"]],
+)
+def test_a_database_that_is_away_is_one_line_and_exit_code_1(cli: Cli, command: list[str]) -> None:
+    assert "Connection refused" in error_of(cli(*command, "--json", DATABASE_URL=NOWHERE), 1)
+
+
+def test_a_database_that_is_not_migrated_is_named_with_the_remedy(cli: Cli, empty_database_url: str) -> None:
+    assert "orchestrator migrate" in error_of(cli("stats", DATABASE_URL=empty_database_url), 1)
+
+
+def test_wrong_settings_are_all_listed_and_exit_code_2(cli: Cli) -> None:
+    result = cli("stats", DATABASE_URL=NOWHERE, SERVER_PORT="x", LOG_LEVEL="loud")
+    assert result.exit_code == 2
+    assert [line.split(":")[1].strip() for line in result.stderr.splitlines()] == ["SERVER_PORT", "LOG_LEVEL"]
+
+
+# migrate and maintain
+
+
+def test_migrate_check_tells_pending_from_up_to_date_and_migrate_makes_the_difference(
+    cli: Cli, empty_database_url: str
+) -> None:
+    here = {"DATABASE_URL": empty_database_url, "PARTITION_DAYS_AHEAD": "3"}
+    pending = document(cli("migrate", "--check", "--json", **here), 1)["pending"]
+    assert "schema/0001_core.sql" in pending
+    assert "pending" in cli("migrate", "--check", **here).stdout
+    report = document(cli("migrate", "--json", **here))
+    assert report["applied"] == pending
+    assert report["partitions_created"] > 0
+    assert document(cli("migrate", "--check", "--json", **here)) == {"pending": []}
+    assert "up to date" in cli("migrate", **here).stdout
+
+
+def test_maintain_makes_the_partitions_that_the_settings_ask_for(cli: Cli) -> None:
+    assert document(cli("maintain", "--json", PARTITION_DAYS_AHEAD="32"))["partitions_created"] > 0
+    assert "partitions created: 0" in cli("maintain", PARTITION_DAYS_AHEAD="32").stdout
+
+
+# submit, get, cancel
+
+
+def test_a_submitted_event_is_shown_with_its_timeline(cli: Cli) -> None:
+    identity = submitted(cli, "--at", "+1h", "--source", "shop", "--external-id", "order-7", "--header", "X-Tenant: a")
+    event = document(cli("get", identity, "--json"))
+    assert (event["source"], event["external_job_id"], event["status"]) == ("shop", "order-7", "scheduled")
+    assert (event["payload"], event["headers"]) == ({"a": 1}, {"X-Tenant": "a"})
+    shown = cli("get", "--external-id", "order-7").stdout
+    assert all(text in shown for text in (identity, "scheduled", "order-7", "accepted", "attempt 1 due", HOOK))
+
+
+def test_submitting_the_same_again_is_a_duplicate_of_the_same_id(cli: Cli) -> None:
+    event = ("submit", "--destination", HOOK, "--payload", "1", "--external-id", "x", "--at")
+    kept = document(cli(*event, "+1h", "--json"))
+    again = cli(*event, kept["scheduled_at"])
+    assert again.stdout == f"{kept['id']}  was kept before, and is unchanged\n"
+
+
+def test_an_event_for_a_day_without_a_partition_is_refused(cli: Cli) -> None:
+    event = ("submit", "--destination", HOOK, "--payload", "1", "--at")
+    assert "beyond the last day" in error_of(cli(*event, "+400d"), 1)
+    assert "before the first day" in error_of(cli(*event, "2000-01-01T00:00:00Z"), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "complaint"),
+    [
+        (["--destination", "ftp://x", "--payload", "1"], 1, "destination: expected a URL that starts with http"),
+        (["--destination", HOOK, "--payload", "{"], 2, "--payload: expected JSON, got '{'"),
+        (["--destination", HOOK, "--payload", "1", "--at", "noon"], 1, "scheduled_at: expected an RFC 3339 time"),
+        (["--destination", HOOK, "--payload", "1", "--at", "+5"], 2, "--at: expected a time such as +10s"),
+        (["--destination", HOOK, "--payload", "1", "--at", "+99999d"], 1, "scheduled_at: "),
+        (["--destination", HOOK, "--payload", "1", "--header", "x"], 2, "expected 'Name: value', got 'x'"),
+        (["--destination", HOOK, "--payload", "1", "--header", "Host: x"], 1, "headers: expected no host header"),
+        (["--destination", HOOK], 2, "expected --destination and --payload"),
+        (["-", "--destination", HOOK], 2, "leave the other options out"),
+    ],
+)
+def test_a_submission_that_is_refused_says_why(cli: Cli, options: list[str], exit_code: int, complaint: str) -> None:
+    assert complaint in error_of(cli("submit", *options), exit_code)
+
+
+def test_a_payload_is_kept_byte_for_byte(cli: Cli, tmp_path: Path) -> None:
+    payload = '{"big": 123456789012345678901234567890.10, "a":  [ "é" ]}'
+    (tmp_path / "payload.json").write_text(payload, encoding="utf-8")
+    given = ("--destination", HOOK, "--payload", f"@{tmp_path / 'payload.json'}", "--at", "+1h")
+    identity = document(cli("submit", *given, "--json"))["id"]
+    assert f'"payload" : {payload}' in cli("get", identity, "--json").stdout
+
+
+def test_a_file_is_submitted_line_by_line_and_bad_lines_are_named(cli: Cli, tmp_path: Path) -> None:
+    at = document(cli("stats", "--json"))["at"]
+    good = [
+        json.dumps({"source": "s", "scheduled_at": at, "destination": HOOK, "payload": n, "external_job_id": f"j{n}"})
+        for n in range(3)
+    ]
+    lines = [good[0], "", "nonsense", good[1], '{"source": "s"}', good[0], good[2]]
+    file = tmp_path / "events.jsonl"
+    file.write_text("\n".join(lines))
+    answer = document(cli("submit", str(file), "--json"), 1)
+    assert (answer["accepted"], answer["duplicates"], answer["rejected"]) == (3, 1, 2)
+    assert [(each["line"], each.get("status", "error")) for each in answer["results"]] == [
+        (1, "scheduled"),
+        (3, "error"),
+        (4, "scheduled"),
+        (5, "error"),
+        (6, "duplicate"),
+        (7, "scheduled"),
+    ]
+    again = cli("submit", "-", stdin="\n".join(good))
+    assert (again.exit_code, again.stdout) == (0, "accepted 0, duplicates 3, rejected 0\n")
+    for_people = cli("submit", "-", stdin="nonsense\n")
+    assert for_people.exit_code == 1
+    assert for_people.stderr.startswith("line 1: body: expected JSON")
+
+
+def test_get_by_external_id_is_the_newest_or_with_all_every_one(cli: Cli) -> None:
+    first, second = (submitted(cli, "--at", at, "--external-id", "job") for at in ("+1h", "+2h"))
+    assert document(cli("get", "--external-id", "job", "--json"))["id"] == second
+    every = document(cli("get", "--external-id", "job", "--all", "--json"))
+    assert [event["id"] for event in every] == [second, first]
+    assert "older events" in cli("get", "--external-id", "job").stdout
+    assert "no event with the external id 'nix'" in error_of(cli("get", "--external-id", "nix"), 1)
+    assert "expected a UUID" in error_of(cli("get", "42"), 2)
+
+
+def test_what_a_client_sent_cannot_drive_the_terminal(cli: Cli) -> None:
+    identity = submitted(cli, "--at", "+1h", "--external-id", "\x1b[31mred[bold]")
+    shown = cli("get", identity).stdout
+    assert "\x1b" not in shown
+    assert "\\x1b[31mred[bold]" in shown
+
+
+def test_cancel_tells_what_it_did_and_fails_when_there_was_nothing_to_cancel(cli: Cli) -> None:
+    identity = submitted(cli, "--at", "+1h", "--external-id", "job")
+    assert document(cli("cancel", identity, "--json"))["result"] == "cancelled"
+    assert document(cli("cancel", "--external-id", "job", "--json"))[0]["result"] == "already_cancelled"
+    assert "cancelled" in cli("get", identity).stdout
+    missing = "0190a000-0000-7000-8000-000000000000"
+    assert document(cli("cancel", missing, "--json"), 1)["result"] == "not_found"
+    assert error_of(cli("cancel", missing), 1) == f"{missing} was not cancelled: there is no such event"
+    assert document(cli("cancel", "--external-id", "nix", "--json"), 1) == []
+
+
+# stats and dead letters
+
+
+def test_stats_count_events_by_state(cli: Cli) -> None:
+    submitted(cli, "--at", "+1h")
+    found = document(cli("stats", "--json"))
+    assert (found["scheduled"], found["totals"]["accepted"]) == (1, 1)
+    assert re.search(r"scheduled +1 ", cli("stats").stdout)
+
+
+async def test_a_dead_letter_is_listed_and_its_attempts_are_in_the_timeline(cli: Cli, spawn: Spawn) -> None:
+    identity = submitted(cli, "--max-retries", "0")
+    assert "no dead letters" in cli("dead-letters").stdout
+    spawn("dispatch")
+    await eventually(lambda: document(cli("dead-letters", "--json")))
+    assert document(cli("dead-letters", "--limit", "1", "--json"))[0]["id"] == identity
+    assert "connection refused" in cli("dead-letters").stdout
+    assert "attempt 1 dead" in cli("get", identity).stdout
+    assert "it has ended already (dead)" in error_of(cli("cancel", identity), 1)
+
+
+# config and keys
+
+
+def test_config_check_masks_secrets_and_names_what_is_odd(cli: Cli) -> None:
+    given = {"DATABASE_URL": "jdbc:postgresql://u:geheim@db/x", "SCHEDULER_BATCHSIZE": "5", "BATCH_SIZE": "7"}
+    checked = document(cli("config", "check", "--json", **given))
+    assert checked["settings"]["SCHEDULER_BATCH_SIZE"]["value"] == "7"
+    assert checked["settings"]["SCHEDULER_BATCH_SIZE"]["source"] == "BATCH_SIZE"
+    assert any("did you mean" in notice for notice in checked["notices"])
+    shown = cli("config", "check", **given).stdout
+    assert "did you mean" in shown
+    assert "postgresql://u:***@db/x" in shown
+    assert "geheim" not in shown + json.dumps(checked)
+    assert "SERVER_PORT" in error_of(cli("config", "check", DATABASE_URL=NOWHERE, SERVER_PORT="0"), 2)
+
+
+def test_config_table_documents_every_setting() -> None:
+    table = invoke("config", "table").stdout
+    rows = document(invoke("config", "table", "--json"))
+    assert all(f"`{name}`" in table for row in rows for name in row["names"])
+
+
+def test_a_key_is_printed_once_listed_without_itself_and_gone_when_revoked(cli: Cli) -> None:
+    made = document(cli("keys", "create", "web", "--scope", "submit", "--scope", "read", "--json"))
+    assert re.fullmatch(r"orch_[A-Za-z0-9_-]{43}", made["key"])
+    assert made["scopes"] == ["read", "submit"]
+    assert "revoke it first" in error_of(cli("keys", "create", "web", "--scope", "read"), 1)
+    listed = cli("keys", "list", "--json")
+    assert [key["name"] for key in document(listed)] == ["web"]
+    assert made["key"] not in listed.stdout
+    assert "read, submit" in cli("keys", "list").stdout
+    assert document(cli("keys", "revoke", "web", "--json"))["revoked"] is True
+    assert document(cli("keys", "revoke", "web", "--json"), 1)["revoked"] is False
+    assert "no key named 'web'" in error_of(cli("keys", "revoke", "web"), 1)
+
+
+def test_a_key_is_all_that_standard_output_holds(cli: Cli) -> None:
+    result = cli("keys", "create", "ci", "--scope", "admin")
+    assert re.fullmatch(r"orch_[A-Za-z0-9_-]{43}\n", result.stdout)
+    assert "not shown again" in result.stderr
+
+
+# doctor
+
+
+def findings(result: Result) -> dict[str, str]:
+    """Check → the worst level found."""
+    worst: dict[str, str] = {}
+    for finding in json.loads(result.stdout)["findings"]:
+        if worst.get(finding["check"]) != "problem" and finding["level"] != "ok":
+            worst[finding["check"]] = finding["level"]
+        worst.setdefault(finding["check"], finding["level"])
+        assert (finding["mend"] == "") == (finding["level"] == "ok"), finding
+    return worst
+
+
+def test_doctor_finds_a_fresh_installation_well(cli: Cli) -> None:
+    secret = "whsec_" + "A" * 32
+    result = cli("doctor", "--json", WEBHOOK_SECRETS=secret, SERVER_PORT=str(free_port()))
+    found = findings(result)
+    assert found.pop("durability") == "problem"  # servers of tests do without
+    assert set(found.values()) == {"ok"}, result.stdout
+    assert {"settings", "database", "clock", "roles", "migrations", "rights", "partitions", "leases"} <= found.keys()
+
+
+def test_doctor_names_what_is_wrong_in_production(cli: Cli) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = cli("doctor", "--json", ENVIRONMENT="production", SERVER_PORT=str(taken.getsockname()[1]))
+    assert result.exit_code == 1
+    found = findings(result)
+    wrong = {check for check, level in found.items() if level == "problem"} - {"durability"}
+    assert wrong == {"webhook secrets", "API keys", "ports"}
+    assert found["rights"] == "warning"
+
+
+def test_doctor_reports_work_that_nobody_does(cli: Cli, database_url: str) -> None:
+    submitted(cli, "--max-retries", "0")
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("update orchestrator.timer set due_at = due_at - interval '1 hour'")
+        found = findings(cli("doctor", "--json"))
+        assert (found["dispatchers"], found["backlog"]) == ("warning", "problem")
+        connection.execute("select orchestrator.claim_due_events(1)")
+        connection.execute("update orchestrator.timer set lease_until = lease_until - interval '1 hour'")
+        assert findings(cli("doctor", "--json"))["leases"] == "warning"
+        connection.execute("drop table orchestrator.timer cascade")
+    shown = cli("doctor")
+    assert "problem" in shown.stdout
+    assert shown.exit_code == 1
+
+
+def test_doctor_says_what_to_do_when_nothing_else_can_be_looked_at(cli: Cli, empty_database_url: str) -> None:
+    assert "start the server" in cli("doctor", DATABASE_URL=NOWHERE).stdout
+    assert "run orchestrator migrate" in cli("doctor", DATABASE_URL=empty_database_url).stdout
+    wrong = cli("doctor", DATABASE_URL=NOWHERE, SERVER_PORT="x")
+    assert (wrong.exit_code, "SERVER_PORT: expected" in wrong.stdout) == (1, True)
+
+
+# The processes that stay
+
+
+async def test_run_serves_delivers_and_stops_in_order(cli: Cli, spawn: Spawn, receiver: Receiver) -> None:
+    port = free_port()
+    process = spawn("run", SERVER_PORT=str(port), REDIS_HOST="cache")
+    await process.wait_for_log("listening")
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as api:
+        assert (await api.get("/ready")).status_code == 200
+        now = document(cli("stats", "--json"))["at"]
+        event = {"source": "s", "scheduled_at": now, "destination": receiver.url("/hook"), "payload": 1}
+        identity = (await api.post("/api/v1/events", json=event)).json()["id"]
+    await receiver.wait_for(1, "/hook")
+    await eventually(lambda: document(cli("get", identity, "--json"))["status"] == "delivered")
+    assert document(cli("doctor", "--json", SERVER_PORT=str(port)), 1)["findings"][2]["check"] == "ports"
+    assert await process.stop() == 0
+    assert "REDIS_HOST: no effect" in process.log()
+    assert '"message": "stopped"' in process.log()
+
+
+async def test_run_waits_for_a_database_that_is_away(spawn: Spawn, postgres_server: EmbeddedPostgres) -> None:
+    url, port = postgres_server.url("orchestrator"), free_port()
+    postgres_server.stop()
+    process = spawn("run", DATABASE_URL=url, SERVER_PORT=str(port))
+    await process.wait_for_log("waiting for the database")
+    postgres_server.start()
+    await process.wait_for_log("listening")
+    assert await process.stop() == 0
+
+
+async def test_a_process_that_waits_for_its_database_stops_when_told(spawn: Spawn) -> None:
+    process = spawn("api", DATABASE_URL=NOWHERE)
+    await process.wait_for_log("waiting for the database")
+    assert await process.stop() == 0
+
+
+@pytest.mark.parametrize("role", ["run", "api", "dispatch"])
+async def test_a_process_ends_with_the_remedy_when_the_database_is_not_migrated(
+    spawn: Spawn, empty_database_url: str, role: str
+) -> None:
+    process = spawn(role, DATABASE_URL=empty_database_url)
+    assert await process.wait() == 1
+    assert "run: orchestrator migrate" in process.log()
+
+
+@pytest.fixture
+def login(database_url: str) -> Iterator[Callable[[str], str]]:
+    """Makes a login that is a member of one role only, and returns its URL of this test's database."""
+    made: list[str] = []
+
+    def make(role: str) -> str:
+        name = f"login_{uuid4().hex}"
+        connection.execute(f"create role {name} login password 'p' in role {role}".encode())
+        made.append(name)
+        parts = urlsplit(database_url)
+        return urlunsplit(parts._replace(netloc=f"{name}:p@{parts.hostname}:{parts.port}"))
+
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield make
+        for name in made:
+            connection.execute(f"drop role {name}".encode())
+
+
+async def test_each_role_of_the_database_suffices_for_what_it_is_named_after(
+    cli: Cli, spawn: Spawn, login: Callable[[str], str], receiver: Receiver
+) -> None:
+    event = ("submit", "--destination", receiver.url("/hook"), "--payload", "1")
+    assert cli(*event, DATABASE_URL=login("orchestrator_submit")).exit_code == 0
+    process = spawn("dispatch", DATABASE_URL=login("orchestrator_dispatch"))
+    await receiver.wait_for(1, "/hook")
+    reader = login("orchestrator_read")
+    await eventually(lambda: document(cli("stats", "--json", DATABASE_URL=reader))["totals"]["delivered"] == 1)
+    assert "permission denied" in error_of(cli(*event, DATABASE_URL=reader), 1)
+    assert cli("maintain", DATABASE_URL=login("orchestrator_ops")).exit_code == 0
+    assert await process.stop() == 0
+    api = spawn("api", DATABASE_URL=login("orchestrator_submit"), SERVER_PORT=str(free_port()))
+    await api.wait_for_log("listening")
+    assert await api.stop() == 0
+
+
+async def test_the_api_ends_with_the_remedy_in_production_without_keys_and_starts_with_one(
+    cli: Cli, spawn: Spawn
+) -> None:
+    port = str(free_port())
+    process = spawn("api", ENVIRONMENT="production", SERVER_PORT=port)
+    assert await process.wait() == 1
+    assert "orchestrator keys create" in process.log()
+    assert cli("keys", "create", "web", "--scope", "submit").exit_code == 0
+    process = spawn("api", ENVIRONMENT="production", SERVER_PORT=port)
+    await process.wait_for_log("listening")
+    assert await process.stop() == 0
+
+
+async def test_a_port_that_is_taken_is_named_once_and_ends_the_process(spawn: Spawn, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        process = spawn("run", SERVER_PORT=port)
+        assert await process.wait() == 1
+        assert process.log().count("SERVER_PORT: cannot listen") == 1
+        to_file = spawn("run", SERVER_PORT=port, LOG_FILE=str(tmp_path / "log"))
+        assert await to_file.wait() == 1
+        assert to_file.log().startswith("Error: SERVER_PORT: cannot listen")
+        assert "SERVER_PORT: cannot listen" in (tmp_path / "log").read_text()
+
+
+async def test_a_dispatcher_answers_probes_on_the_management_port_even_without_its_database(spawn: Spawn) -> None:
+    port = free_port()
+    process = spawn("dispatch", DATABASE_URL=NOWHERE, MANAGEMENT_SERVER_PORT=str(port))
+    await process.wait_for_log("listening")
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=20) as management:
+        assert (await management.get("/health")).status_code == 200
+        assert (await management.get("/ready")).status_code == 503
+        assert "orchestrator_events_claimed_total" in (await management.get("/metrics")).text
+    assert await process.stop() == 0
+
+
+async def test_a_second_signal_ends_a_process_at_once(cli: Cli, spawn: Spawn, receiver: Receiver) -> None:
+    submit = ("submit", "--destination", receiver.script("/hang", HANG), "--payload", "1")
+    assert cli(*submit).exit_code == 0
+    process = spawn("dispatch")
+    await receiver.wait_for(1, "/hang")
+    os.kill(process.pid, 15)
+    await process.wait_for_log("a second signal ends it at once")
+    os.kill(process.pid, 15)
+    assert await process.wait(5) == 128 + 15
+
+
+async def test_a_delivery_under_way_holds_a_stop_up_no_longer_than_the_setting(
+    cli: Cli, spawn: Spawn, receiver: Receiver
+) -> None:
+    submit = ("submit", "--destination", receiver.script("/hang", HANG), "--payload", "1")
+    assert cli(*submit).exit_code == 0
+    process = spawn("dispatch", SHUTDOWN_TIMEOUT_SECONDS="1")
+    await receiver.wait_for(1, "/hang")
+    assert await process.stop(timeout_s=6) in (0, 1)
