@@ -134,7 +134,7 @@ def _pending(versioned: list[_File], repeatable: list[_File], recorded: dict[str
     for file in versioned:
         if recorded.get(file.name, file.checksum) != file.checksum:
             raise OrchestratorError(
-                f"sql/{file.name} differs from what this database was migrated with; restore it; changes need a new file"
+                f"sql/{file.name} differs from what this database was migrated with; restore it, and add a new file"
             )
     changed = [file for file in repeatable if recorded.get(file.name) != file.checksum]
     if changed and changed[-1].name != "roles.sql":

@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from orchestrator.api.problems import Problem, as_problem, unavailable
-from orchestrator.database import Database, Submitted
-from orchestrator.errors import ValidationError
+from orchestrator.database import Database, Submitted, submit_all
 from orchestrator.events import Submission
 
 FLUSHERS = 2
@@ -31,21 +30,6 @@ _UNKNOWN = (
     f"Not known to be kept after {FLUSH_TIMEOUT_S:.0f} seconds. Submitting it again with the same source, "
     "external_job_id and scheduled_at is safe: it is kept once."
 )
-
-
-async def submit_all(database: Database, submissions: Sequence[Submission]) -> list[Submitted]:
-    """Submit in one transaction; a value that only the database refuses is found by bisecting, and refused alone.
-
-    Raises DatabaseUnavailable. Halves that were already kept stay kept: submitting them again changes nothing.
-    """
-    try:
-        return await database.submit(submissions)
-    except ValidationError as error:
-        if len(submissions) == 1:
-            return [Submitted(submissions[0].id, "refused", error.field, error.reason)]
-        middle = len(submissions) // 2
-        first = await submit_all(database, submissions[:middle])
-        return first + await submit_all(database, submissions[middle:])
 
 
 class Gatherer:

@@ -6,11 +6,11 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.api.auth import Guard
-from orchestrator.api.gather import Gatherer, submit_all
+from orchestrator.api.gather import Gatherer
 from orchestrator.api.http import read_json, send_json
 from orchestrator.api.problems import Problem
 from orchestrator.config import Settings
-from orchestrator.database import Database, Submitted
+from orchestrator.database import Database, Submitted, submit_all
 from orchestrator.errors import ValidationError
 from orchestrator.events import Submission, parse_batch, parse_submission
 from orchestrator.metrics import Metrics

@@ -155,7 +155,7 @@ def _submit_file(file: IO[bytes], as_json: bool) -> None:
     show = console(stderr=True)
 
     async def work(database: Database, settings: Settings) -> None:
-        from orchestrator.api.gather import submit_all
+        from orchestrator.database import submit_all
         from orchestrator.events import Submission
 
         with show.status("submitting …") as status:

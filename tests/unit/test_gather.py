@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 
 from orchestrator.api import gather
-from orchestrator.api.gather import FLUSHERS, gathering, submit_all
+from orchestrator.api.gather import FLUSHERS, gathering
 from orchestrator.api.problems import Problem
-from orchestrator.database import Database, Submitted
+from orchestrator.database import Database, Submitted, submit_all
 from orchestrator.errors import DatabaseUnavailable, ValidationError
 from orchestrator.events import Submission
 from tests.support.waiting import eventually

@@ -1,0 +1,21 @@
+"""The database as Python sees it: the only package that names SQL functions."""
+
+from orchestrator.database.connection import Connection, connect, translated
+from orchestrator.database.leases import NOTIFY_CHANNEL, Claimed, Finished, Leases, NotDelivered
+from orchestrator.database.pool import ApiKey, Cancelled, Database, Submitted, submit_all
+
+__all__ = [
+    "NOTIFY_CHANNEL",
+    "ApiKey",
+    "Cancelled",
+    "Claimed",
+    "Connection",
+    "Database",
+    "Finished",
+    "Leases",
+    "NotDelivered",
+    "Submitted",
+    "connect",
+    "submit_all",
+    "translated",
+]

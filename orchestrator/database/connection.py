@@ -1,0 +1,76 @@
+"""Connections, and psycopg's errors as this product's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, errors
+from psycopg.rows import TupleRow
+from psycopg.types.string import TextLoader
+
+from orchestrator.config import Settings
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError, ValidationError
+
+Connection = AsyncConnection[TupleRow]
+
+_CONNECT_TIMEOUT_S = 5
+_AWAY = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)
+_NOT_MIGRATED = (
+    errors.UndefinedFunction,
+    errors.UndefinedTable,
+    errors.InvalidSchemaName,
+    errors.UndefinedColumn,
+)
+# A dead peer is noticed within a minute; the default is two hours.
+_KEEPALIVE = {
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raises what psycopg raises as this product's errors."""
+    try:
+        yield
+    except _AWAY as error:
+        raise DatabaseUnavailable(f"the database is away: {_first_line(error)}") from error
+    except _NOT_MIGRATED as error:
+        raise OrchestratorError(
+            f"the database lacks this program's schema ({_first_line(error)}); run: orchestrator migrate"
+        ) from error
+    except errors.InsufficientPrivilege as error:
+        raise OrchestratorError(f"{_first_line(error)}; grant the user one of the roles in sql/roles.sql") from error
+    except (psycopg.DataError, psycopg.IntegrityError) as error:
+        raise ValidationError(error.diag.column_name or "value", _first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def connection_arguments(role: str) -> dict[str, Any]:
+    """What every connection is opened with; `role` shows in pg_stat_activity."""
+    return {
+        "autocommit": True, "connect_timeout": _CONNECT_TIMEOUT_S, "application_name": f"orchestrator {role}",
+        "options": "-c timezone=UTC -c datestyle=ISO -c extra_float_digits=1", **_KEEPALIVE,
+    }  # fmt: skip
+
+
+async def connect(settings: Settings, role: str) -> Connection:
+    """A connection outside any pool. Raises DatabaseUnavailable."""
+    with translated():
+        connection = await AsyncConnection.connect(settings.database_url, **connection_arguments(role))
+    keep_text(connection)
+    return connection
+
+
+def keep_text(connection: Connection) -> None:
+    """Loads these types as the text the server sends: nothing here computes with them."""
+    for name in ("uuid", "json", "timestamptz"):
+        connection.adapters.register_loader(name, TextLoader)

@@ -1,0 +1,149 @@
+"""A dispatcher's view of the database, on connections of its own: neither a claim nor a finish waits for a pool."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from typing import LiteralString, NamedTuple
+
+import msgspec
+
+from orchestrator.config import Settings
+from orchestrator.database.connection import Connection, connect, translated
+
+NOTIFY_CHANNEL = "orchestrator_due"
+
+
+class Claimed(msgspec.Struct, gc=False):
+    """A leased event. `due_at` and `lease_until` are Unix seconds by the database's clock; JSON stays text."""
+
+    event_id: str
+    attempt: int
+    due_at: float
+    lease_until: float
+    scheduled_at: str
+    destination: str
+    headers: str | None
+    payload: str
+
+
+class Finished(msgspec.Struct, gc=False):
+    """The result of an attempt: ``delivered``, ``retry`` or ``fail``; times in Unix seconds by the database's clock."""
+
+    event_id: str
+    attempt: int
+    result: str
+    status_code: int | None
+    started_at: float
+    finished_at: float
+    error: str | None
+    response: str | None
+    retry_after_s: float | None
+
+
+class NotDelivered(NamedTuple):
+    """What `Leases.finish` made of a result: ``retried`` (due again at `due_at`), ``dead`` or ``stale``."""
+
+    event_id: str
+    result: str
+    due_at: float | None
+
+
+class Leases:
+    """Claiming, finishing and releasing, on two connections, so that neither waits for the other."""
+
+    def __init__(self, claiming: Connection, finishing: Connection, worker: int) -> None:
+        self._claiming = claiming
+        self._finishing = finishing
+        self.worker = worker
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: Settings, worker_name: str, worker: int | None) -> AsyncGenerator[Leases, None]:
+        """Connects; registers the process as a worker unless it has a number already."""
+        async with (
+            await connect(settings, "dispatch") as claiming,
+            await connect(settings, "dispatch") as finishing,
+        ):
+            if worker is None:
+                with translated():
+                    row = await (
+                        await claiming.execute("select orchestrator.register_worker(%s)", (worker_name,))
+                    ).fetchone()
+                worker = row[0] if row else 0
+            yield cls(claiming, finishing, worker)
+
+    async def claim(self, batch: int, *, lease_s: float, lookahead_s: float) -> tuple[float, list[Claimed]]:
+        """Leases up to `batch` events due within `lookahead_s`; also the database's time, read before claiming."""
+        with translated():
+            cursor = await self._claiming.execute(_CLAIM, (batch, self.worker, lease_s, lookahead_s))
+            rows = await cursor.fetchall()
+        database_now: float = rows[0][0]
+        if rows[0][1] is None:
+            return database_now, []
+        return database_now, [Claimed(*row[1:]) for row in rows]
+
+    async def next_due_at(self) -> float | None:
+        """When the next event that nobody holds is due, in Unix seconds."""
+        with translated():
+            row = await (
+                await self._claiming.execute("select extract(epoch from orchestrator.next_due_at())::float8")
+            ).fetchone()
+        return row[0] if row else None
+
+    async def finish(self, results: Sequence[Finished]) -> list[NotDelivered]:
+        """Records results; answers those not delivered. Raises ValidationError for a text the database refuses."""
+        ordered = sorted(results, key=_event_id)
+        with translated():
+            cursor = await self._finishing.execute(
+                _FINISH,
+                (
+                    _array([r.event_id for r in ordered]),
+                    _array([str(r.attempt) for r in ordered]),
+                    _array([r.result for r in ordered]),
+                    _array([str(r.status_code or "null") for r in ordered]),
+                    _array([repr(r.started_at) for r in ordered]),
+                    _array([repr(r.finished_at) for r in ordered]),
+                    [r.error for r in ordered] if any(r.error for r in ordered) else None,
+                    [r.response for r in ordered] if any(r.response for r in ordered) else None,
+                    _array([str(r.retry_after_s if r.retry_after_s is not None else "null") for r in ordered]),
+                    self.worker,
+                ),
+            )
+            return [NotDelivered(*row) for row in await cursor.fetchall()]
+
+    async def release(self, leases: Sequence[Claimed]) -> int:
+        """Hands leases back unused; returns how many were still held."""
+        ordered = sorted(leases, key=_event_id)
+        with translated():
+            cursor = await self._finishing.execute(
+                "select orchestrator.release_events(%s::uuid[], %s::integer[])",
+                (
+                    _array([lease.event_id for lease in ordered]),
+                    _array([str(lease.attempt) for lease in ordered]),
+                ),
+            )
+            row = await cursor.fetchone()
+        return row[0] if row else 0
+
+
+def _event_id(item: Claimed | Finished) -> str:
+    return item.event_id
+
+
+def _array(values: list[str]) -> str:
+    """A PostgreSQL array literal of values that need no quotes: a tenth of the cost of adapting a list."""
+    return "{" + ",".join(values) + "}"
+
+
+_CLAIM: LiteralString = """
+select extract(epoch from n.at)::float8, c.event_id, c.attempt, extract(epoch from c.due_at)::float8
+     , extract(epoch from c.lease_until)::float8, c.scheduled_at, c.destination, c.headers, c.payload
+from (select orchestrator.now() as at offset 0) n
+left join lateral orchestrator.claim_due_events(%s, %s, make_interval(secs => %s), make_interval(secs => %s)) c on true
+"""
+_FINISH: LiteralString = """
+select event_id, result, extract(epoch from due_at)::float8 from orchestrator.finish_events(
+  %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[], %s::text[], %s::text[],
+  %s::float8[], %s)
+"""

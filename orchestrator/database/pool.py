@@ -1,0 +1,221 @@
+"""The pool behind the API, the CLI and maintenance, and what they ask of the database."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, LiteralString, NamedTuple, Self, TypeVar
+
+from psycopg.rows import TupleRow
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from orchestrator.config import Settings
+from orchestrator.database.connection import Connection, connection_arguments, keep_text, translated
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError, ValidationError
+from orchestrator.events import Submission, copy_row
+
+T = TypeVar("T")
+
+_POOL_TIMEOUT_S = 5.0
+_COPY: LiteralString = "copy pg_temp.submission from stdin"
+
+
+class Submitted(NamedTuple):
+    """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason."""
+
+    id: str
+    result: str
+    field: str | None = None
+    reason: str | None = None
+
+
+class Cancelled(NamedTuple):
+    """``cancelled``, ``already_cancelled``, ``in_flight``, ``finished`` or ``not_found``, and the state it is in."""
+
+    id: str
+    result: str
+    status: str | None
+
+
+class ApiKey(NamedTuple):
+    name: str
+    scopes: frozenset[str]
+
+
+class Database:
+    """A pool of connections, and what the API and the CLI ask of the database.
+
+    Every method raises DatabaseUnavailable when the database is away, after one more try on fresh connections:
+    all of them may be repeated safely.
+    """
+
+    def __init__(self, settings: Settings, *, role: str) -> None:
+        self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._pool = AsyncConnectionPool(
+            settings.database_url,
+            kwargs=connection_arguments(role),
+            min_size=settings.pool_min_idle,
+            max_size=settings.pool_max_size,
+            timeout=_POOL_TIMEOUT_S,
+            reconnect_timeout=10,
+            configure=self._configure,
+            name=role,
+            open=False,
+        )
+
+    async def _configure(self, connection: Connection) -> None:
+        keep_text(connection)
+
+    async def __aenter__(self) -> Self:
+        await self._pool.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._pool.close()
+
+    async def _run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        try:
+            return await self._run_once(work)
+        except DatabaseUnavailable as error:
+            if isinstance(error.__cause__, PoolTimeout):
+                raise
+            await self._pool.check()  # drops connections that a restart of the server has broken
+            return await self._run_once(work)
+
+    async def _run_once(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        with translated():
+            async with self._pool.connection() as connection:
+                return await work(connection)
+
+    async def _all(self, query: LiteralString, *values: object) -> list[TupleRow]:
+        async def work(connection: Connection) -> list[TupleRow]:
+            return await (await connection.execute(query, values)).fetchall()
+
+        return await self._run(work)
+
+    async def _value(self, query: LiteralString, *values: object) -> Any:
+        rows = await self._all(query, *values)
+        return rows[0][0] if rows else None
+
+    async def submit(self, submissions: Sequence[Submission]) -> list[Submitted]:
+        """Keeps the submissions, in one transaction; one answer each, in order.
+
+        Raises ValidationError when the database refuses a value that no rule foresaw; nothing is kept then.
+        """
+        text = b"".join([copy_row(submission, n) for n, submission in enumerate(submissions)])
+
+        async def work(connection: Connection) -> list[TupleRow]:
+            if connection not in self._staged:
+                await connection.execute("select orchestrator.open_staging()")
+                self._staged.add(connection)
+            async with connection.transaction(), connection.cursor() as cursor:
+                async with cursor.copy(_COPY) as copy:
+                    await copy.write(text)
+                await cursor.execute("select n, result, field, reason from orchestrator.submit_staged()")
+                return await cursor.fetchall()
+
+        exceptions = {n: (result, field, reason) for n, result, field, reason in await self._run(work)}
+        if not exceptions:
+            return [Submitted(submission.id, "accepted") for submission in submissions]
+        return [
+            Submitted(submission.id, *exceptions.get(n, ("accepted", None, None)))
+            for n, submission in enumerate(submissions)
+        ]
+
+    async def event(self, event_id: str) -> bytes | None:
+        """The event as JSON, with its state and outcomes."""
+        value = await self._value("select orchestrator.get_event(%s::uuid)", event_id)
+        return None if value is None else value.encode()
+
+    async def events_by_external_id(
+        self, external_job_id: str, *, limit: int, after: tuple[str, str] | None = None
+    ) -> list[bytes]:
+        """Events as JSON, newest first; `after` is (scheduled_at, id) of the last one of the page before."""
+        rows = await self._all(
+            "select orchestrator.events_by_external_id(%s, %s, %s::timestamptz, %s::uuid)",
+            external_job_id,
+            limit,
+            *(after or (None, None)),
+        )
+        return [row[0].encode() for row in rows]
+
+    async def cancel(self, event_id: str) -> Cancelled:
+        rows = await self._all("select * from orchestrator.cancel_event(%s::uuid)", event_id)
+        return Cancelled(*rows[0]) if rows else Cancelled(event_id, "not_found", None)
+
+    async def cancel_external(self, external_job_id: str) -> list[Cancelled]:
+        """Cancels every event with this external id; empty when there is none."""
+        rows = await self._all("select * from orchestrator.cancel_event(p_external_job_id => %s)", external_job_id)
+        return [Cancelled(*row) for row in rows]
+
+    async def statistics(self) -> bytes:
+        value: str = await self._value("select orchestrator.statistics()")
+        return value.encode()
+
+    async def backlog(self) -> int:
+        """Events that are due and not claimed, counted up to 10,000 a lane."""
+        return int(await self._value("select orchestrator.backlog()"))
+
+    async def dead_letters(self, *, limit: int, after: tuple[str, str] | None = None) -> list[bytes]:
+        """Dead letters as JSON, newest first; `after` is (died_at, id) of the last one of the page before."""
+        rows = await self._all(
+            "select orchestrator.list_dead_letters(%s, %s::timestamptz, %s::uuid)",
+            limit,
+            *(after or (None, None)),
+        )
+        return [row[0].encode() for row in rows]
+
+    async def run_maintenance(self, *, days_ahead: int) -> bytes:
+        """Makes partitions and folds statistics; says what it did, as JSON."""
+        value: str = await self._value("select orchestrator.run_maintenance(%s)", days_ahead)
+        return value.encode()
+
+    async def api_key(self, key_hash: bytes) -> ApiKey | None:
+        rows = await self._all("select name, scopes from orchestrator.find_api_key(%s)", key_hash)
+        return ApiKey(rows[0][0], frozenset(rows[0][1])) if rows else None
+
+    async def count_api_keys(self) -> int:
+        return int(await self._value("select orchestrator.count_api_keys()"))
+
+    async def create_api_key(self, name: str, key_hash: bytes, scopes: Sequence[str]) -> None:
+        """Raises ValidationError when the name is taken or a scope unknown."""
+        await self._all("select orchestrator.create_api_key(%s, %s, %s)", name, key_hash, list(scopes))
+
+    async def list_api_keys(self) -> list[bytes]:
+        rows = await self._all(
+            """select json_build_object('name', name, 'scopes', scopes, 'created_at', created_at)
+            from orchestrator.api_key order by name"""
+        )
+        return [row[0].encode() for row in rows]
+
+    async def revoke_api_key(self, name: str) -> bool:
+        return bool(await self._value("select orchestrator.revoke_api_key(%s)", name))
+
+    async def ready(self) -> None:
+        """Raises DatabaseUnavailable, or OrchestratorError when the schema, or a partition for today, is missing."""
+        today = await self._value(
+            "select orchestrator.now() between first_day and end_day from orchestrator.partition_bounds()"
+        )
+        if not today:
+            raise OrchestratorError("no partition for today; run: orchestrator migrate")
+
+    def pool_stats(self) -> dict[str, int]:
+        return self._pool.get_stats()
+
+
+async def submit_all(database: Database, submissions: Sequence[Submission]) -> list[Submitted]:
+    """Submits in one transaction; a value that only the database refuses is found by bisecting, and refused alone.
+
+    Raises DatabaseUnavailable. Halves that were already kept stay kept: submitting them again changes nothing.
+    """
+    try:
+        return await database.submit(submissions)
+    except ValidationError as error:
+        if len(submissions) == 1:
+            return [Submitted(submissions[0].id, "refused", error.field, error.reason)]
+        middle = len(submissions) // 2
+        first = await submit_all(database, submissions[:middle])
+        return first + await submit_all(database, submissions[middle:])
