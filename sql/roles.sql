@@ -18,7 +18,8 @@ end $$;
 revoke all on all tables in schema orchestrator from public;
 revoke all on all functions in schema orchestrator from public;
 grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
-grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz), orchestrator.random_event_id(timestamptz), orchestrator.lane_of(text)
+grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz), orchestrator.random_event_id(timestamptz), orchestrator.lane_of(text),
+  orchestrator.partition_bounds()
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
 grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_events(jsonb),
@@ -31,8 +32,7 @@ grant execute on function orchestrator.register_worker(text), orchestrator.claim
   orchestrator.release_events(uuid[], integer[]), orchestrator.next_due_at(), orchestrator.backlog()
   to orchestrator_dispatch, orchestrator_ops;
 grant execute on function orchestrator.get_event(uuid), orchestrator.events_by_external_id(text, integer, timestamptz, uuid),
-  orchestrator.list_dead_letters(integer, timestamptz, uuid), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog(),
-  orchestrator.partition_bounds()
+  orchestrator.list_dead_letters(integer, timestamptz, uuid), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog()
   to orchestrator_read, orchestrator_ops;
 grant execute on function orchestrator.run_maintenance(integer, integer), orchestrator.create_partitions(date, date),
   orchestrator.create_api_key(text, bytea, text[]), orchestrator.revoke_api_key(text), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()

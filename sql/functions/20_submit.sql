@@ -13,7 +13,8 @@ begin
   ( n integer not null, id uuid not null, scheduled_at timestamptz not null, source text not null, external_job_id text
   , delivery_type text not null, destination text not null, payload json not null, headers json
   , max_retries integer not null, retry_policy text) on commit delete rows;
-  execute format('grant select, insert on pg_temp.submission to %I', session_user);
+  -- Only this session can reach it, whatever role it has set.
+  grant select, insert on pg_temp.submission to public;
 end $$;
 comment on function orchestrator.open_staging() is
   'Makes this session''s staging table pg_temp.submission, or empties it. COPY into it, then call submit_staged() in the same transaction';
@@ -50,6 +51,8 @@ language sql stable parallel safe as $$
       then format('scheduled_at: %s is before the first day kept; send %s or later', to_json(p_scheduled_at) #>> '{}', to_json(p_first_day) #>> '{}')
     when p_scheduled_at >= p_end_day or p_end_day is null
       then format('scheduled_at: %s is beyond the last day that has a partition; send a time before %s', to_json(p_scheduled_at) #>> '{}', to_json(p_end_day) #>> '{}')
+    when to_regclass('orchestrator.event_p' || to_char(p_scheduled_at, 'YYYYMMDD')) is null
+      then format('scheduled_at: %s falls on a day that has no partition', to_json(p_scheduled_at) #>> '{}')
     when length(p_source) not between 1 and 200
       then format('source: expected 1 to 200 characters, got %s', length(p_source))
     when length(p_external_job_id) not between 1 and 200
@@ -135,8 +138,10 @@ begin
     )
     select * from answer;
   end;
-  if v_first < v_now + orchestrator.notify_horizon() then
-    perform pg_notify('orchestrator_due', extract(epoch from v_first)::text);
+  -- Once a transaction, and again only for what is due earlier: a loop over schedule_event() tells one time, not each time.
+  if v_first < least(v_now + orchestrator.notify_horizon(), nullif(current_setting('orchestrator.told', true), '')::timestamptz) then
+    perform set_config('orchestrator.told', greatest(v_first, v_now)::text, true);
+    perform pg_notify('orchestrator_due', extract(epoch from greatest(v_first, v_now))::text);
   end if;
 end $$;
 comment on function orchestrator.submit_staged() is
@@ -147,6 +152,26 @@ language sql immutable parallel safe
 return interval '10 s';
 comment on function orchestrator.notify_horizon() is
   'Submissions due within this time wake the dispatchers; the longest poll interval a dispatcher may have';
+
+-- The rules of orchestrator/event_rules.py; a dispatcher must be able to send whatever passes.
+create or replace function orchestrator.check_headers(p_headers jsonb) returns text
+language sql immutable parallel safe as $$
+  select case
+    when jsonb_typeof(p_headers) not in ('object', 'null') then format('expected an object of strings, got %s', jsonb_typeof(p_headers))
+    when count(*) > 20 then format('expected at most 20 headers, got %s', count(*))
+    when count(distinct lower(h.key)) < count(*) then 'expected each header once: names differ in more than case'
+    else min(case
+      when jsonb_typeof(h.value) <> 'string' then format('expected a string for %s, got %s', left(h.key, 80), jsonb_typeof(h.value))
+      when h.key !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]{1,100}$' then format('expected a header name of 1 to 100 token characters, got %s', left(h.key, 80))
+      when lower(h.key) ~ '^(connection|content-length|content-type|expect|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade|webhook-.*|orchestrator-.*)$'
+        then format('expected no %s header: it is set on delivery', left(h.key, 80))
+      when length(h.value #>> '{}') > 4096 or h.value #>> '{}' ~ '[\x01-\x08\x0a-\x1f\x7f]'
+        then format('expected at most 4096 characters, none of them control, in %s', left(h.key, 80))
+    end)
+  end
+  from jsonb_each(case jsonb_typeof(p_headers) when 'object' then p_headers else '{}' end) h
+$$;
+comment on function orchestrator.check_headers(jsonb) is 'Why these cannot be the headers of an event; null: they can';
 
 create or replace function orchestrator.submit_events(p_events jsonb)
 returns table (n integer, id uuid, result text, field text, reason text)
@@ -162,7 +187,7 @@ begin
     select i.n::integer as n, i.event, e.*,
       case
         when jsonb_typeof(i.event) <> 'object' then 'event: expected an object'
-        when u.unknown is not null then u.unknown || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy'
+        when u.unknown is not null then left(u.unknown, 80) || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy'
         when w.wrong is not null then w.wrong
         when e.scheduled_at is null then 'scheduled_at: required'
         when e.scheduled_at !~* '^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+-]\d\d(:?\d\d)?)$' or not pg_input_is_valid(e.scheduled_at, 'timestamptz')
@@ -170,7 +195,9 @@ begin
         when e.source is null then 'source: required'
         when e.destination is null then 'destination: required'
         when not i.event ? 'payload' then 'payload: required'
-        when not pg_input_is_valid(e.max_retries, 'smallint') then format('max_retries: expected 0 to 100, got %s', left(e.max_retries, 20))
+        when jsonb_typeof(i.event -> 'max_retries') not in ('number', 'null') or not pg_input_is_valid(e.max_retries, 'smallint')
+          then format('max_retries: expected 0 to 100, got %s', left((i.event -> 'max_retries')::text, 20))
+        else 'headers: ' || orchestrator.check_headers(i.event -> 'headers')
       end as problem
     from jsonb_array_elements(p_events) with ordinality as i (event, n)
     cross join lateral (select i.event ->> 'source' as source, i.event ->> 'external_job_id' as external_job_id, i.event ->> 'scheduled_at' as scheduled_at

@@ -7,7 +7,7 @@ language sql volatile set search_path = orchestrator, pg_temp as $$
          else make_interval(secs => least(extract(epoch from r.max_delay)::double precision,
            extract(epoch from r.initial_delay)::double precision * power(r.multiplier, least(p_attempt - 1, 100))))
     end * (1 - r.jitter * random()),
-    least(p_at_least, r.max_delay))
+    case when p_at_least is not null then least(p_at_least, r.max_delay) end)
   from orchestrator.retry_policy r
   where r.name in (p_policy, 'default')
   order by r.name = p_policy desc nulls last
@@ -18,14 +18,17 @@ comment on function orchestrator.retry_delay(text, integer, interval) is
 
 -- Invariant: a result counts only while its (event_id, attempt) names the present lease; anything else is answered as stale,
 -- unless that very result is in the log already (the reply of an earlier call was lost).
--- Locks timers in the order of the arrays: callers sort by event_id.
+-- Locks timers in the order of event_id, as cancel_event() does.
+-- Plans are pinned: the key's index, searched for p_event_ids, hashed with the arrays. A nested loop is as fast, but when the
+-- last vacuum found the table empty the planner takes timer for one row and reads all of its index for each call.
 create or replace function orchestrator.finish_events(
   p_event_ids uuid[], p_attempts integer[], p_results text[], p_status_codes integer[] default null,
   p_started_at double precision[] default null, p_finished_at double precision[] default null,
   p_errors text[] default null, p_responses text[] default null, p_retry_after double precision[] default null, p_worker integer default 0)
 returns table (event_id uuid, result text, due_at timestamptz)
 language plpgsql security definer set search_path = orchestrator, pg_temp rows 10
-set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set jit = off as $$
+set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off
+set enable_bitmapscan = off set jit = off as $$
 #variable_conflict use_column
 declare
   v_now constant timestamptz := orchestrator.now();
@@ -43,7 +46,7 @@ begin
       delete from orchestrator.timer t
       using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at)
         as r (event_id, attempt, status_code, started_at, finished_at)
-      where t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
+      where t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
       returning t.event_id, t.scheduled_at, t.due_at, t.attempt, r.status_code, r.started_at, r.finished_at
     )
     insert into orchestrator.outcome (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result)
@@ -55,23 +58,22 @@ begin
   else
     return query
     with given as materialized (
-      select * from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses, p_retry_after)
+      select distinct on (r.event_id, r.attempt) r.*
+      from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses, p_retry_after)
         as r (event_id, attempt, result, status_code, started_at, finished_at, error, response, retry_after)
-    ), gone as (
-      delete from orchestrator.timer t using given r
-      where t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null and (r.result <> 'retry' or t.attempt >= t.max_attempts)
-      returning r.event_id, t.scheduled_at, r.attempt, case r.result when 'delivered' then 'delivered' else 'dead' end as result
-        , r.status_code, t.due_at, r.started_at, r.finished_at, r.error, r.response, null::timestamptz as next_due
-    ), waiting as (
-      update orchestrator.timer t
-      set worker = null, lease_until = null, due_at = v_now + orchestrator.retry_delay(e.retry_policy, t.attempt, make_interval(secs => r.retry_after))
-      from given r, orchestrator.event e
-      where t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null and r.result = 'retry' and t.attempt < t.max_attempts
-        and e.id = t.event_id and e.scheduled_at = t.scheduled_at
-      returning r.event_id, t.scheduled_at, r.attempt, 'retried' as result
-        , r.status_code, old.due_at, r.started_at, r.finished_at, r.error, r.response, new.due_at as next_due
+      order by r.event_id, r.attempt
     ), done as materialized (
-      select * from gone union all select * from waiting
+      -- One merge, not a delete and an update: it locks every timer in the order of the ids, whatever becomes of each.
+      merge into orchestrator.timer t
+      using given r on t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
+      when matched and r.result = 'retry' and t.attempt < t.max_attempts then
+        update set worker = null, lease_until = null, due_at = v_now + coalesce(orchestrator.retry_delay(
+          (select e.retry_policy from orchestrator.event e where e.id = t.event_id and e.scheduled_at = t.scheduled_at), t.attempt,
+          case when r.retry_after > 0 then make_interval(secs => least(r.retry_after, 1e9)) end), '1 min')
+      when matched then delete
+      returning r.event_id, old.scheduled_at, r.attempt, r.status_code, old.due_at, r.started_at, r.finished_at, r.error, r.response
+        , case when new.event_id is not null then 'retried' when r.result = 'delivered' then 'delivered' else 'dead' end as result
+        , new.due_at as next_due
     ), logged as (
       insert into orchestrator.outcome (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result, error, response)
       select d.event_id, d.scheduled_at, d.due_at, to_timestamp(d.started_at), coalesce(to_timestamp(d.finished_at), v_now)
@@ -90,8 +92,9 @@ begin
     return query
     select r.event_id, 'stale', null::timestamptz
     from unnest(p_event_ids, p_attempts) as r (event_id, attempt)
-    where not exists (
-      select from orchestrator.outcome o
+    -- A count cannot be made into a join.
+    where 0 = (
+      select count(*) from orchestrator.outcome o
       where o.event_id = r.event_id and o.attempt = r.attempt and o.worker is not distinct from p_worker
         and o.error is distinct from orchestrator.lost_lease()
         and o.scheduled_at >= uuid_extract_timestamp(r.event_id) and o.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms');
@@ -102,12 +105,12 @@ comment on function orchestrator.finish_events(uuid[], integer[], text[], intege
 
 create or replace function orchestrator.release_events(p_event_ids uuid[], p_attempts integer[]) returns integer
 language sql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
   with freed as (
     update orchestrator.timer t
     set worker = null, lease_until = null, max_attempts = t.max_attempts + 1
     from unnest(p_event_ids, p_attempts) as r (event_id, attempt)
-    where t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
+    where t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
     returning 1
   )
   select count(*)::integer from freed

@@ -2,29 +2,34 @@
 
 create or replace function orchestrator.cancel_event(p_event_id uuid default null, p_external_job_id text default null)
 returns table (event_id uuid, result text, status text)
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
   v_now timestamptz;
+  v_ids uuid[];
+  v_scheduled timestamptz[];
   v_cancelled uuid[];
 begin
   if num_nonnulls(p_event_id, p_external_job_id) <> 1 then
     raise exception 'cancel_event: give either p_event_id or p_external_job_id' using errcode = 'invalid_parameter_value';
   end if;
+  if p_event_id is not null then
+    select array_agg(e.id), array_agg(e.scheduled_at) into v_ids, v_scheduled from orchestrator.event e
+    where e.id = p_event_id and e.scheduled_at >= uuid_extract_timestamp(p_event_id) and e.scheduled_at < uuid_extract_timestamp(p_event_id) + interval '1 ms';
+  else
+    select array_agg(e.id), array_agg(e.scheduled_at) into v_ids, v_scheduled from orchestrator.event e
+    where hashtextextended(e.external_job_id, 0) = hashtextextended(p_external_job_id, 0) and e.external_job_id = p_external_job_id;
+  end if;
   -- Waits here for a claim or a finish that has the row, then sees what it did; ordered, so that two cancels cannot deadlock.
   perform from orchestrator.timer t
-  where t.event_id = any (array(
-    select p_event_id where p_event_id is not null
-    union all select e.id from orchestrator.event e where hashtextextended(e.external_job_id, 0) = hashtextextended(p_external_job_id, 0) and e.external_job_id = p_external_job_id))
+  where t.event_id = any (v_ids)
   order by t.event_id
   for update;
   v_now := orchestrator.now();
   with gone as (
     delete from orchestrator.timer t
-    where t.event_id = any (array(
-        select p_event_id where p_event_id is not null
-        union all select e.id from orchestrator.event e where hashtextextended(e.external_job_id, 0) = hashtextextended(p_external_job_id, 0) and e.external_job_id = p_external_job_id))
-      and (t.lease_until is null or t.lease_until <= v_now)
+    where t.event_id = any (v_ids) and (t.lease_until is null or t.lease_until <= v_now)
     returning t.event_id, t.scheduled_at, t.attempt
   ), logged as (
     insert into orchestrator.outcome (event_id, scheduled_at, finished_at, attempt, result)
@@ -33,15 +38,16 @@ begin
     insert into orchestrator.statistic select date_trunc('minute', v_now), 'cancelled', count(*) from gone having count(*) > 0
   )
   select array_agg(g.event_id) into v_cancelled from gone g;
+  -- The limit keeps the planner from joining all of timer to the view first.
   return query
   select s.id
     , case when s.id = any (v_cancelled) then 'cancelled' when s.status = 'cancelled' then 'already_cancelled'
            when s.status = 'in_flight' then 'in_flight' else 'finished' end
     , s.status
-  from orchestrator.event_status s
-  where s.id = p_event_id and s.scheduled_at >= uuid_extract_timestamp(p_event_id) and s.scheduled_at < uuid_extract_timestamp(p_event_id) + interval '1 ms'
-     or hashtextextended(s.external_job_id, 0) = hashtextextended(p_external_job_id, 0) and s.external_job_id = p_external_job_id
-  order by s.scheduled_at desc, s.id desc;
+  from unnest(v_ids, v_scheduled) as e (id, scheduled_at)
+  cross join lateral (
+    select s.id, s.status from orchestrator.event_status s where s.id = e.id and s.scheduled_at = e.scheduled_at limit 1) s
+  order by e.scheduled_at desc, e.id desc;
 end $$;
 comment on function orchestrator.cancel_event(uuid, text) is
   'Cancels one event, or every event with an external_job_id. One row an event: cancelled, already_cancelled, in_flight (an attempt has been claimed and goes on) or finished, and its status now; no row: there is no such event';

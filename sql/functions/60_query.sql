@@ -1,7 +1,7 @@
 -- Questions: what the API, the CLI and an operator ask. All answers are JSON as clients see it.
 
 create or replace function orchestrator.event_json(p_id uuid, p_scheduled_at timestamptz) returns json
-language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set enable_seqscan = off as $$
   select json_build_object(
     'id', s.id, 'source', s.source, 'external_job_id', s.external_job_id, 'scheduled_at', s.scheduled_at
   , 'delivery_type', s.delivery_type, 'destination', s.destination, 'payload', s.payload, 'headers', s.headers
@@ -10,7 +10,7 @@ language sql stable security definer set search_path = orchestrator, pg_temp set
   , 'outcomes', coalesce((
       select json_agg(json_build_object('attempt', o.attempt, 'result', o.result, 'status_code', o.status_code, 'error', o.error
         , 'response', o.response, 'due_at', o.due_at, 'started_at', o.started_at, 'finished_at', o.finished_at
-        , 'lateness_ms', round(extract(epoch from o.started_at - o.due_at) * 1000, 3), 'worker', w.name) order by o.finished_at, o.attempt)
+        , 'lateness_ms', round(extract(epoch from o.started_at - o.due_at) * 1000, 3), 'worker', w.name) order by o.attempt, o.result <> 'retried')
       from orchestrator.outcome o left join orchestrator.worker w using (worker)
       where o.event_id = s.id and o.scheduled_at = s.scheduled_at), '[]'))
   from orchestrator.event_status s
@@ -19,7 +19,7 @@ $$;
 comment on function orchestrator.event_json(uuid, timestamptz) is 'One event with its state and every outcome';
 
 create or replace function orchestrator.get_event(p_id uuid) returns json
-language sql stable security definer set search_path = orchestrator, pg_temp as $$
+language sql stable security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
   select orchestrator.event_json(e.id, e.scheduled_at) from orchestrator.event e
   where e.id = p_id and e.scheduled_at >= uuid_extract_timestamp(p_id) and e.scheduled_at < uuid_extract_timestamp(p_id) + interval '1 ms'
 $$;
@@ -28,7 +28,7 @@ comment on function orchestrator.get_event(uuid) is 'One event with its state an
 create or replace function orchestrator.events_by_external_id(
   p_external_job_id text, p_limit integer default 100, p_before_scheduled_at timestamptz default null, p_before_id uuid default null)
 returns setof json
-language sql stable security definer set search_path = orchestrator, pg_temp as $$
+language sql stable security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
   select orchestrator.event_json(e.id, e.scheduled_at) from (
     select e.id, e.scheduled_at from orchestrator.event e
     where hashtextextended(e.external_job_id, 0) = hashtextextended(p_external_job_id, 0) and e.external_job_id = p_external_job_id

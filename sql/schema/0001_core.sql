@@ -3,17 +3,17 @@
 
 create table orchestrator.retry_policy
 ( name text primary key check (name ~ '^[a-z0-9_-]{1,63}$')
-, initial_delay interval not null default '1 s' check (initial_delay >= '0 s')
+, initial_delay interval not null default '1 s' check (initial_delay between '0 s' and '1 year')
 , multiplier double precision not null default 2.0 check (multiplier >= 1 and multiplier <= 100)
-, max_delay interval not null default '1 hour' check (max_delay > '0 s')
+, max_delay interval not null default '1 hour' check (max_delay > '0 s' and max_delay <= '1 year')
 , jitter double precision not null default 1.0 check (jitter between 0 and 1)
-, schedule interval[] check (cardinality(schedule) > 0 and array_position(schedule, null) is null)
+, schedule interval[] check (cardinality(schedule) > 0 and array_position(schedule, null) is null and '0 s' <= all (schedule) and '1 year' >= all (schedule))
 );
 comment on table orchestrator.retry_policy is 'How long a failed attempt waits for the next one';
 comment on column orchestrator.retry_policy.name is 'What an event names in retry_policy; ''default'' serves events that name none';
 comment on column orchestrator.retry_policy.initial_delay is 'Delay after the first failed attempt, before jitter';
 comment on column orchestrator.retry_policy.multiplier is 'Factor from one delay to the next';
-comment on column orchestrator.retry_policy.max_delay is 'Upper bound of a delay; also bounds what a Retry-After may ask for';
+comment on column orchestrator.retry_policy.max_delay is 'Upper bound of a delay that is computed, and of what a Retry-After may ask for';
 comment on column orchestrator.retry_policy.jitter is 'Share of the delay that is random: 0 none, 1 full jitter';
 comment on column orchestrator.retry_policy.schedule is 'Explicit delays, one for each failed attempt, the last repeating; replaces initial_delay and multiplier';
 insert into orchestrator.retry_policy (name) values ('default');

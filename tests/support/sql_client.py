@@ -5,7 +5,6 @@ The clock is the session's own: `Client.at` sets ``orchestrator.now`` for everyt
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ def seconds(amount: float) -> timedelta:
 
 def event(**changes: Any) -> dict[str, Any]:
     """A submission due at `NOON`; a change to ... leaves the field out."""
-    fields = {
+    fields: dict[str, Any] = {
         "source": "tests",
         "scheduled_at": NOON,
         "destination": f"{HOST}/hook",
@@ -140,9 +139,7 @@ class Client:
 
     def at(self, moment: datetime | None) -> Self:
         """Sets this session's clock; None lets it run again."""
-        self.rows(
-            "select set_config('orchestrator.now', %s, false)", "" if moment is None else moment.isoformat()
-        )
+        self.rows("select set_config('orchestrator.now', %s, false)", "" if moment is None else moment.isoformat())
         return self
 
     def set_role(self, role: str) -> None:
@@ -155,7 +152,7 @@ class Client:
 
     def submit_json(self, document: Any) -> list[Answer]:
         rows = self.rows("select * from orchestrator.submit_events(%s)", Jsonb(document))
-        return [Answer(n, None if id is None else str(id), *rest) for n, id, *rest in rows]
+        return [Answer(n, None if uid is None else str(uid), *rest) for n, uid, *rest in rows]
 
     def schedule(self, **changes: Any) -> str:
         """Submits one event, which must be accepted, and returns its id."""
@@ -172,9 +169,7 @@ class Client:
 
     # The life of a lease
 
-    def claim(
-        self, batch: int = 1000, *, worker: int = 0, lease_s: float = 60, lookahead_s: float = 0
-    ) -> list[Lease]:
+    def claim(self, batch: int = 1000, *, worker: int = 0, lease_s: float = 60, lookahead_s: float = 0) -> list[Lease]:
         rows = self.rows(
             "select * from orchestrator.claim_due_events(%s, %s, make_interval(secs => %s), make_interval(secs => %s))",
             batch,
@@ -186,8 +181,8 @@ class Client:
 
     def finish(self, given: Sequence[Result], *, worker: int = 0) -> list[Finish]:
         rows = self.rows(
-            """select * from orchestrator.finish_events(%s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[],
-              %s::float8[], %s::text[], %s::text[], %s::float8[], %s)""",
+            """select * from orchestrator.finish_events(%s::uuid[], %s::integer[], %s::text[], %s::integer[],
+              %s::float8[], %s::float8[], %s::text[], %s::text[], %s::float8[], %s)""",
             *([list(column) for column in zip(*given, strict=True)] or [[]] * 9),
             worker,
         )
@@ -204,13 +199,13 @@ class Client:
 
     def cancel(self, event_id: str) -> list[Cancel]:
         return [
-            Cancel(str(id), *rest)
-            for id, *rest in self.rows("select * from orchestrator.cancel_event(%s::uuid)", event_id)
+            Cancel(str(uid), *rest)
+            for uid, *rest in self.rows("select * from orchestrator.cancel_event(%s::uuid)", event_id)
         ]
 
     def cancel_external(self, external_job_id: str) -> list[Cancel]:
         rows = self.rows("select * from orchestrator.cancel_event(p_external_job_id => %s)", external_job_id)
-        return [Cancel(str(id), *rest) for id, *rest in rows]
+        return [Cancel(str(uid), *rest) for uid, *rest in rows]
 
     # Asking
 
@@ -248,9 +243,3 @@ def wait_for(condition: Callable[[], T], timeout_s: float = 10) -> T:
         assert time.monotonic() < deadline, f"not true within {timeout_s} s"
         time.sleep(0.002)
     return outcome
-
-
-def rfc3339(moment: datetime) -> str:
-    """As PostgreSQL writes it in JSON, in a session whose zone is UTC."""
-    text: str = json.dumps(moment.isoformat())[1:-1]
-    return text

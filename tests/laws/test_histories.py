@@ -1,0 +1,353 @@
+"""Any history of submits, claims, finishes, releases, cancels and passing time keeps the laws.
+
+The model beside the database is the specification in Python: what each call must answer and what it must leave.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+from psycopg import sql
+
+from tests.support.databases import Databases
+from tests.support.laws import Arrival, violations
+from tests.support.sql_client import NOON, Client, Lease, Result, event, seconds
+
+LEASE_S = 30
+RETRY_S = 20  # of the policy that the model uses: no jitter
+HOSTS = ["https://one.example", "https://two.example", "https://three.example"]
+
+
+@dataclass
+class Expected:
+    """An event as the model sees it."""
+
+    scheduled_at: datetime
+    due_at: datetime
+    max_retries: int
+    attempt: int = 0
+    released: int = 0
+    lease_until: datetime | None = None
+    end: str | None = None
+    history: list[tuple[int, str]] = field(default_factory=list)
+
+    def held(self, now: datetime) -> bool:
+        return self.lease_until is not None and self.lease_until > now
+
+    @property
+    def exhausted(self) -> bool:
+        return self.attempt >= self.max_retries + 1 + self.released
+
+    def status(self, now: datetime) -> str:
+        if self.end:
+            return self.end
+        if self.held(now):
+            return "in_flight"
+        return "retrying" if self.attempt else "scheduled"
+
+
+class Histories(RuleBasedStateMachine):
+    client: Client
+    leases: Bundle[tuple[Lease, int]] = Bundle("leases")
+    events: Bundle[str] = Bundle("events")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = NOON
+        self.model: dict[str, Expected] = {}
+        self.arrivals: list[Arrival] = []
+        self.jobs = 0
+        self.submitted: dict[str, dict[str, Any]] = {}
+
+    @initialize()
+    def start(self) -> None:
+        self.client.rows(
+            """truncate orchestrator.event, orchestrator.timer, orchestrator.outcome, orchestrator.dead_letter,
+            orchestrator.statistic"""
+        )
+        self.client.at(self.now)
+
+    @rule(
+        target=events,
+        due_s=st.lists(st.integers(-30, 90), min_size=1, max_size=6),
+        retries=st.integers(0, 2),
+        host=st.sampled_from(HOSTS),
+    )
+    def submit(self, due_s: list[int], retries: int, host: str) -> Any:
+        batch = []
+        for offset in due_s:
+            self.jobs += 1
+            batch.append(
+                event(
+                    external_job_id=str(self.jobs), scheduled_at=self.now + seconds(offset), destination=host,
+                    max_retries=retries, retry_policy="fixed",
+                )
+            )  # fmt: skip
+        answers = sorted(self.client.submit(*batch))
+        assert [answer.result for answer in answers] == ["accepted"] * len(batch)
+        for answer, item in zip(answers, batch, strict=True):
+            at = datetime.fromisoformat(item["scheduled_at"])
+            self.model[str(answer.id)] = Expected(at, max(at, self.now), retries)
+            self.submitted[str(answer.id)] = item
+        return multiple(*[str(answer.id) for answer in answers])
+
+    @rule(uid=events)
+    def submit_again(self, uid: str) -> None:
+        [answer] = self.client.submit(self.submitted[uid])
+        assert (answer.id, answer.result) == (uid, "duplicate")
+
+    @rule(
+        target=leases,
+        batch=st.sampled_from([1, 3, 100]),
+        lookahead_s=st.sampled_from([0, 0, 15]),
+        worker=st.integers(1, 3),
+    )
+    def claim(self, batch: int, lookahead_s: int, worker: int) -> Any:
+        until = self.now + seconds(lookahead_s)
+        due = {uid: e for uid, e in self.model.items() if not e.end and e.due_at <= until and not e.held(self.now)}
+        leases = self.client.claim(batch, worker=worker, lease_s=LEASE_S, lookahead_s=lookahead_s)
+        alive = {uid for uid, e in due.items() if not e.exhausted}
+        assert {lease.event_id for lease in leases} <= alive
+        assert len(leases) == min(batch, len(alive))
+        for lease in leases:
+            expected = self.model[lease.event_id]
+            expected.attempt += 1
+            expected.lease_until = until + seconds(LEASE_S)
+            assert (lease.attempt, lease.due_at, lease.lease_until) == (
+                expected.attempt,
+                expected.due_at,
+                expected.lease_until,
+            )
+        # Which of the exhausted ones a full claim comes across depends on its lanes; one that is not full, on all.
+        buried = {
+            str(uid) for (uid,) in self.client.rows(
+                "select event_id from orchestrator.dead_letter where event_id = any (%s::uuid[])",
+                [uid for uid, e in due.items() if e.exhausted],
+            )
+        }  # fmt: skip
+        if len(leases) < batch:
+            assert buried == set(due) - alive
+        for uid in buried:
+            self._end(uid, self.model[uid].attempt, "dead")
+        return multiple(*[(lease, worker) for lease in leases])
+
+    def _end(self, uid: str, attempt: int, result: str) -> None:
+        expected = self.model[uid]
+        expected.history.append((attempt, result))
+        expected.lease_until = None
+        if result != "retried":
+            expected.end = result
+
+    @rule(held=st.lists(leases, min_size=1, max_size=5), data=st.data(), again=st.booleans())
+    def finish(self, held: list[tuple[Lease, int]], data: st.DataObject, again: bool) -> None:
+        """By whoever was given a lease once, sooner or later, rightly or not, and perhaps told twice."""
+        worker = held[0][1]
+        batch: dict[tuple[str, int], Result] = {}
+        for lease, holder in held:
+            kind = data.draw(st.sampled_from(["delivered", "delivered", "retry", "fail"]))
+            if holder == worker and lease.due_at <= self.now:
+                started = self.now.timestamp()
+                batch[lease.event_id, lease.attempt] = Result(
+                    lease.event_id, lease.attempt, kind, started_at=started, finished_at=started
+                )
+        told = {answer.event_id: answer.result for answer in self.client.finish(list(batch.values()), worker=worker)}
+        expected: dict[str, str] = {}
+        for (uid, attempt), result in sorted(batch.items()):
+            event = self.model[uid]
+            if event.end is None and event.lease_until is not None and event.attempt == attempt:
+                ended = {"delivered": "delivered", "fail": "dead"}.get(result.result) or (
+                    "dead" if event.exhausted else "retried"
+                )
+                if ended == "retried":
+                    event.due_at = self.now + seconds(RETRY_S)
+                if ended != "delivered":
+                    expected[uid] = ended
+                self._end(uid, attempt, ended)
+                self.arrivals.append(Arrival(uid, attempt, datetime.fromtimestamp(result.started_at or 0, NOON.tzinfo)))
+            elif not self._recorded(uid, attempt, worker):
+                expected.setdefault(uid, "stale")
+        assert told == expected
+        if again:
+            repeated = self.client.finish(list(batch.values()), worker=worker)
+            assert {answer.result for answer in repeated} <= {"stale"}
+
+    def _recorded(self, uid: str, attempt: int, worker: int) -> bool:
+        return bool(
+            self.client.value(
+                """select exists (select from orchestrator.outcome where event_id = %s and attempt = %s and worker = %s
+                and result <> 'cancelled' and started_at is not null)""",
+                uid, attempt, worker,
+            )
+        )  # fmt: skip
+
+    @rule(held=consumes(leases))
+    def release(self, held: tuple[Lease, int]) -> None:
+        lease, _ = held
+        expected = self.model[lease.event_id]
+        holds = expected.end is None and expected.lease_until is not None and expected.attempt == lease.attempt
+        assert self.client.release([lease]) == int(holds)
+        if holds:
+            expected.lease_until = None
+            expected.released += 1
+
+    @rule(uid=events, by_job=st.booleans())
+    def cancel(self, uid: str, by_job: bool) -> None:
+        expected = self.model[uid]
+        job = self.submitted[uid]["external_job_id"]
+        [answer] = self.client.cancel_external(job) if by_job else self.client.cancel(uid)
+        if expected.end:
+            assert answer.result == ("already_cancelled" if expected.end == "cancelled" else "finished")
+        elif expected.held(self.now):
+            assert answer.result == "in_flight"
+        else:
+            assert answer.result == "cancelled"
+            self._end(uid, expected.attempt, "cancelled")
+        assert answer.status == expected.status(self.now)
+
+    @rule(passed_s=st.sampled_from([1, 10, LEASE_S - 1, LEASE_S, 120]))
+    def wait(self, passed_s: int) -> None:
+        self.now += seconds(passed_s)
+        self.client.at(self.now)
+
+    @rule()
+    def maintain(self) -> None:
+        self.client.rows("select orchestrator.run_maintenance(1, 1)")
+
+    @invariant()
+    def laws_are_kept(self) -> None:
+        assert violations(self.client.connection, acknowledged=self.model, arrivals=self.arrivals) == []
+
+    @invariant()
+    def the_database_agrees_with_the_model(self) -> None:
+        shown: dict[str, str] = dict(self.client.rows("select id::text, status from orchestrator.event_status"))
+        assert shown == {uid: expected.status(self.now) for uid, expected in self.model.items()}
+        histories: dict[str, list[tuple[int, str]]] = {uid: [] for uid in self.model}
+        for uid, attempt, result in self.client.rows(
+            "select event_id::text, attempt, result from orchestrator.outcome order by attempt, result <> 'retried'"
+        ):
+            histories[uid].append((attempt, result))
+        assert histories == {uid: expected.history for uid, expected in self.model.items()}
+
+    @invariant()
+    def totals_are_those_of_the_model(self) -> None:
+        totals = self.client.totals()
+        results = [result for expected in self.model.values() for _, result in expected.history]
+        assert {name: count for name, count in totals.items() if name != "duplicate"} == {
+            name: count
+            for name, count in {
+                "accepted": len(self.model),
+                **{name: results.count(name) for name in ("delivered", "retried", "dead", "cancelled")},
+            }.items()
+            if count
+        }  # fmt: skip
+
+
+def test_every_history_keeps_the_laws(databases: Databases) -> None:
+    with databases.migrated() as url, Client(url) as client:
+        for name in client.column(
+            """select c.relname from pg_inherits i join pg_class c on c.oid = i.inhrelid
+            where c.relkind = 'r' and right(c.relname, 8) <> all (%s)""",
+            [f"{NOON + timedelta(days=day):%Y%m%d}" for day in (-1, 0, 1)],
+        ):  # what looks at every partition is ten times faster without those that stay empty
+            client.connection.execute(sql.SQL("drop table orchestrator.{}").format(sql.Identifier(name)))
+        client.rows(
+            "insert into orchestrator.retry_policy (name, jitter, schedule) values ('fixed', 0, %s)", [seconds(RETRY_S)]
+        )
+        run_state_machine_as_test(
+            type("Machine", (Histories,), {"client": client}),
+            settings=settings(
+                max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            ),
+        )
+
+
+# The checker itself: each law is seen to be broken.
+
+_ARM_ALL = """
+insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, attempt, max_attempts)
+select id, scheduled_at, scheduled_at, 0, 1, 4 from orchestrator.event on conflict do nothing
+"""
+_REPEAT = "insert into orchestrator.outcome select * from orchestrator.outcome where result = {};"
+_START_AFTER_CANCEL = (
+    _REPEAT.format("'dead'")
+    + """
+update orchestrator.outcome set result = 'cancelled', attempt = 0, finished_at = due_at
+where ctid = (select min(ctid) from orchestrator.outcome where result = 'dead');
+update orchestrator.outcome set result = 'retried', started_at = due_at + interval '1 s' where result = 'dead';
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("damage", "law"),
+    [
+        ("delete from orchestrator.timer", "law 1"),
+        ("delete from orchestrator.event", "law 1"),
+        (_ARM_ALL, "law 1"),
+        ("delete from orchestrator.dead_letter", "law 1"),
+        ("delete from orchestrator.outcome", "law 1"),
+        (_REPEAT.format("'retried'"), "law 6"),
+        (_REPEAT.format("'delivered'"), "law 6"),
+        ("update orchestrator.outcome set attempt = 7 where result = 'retried'", "law 6"),
+        (_REPEAT.format("'retried'") * 4, "law 2"),
+        ("update orchestrator.outcome set started_at = due_at - interval '1 us' where result = 'delivered'", "law 3"),
+        ("update orchestrator.timer set due_at = scheduled_at - interval '1 us'", "law 3"),
+        (_START_AFTER_CANCEL, "law 4"),
+    ],
+)  # fmt: skip
+def test_the_checker_sees_each_law_broken(databases: Databases, damage: str, law: str) -> None:
+    with databases.migrated() as url, Client(url) as client:
+        client.at(NOON)
+        client.schedule_many(4)
+        delivered, failed, retried, _ = client.claim()
+        client.finish(
+            [
+                Result(lease.event_id, 1, kind, started_at=NOON.timestamp())
+                for lease, kind in ((delivered, "delivered"), (failed, "fail"), (retried, "retry"))
+            ]
+        )
+        assert violations(client.connection) == []
+        client.connection.execute(damage)
+        assert law in {violation[:5] for violation in violations(client.connection)}
+
+
+def test_the_checker_sees_what_receivers_did_not_get_or_got_wrongly(databases: Databases) -> None:
+    with databases.migrated() as url, Client(url) as client:
+        client.at(NOON)
+        first, second, third = client.schedule_many(3)
+        client.cancel(third)
+        client.finish([Result(lease.event_id, 1) for lease in client.claim()])
+        good = [Arrival(first, 1, NOON), Arrival(second, 1, NOON)]
+        slack = timedelta(milliseconds=5)
+
+        def broken(*arrivals: Arrival) -> set[str]:
+            found = violations(
+                client.connection, arrivals=arrivals, clock_slack=slack, acknowledged=[first], finished=True
+            )
+            return {violation[:5] for violation in found}
+
+        assert broken(*good) == set()
+        assert broken(good[0]) == {"law 1"}
+        assert broken(*good, Arrival(str(client.value("select gen_random_uuid()")), 1, NOON)) == {"law 1"}
+        assert broken(*good, good[0]) == {"law 6"}
+        assert broken(good[0], Arrival(second, 1, NOON - slack)) == set()
+        assert broken(good[0], Arrival(second, 1, NOON - 2 * slack)) == {"law 3"}
+        assert broken(*good, Arrival(third, 1, NOON + 2 * slack)) == {"law 4"}
+        client.schedule()
+        assert broken(*good) == {"law 1"}
+        assert len(violations(client.connection, acknowledged=["00000000-0000-7000-8000-000000000000"])) == 1

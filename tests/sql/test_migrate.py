@@ -1,0 +1,246 @@
+"""Migrating: from nothing, again, from many places at once, and never half."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from orchestrator import migrate as module
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError
+from orchestrator.migrate import Report, check, migrate, sql_directory
+from tests.support.databases import sibling
+from tests.support.sql_client import Client, event, results
+
+
+def names(pattern: str) -> list[str]:
+    return sorted(path.relative_to(sql_directory()).as_posix() for path in sql_directory().glob(pattern))
+
+
+VERSIONED = names("schema/*.sql")[1:]
+REPEATABLE = [*names("functions/*.sql"), *names("views/*.sql"), "roles.sql"]
+FILES = VERSIONED + REPEATABLE
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the SQL files, which tests may change; migrations read it."""
+    copy = shutil.copytree(sql_directory(), tmp_path / "sql")
+    monkeypatch.setattr(module, "sql_directory", lambda: copy)
+    return copy
+
+
+@pytest.fixture
+def client(empty_database_url: str) -> Iterator[Client]:
+    with Client(empty_database_url) as client:
+        yield client
+
+
+def catalogue(client: Client) -> list[object]:
+    """Everything a migration makes, by name, definition and grants; not when."""
+    return [
+        client.rows(query)
+        for query in (
+            "select nspname, nspacl::text from pg_namespace where nspname !~ '^pg_' order by 1",
+            """select relname, relkind, relacl::text, obj_description(oid) from pg_class
+            where relnamespace = to_regnamespace('orchestrator') and not relispartition order by 1""",
+            """select oid::regprocedure::text, pg_get_functiondef(oid), proacl::text, obj_description(oid) from pg_proc
+            where pronamespace = to_regnamespace('orchestrator') order by 1""",
+        )
+    ]
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+def test_a_new_database_gets_everything_in_order(empty_database_url: str, client: Client) -> None:
+    assert check(empty_database_url) == FILES
+    assert migrate(empty_database_url, days_ahead=3) == Report(FILES, 2 * (7 + 1 + 3))
+    client.submit(event())
+    assert client.finish(results(client.at(None).claim())) == []
+
+
+def test_migrating_again_does_nothing(empty_database_url: str, client: Client) -> None:
+    migrate(empty_database_url)
+    before = catalogue(client)
+    applied = client.rows("select * from orchestrator.migration order by 1")
+    assert check(empty_database_url) == []
+    assert migrate(empty_database_url) == Report([], 0)
+    assert catalogue(client) == before
+    assert client.rows("select * from orchestrator.migration order by 1") == applied
+
+
+def test_checking_changes_nothing(empty_database_url: str, client: Client) -> None:
+    before = catalogue(client)
+    check(empty_database_url)
+    assert catalogue(client) == before
+
+
+def test_each_file_is_recorded_with_its_checksum(empty_database_url: str, client: Client) -> None:
+    migrate(empty_database_url)
+    recorded: dict[str, str] = dict(client.rows("select file, checksum from orchestrator.migration"))
+    assert recorded == {
+        name: client.value("select encode(sha256(%s), 'hex')", (sql_directory() / name).read_bytes()) for name in FILES
+    }
+
+
+def test_twenty_replicas_at_once_migrate_once(empty_database_url: str, client: Client) -> None:
+    with ThreadPoolExecutor(20) as replicas:
+        reports = list(replicas.map(lambda _: migrate(empty_database_url, days_ahead=2), range(20)))
+    assert sorted(reports, key=lambda report: len(report.applied)) == [Report([], 0)] * 19 + [Report(FILES, 20)]
+    assert check(empty_database_url) == []
+    assert client.value("select count(*) from orchestrator.migration") == len(FILES)
+
+
+def test_several_databases_of_one_server_migrate_at_once(empty_database_url: str, client: Client) -> None:
+    """The roles are the server's, and all of them make these."""
+    own = client.connection.info.dbname
+    databases = [f"{own}_{n}" for n in range(6)]
+    for name in databases:
+        client.connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+    try:
+        with ThreadPoolExecutor(len(databases)) as replicas:
+            reports = list(
+                replicas.map(lambda name: migrate(sibling(empty_database_url, name), days_ahead=1), databases)
+            )
+        assert [report.applied for report in reports] == [FILES] * len(databases)
+    finally:
+        for name in databases:
+            client.connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.mark.parametrize("file", ["functions/60_query.sql", "views/status.sql"])
+def test_a_changed_function_or_view_is_applied_again_and_its_grants_too(
+    empty_database_url: str, client: Client, directory: Path, file: str
+) -> None:
+    migrate(empty_database_url)
+    append(
+        directory / file,
+        """
+        create or replace function orchestrator.added() returns integer language sql return 7;
+        create or replace view orchestrator.added_view as select 7 as seven;
+        """,
+    )
+    assert check(empty_database_url) == [file, "roles.sql"]
+    assert migrate(empty_database_url).applied == [file, "roles.sql"]
+    assert client.value("select orchestrator.added()") == 7
+    granted = "select has_function_privilege('orchestrator_read', 'orchestrator.added()', 'execute')"
+    assert client.value(granted) is False
+    assert client.value("select has_table_privilege('orchestrator_read', 'orchestrator.added_view', 'select')") is True
+    assert (
+        client.value("select has_table_privilege('orchestrator_read', 'orchestrator.event_status', 'select')") is True
+    )
+    assert check(empty_database_url) == []
+
+
+def test_every_repeatable_file_can_be_applied_to_a_database_in_use(
+    empty_database_url: str, client: Client, directory: Path
+) -> None:
+    migrate(empty_database_url)
+    client.at(None).submit(event(external_job_id="j"))
+    leases = client.claim()
+    before = catalogue(client)
+    for name in REPEATABLE:
+        append(directory / name, "\n-- changed\n")
+    assert migrate(empty_database_url).applied == REPEATABLE
+    assert catalogue(client) == before
+    assert client.finish(results(leases)) == []
+
+
+def test_a_new_versioned_file_is_applied_after_those_before_it(
+    empty_database_url: str, client: Client, directory: Path
+) -> None:
+    migrate(empty_database_url)
+    (directory / "schema" / "9999_more.sql").write_text("alter table orchestrator.lane add column note text;")
+    assert check(empty_database_url) == ["schema/9999_more.sql"]
+    assert migrate(empty_database_url).applied == ["schema/9999_more.sql"]
+    assert client.column("select note from orchestrator.lane limit 1") == [None]
+
+
+def test_a_versioned_file_that_changed_after_it_was_applied_is_refused(
+    empty_database_url: str, client: Client, directory: Path
+) -> None:
+    migrate(empty_database_url)
+    before = catalogue(client)
+    append(directory / "schema" / "0001_core.sql", "create table orchestrator.more ();")
+    for attempt in (migrate, check):
+        with pytest.raises(OrchestratorError, match=r"sql/schema/0001_core\.sql differs from what this database was"):
+            attempt(empty_database_url)
+    assert catalogue(client) == before
+
+
+def test_a_database_of_a_newer_program_is_refused(empty_database_url: str, client: Client, directory: Path) -> None:
+    newest = directory / "schema" / "9999_more.sql"
+    newest.write_text("alter table orchestrator.lane add column note text;")
+    migrate(empty_database_url)
+    newest.unlink()
+    before = catalogue(client)
+    for attempt in (migrate, check):
+        with pytest.raises(OrchestratorError, match=r"newer than this program: it has schema/9999_more\.sql"):
+            attempt(empty_database_url)
+    assert catalogue(client) == before
+
+
+@pytest.mark.parametrize("file", ["schema/0001_core.sql", "functions/40_finish.sql", "roles.sql"])
+def test_a_failure_half_way_leaves_nothing_and_names_the_file(
+    empty_database_url: str, client: Client, directory: Path, file: str
+) -> None:
+    before = catalogue(client)
+    whole = (directory / file).read_text()
+    append(directory / file, "\nselect 1 / 0;\n")
+    with pytest.raises(OrchestratorError, match=f"^sql/{file}: division by zero"):
+        migrate(empty_database_url)
+    assert catalogue(client) == before
+    (directory / file).write_text(whole)
+    assert migrate(empty_database_url).applied == FILES
+
+
+def test_a_failed_upgrade_leaves_the_version_before_at_work(
+    empty_database_url: str, client: Client, directory: Path
+) -> None:
+    migrate(empty_database_url)
+    before = catalogue(client)
+    append(directory / "functions" / "30_claim.sql", "\ndrop function orchestrator.next_due_at();\n")
+    append(directory / "views" / "status.sql", "\nselect * from orchestrator.no_such_table;\n")
+    with pytest.raises(OrchestratorError, match=r"^sql/views/status\.sql: .*no_such_table"):
+        migrate(empty_database_url)
+    assert catalogue(client) == before
+
+
+def test_an_old_server_is_refused_before_anything_is_done(
+    empty_database_url: str, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MINIMUM_VERSION", 990_000)
+    with pytest.raises(OrchestratorError, match=r"PostgreSQL \d\d: expected \d\d or newer; upgrade it"):
+        migrate(empty_database_url)
+    assert client.value("select to_regnamespace('orchestrator')") is None
+
+
+def test_a_server_that_is_not_there_is_an_error_of_its_own(empty_database_url: str) -> None:
+    nowhere = psycopg.conninfo.make_conninfo(empty_database_url, port=1)
+    for attempt in (migrate, check):
+        with pytest.raises(DatabaseUnavailable, match="the database cannot be reached"):
+            attempt(nowhere)
+
+
+def test_settings_of_the_database_do_not_matter(empty_database_url: str, client: Client) -> None:
+    for setting in (
+        "timezone = 'Asia/Kolkata'",
+        "search_path = pg_catalog",
+        "datestyle = 'German'",
+        "quote_all_identifiers = on",
+    ):
+        client.connection.execute(
+            sql.SQL("alter database {} set {}").format(sql.Identifier(client.connection.info.dbname), sql.SQL(setting))
+        )
+    migrate(empty_database_url)
+    assert check(empty_database_url) == []
+    with Client(empty_database_url) as later:
+        later.submit(event())
+        assert later.value("select count(*) from orchestrator.timer") == 1

@@ -1,0 +1,92 @@
+"""A TCP proxy before a database that cuts a connection at the worst moment: after the commit, before its reply."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit, urlunsplit
+
+_READY_FOR_QUERY = b"Z\x00\x00\x00\x05I"  # what a server sends last, when the transaction has been committed
+
+
+class CuttingProxy:
+    """Forwards connections to a database. `cut_after` arms it for the next statement with some text in it."""
+
+    def __init__(self, database_url: str) -> None:
+        self._target = urlsplit(database_url)
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+        self._armed: bytes | None = None
+        self.cuts = 0
+
+    @property
+    def url(self) -> str:
+        """The database's URL by way of this proxy."""
+        assert self._server is not None
+        port = self._server.sockets[0].getsockname()[1]
+        login = self._target.netloc.rpartition("@")[0]
+        return urlunsplit(self._target._replace(netloc=f"{login}@127.0.0.1:{port}"))
+
+    def cut_after(self, text: str) -> None:
+        """The next statement that contains the text is forwarded; its reply is not, and the connection ends."""
+        self._armed = text.encode()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        await self._server.wait_closed()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+                await self._forward(reader, writer)
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection(self._target.hostname, self._target.port)
+        swallowing = asyncio.Event()
+
+        async def upstream() -> None:
+            while data := await reader.read(65536):
+                if self._armed is not None and self._armed in data:
+                    self._armed = None
+                    swallowing.set()
+                server_writer.write(data)
+                await server_writer.drain()
+
+        async def downstream() -> None:
+            swallowed = b""
+            while data := await server_reader.read(65536):
+                if swallowing.is_set():
+                    swallowed += data
+                    if swallowed.endswith(_READY_FOR_QUERY):
+                        self.cuts += 1
+                        return
+                else:
+                    writer.write(data)
+                    await writer.drain()
+
+        directions = [asyncio.create_task(upstream()), asyncio.create_task(downstream())]
+        try:
+            await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            server_writer.close()
+            for direction in directions:
+                direction.cancel()
+            await asyncio.gather(*directions, return_exceptions=True)

@@ -1,0 +1,158 @@
+"""The laws that every history must keep, whatever was killed, paused or repeated on the way.
+
+`violations` reads the tables alone and calls none of the product's functions: it must not share their mistakes.
+Numbers are those of the design; the fifth concerns ingestion from Kafka.
+
+1. Every acknowledged submission has exactly one end or is still waiting, never both, and none vanishes.
+2. No event has more attempts than its max_retries + 1.
+3. No attempt starts before the event is due.
+4. None starts after its cancel.
+6. No attempt has two outcomes, and no outcome is of a lease that had not been given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, LiteralString, NamedTuple
+
+import psycopg
+
+
+class Arrival(NamedTuple):
+    """An attempt as its receiver saw it."""
+
+    event_id: str
+    attempt: int
+    at: datetime
+
+
+_LAWS: Sequence[tuple[str, LiteralString]] = (
+    (
+        "law 1: event {} has {} timers and {} ends; expected one of either",
+        """select e.id, count(distinct t.event_id), count(o.event_id) from orchestrator.event e
+        left join orchestrator.timer t on t.event_id = e.id
+        left join orchestrator.outcome o on o.event_id = e.id and o.result in ('delivered', 'dead', 'cancelled')
+        group by e.id having count(distinct t.event_id) + count(o.event_id) <> 1""",
+    ),
+    (
+        "law 1: timer {} belongs to no event",
+        """select t.event_id from orchestrator.timer t
+        where not exists (
+          select from orchestrator.event e where e.id = t.event_id and e.scheduled_at = t.scheduled_at)""",
+    ),
+    (
+        "law 1: an outcome of {} belongs to no event",
+        """select o.event_id from orchestrator.outcome o
+        where not exists (
+          select from orchestrator.event e where e.id = o.event_id and e.scheduled_at = o.scheduled_at)""",
+    ),
+    (
+        "law 1: event {} is shown as {}",
+        "select id, status from orchestrator.event_status where status = 'lost'",
+    ),
+    (
+        "law 1: of event {} the outcome dead and the dead letter do not agree",
+        """select coalesce(o.event_id, d.event_id) from orchestrator.dead_letter d
+        full join (select event_id, attempt from orchestrator.outcome where result = 'dead') o using (event_id)
+        where o.event_id is null or d.event_id is null or o.attempt <> d.attempts""",
+    ),
+    (
+        "law 2: event {} has {} attempts; its max_retries is {}",
+        """select e.id, count(*), e.max_retries from orchestrator.event e
+        join orchestrator.outcome o on o.event_id = e.id and o.result <> 'cancelled'
+        group by e.id, e.max_retries having count(*) > e.max_retries + 1""",
+    ),
+    (
+        "law 3: attempt {1} of event {0} started at {2}, {3} before it was due",
+        """select o.event_id, o.attempt, o.started_at, greatest(o.due_at, e.scheduled_at) - o.started_at
+        from orchestrator.outcome o join orchestrator.event e on e.id = o.event_id
+        where o.started_at < greatest(o.due_at, e.scheduled_at)""",
+    ),
+    (
+        "law 3: event {} is due at {}, before its time {}",
+        "select event_id, due_at, scheduled_at from orchestrator.timer where due_at < scheduled_at",
+    ),
+    (
+        "law 4: attempt {1} of event {0} started after its cancel",
+        """select o.event_id, o.attempt from orchestrator.outcome o join orchestrator.outcome c using (event_id)
+        where c.result = 'cancelled' and o.result <> 'cancelled'
+          and (o.attempt > c.attempt or o.started_at > c.finished_at)""",
+    ),
+    (
+        "law 6: attempt {1} of event {0} has {2} outcomes",
+        """select event_id, attempt, count(*) from orchestrator.outcome where result <> 'cancelled'
+        group by 1, 2 having count(*) > 1""",
+    ),
+    (
+        "law 6: event {} has an outcome of attempt {} after its end",
+        """select o.event_id, o.attempt from orchestrator.outcome o join orchestrator.outcome e using (event_id)
+        where e.result in ('delivered', 'dead')
+          and (o.attempt > e.attempt or o.attempt = e.attempt and o.result <> e.result)""",
+    ),
+    (
+        "law 6: event {} has an outcome of attempt {}, and only {} leases were given",
+        """select o.event_id, o.attempt, t.attempt
+        from orchestrator.outcome o join orchestrator.timer t using (event_id)
+        where o.attempt > t.attempt or o.attempt = t.attempt and t.lease_until is not null""",
+    ),
+)
+
+
+def violations(
+    connection: psycopg.Connection[Any],
+    *,
+    acknowledged: Iterable[str] = (),
+    arrivals: Sequence[Arrival] | None = None,
+    finished: bool = False,
+    clock_slack: timedelta = timedelta(0),
+) -> list[str]:
+    """What breaks a law, as sentences; empty when all is well.
+
+    `acknowledged` ids must all exist. `arrivals` are all requests that reached the receivers, whose clock may
+    differ by `clock_slack` from the database's. With `finished`, nothing may be waiting any more.
+    """
+    found = [law.format(*row) for law, query in _LAWS for row in connection.execute(query).fetchall()]
+    kept = {str(uid) for (uid,) in connection.execute("select id from orchestrator.event").fetchall()}
+    found += [f"law 1: event {uid} was acknowledged and does not exist" for uid in acknowledged if str(uid) not in kept]
+    if finished:
+        waiting = connection.execute("select event_id from orchestrator.timer").fetchall()
+        found += [f"law 1: event {uid} has come to no end" for (uid,) in waiting]
+    if arrivals is not None:
+        found += _of_arrivals(connection, arrivals, clock_slack)
+    return found
+
+
+def _of_arrivals(connection: psycopg.Connection[Any], arrivals: Sequence[Arrival], slack: timedelta) -> list[str]:
+    scheduled = {
+        str(uid): (at, retries)
+        for uid, at, retries in connection.execute(
+            "select id, scheduled_at, max_retries from orchestrator.event"
+        ).fetchall()
+    }
+    ends = {
+        str(uid): (result, at)
+        for uid, result, at in connection.execute(
+            "select event_id, result, finished_at from orchestrator.outcome where result in ('delivered', 'cancelled')"
+        ).fetchall()
+    }
+    found = []
+    seen: set[tuple[str, int]] = set()
+    for arrival in arrivals:
+        if arrival.event_id not in scheduled:
+            found.append(f"law 1: {arrival.event_id} arrived, which was never submitted")
+            continue
+        due_at, _ = scheduled[arrival.event_id]
+        if arrival.at < due_at - slack:
+            found.append(f"law 3: {arrival.event_id} arrived {due_at - arrival.at} early")
+        if (arrival.event_id, arrival.attempt) in seen:
+            found.append(f"law 6: attempt {arrival.attempt} of {arrival.event_id} arrived twice")
+        seen.add((arrival.event_id, arrival.attempt))
+        result, ended_at = ends.get(arrival.event_id, ("", datetime.max.replace(tzinfo=UTC) - slack))
+        if result == "cancelled" and arrival.at > ended_at + slack:
+            found.append(f"law 4: {arrival.event_id} arrived {arrival.at - ended_at} after its cancel")
+    arrived = {uid for uid, _ in seen}
+    for uid, (result, _) in ends.items():
+        if result == "delivered" and uid not in arrived:
+            found.append(f"law 1: {uid} was recorded as delivered and never arrived")
+    return found
