@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
-_WINDOW_S = 30.0
+_SLOWEST = 1 - 500e-6  # no clock that NTP disciplines runs slower than this against ours (adjtimex(2) slews by 500 ppm)
 
 
 class DatabaseClock:
     """A lower bound of the database's time, tight to the fastest recent answer.
 
-    An answer that carries the database's time was computed after the question was sent and before it arrived,
-    so `database time - arrival` bounds the offset between the two clocks from below, and `database time -
-    departure` from above. The largest lower bound of the last half minute or so is used; when an upper bound
-    contradicts it, the database's clock was set back and everything older is forgotten.
+    An answer that carries the database's time was computed after the question was sent and before it arrived. So
+    the database's clock shows at least that time when the answer arrives, and since then has gone on at `_SLOWEST`
+    or faster: the best of these bounds is the clock. When it is ahead of an answer's time even at the question's
+    departure, the database's clock was set back, and only that answer counts. A step back by less than the answer
+    took can hide; the clock is ahead by no more than that then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
         self._offset_s: float | None = None
-        self._next_offset_s: float | None = None
-        self._window_ends_s = 0.0
 
     def sample(self, database_s: float, sent_s: float, received_s: float) -> None:
         """Takes in an answer: the database's Unix time, and when it was asked and heard on the monotonic clock."""
-        lower, upper = database_s - received_s, database_s - sent_s
-        if self._offset_s is None or self._offset_s > upper:
-            self._offset_s = self._next_offset_s = lower
-            self._window_ends_s = received_s + _WINDOW_S
-            return
-        if received_s > self._window_ends_s:
-            self._offset_s = self._next_offset_s
-            self._next_offset_s = None
-            self._window_ends_s = received_s + _WINDOW_S
-        self._next_offset_s = lower if self._next_offset_s is None else max(lower, self._next_offset_s)
-        self._offset_s = lower if self._offset_s is None else max(lower, self._offset_s)
+        lower, upper = database_s - _SLOWEST * received_s, database_s - _SLOWEST * sent_s
+        if self._offset_s is None or not lower <= self._offset_s <= upper:
+            self._offset_s = lower
 
     def now(self) -> float:
         """The database's time in Unix seconds, never ahead of it. Raises RuntimeError before the first sample."""
         if self._offset_s is None:
             raise RuntimeError("the database's clock has not been read yet")
-        return time.monotonic() + self._offset_s
+        return _SLOWEST * self._monotonic() + self._offset_s

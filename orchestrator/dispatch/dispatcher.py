@@ -13,26 +13,31 @@ import os
 import random
 import socket
 import time
-from contextlib import suppress
-from typing import Protocol
+from contextlib import AsyncExitStack, suppress
+from typing import Any, Protocol
 
 import msgspec
-import psycopg
 
 from orchestrator.config import Settings
-from orchestrator.database import NOTIFY_CHANNEL, Claimed, Finished, Leases, connect
+from orchestrator.database import NOTIFY_CHANNEL, Claimed, Finished, Leases, connect, translated
 from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.due_queue import DueQueue
-from orchestrator.dispatch.finisher import Finisher
-from orchestrator.dispatch.http import Attempted, Delivery
-from orchestrator.errors import DatabaseUnavailable
+from orchestrator.dispatch.finisher import ANSWER_S, Finisher
+from orchestrator.dispatch.http import FAIL, RETRY, Attempted, Delivery
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
 
 _CLAIM_GAP_S = 0.01  # between claims that found less than a batch
+_LOCKED_GAP_S = 0.1  # before looking again for what is due but was not to be had
 _CLAIM_AHEAD_S = 0.25  # how long before it is due an expected event is claimed
+_RECORDING_S = 1.0  # what an attempt must leave of its lease, to record its result
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
+_STOPPING_BACKOFF_S = 0.5
 _LISTEN_S = 60.0
+_ENDING_S = 1.0  # for a claim or an attempt to end when it is no longer wanted
+
+_CUT_SHORT = Attempted(RETRY, error="the dispatcher stopped before the receiver answered")
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +62,9 @@ class Dispatcher:
         self._worker: int | None = None
         self._in_flight = 0
         self._stopping = asyncio.Event()
+        self._claiming = False
+        self._has_claimed = False
+        self._backoff_s = 0.0
         self._room = asyncio.Event()
         self._wake = asyncio.Event()
         self._wake_due = float("inf")
@@ -64,95 +72,145 @@ class Dispatcher:
         metrics.events_in_flight.set_function(lambda: self._in_flight)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Dispatches until `stop` is set: then claims no more, lets running attempts end, releases the rest."""
-        settings = self._settings
-        async with asyncio.TaskGroup() as background:
-            recording = background.create_task(self._connected(), name="claim and finish")
-            listening = background.create_task(self._listen(), name="listen")
-            deliveries = [background.create_task(self._deliver()) for _ in range(settings.http_max_connections)]
+        """Dispatches until `stop` is set: then claims no more, lets running attempts end, releases the rest.
+
+        A database that is away is waited for. Raises OrchestratorError when it refuses the first claim, for want
+        of a schema or of rights; what once has worked is tried again for ever.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            recording = tasks.create_task(self._connected(), name="claim and finish")
+            listening = tasks.create_task(self._listen(), name="listen")
+            deliveries = [tasks.create_task(self._deliver()) for _ in range(self._settings.http_max_connections)]
             await stop.wait()
-            deadline_s = time.monotonic() + settings.shutdown_timeout_s
-            listening.cancel()
-            self._stopping.set()
-            self._wake.set()
-            self._room.set()
-            self._finisher.release(self._due.close())
-            _, running = await asyncio.wait(deliveries, timeout=max(0.0, 0.8 * settings.shutdown_timeout_s))
-            for task in running:
-                task.cancel()
-            self._finisher.close()
-            _, unrecorded = await asyncio.wait([recording], timeout=max(0.5, deadline_s - time.monotonic()))
-            if unrecorded:
-                recording.cancel()
-            if running or self._finisher.pending:
-                _log.warning(
-                    "stopped with work unfinished; its leases run out by themselves",
-                    extra={"attempts_running": len(running), "results_unrecorded": self._finisher.pending},
-                )
+            await self._stop(recording, listening, deliveries)
+
+    async def _stop(
+        self, recording: asyncio.Task[None], listening: asyncio.Task[None], deliveries: list[asyncio.Task[None]]
+    ) -> None:
+        timeout_s = self._settings.shutdown_timeout_s
+        deadline_s = time.monotonic() + timeout_s
+        self._stopping.set()
+        self._stop_claiming()
+        self._finisher.release(self._due.close())
+        _, running = await asyncio.wait(deliveries, timeout=0.8 * timeout_s)
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running, timeout=_ENDING_S)
+        self._finisher.close()
+        await asyncio.wait([recording], timeout=max(0.5, deadline_s - time.monotonic()))
+        recording.cancel()  # ends both of its tasks as _end does
+        await _end(listening)
+        if running or self._finisher.pending:
+            _log.warning(
+                "stopped with work unfinished; leases that could not be handed back run out by themselves",
+                extra={"attempts_cut_short": len(running), "results_unrecorded": self._finisher.pending},
+            )
 
     async def _connected(self) -> None:
         """Claims and finishes; connects again, with backoff, for as long as it takes."""
-        backoff_s = 0.0
-        while True:
+        while not self._finisher.done:
             try:
-                async with Leases.open(self._settings, self._name, self._worker) as leases:
-                    if backoff_s:
-                        self._metrics.database_reconnects_total.inc()
-                        _log.warning("the database is back")
-                    self._worker = leases.worker
-                    backoff_s = 0.0
-                    async with asyncio.TaskGroup() as both:
-                        both.create_task(self._finisher.run(leases), name="finish")
-                        both.create_task(self._claim(leases), name="claim")
-                return
-            except* DatabaseUnavailable as group:
-                backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s or _FIRST_BACKOFF_S)
-                _log.warning(
-                    "the database is away; trying again",
-                    extra={
-                        "error": str(group.exceptions[0]),
-                        "retry_in_s": backoff_s,
-                        "results_waiting": self._finisher.pending,
-                    },
-                )
-            if self._stopping.is_set() and not self._finisher.pending:
-                return
-            await asyncio.sleep(backoff_s * (0.5 + random.random() / 2))
+                await self._connect_once()
+            except (DatabaseUnavailable, TimeoutError) as error:
+                message = str(error) or f"no answer within {ANSWER_S:g} s"
+                await self._back_off(logging.WARNING, "the database is away; trying again", message)
+            except Exception as error:
+                if not self._has_claimed:
+                    raise
+                if not isinstance(error, OrchestratorError):
+                    _log.exception("a call of the database failed in a way not foreseen")
+                await self._back_off(logging.ERROR, "the database refuses to serve; trying again", str(error))
+
+    async def _connect_once(self) -> None:
+        """Claims and finishes on one pair of connections. Returns when everything is recorded after a stop."""
+        async with AsyncExitStack() as connections:
+            async with asyncio.timeout(ANSWER_S):
+                opening = Leases.open(self._settings, self._name, self._worker)
+                leases = await connections.enter_async_context(opening)
+            self._worker = leases.worker
+            # Before claiming: a lease may have run out meanwhile, and a claim would have its event delivered again.
+            await self._finisher.flush(leases)
+            self._claiming = not self._stopping.is_set()
+            claiming = asyncio.create_task(self._claim(leases), name="claim")
+            finishing = asyncio.create_task(self._finisher.run(leases), name="finish")
+            try:
+                await asyncio.wait((claiming, finishing), return_when=asyncio.FIRST_EXCEPTION)
+                if not claiming.done():
+                    # What a cancelled claim had leased would be delivered only when the lease has run out.
+                    self._stop_claiming()
+                    await asyncio.wait([claiming], timeout=_ENDING_S)
+            finally:
+                await _end(claiming, finishing)
+            failures = [task.exception() for task in (claiming, finishing) if not task.cancelled()]
+            for failure in failures:
+                if failure is not None:
+                    raise failure
+            await self._finisher.flush(leases)  # what a claim brought that was under way at the stop
+
+    async def _back_off(self, level: int, message: str, error: str) -> None:
+        self._backoff_s = min(_LAST_BACKOFF_S, 2 * self._backoff_s or _FIRST_BACKOFF_S)
+        wait_s = self._backoff_s * random.uniform(0.5, 1.0)
+        waiting = {"error": error, "retry_in_s": round(wait_s, 3), "results_waiting": self._finisher.pending}
+        _log.log(level, message, extra=waiting)
+        if self._stopping.is_set():
+            await asyncio.sleep(min(wait_s, _STOPPING_BACKOFF_S))
+        else:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._stopping.wait()
 
     async def _claim(self, leases: Leases) -> None:
         settings, batch = self._settings, self._settings.batch_size
-        while not self._stopping.is_set():
-            while len(self._due) > settings.prefetch - batch and not self._stopping.is_set():
+        while self._claiming:
+            if len(self._due) > settings.prefetch - batch:
                 self._room.clear()
                 await self._room.wait()
-            if self._stopping.is_set():
-                return
+                continue
             self._wake.clear()
             self._wake_due = float("inf")
             sent_s = time.monotonic()
-            database_s, events = await leases.claim(batch, lease_s=settings.lease_s, lookahead_s=settings.lookahead_s)
+            async with asyncio.timeout(ANSWER_S):
+                database_s, events = await leases.claim(
+                    batch, lease_s=settings.lease_s, lookahead_s=settings.lookahead_s
+                )
             received_s = time.monotonic()
             self._clock.sample(database_s, sent_s, received_s)
             self._metrics.claim_seconds.observe(received_s - sent_s)
+            self._note_claimed()
             if self._stopping.is_set():
                 self._finisher.release(events)
                 return
-            if events:
-                self._metrics.events_claimed_total.inc(len(events))
-                self._due.put(events)
+            self._metrics.events_claimed_total.inc(len(events))
+            self._due.put(events)
             if len(events) < batch:
                 await self._rest(leases)
+
+    def _note_claimed(self) -> None:
+        """Only a claim proves the database: one that is read-only, or full, accepts connections all the same."""
+        self._has_claimed = True
+        if self._backoff_s:
+            self._backoff_s = 0.0
+            self._metrics.database_reconnects_total.inc()
+            _log.warning("the database is back")
+
+    def _stop_claiming(self) -> None:
+        self._claiming = False
+        self._wake.set()
+        self._room.set()
 
     async def _rest(self, leases: Leases) -> None:
         """Waits for the next poll, or until an event that no claim has seen may be due sooner."""
         poll_s = self._settings.poll_interval_s * random.uniform(1.0, 1.05)
         if self._settings.lookahead_s < poll_s:
-            next_due = await leases.next_due_at()
+            async with asyncio.timeout(ANSWER_S):
+                next_due = await leases.next_due_at()
             if next_due is not None:
-                self._wake_at(next_due - self._settings.lookahead_s)
+                # What is due already was locked by another, or came just now.
+                self._wake_at(max(self._ahead_of(next_due), self._clock.now() + _LOCKED_GAP_S))
         ends_s = time.monotonic() + poll_s
         earliest_s = time.monotonic() + _CLAIM_GAP_S
-        while (now_s := time.monotonic()) < ends_s and not self._stopping.is_set():
+        while (now_s := time.monotonic()) < ends_s and self._claiming:
             until_due_s = self._wake_due - self._clock.now()
             if until_due_s <= 0 and now_s >= earliest_s:
                 return
@@ -164,7 +222,10 @@ class Dispatcher:
 
     def _expect(self, due_at: float) -> None:
         """Has the claimer look in time for an event that is due at `due_at`, yet not at once for each of many."""
-        self._wake_at(due_at - min(self._settings.lookahead_s, _CLAIM_AHEAD_S))
+        self._wake_at(self._ahead_of(due_at))
+
+    def _ahead_of(self, due_at: float) -> float:
+        return due_at - min(self._settings.lookahead_s, _CLAIM_AHEAD_S)
 
     def _wake_at(self, database_s: float) -> None:
         """Has the claimer look again no later than this Unix time by the database's clock."""
@@ -174,45 +235,75 @@ class Dispatcher:
 
     async def _listen(self) -> None:
         """Hears of submissions that are due before the next poll. A hint: polling finds them all the same."""
+        heard = True
         while True:
-            with suppress(DatabaseUnavailable, psycopg.OperationalError, OSError):
+            try:
                 async with await connect(self._settings, "listen") as connection:
-                    await connection.execute(f"listen {NOTIFY_CHANNEL}")
-                    while True:
-                        async for notification in connection.notifies(timeout=_LISTEN_S):
-                            self._expect(float(notification.payload))
-            await asyncio.sleep(_LAST_BACKOFF_S * random.random())
+                    with translated():
+                        async with asyncio.timeout(ANSWER_S):
+                            await connection.execute(f"listen {NOTIFY_CHANNEL}")
+                        heard = True
+                        while True:
+                            async for notification in connection.notifies(timeout=_LISTEN_S):
+                                with suppress(ValueError):  # anybody may notify anything
+                                    self._expect(float(notification.payload))
+            except Exception as error:
+                if heard:
+                    _log.warning("not listening any more; polling until it works again", extra={"error": str(error)})
+                heard = False
+            await asyncio.sleep(_LAST_BACKOFF_S * random.uniform(0.2, 1.0))
 
     async def _deliver(self) -> None:
+        settings = self._settings
+        needed_s = settings.http_timeout_s + _RECORDING_S
+        roomy = settings.prefetch - settings.batch_size
         while (event := await self._due.get()) is not None:
-            if not self._room.is_set() and len(self._due) <= self._settings.prefetch - self._settings.batch_size:
+            if not self._room.is_set() and len(self._due) <= roomy:
                 self._room.set()
             started_at = self._clock.now()
-            if started_at + self._settings.http_timeout_s > event.lease_until:
+            if started_at + needed_s > event.lease_until:
                 self._finisher.release([event])  # it might end after somebody else had begun
                 continue
             self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
             began_s = time.monotonic()
             self._in_flight += 1
+            attempted = _CUT_SHORT
             try:
                 attempted = await self._sender.send(_delivery(event))
+            except msgspec.MsgspecError as error:
+                attempted = Attempted(FAIL, error=f"headers: cannot be read: {error}")
+            except Exception as error:  # one event must not end all the others
+                _log.exception("an attempt failed in a way not foreseen", extra={"event_id": event.event_id})
+                attempted = Attempted(RETRY, error=f"internal error: {type(error).__name__}")
             finally:
                 self._in_flight -= 1
-            took_s = time.monotonic() - began_s
-            self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
-            self._finisher.add(
-                Finished(
-                    event.event_id,
-                    event.attempt,
-                    attempted.verdict,
-                    attempted.status_code,
-                    started_at,
-                    started_at + took_s,
-                    attempted.error,
-                    attempted.response,
-                    attempted.retry_after_s,
+                took_s = time.monotonic() - began_s
+                self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
+                self._finisher.add(
+                    Finished(
+                        event.event_id,
+                        event.attempt,
+                        attempted.verdict,
+                        attempted.status_code,
+                        started_at,
+                        started_at + took_s,
+                        attempted.error,
+                        attempted.response,
+                        attempted.retry_after_s,
+                    )
                 )
-            )
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels tasks and waits for their end, twice: psycopg asks the server to end a running query first, and waits
+    seconds for one that does not answer; cancelled again, it closes the connection."""
+    for _ in range(2):
+        for task in tasks:
+            task.cancel()
+        _, running = await asyncio.wait(tasks, timeout=0.1)
+        if not running:
+            return
+    await asyncio.wait(tasks, timeout=_ENDING_S)
 
 
 def _delivery(event: Claimed) -> Delivery:
@@ -222,5 +313,5 @@ def _delivery(event: Claimed) -> Delivery:
         f"{event.scheduled_at[:10]}T{event.scheduled_at[11:-3]}Z",  # the server writes 2030-01-31 08:00:00.5+00
         event.destination,
         event.payload.encode(),
-        msgspec.json.decode(event.headers, type=dict[str, str]) if event.headers else None,
+        msgspec.json.decode(event.headers) if event.headers else None,
     )

@@ -25,6 +25,7 @@ class DueQueue:
         return len(self._heap)
 
     def put(self, events: Sequence[Claimed]) -> None:
+        """Takes events in, and looks at the clock again: a step of it moves what waits already, too."""
         for event in events:
             self._sequence += 1
             heapq.heappush(self._heap, (event.due_at, self._sequence, event))
@@ -40,7 +41,11 @@ class DueQueue:
             waiter = asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             self._set_alarm()
-            await waiter
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self._wake()  # it may have been woken already, and nobody else was
+                raise
         return None
 
     def close(self) -> list[Claimed]:

@@ -7,13 +7,16 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from orchestrator.database import Claimed, Finished, Leases
+from orchestrator.database import Claimed, Finished, Leases, NotDelivered
 from orchestrator.errors import ValidationError
 from orchestrator.metrics import Metrics
 
+ANSWER_S = 30.0
+"""How long a call of the database may take; one that hangs is given up, and the connection with it."""
 _MAX_BATCH = 1000
 _FULL_BATCH = 500
 _GATHER_S = 0.025
+_REFUSED = "error text refused by the database"
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +52,11 @@ class Finisher:
     def pending(self) -> int:
         return len(self._results) + len(self._unused)
 
+    @property
+    def done(self) -> bool:
+        """Closed, and everything recorded."""
+        return self._closing and not self.pending
+
     def close(self) -> None:
         """Lets `run` return as soon as everything is recorded."""
         self._closing = True
@@ -56,38 +64,59 @@ class Finisher:
         self._full.set()
 
     async def run(self, leases: Leases) -> None:
-        """Records until closed and empty. Raises DatabaseUnavailable with what is unrecorded still held."""
-        while not (self._closing and not self.pending):
+        """Records until closed and empty. Whatever it raises, it still holds what is unrecorded."""
+        while not self.done:
             await self._ready.wait()
             if not self._closing and len(self._results) < _FULL_BATCH:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_GATHER_S):
                         await self._full.wait()
-            if self._results:
-                batch = self._results[:_MAX_BATCH]
-                await self._finish(leases, batch)
-                del self._results[: len(batch)]
-            if self._unused:
-                unused = self._unused[:_MAX_BATCH]
-                self._metrics.events_released_total.inc(await leases.release(unused))
-                del self._unused[: len(unused)]
+            await self._record_batch(leases)
             if not self._closing:
                 if not self.pending:
                     self._ready.clear()
                 if len(self._results) < _FULL_BATCH:
                     self._full.clear()
 
-    async def _finish(self, leases: Leases, batch: Sequence[Finished]) -> None:
-        with self._metrics.finish_seconds.time():
-            try:
-                exceptions = await leases.finish(batch)
-            except ValidationError as error:
-                # A result is worth more than the words about it.
-                _log.error("the database refused the text of a result: %s", error)
-                for result in batch:
-                    result.error = result.error and "error text refused by the database"
-                    result.response = None
-                exceptions = await leases.finish(batch)
+    async def flush(self, leases: Leases) -> None:
+        """Records all that it holds now."""
+        while self.pending:
+            await self._record_batch(leases)
+
+    async def _record_batch(self, leases: Leases) -> None:
+        if self._results:
+            batch = self._results[:_MAX_BATCH]
+            with self._metrics.finish_seconds.time():
+                exceptions = await self._finish(leases, batch)
+            del self._results[: len(batch)]
+            self._report(batch, exceptions)
+        if self._unused:
+            unused = self._unused[:_MAX_BATCH]
+            async with asyncio.timeout(ANSWER_S):
+                released = await leases.release(unused)
+            del self._unused[: len(unused)]
+            self._metrics.events_released_total.inc(released)
+
+    async def _finish(self, leases: Leases, batch: Sequence[Finished]) -> list[NotDelivered]:
+        """Records; what the database refuses is found by bisecting, so that it holds up nothing else."""
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await leases.finish(batch)
+        except (ValidationError, UnicodeError) as error:  # the latter before anything was sent
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                return await self._finish(leases, batch[:middle]) + await self._finish(leases, batch[middle:])
+            (result,) = batch
+            context = {"event_id": result.event_id, "attempt": result.attempt, "reason": str(error)}
+            if result.error in (None, _REFUSED) and not result.response:
+                _log.error("the database refused a result; its lease runs out", extra=context)
+                return [NotDelivered(result.event_id, "stale", None)]
+            # A result is worth more than the words about it.
+            _log.error("the database refused the text of a result, which is recorded without", extra=context)
+            result.error, result.response = result.error and _REFUSED, None
+            return await self._finish(leases, batch)
+
+    def _report(self, batch: Sequence[Finished], exceptions: Sequence[NotDelivered]) -> None:
         stale = {exception.event_id for exception in exceptions if exception.result == "stale"}
         delivered = sum(result.result == "delivered" and result.event_id not in stale for result in batch)
         self._metrics.events_delivered_total.inc(delivered)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.dispatch.clock import DatabaseClock
+
+NOW = 1_790_000_000.0
+ROUNDING_S = 2e-6  # of sums of Unix times in double precision
+
+waits = st.floats(0, 60)
+delays = st.floats(0, 2)
+rates = st.floats(-400e-6, 0.05)  # what a slewed clock gains a second, against ours
+
+
+class World:
+    """Our monotonic clock, and the database's, which runs at a rate of its own."""
+
+    def __init__(self) -> None:
+        self.monotonic_s = 1000.0
+        self.database_s = NOW
+        self.clock = DatabaseClock(lambda: self.monotonic_s)
+
+    def pass_time(self, seconds: float, rate: float = 0.0) -> None:
+        self.monotonic_s += seconds
+        self.database_s += seconds * (1 + rate)
+
+    def ask(self, before_s: float = 0.0, after_s: float = 0.0) -> None:
+        """A question that is computed `before_s` after it was sent, and heard `after_s` later."""
+        sent_s = self.monotonic_s
+        self.pass_time(before_s)
+        read_s = self.database_s
+        self.pass_time(after_s)
+        self.clock.sample(read_s, sent_s, self.monotonic_s)
+
+    @property
+    def ahead_s(self) -> float:
+        return self.clock.now() - self.database_s
+
+
+@given(st.lists(st.tuples(waits, rates, delays, delays), min_size=1))
+def test_it_is_never_ahead_of_the_database_however_slow_the_answers_and_whatever_the_drift(
+    history: list[tuple[float, float, float, float]],
+) -> None:
+    world = World()
+    world.ask()
+    for wait_s, rate, before_s, after_s in history:
+        world.pass_time(wait_s, rate)
+        assert world.ahead_s <= ROUNDING_S
+        world.ask(before_s, after_s)
+        assert world.ahead_s <= ROUNDING_S
+
+
+@given(delays, st.lists(st.tuples(st.floats(0, 5), delays, delays), max_size=20))
+def test_a_fast_answer_makes_it_tight_and_slow_answers_do_not_spoil_that(
+    first_s: float, later: list[tuple[float, float, float]]
+) -> None:
+    world = World()
+    world.ask(first_s, first_s)
+    world.ask()
+    began_s = world.monotonic_s
+    for wait_s, before_s, after_s in later:
+        world.pass_time(wait_s)
+        world.ask(before_s, after_s)
+    assert world.ahead_s >= -(500e-6 * (world.monotonic_s - began_s) + ROUNDING_S)
+
+
+@given(st.floats(0.001, 1e6), delays, delays)
+def test_a_step_back_is_noticed_by_the_next_answer(step_s: float, before_s: float, after_s: float) -> None:
+    world = World()
+    world.ask()
+    world.pass_time(1.0)
+    world.database_s -= step_s
+    world.ask(before_s, after_s)
+    # A step smaller than the time the answer took cannot be told from a slow answer.
+    assert world.ahead_s <= before_s + ROUNDING_S
+    world.ask()
+    assert world.ahead_s <= ROUNDING_S
+
+
+@given(st.floats(0.001, 1e6), delays, delays)
+def test_a_step_forward_is_followed_by_the_next_answer(step_s: float, before_s: float, after_s: float) -> None:
+    world = World()
+    world.ask()
+    world.pass_time(1.0)
+    world.database_s += step_s
+    world.ask(before_s, after_s)
+    assert -(after_s + 0.001 + ROUNDING_S) <= world.ahead_s <= ROUNDING_S
+
+
+def test_it_refuses_to_guess_before_the_first_answer() -> None:
+    with pytest.raises(RuntimeError, match="not been read"):
+        DatabaseClock().now()

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.config import Settings
+from orchestrator.database import Claimed, Finished, Leases, NotDelivered
+from orchestrator.dispatch import finisher as module
+from orchestrator.dispatch.finisher import Finisher
+from orchestrator.errors import DatabaseUnavailable, ValidationError
+from orchestrator.metrics import Metrics
+from tests.support.waiting import eventually
+
+SETTINGS = Settings.from_env({})
+
+
+class FakeLeases:
+    """The far end: a database that records, refuses what it is told to, or is away."""
+
+    def __init__(self) -> None:
+        self.finished: list[list[str]] = []
+        self.texts: dict[str, tuple[str | None, str | None]] = {}
+        self.released: list[str] = []
+        self.answers: dict[str, NotDelivered] = {}
+        self.refuses: Callable[[Finished], bool] = lambda result: False
+        self.refusal: Exception = ValidationError("value", "invalid byte sequence")
+        self.away = False
+        self.hangs = False
+        self.calls = 0
+
+    async def finish(self, results: Sequence[Finished]) -> list[NotDelivered]:
+        self.calls += 1
+        await self._answer()
+        if any(self.refuses(result) for result in results):
+            raise self.refusal
+        self.finished.append([result.event_id for result in results])
+        self.texts |= {result.event_id: (result.error, result.response) for result in results}
+        return [self.answers[result.event_id] for result in results if result.event_id in self.answers]
+
+    async def release(self, leases: Sequence[Claimed]) -> int:
+        await self._answer()
+        self.released += [lease.event_id for lease in leases]
+        return len(leases)
+
+    async def _answer(self) -> None:
+        await asyncio.sleep(0)
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.away:
+            raise DatabaseUnavailable("the database is away: gone")
+
+    @property
+    def recorded(self) -> list[str]:
+        return [event_id for batch in self.finished for event_id in batch]
+
+
+def finished(
+    event_id: object, result: str = "delivered", error: str | None = None, response: str | None = None
+) -> Finished:
+    return Finished(str(event_id), 1, result, 204, 1.0, 2.0, error, response, None)
+
+
+def lease(event_id: object) -> Claimed:
+    return Claimed(str(event_id), 1, 1.0, 60.0, "2030-01-01 00:00:00+00", "http://a/", None, "{}")
+
+
+class Fixture:
+    def __init__(self) -> None:
+        self.metrics = Metrics(SETTINGS)
+        self.retries: list[float] = []
+        self.finisher = Finisher(self.metrics, self.retries.append)
+        self.leases = FakeLeases()
+
+    async def run(self) -> None:
+        await self.finisher.run(cast(Leases, self.leases))
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.run())
+            yield
+            self.finisher.close()
+
+    def counted(self, name: str) -> float:
+        return sum(
+            sample.value
+            for family in self.metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == f"orchestrator_{name}"
+        )
+
+
+@pytest.fixture
+def fixture() -> Fixture:
+    return Fixture()
+
+
+async def test_results_of_one_moment_are_recorded_by_one_call(fixture: Fixture) -> None:
+    async with fixture.running():
+        for n in range(100):
+            fixture.finisher.add(finished(n))
+        await eventually(lambda: fixture.finisher.pending == 0)
+        assert fixture.leases.finished == [[str(n) for n in range(100)]]
+    assert fixture.counted("events_delivered_total") == 100
+
+
+async def test_a_full_batch_is_recorded_without_waiting_for_more(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_GATHER_S", 60.0)
+    async with fixture.running():
+        for n in range(499):
+            fixture.finisher.add(finished(n))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert fixture.leases.finished == []
+        fixture.finisher.add(finished(499))
+        await eventually(lambda: fixture.leases.recorded == [str(n) for n in range(500)])
+
+
+async def test_no_call_carries_more_than_a_thousand(fixture: Fixture) -> None:
+    for n in range(2500):
+        fixture.finisher.add(finished(n))
+        fixture.finisher.release([lease(n)])
+    async with fixture.running():
+        pass
+    assert [len(batch) for batch in fixture.leases.finished] == [1000, 1000, 500]
+    assert len(fixture.leases.released) == 2500
+    assert fixture.counted("events_released_total") == 2500
+
+
+async def test_results_are_kept_while_the_database_is_away_and_recorded_when_it_is_back(fixture: Fixture) -> None:
+    fixture.leases.away = True
+    fixture.finisher.add(finished("a"))
+    fixture.finisher.release([lease("b")])
+    for n in range(3):
+        with pytest.raises(DatabaseUnavailable):
+            await fixture.run()
+        fixture.finisher.add(finished(n))
+    assert fixture.finisher.pending == 5
+    fixture.leases.away = False
+    async with fixture.running():
+        await eventually(lambda: fixture.finisher.pending == 0)
+    assert sorted(fixture.leases.recorded) == ["0", "1", "2", "a"]
+    assert fixture.leases.released == ["b"]
+
+
+async def test_a_call_that_hangs_is_given_up_and_its_results_are_kept(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    fixture.leases.hangs = True
+    fixture.finisher.add(finished("a"))
+    with pytest.raises(TimeoutError):
+        await fixture.run()
+    assert fixture.finisher.pending == 1
+
+
+async def test_what_is_added_during_a_call_is_recorded_by_the_next(fixture: Fixture) -> None:
+    async with fixture.running():
+        for n in range(200):
+            fixture.finisher.add(finished(n))
+            await asyncio.sleep(0)
+        await eventually(lambda: fixture.finisher.pending == 0)
+    assert sorted(map(int, fixture.leases.recorded)) == list(range(200))
+
+
+async def test_closing_records_the_rest_at_once(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_GATHER_S", 60.0)
+    async with fixture.running():
+        fixture.finisher.add(finished("a"))
+        await asyncio.sleep(0)
+    assert fixture.leases.recorded == ["a"]
+    assert fixture.finisher.done
+
+
+async def test_text_that_the_database_refuses_is_dropped_and_its_result_recorded(
+    fixture: Fixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    fixture.leases.refuses = lambda result: "\0" in (result.error or "") + (result.response or "")
+    batch = [finished(n, "retry", f"error {n}", f"answer {n}") for n in range(30)]
+    batch[7].error = "a\0b"
+    batch[21].response = "c\0d"
+    for result in batch:
+        fixture.finisher.add(result)
+    async with fixture.running():
+        pass
+    assert sorted(fixture.leases.recorded) == sorted(str(n) for n in range(30))
+    assert fixture.leases.texts["7"] == ("error text refused by the database", None)
+    assert fixture.leases.texts["21"] == ("error text refused by the database", None)
+    assert fixture.leases.texts["8"] == ("error 8", "answer 8")  # the others keep theirs
+    refused = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert {cast(Any, record).event_id for record in refused} == {"7", "21"}
+
+
+@given(st.integers(1, 60), st.sets(st.integers(0, 59)), st.booleans())
+def test_results_that_are_refused_for_good_hold_up_no_others(count: int, bad: set[int], encoding: bool) -> None:
+    async def scenario() -> None:
+        fixture = Fixture()
+        fixture.leases.refuses = lambda result: int(result.event_id) in bad
+        if encoding:
+            fixture.leases.refusal = UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+        for n in range(count):
+            fixture.finisher.add(finished(n, error="text" if n % 2 else None))
+        async with fixture.running():
+            pass
+        assert sorted(map(int, fixture.leases.recorded)) == [n for n in range(count) if n not in bad]
+        assert fixture.finisher.pending == 0
+        assert fixture.counted("events_stale_total") == len({n for n in bad if n < count})
+
+    logging.disable(logging.CRITICAL)
+    try:
+        asyncio.run(scenario())
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+async def test_answers_are_counted_logged_and_retries_expected(
+    fixture: Fixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    fixture.leases.answers = {
+        "r": NotDelivered("r", "retried", 1234.5),
+        "d": NotDelivered("d", "dead", None),
+        "s": NotDelivered("s", "stale", None),
+    }
+    for event_id, result in (("ok", "delivered"), ("r", "retry"), ("d", "fail"), ("s", "delivered")):
+        fixture.finisher.add(finished(event_id, result, None if result == "delivered" else f"HTTP 500 for {event_id}"))
+    async with fixture.running():
+        pass
+    assert fixture.retries == [1234.5]
+    for name in ("delivered", "retried", "dead", "stale"):
+        assert fixture.counted(f"events_{name}_total") == 1, name
+    said = {cast(Any, record).event_id: record for record in caplog.records}
+    assert set(said) == {"r", "d", "s"}
+    assert cast(Any, said["r"]).error == "HTTP 500 for r"
+    assert said["s"].message == "lease was lost before its result was recorded"
