@@ -48,7 +48,9 @@ def configure(settings: Settings, role: str) -> None:
     logging.captureWarnings(True)
     # A line for each request says little at a thousand requests a second; the metrics count them.
     for name in _PER_REQUEST:
-        logging.getLogger(name).setLevel("NOTSET" if settings.log_level == "DEBUG" else "WARNING")
+        logger = logging.getLogger(name)
+        logger.setLevel("NOTSET" if settings.log_level == "DEBUG" else "WARNING")
+        logger.propagate = True  # uvicorn cuts its own off where it was once started without them
 
 
 def extra_fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -89,7 +91,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class ConsoleFormatter(logging.Formatter):
-    """``12:30:01.250 INFO    orchestrator.api: message  key=value``, in local time."""
+    """``12:30:01.250 INFO     orchestrator.api: message  key=value``, in local time."""
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
@@ -97,7 +99,7 @@ class ConsoleFormatter(logging.Formatter):
             f"  {key}={value}" for key, value in extra_fields(record).items()
         )
         line = (
-            f"{clock}.{int(record.msecs):03d} {record.levelname:<8}{record.name}: {text.translate(_CONTROLS)}"
+            f"{clock}.{int(record.msecs):03d} {record.levelname:<8} {record.name}: {text.translate(_CONTROLS)}"
         )
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info).translate(_CONTROLS_BUT_LINES)

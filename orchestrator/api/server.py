@@ -90,7 +90,7 @@ async def _run(
         ws="none",
         lifespan="off",
         log_config=None,
-        access_log=False,
+        access_log=_log.isEnabledFor(logging.DEBUG),
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,

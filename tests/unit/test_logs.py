@@ -192,5 +192,5 @@ def test_text_for_people_shows_a_traceback_on_its_own_lines() -> None:
     except LookupError:
         told = log.makeRecord(log.name, logging.ERROR, __file__, 1, "failed", (), sys.exc_info())
     first, *rest = ConsoleFormatter().format(told).splitlines()
-    assert first.endswith("ERROR   orchestrator.test: failed")
+    assert first.endswith("ERROR    orchestrator.test: failed")
     assert rest[-1] == "LookupError: \\x1b[2Jgone"
