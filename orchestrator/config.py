@@ -91,9 +91,7 @@ class Settings:
         default="0.0.0.0",  # noqa: S104  # in a container the address is not known before
         about="Address the API listens on.",
     )
-    server_port: int = _setting(
-        "SERVER_PORT", kind=whole(1, 65535), default="8080", about="Port the API listens on."
-    )
+    server_port: int = _setting("SERVER_PORT", kind=whole(1, 65535), default="8080", about="Port the API listens on.")
     management_port: int | None = _setting(
         "MANAGEMENT_SERVER_PORT",
         kind=whole(1, 65535),

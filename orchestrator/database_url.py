@@ -64,9 +64,7 @@ class DatabaseUrl:
     def _written(self, password: str | None, parameters: Mapping[str, str]) -> str:
         login = ""
         if self.user is not None or password:
-            login = (
-                quote(self.user or "", safe="") + (f":{quote(password, safe='*')}" if password else "") + "@"
-            )
+            login = quote(self.user or "", safe="") + (f":{quote(password, safe='*')}" if password else "") + "@"
         query = "?" + urlencode(parameters, quote_via=quote, safe="*/") if parameters else ""
         return f"postgresql://{login}{self.hosts}/{quote(self.name, safe='')}{query}"
 

@@ -95,12 +95,8 @@ class ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        text = record.getMessage() + "".join(
-            f"  {key}={value}" for key, value in extra_fields(record).items()
-        )
-        line = (
-            f"{clock}.{int(record.msecs):03d} {record.levelname:<8} {record.name}: {text.translate(_CONTROLS)}"
-        )
+        text = record.getMessage() + "".join(f"  {key}={value}" for key, value in extra_fields(record).items())
+        line = f"{clock}.{int(record.msecs):03d} {record.levelname:<8} {record.name}: {text.translate(_CONTROLS)}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info).translate(_CONTROLS_BUT_LINES)
         if record.stack_info:

@@ -46,9 +46,7 @@ class Metrics:
         build.labels(_version(), platform.python_version()).set(1)
 
         self.events_received_total: Callable[[str], Counter] = cache(
-            self._counter(
-                "events_received_total", "Submissions received, by how they came.", "channel"
-            ).labels
+            self._counter("events_received_total", "Submissions received, by how they came.", "channel").labels
         )
         self.events_duplicate_total = self._counter(
             "events_duplicate_total", "Submissions that repeated an event already kept."
@@ -56,9 +54,7 @@ class Metrics:
         self.events_rejected_total = self._counter("events_rejected_total", "Submissions refused as invalid.")
         self.events_claimed_total = self._counter("events_claimed_total", "Events claimed for delivery.")
         self.events_delivered_total = self._counter("events_delivered_total", "Events delivered.")
-        self.events_retried_total = self._counter(
-            "events_retried_total", "Attempts that failed and will be repeated."
-        )
+        self.events_retried_total = self._counter("events_retried_total", "Attempts that failed and will be repeated.")
         self.events_dead_total = self._counter("events_dead_total", "Events that ran out of attempts.")
         self.events_stale_total = self._counter(
             "events_stale_total", "Attempts whose lease had passed on before they were finished."
@@ -99,7 +95,9 @@ class Metrics:
 
         self.events_in_flight = self._gauge("events_in_flight", "Deliveries under way.")
         self.events_held = self._gauge("events_held", "Claimed events that wait in memory to become due.")
-        self.events_backlog = self._gauge("events_backlog", "Events that are due and not yet finished.")
+        self.events_backlog = self._gauge(
+            "events_backlog", "Events that are due and not claimed, as a dispatcher last saw."
+        )
         self.database_pool_size = self._gauge("database_pool_size", "Open database connections.")
         self.database_pool_in_use = self._gauge("database_pool_in_use", "Database connections in use.")
         self.database_pool_waiting = self._gauge(

@@ -87,7 +87,7 @@ class _Process:
         if self._role in ("run", "dispatch"):
             parts.append(lambda stop: _dispatch(settings, metrics, stop))
         if self._role == "run":
-            parts.append(lambda stop: maintain(settings, database, metrics, stop))
+            parts.append(lambda stop: maintain(settings, database, stop))
         return parts
 
     async def _run_parts(

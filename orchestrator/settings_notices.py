@@ -30,10 +30,7 @@ def notices(
     found = (_notice(name, known, superseded) for name in sorted(environ) if environ[name].strip())
     return (
         *(notice for notice in found if notice),
-        *(
-            f"DATABASE_URL: {name} is a parameter of the Java driver and has no effect here"
-            for name in dropped
-        ),
+        *(f"DATABASE_URL: {name} is a parameter of the Java driver and has no effect here" for name in dropped),
     )
 
 

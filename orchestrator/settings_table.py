@@ -79,9 +79,7 @@ def with_table(document: str) -> str:
     before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise OrchestratorError(
-            f"expected the lines {BEGIN} and {END} around the table of settings; add them"
-        )
+        raise OrchestratorError(f"expected the lines {BEGIN} and {END} around the table of settings; add them")
     return f"{before}{BEGIN}\n{render_markdown_table()}\n{END}{after}"
 
 

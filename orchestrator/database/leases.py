@@ -91,6 +91,12 @@ class Leases:
             ).fetchone()
         return row[0] if row else None
 
+    async def backlog(self) -> int:
+        """Events that are due and not claimed, counted up to 10,000 a lane."""
+        with translated():
+            row = await (await self._claiming.execute("select orchestrator.backlog()")).fetchone()
+        return row[0] if row else 0
+
     async def finish(self, results: Sequence[Finished]) -> list[NotDelivered]:
         """Records results; answers those not delivered. Raises ValidationError for a text the database refuses."""
         ordered = sorted(results, key=_event_id)

@@ -155,10 +155,6 @@ class Database:
         value: str = await self._value("select orchestrator.statistics()")
         return value.encode()
 
-    async def backlog(self) -> int:
-        """Events that are due and not claimed, counted up to 10,000 a lane."""
-        return int(await self._value("select orchestrator.backlog()"))
-
     async def dead_letters(self, *, limit: int, after: tuple[str, str] | None = None) -> list[bytes]:
         """Dead letters as JSON, newest first; `after` is (died_at, id) of the last one of the page before."""
         rows = await self._all(

@@ -35,6 +35,7 @@ _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
 _STOPPING_BACKOFF_S = 0.5
 _LISTEN_S = 60.0
+_BACKLOG_EVERY_S = 5.0  # between counts of the backlog while claims come back full; else it is known to be nothing
 _ENDING_S = 1.0  # for a claim or an attempt to end when it is no longer wanted
 
 _CUT_SHORT = Attempted(RETRY, error="the dispatcher stopped before the receiver answered")
@@ -65,6 +66,7 @@ class Dispatcher:
         self._claiming = False
         self._has_claimed = False
         self._backoff_s = 0.0
+        self._backlog_read_s = 0.0
         self._room = asyncio.Event()
         self._wake = asyncio.Event()
         self._wake_due = float("inf")
@@ -184,7 +186,12 @@ class Dispatcher:
             self._metrics.events_claimed_total.inc(len(events))
             self._due.put(events)
             if len(events) < batch:
+                self._metrics.events_backlog.set(0)
                 await self._rest(leases)
+            elif received_s > self._backlog_read_s + _BACKLOG_EVERY_S:
+                self._backlog_read_s = received_s
+                async with asyncio.timeout(ANSWER_S):
+                    self._metrics.events_backlog.set(await leases.backlog())
 
     def _note_claimed(self) -> None:
         """Only a claim proves the database: one that is read-only, or full, accepts connections all the same."""

@@ -138,14 +138,24 @@ begin
     )
     select * from answer;
   end;
-  -- Once a transaction, and again only for what is due earlier: a loop over schedule_event() tells one time, not each time.
-  if v_first < least(v_now + orchestrator.notify_horizon(), nullif(current_setting('orchestrator.told', true), '')::timestamptz) then
-    perform set_config('orchestrator.told', greatest(v_first, v_now)::text, true);
-    perform pg_notify('orchestrator_due', extract(epoch from greatest(v_first, v_now))::text);
-  end if;
+  perform orchestrator.tell_due(v_first);
 end $$;
 comment on function orchestrator.submit_staged() is
   'Turns the rows of pg_temp.submission into events and their timers. Answers only the rows that became no new event: result duplicate (the id is kept already; nothing changes) or refused (with field and reason)';
+
+-- Once a transaction, and again only for what is due earlier: a loop over schedule_event() tells one time, not each time.
+create or replace function orchestrator.tell_due(p_due_at timestamptz) returns void
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+declare
+  v_now constant timestamptz := orchestrator.now();
+begin
+  if p_due_at < least(v_now + orchestrator.notify_horizon(), nullif(current_setting('orchestrator.told', true), '')::timestamptz) then
+    perform set_config('orchestrator.told', greatest(p_due_at, v_now)::text, true);
+    perform pg_notify('orchestrator_due', extract(epoch from greatest(p_due_at, v_now))::text);
+  end if;
+end $$;
+comment on function orchestrator.tell_due(timestamptz) is
+  'Notifies the dispatchers of an event due within notify_horizon(), as Unix seconds. A hint: they poll all the same';
 
 create or replace function orchestrator.notify_horizon() returns interval
 language sql immutable parallel safe

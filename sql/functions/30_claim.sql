@@ -8,7 +8,7 @@ comment on function orchestrator.register_worker(text) is 'Makes a worker number
 -- Locks timers with skip locked, so it never waits. Each round shares what is left of the batch equally among the lanes that
 -- gave all they were asked for in the round before (nothing, where the batch is smaller than their number). Attempt grows with
 -- the lease, which fences every earlier holder.
--- Rows are changed by ctid = any (array), which is 40 % faster than a join with them and leaves the planner no choice.
+-- Rows are changed by ctid = any (array): a tenth less work than a join with them, and it leaves the planner no choice of plan.
 -- Plans are pinned: left alone, the planner hashes a scan of every partition of event for each claim (18,000 events/s against
 -- 49,000 with nested loops on the same data), and reads timer by a bitmap, which limit cannot stop early.
 -- The bounds on scheduled_at let the executor leave out all other partitions when it starts.
@@ -57,11 +57,11 @@ begin
     ), leased as (
       update orchestrator.timer t
       set lease_until = v_lease_until, worker = p_worker, attempt = t.attempt + 1
-      where t.ctid = any (array(select p.at from picked p where p.attempt < p.max_attempts))
+      where t.ctid = any (array(select p.at from picked p where p.attempt < p.max_attempts + orchestrator.lost_leases_borne()))
       returning t.event_id, t.scheduled_at, t.due_at, t.attempt
     ), buried as (
       delete from orchestrator.timer t
-      where t.ctid = any (array(select p.at from picked p where p.attempt >= p.max_attempts))
+      where t.ctid = any (array(select p.at from picked p where p.attempt >= p.max_attempts + orchestrator.lost_leases_borne()))
       returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.worker
     ), logged as (
       insert into orchestrator.outcome (event_id, scheduled_at, due_at, finished_at, worker, attempt, result, error)
@@ -92,8 +92,15 @@ comment on function orchestrator.claim_due_events(integer, integer, interval, in
 
 create or replace function orchestrator.lost_lease() returns text
 language sql immutable parallel safe
-return 'the lease of the last attempt ran out: its worker vanished, whether it delivered is unknown';
-comment on function orchestrator.lost_lease() is 'Why an event dies whose last worker never answered';
+return 'its leases ran out time after time: every worker vanished, whether one of them delivered is unknown';
+comment on function orchestrator.lost_lease() is 'Why an event dies whose workers never answered';
+
+-- A worker that is killed loses leases on many events that it had not begun to deliver: none of them may die of that.
+create or replace function orchestrator.lost_leases_borne() returns integer
+language sql immutable parallel safe
+return 5;
+comment on function orchestrator.lost_leases_borne() is
+  'Leases given beyond max_attempts when earlier ones ran out unanswered; after that an event that may be killing its workers is buried';
 
 create or replace function orchestrator.next_due_at() returns timestamptz
 language sql volatile security definer set search_path = orchestrator, pg_temp

@@ -104,16 +104,22 @@ comment on function orchestrator.finish_events(uuid[], integer[], text[], intege
   'Records the results (delivered; retry: failed, try again if attempts are left; fail: failed for good) of leased attempts, one array element each; times are Unix seconds by the database''s clock, retry_after seconds. Answers only what was not delivered: retried (with the next due_at), dead, or stale (the lease was lost; nothing was recorded)';
 
 create or replace function orchestrator.release_events(p_event_ids uuid[], p_attempts integer[]) returns integer
-language sql security definer set search_path = orchestrator, pg_temp
-set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_released integer;
+  v_first timestamptz;
+begin
   with freed as (
     update orchestrator.timer t
     set worker = null, lease_until = null, max_attempts = t.max_attempts + 1
     from unnest(p_event_ids, p_attempts) as r (event_id, attempt)
     where t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
-    returning 1
+    returning t.due_at
   )
-  select count(*)::integer from freed
-$$;
+  select count(*), min(f.due_at) into v_released, v_first from freed f;
+  perform orchestrator.tell_due(v_first);
+  return v_released;
+end $$;
 comment on function orchestrator.release_events(uuid[], integer[]) is
-  'Hands leases back unused, spending no attempt. Returns how many were still held';
+  'Hands leases back unused, spending no attempt, and wakes the dispatchers if one is due soon. Returns how many were still held';

@@ -81,7 +81,7 @@ comment on column orchestrator.timer.event_id is 'event.id';
 comment on column orchestrator.timer.scheduled_at is 'event.scheduled_at: finds the partition';
 comment on column orchestrator.timer.due_at is 'When the next attempt is, or was, due; never before the event was accepted';
 comment on column orchestrator.timer.lane is 'lane.lane';
-comment on column orchestrator.timer.max_attempts is 'Leases that may be given: max_retries + 1, and one more for each that was handed back unused';
+comment on column orchestrator.timer.max_attempts is 'Leases after which a failure is final: max_retries + 1, and one more for each that was handed back unused';
 comment on column orchestrator.timer.attempt is 'Leases given so far. It only grows, and names the lease: finishing with any other number does nothing';
 comment on column orchestrator.timer.worker is 'Who was given the lease; null: nobody';
 comment on column orchestrator.timer.lease_until is 'Until when nobody else may claim it; null: not leased. A lease that has run out needs no repair: the event is simply due';

@@ -51,7 +51,13 @@ class Expected:
 
     @property
     def exhausted(self) -> bool:
+        """A failure would be final."""
         return self.attempt >= self.max_retries + 1 + self.released
+
+    @property
+    def forsaken(self) -> bool:
+        """So many leases ran out that no more are given."""
+        return self.attempt >= self.max_retries + 1 + self.released + 5
 
     def status(self, now: datetime) -> str:
         if self.end:
@@ -121,7 +127,7 @@ class Histories(RuleBasedStateMachine):
         until = self.now + seconds(lookahead_s)
         due = {uid: e for uid, e in self.model.items() if not e.end and e.due_at <= until and not e.held(self.now)}
         leases = self.client.claim(batch, worker=worker, lease_s=LEASE_S, lookahead_s=lookahead_s)
-        alive = {uid for uid, e in due.items() if not e.exhausted}
+        alive = {uid for uid, e in due.items() if not e.forsaken}
         assert {lease.event_id for lease in leases} <= alive
         assert len(leases) == min(batch, len(alive))
         for lease in leases:
@@ -133,11 +139,11 @@ class Histories(RuleBasedStateMachine):
                 expected.due_at,
                 expected.lease_until,
             )
-        # Which of the exhausted ones a full claim comes across depends on its lanes; one that is not full, on all.
+        # Which of the forsaken ones a full claim comes across depends on its lanes; one that is not full, on all.
         buried = {
             str(uid) for (uid,) in self.client.rows(
                 "select event_id from orchestrator.dead_letter where event_id = any (%s::uuid[])",
-                [uid for uid, e in due.items() if e.exhausted],
+                [uid for uid, e in due.items() if e.forsaken],
             )
         }  # fmt: skip
         if len(leases) < batch:

@@ -167,25 +167,43 @@ def test_a_lease_keeps_others_away_until_it_has_run_out(client: Client) -> None:
     assert lease.lease_until == NOON + seconds(60)
 
 
-def test_the_last_attempt_whose_lease_runs_out_is_the_event_s_death(client: Client) -> None:
-    uid = client.schedule(max_retries=1)
+def test_a_worker_that_vanishes_does_not_cost_an_event_its_delivery(client: Client) -> None:
+    uid = client.schedule(max_retries=0)
     client.claim(worker=4)
-    assert [lease.attempt for lease in client.at(NOON + seconds(60)).claim(worker=5)] == [2]
-    assert client.at(NOON + seconds(120)).claim(worker=6) == []
+    [lease] = client.at(NOON + seconds(60)).claim(worker=5)
+    assert lease.attempt == 2
+    client.finish(results([lease], "delivered"), worker=5)
+    assert client.status(uid) == "delivered"
+
+
+def test_a_failure_after_lost_leases_is_final_when_the_retries_are_spent(client: Client) -> None:
+    uid = client.schedule(max_retries=0)
+    client.claim()
+    client.finish(results(client.at(NOON + seconds(60)).claim(), "retry"))
+    assert client.status(uid) == "dead"
+
+
+def test_an_event_whose_leases_all_run_out_is_buried_in_the_end(client: Client) -> None:
+    uid = client.schedule(max_retries=1)
+    given = []
+    for minute in range(9):
+        given += [lease.attempt for lease in client.at(NOON + seconds(60 * minute)).claim(worker=minute)]
+    assert given == [1, 2, 3, 4, 5, 6, 7]
     assert client.status(uid) == "dead"
     [(attempts, reason)] = client.rows("select attempts, reason from orchestrator.dead_letters where id = %s", uid)
-    assert attempts == 2
-    assert "lease" in reason
+    assert attempts == 7
+    assert "leases ran out" in reason
     [outcome] = client.get(uid)["outcomes"]
-    assert (outcome["attempt"], outcome["result"], outcome["error"], outcome["started_at"]) == (2, "dead", reason, None)
+    assert (outcome["attempt"], outcome["result"], outcome["error"], outcome["started_at"]) == (7, "dead", reason, None)
     assert client.totals() == {"accepted": 1, "dead": 1}
 
 
 def test_burying_does_not_take_from_what_a_batch_gives(client: Client) -> None:
     client.schedule_many(20, max_retries=0)
-    assert len(client.claim(20)) == 20
+    for minute in range(6):
+        assert len(client.at(NOON + seconds(60 * minute)).claim(20)) == 20
     ids = client.schedule_many(10)
-    leases = client.at(NOON + seconds(60)).claim(10)
+    leases = client.at(NOON + seconds(360)).claim(10)
     assert sorted(lease.event_id for lease in leases) == sorted(ids)
 
 

@@ -107,9 +107,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
 
 
 def test_a_variable_left_empty_counts_as_unset() -> None:
-    assert Settings.from_env({name: " " for setting in ALL for name in setting.names}) == Settings.from_env(
-        {}
-    )
+    assert Settings.from_env({name: " " for setting in ALL for name in setting.names}) == Settings.from_env({})
 
 
 @pytest.mark.parametrize("setting", ALL, ids=lambda setting: setting.name)
@@ -140,9 +138,7 @@ def test_a_port_is_digits_within_its_bounds(raw: str) -> None:
 
 @pytest.mark.parametrize("raw", ["inf", "nan", "-1", "1e1", "0", "601", "5 s"])
 def test_seconds_are_plain_and_bounded(raw: str) -> None:
-    assert problem(HTTP_TIMEOUT_SECONDS=raw).startswith(
-        "HTTP_TIMEOUT_SECONDS: expected seconds from 0.1 to 600"
-    )
+    assert problem(HTTP_TIMEOUT_SECONDS=raw).startswith("HTTP_TIMEOUT_SECONDS: expected seconds from 0.1 to 600")
 
 
 def test_seconds_may_have_fractions() -> None:
@@ -211,9 +207,7 @@ def test_a_rule_about_a_wrong_value_adds_no_second_complaint() -> None:
         ("development", "off", False),
     ],
 )
-def test_anonymous_callers_are_let_in_outside_production_only(
-    environment: str, given: str, allowed: bool
-) -> None:
+def test_anonymous_callers_are_let_in_outside_production_only(environment: str, given: str, allowed: bool) -> None:
     settings = Settings.from_env({"ENVIRONMENT": environment, "ALLOW_ANONYMOUS": given})
     assert settings.allow_anonymous is allowed
 
@@ -246,9 +240,7 @@ class TestDatabaseUrl:
         assert database(DB_HOST=host)["host"] == host
 
     def test_a_port_in_the_host_is_refused(self) -> None:
-        assert problem(DB_HOST="db:5432").startswith(
-            "DB_HOST: expected a host name, an address without its port"
-        )
+        assert problem(DB_HOST="db:5432").startswith("DB_HOST: expected a host name, an address without its port")
 
     @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n")).filter(str.strip))
     def test_any_password_reaches_libpq_intact(self, password: str) -> None:
@@ -274,9 +266,7 @@ class TestDatabaseUrl:
             "user": "a",
             "password": "p",
         }
-        notices = Settings.from_env(
-            {"DATABASE_URL": "postgres://a@h/d", "DB_USER": "b", "DB_HOST": "x"}
-        ).notices
+        notices = Settings.from_env({"DATABASE_URL": "postgres://a@h/d", "DB_USER": "b", "DB_HOST": "x"}).notices
         assert notices == (
             "DB_HOST: no effect, because DATABASE_URL says it",
             "DB_USER: no effect, because DATABASE_URL says it",
@@ -306,9 +296,7 @@ class TestDatabaseUrl:
         assert database(DATABASE_URL=f"jdbc:postgresql://h/d?{ssl}").get("sslmode") == wanted
 
     def test_parameters_of_libpq_are_kept(self) -> None:
-        found = database(
-            DATABASE_URL="postgresql:///d?host=/tmp/sock&application_name=a+b&options=-c%20x%3D1"
-        )
+        found = database(DATABASE_URL="postgresql:///d?host=/tmp/sock&application_name=a+b&options=-c%20x%3D1")
         assert found == {"dbname": "d", "host": "/tmp/sock", "application_name": "a+b", "options": "-c x=1"}
 
     @pytest.mark.parametrize(
@@ -361,13 +349,9 @@ def test_secrets_do_not_show_in_the_table_the_repr_or_an_error() -> None:
     assert "s3cret" not in problem(DB_PASSWORD="s3cret1", DATABASE_PASSWORD="s3cret2")
 
 
-@pytest.mark.parametrize(
-    "secret", ["whsec_", KEY[6:], "whsek_" + KEY[6:], KEY + "é", "whsec_" + "A" * 88 + "AAAA"]
-)
+@pytest.mark.parametrize("secret", ["whsec_", KEY[6:], "whsek_" + KEY[6:], KEY + "é", "whsec_" + "A" * 88 + "AAAA"])
 def test_a_key_is_named_and_long_enough(secret: str) -> None:
-    assert problem(WEBHOOK_SECRETS=secret).startswith(
-        "WEBHOOK_SECRETS: expected a comma-separated list of whsec_"
-    )
+    assert problem(WEBHOOK_SECRETS=secret).startswith("WEBHOOK_SECRETS: expected a comma-separated list of whsec_")
 
 
 @pytest.mark.parametrize(
@@ -385,18 +369,12 @@ def test_a_likely_typo_is_pointed_out(name: str, meant: str) -> None:
 
 
 def test_an_unknown_name_with_a_prefix_of_ours_is_pointed_out() -> None:
-    assert Settings.from_env({"SCHEDULER_ZZZZZZZZZZZZ": "x"}).notices == (
-        "SCHEDULER_ZZZZZZZZZZZZ: not a setting",
-    )
+    assert Settings.from_env({"SCHEDULER_ZZZZZZZZZZZZ": "x"}).notices == ("SCHEDULER_ZZZZZZZZZZZZ: not a setting",)
 
 
 def test_the_variables_of_other_programs_are_not_remarked_on() -> None:
-    names = (
-        "PATH HOME HOSTNAME USER LANG SHELL PWD TERM LOGNAME HTTP_PROXY HTTPS_PROXY NO_PROXY PGHOST JAVA_HOME"
-    )
-    links = (
-        "DB_SERVICE_HOST DB_SERVICE_PORT DB_PORT_5432_TCP DB_PORT_5432_TCP_ADDR SCHEDULER_SERVICE_PORT_HTTP"
-    )
+    names = "PATH HOME HOSTNAME USER LANG SHELL PWD TERM LOGNAME HTTP_PROXY HTTPS_PROXY NO_PROXY PGHOST JAVA_HOME"
+    links = "DB_SERVICE_HOST DB_SERVICE_PORT DB_PORT_5432_TCP DB_PORT_5432_TCP_ADDR SCHEDULER_SERVICE_PORT_HTTP"
     assert Settings.from_env(dict.fromkeys((names + " " + links).split(), "x")).notices == ()
 
 
@@ -450,16 +428,12 @@ def test_the_command_rewrites_the_table_and_checks_it(tmp_path: Path) -> None:
 
     def run(*arguments: str) -> int:
         command = [sys.executable, "-m", "orchestrator.settings_table", str(document), *arguments]
-        return subprocess.run(
-            command, cwd=ROOT, env={**os.environ}, capture_output=True, check=False
-        ).returncode
+        return subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, check=False).returncode
 
     assert run("--check") == 1
     assert "old" in document.read_text(encoding="utf-8")
     assert run() == 0
-    assert (
-        document.read_text(encoding="utf-8") == f"before\n{BEGIN}\n{render_markdown_table()}\n{END}\nafter\n"
-    )
+    assert document.read_text(encoding="utf-8") == f"before\n{BEGIN}\n{render_markdown_table()}\n{END}\nafter\n"
     assert run("--check") == 0
     document.unlink()
     assert run() == 2

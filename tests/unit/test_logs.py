@@ -91,9 +91,7 @@ def test_the_level_is_the_least_that_is_written(tmp_path: Path) -> None:
     configure(Settings.from_env({"LOG_FILE": str(path), "LOG_LEVEL": "ERROR"}), "api")
     log.warning("not this")
     log.error("but this")
-    assert [json.loads(line)["message"] for line in path.read_text(encoding="utf-8").splitlines()] == [
-        "but this"
-    ]
+    assert [json.loads(line)["message"] for line in path.read_text(encoding="utf-8").splitlines()] == ["but this"]
 
 
 def test_a_file_renamed_by_rotation_is_opened_anew(tmp_path: Path) -> None:
@@ -108,9 +106,7 @@ def test_a_file_renamed_by_rotation_is_opened_anew(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_opened_is_a_settings_error(tmp_path: Path) -> None:
     settings = Settings.from_env({"LOG_FILE": str(tmp_path / "missing" / "log")})
-    with pytest.raises(
-        SettingsError, match=r"LOG_FILE: expected a file that can be written, got '.*missing/log'"
-    ):
+    with pytest.raises(SettingsError, match=r"LOG_FILE: expected a file that can be written, got '.*missing/log'"):
         configure(settings, "api")
 
 
@@ -170,9 +166,7 @@ def test_whatever_is_logged_is_one_line_of_valid_json(message: str, value: Any) 
 def test_a_value_that_contains_itself_still_gives_a_line() -> None:
     value: list[Any] = []
     value.append(value)
-    assert (
-        json.loads(JsonFormatter(SETTINGS, "api").format(record("round", value=value)))["message"] == "round"
-    )
+    assert json.loads(JsonFormatter(SETTINGS, "api").format(record("round", value=value)))["message"] == "round"
 
 
 def test_a_field_cannot_pose_as_another_customer() -> None:

@@ -73,9 +73,7 @@ def test_the_buckets_of_lateness_count_what_is_at_most_their_bound(lateness_s: l
         for sample in samples(metrics)
         if sample.name == "orchestrator_event_lateness_seconds_bucket"
     }
-    assert found == {
-        bound: sum(one <= bound for one in lateness_s) for bound in (*LATENESS_BUCKETS_S, float("inf"))
-    }
+    assert found == {bound: sum(one <= bound for one in lateness_s) for bound in (*LATENESS_BUCKETS_S, float("inf"))}
 
 
 def test_a_label_with_several_values_gives_a_series_for_each() -> None:
