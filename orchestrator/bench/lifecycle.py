@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime, timedelta
+from multiprocessing.synchronize import Barrier
 
 import psycopg
 
@@ -18,6 +21,7 @@ from orchestrator.events import copy_row
 DESTINATIONS = 50
 _STAGED = 5000
 _CLIENTS = 2
+_START_S = 30.0
 
 
 def run(database_url: str, events: int, batch: int) -> dict[str, object]:
@@ -38,7 +42,7 @@ def run(database_url: str, events: int, batch: int) -> dict[str, object]:
         before = _wal(watching)
         submit_s = asyncio.run(_submit(settings, texts))
         between = _wal(watching)
-        finish_s = asyncio.run(_claim_and_finish(settings, batch, events))
+        finish_s = _claim_and_finish(settings, batch)
         after = _wal(watching)
         left = watching.execute("select count(*) from orchestrator.timer").fetchone()
     submit_per_s, finish_per_s = events / submit_s, events / finish_s
@@ -76,24 +80,41 @@ async def _submit(settings: Settings, texts: list[bytes]) -> float:
     return await _timed(client)
 
 
-async def _claim_and_finish(settings: Settings, batch: int, events: int) -> float:
-    finished = 0
+def _claim_and_finish(settings: Settings, batch: int) -> float:
+    """With each client in a process of its own, as dispatchers are. Timed from when all are connected."""
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(_CLIENTS + 1)
+    with ProcessPoolExecutor(_CLIENTS, context, _keep_barrier, (start,)) as processes:
+        clients = [processes.submit(_client, settings, batch) for _ in range(_CLIENTS)]
+        start.wait(_START_S)
+        began_s = time.perf_counter()
+        for client in clients:
+            client.result()
+        return time.perf_counter() - began_s
 
-    async def client() -> None:
-        nonlocal finished
+
+_start: Barrier
+
+
+def _keep_barrier(start: Barrier) -> None:
+    global _start  # a barrier can be handed to a process only while it starts
+    _start = start
+
+
+def _client(settings: Settings, batch: int) -> None:
+    async def work() -> None:
         async with Leases.open(settings, "bench", None) as leases:
-            while finished < events:
-                _, claimed = await leases.claim(batch, lease_s=60, lookahead_s=0)
+            await asyncio.to_thread(_start.wait, _START_S)
+            while claimed := (await leases.claim(batch, lease_s=60, lookahead_s=0))[1]:
                 now_s = time.time()
                 results = [
                     Finished(event.event_id, event.attempt, "delivered", 200, now_s, now_s, None, None, None)
                     for event in claimed
                 ]
-                if results and (odd := await leases.finish(results)):
+                if odd := await leases.finish(results):
                     raise OrchestratorError(f"bench: a result was not taken: {odd[0]}")
-                finished += len(results)
 
-    return await _timed(client)
+    asyncio.run(work())
 
 
 async def _timed(client: Callable[[], Coroutine[None, None, None]]) -> float:
