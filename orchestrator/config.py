@@ -16,6 +16,7 @@ from orchestrator.setting import (
     Network,
     Setting,
     boolean,
+    defined,
     host,
     milliseconds,
     networks,
@@ -26,6 +27,7 @@ from orchestrator.setting import (
     webhook_secrets,
     whole,
 )
+from orchestrator.settings_kafka import KafkaSettings, filled
 from orchestrator.settings_notices import notices
 from orchestrator.settings_rules import contradictions
 
@@ -37,14 +39,6 @@ _DATABASE_URL = Kind(
 # The names of Python's logging, and those of Java's that it lacks.
 _LEVELS = {level.lower(): level for level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
 _LEVELS |= {"trace": "DEBUG", "warn": "WARNING", "fatal": "CRITICAL"}
-
-
-def _setting(
-    *names: str, kind: Kind, about: str, default: str | None = None, otherwise: str = "", secret: bool = False
-) -> Any:
-    """A field of `Settings` that carries its definition; a secret stays out of the repr."""
-    definition = Setting(names, kind, about, default, otherwise, secret)
-    return field(repr=not secret, metadata={"setting": definition})
 
 
 DATABASE_PARTS = {
@@ -69,172 +63,172 @@ DATABASE_PARTS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class Settings(KafkaSettings):
     """The settings in force. A name ends in its unit: `_s` is seconds, whatever the variable counts in."""
 
-    deployment: str = _setting(
+    deployment: str = defined(
         "DEPLOYMENT_NAME",
         kind=text(),
         default="event-scheduler",
         about="This deployment, as metrics and log lines name it.",
     )
-    customer: str = _setting("CUSTOMER_NAME", kind=text(), default="default", about="The customer it serves.")
-    environment: str = _setting(
+    customer: str = defined("CUSTOMER_NAME", kind=text(), default="default", about="The customer it serves.")
+    environment: str = defined(
         "ENVIRONMENT",
         kind=text(),
         default="development",
         about="The stage it runs in; a name that begins with `prod` makes API keys obligatory.",
     )
-    server_host: str = _setting(
+    server_host: str = defined(
         "SERVER_HOST",
         kind=text(),
         default="0.0.0.0",  # noqa: S104  # in a container the address is not known before
         about="Address the API listens on.",
     )
-    server_port: int = _setting("SERVER_PORT", kind=whole(1, 65535), default="8080", about="Port the API listens on.")
-    management_port: int | None = _setting(
+    server_port: int = defined("SERVER_PORT", kind=whole(1, 65535), default="8080", about="Port the API listens on.")
+    management_port: int | None = defined(
         "MANAGEMENT_SERVER_PORT",
         kind=whole(1, 65535),
         otherwise="the API's port",
         about="Port of health and metrics, to keep them apart from the API.",
     )
-    database_url: str = _setting(
+    database_url: str = defined(
         "DATABASE_URL",
         kind=_DATABASE_URL,
         otherwise="made from the DB_ settings",
         secret=True,
         about="Address of the database.",
     )
-    pool_max_size: int = _setting(
+    pool_max_size: int = defined(
         "DB_POOL_MAX_SIZE",
         kind=whole(1, 1000),
         default="50",
         about="Most database connections a process opens.",
     )
-    pool_min_idle: int = _setting(
+    pool_min_idle: int = defined(
         "DB_POOL_MIN_IDLE",
         kind=whole(0, 1000),
         default="2",
         about="Database connections kept open when idle.",
     )
-    batch_size: int = _setting(
+    batch_size: int = defined(
         "SCHEDULER_BATCH_SIZE",
         "BATCH_SIZE",
         kind=whole(1, 10000),
         default="100",
         about="Most events taken by one claim.",
     )
-    poll_interval_s: float = _setting(
+    poll_interval_s: float = defined(
         "SCHEDULER_POLL_INTERVAL_MS",
         "EXECUTION_INTERVAL",
         kind=milliseconds(50, 10000),
         default="1000",
         about="Longest wait between two looks for due events, in case a notification is lost.",
     )
-    lookahead_s: float = _setting(
+    lookahead_s: float = defined(
         "SCHEDULER_LOOKAHEAD_MS",
         kind=milliseconds(0, 10000),
         default="1500",
         about="How long before they are due events are claimed, to be fired on the millisecond.",
     )
-    lease_s: float = _setting(
+    lease_s: float = defined(
         "SCHEDULER_LEASE_SECONDS",
         kind=seconds(1, 3600),
         default="60",
         about="How long a claimed event belongs to its dispatcher; after that it is due again.",
     )
-    prefetch: int = _setting(
+    prefetch: int = defined(
         "SCHEDULER_PREFETCH",
         kind=whole(1, 1000000),
         otherwise="1000, or two batches if that is more",
         about="Most claimed events a dispatcher holds in memory. Each claim walks past all that are held.",
     )
-    http_max_connections: int = _setting(
+    http_max_connections: int = defined(
         "HTTP_MAX_CONNECTIONS",
         kind=whole(1, 10000),
         default="200",
         about="Most deliveries under way at once.",
     )
-    http_connect_timeout_s: float = _setting(
+    http_connect_timeout_s: float = defined(
         "HTTP_CONNECT_TIMEOUT_SECONDS",
         kind=seconds(0.1, 600),
         default="5",
         about="Longest wait for a connection.",
     )
-    http_timeout_s: float = _setting(
+    http_timeout_s: float = defined(
         "HTTP_TIMEOUT_SECONDS",
         kind=seconds(0.1, 600),
         default="30",
         about="Longest that one delivery may take, from connecting to the last byte of the response.",
     )
-    http_max_response_bytes: int = _setting(
+    http_max_response_bytes: int = defined(
         "HTTP_MAX_RESPONSE_BYTES",
         kind=whole(1, 2**24),
         default="65536",
         about="Most that is read of a response.",
     )
-    http_allow_networks: tuple[Network, ...] = _setting(
+    http_allow_networks: tuple[Network, ...] = defined(
         "HTTP_ALLOW_NETWORKS",
         kind=networks,
         default="",
         about="Private networks that events may be delivered to; all others are refused.",
     )
-    webhook_secrets: tuple[str, ...] = _setting(
+    webhook_secrets: tuple[str, ...] = defined(
         "WEBHOOK_SECRETS",
         kind=webhook_secrets,
         default="",
         secret=True,
         about="Keys that sign deliveries, newest first; each signs, so that receivers can change over.",
     )
-    max_payload_bytes: int = _setting(
+    max_payload_bytes: int = defined(
         "MAX_PAYLOAD_BYTES", kind=whole(1, 2**26), default="1048576", about="Longest payload of an event."
     )
-    max_body_bytes: int = _setting(
+    max_body_bytes: int = defined(
         "MAX_BODY_BYTES",
         kind=whole(1, 2**28),
         default="16777216",
         about="Longest body of a request to the API.",
     )
-    max_batch_events: int = _setting(
+    max_batch_events: int = defined(
         "MAX_BATCH_EVENTS", kind=whole(1, 100000), default="1000", about="Most events in one batch request."
     )
-    max_retries: int = _setting(
+    max_retries: int = defined(
         "DEFAULT_MAX_RETRIES",
         kind=whole(0, 100),
         default="3",
         about="Retries of an event that does not say how many.",
     )
-    allow_anonymous: bool = _setting(
+    allow_anonymous: bool = defined(
         "ALLOW_ANONYMOUS",
         kind=boolean,
         otherwise="true, but false in production",
         about="Whether the API answers callers without a key.",
     )
-    partition_days_ahead: int = _setting(
+    partition_days_ahead: int = defined(
         "PARTITION_DAYS_AHEAD",
         kind=whole(1, 400),
         default="30",
         about="Days ahead that partitions are made for, and so that events can be scheduled.",
     )
-    shutdown_timeout_s: float = _setting(
+    shutdown_timeout_s: float = defined(
         "SHUTDOWN_TIMEOUT_SECONDS",
         kind=seconds(0, 600),
         default="20",
         about="Longest that a stopping process finishes its work; what is left is released.",
     )
-    log_level: str = _setting(
+    log_level: str = defined(
         "LOG_LEVEL",
         kind=one_of(_LEVELS, "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
         default="INFO",
         about="Least severity that is logged.",
     )
-    log_file: str | None = _setting(
+    log_file: str | None = defined(
         "LOG_FILE",
         kind=text(4096),
         otherwise="standard error",
         about="File to log to; it may be rotated by renaming.",
     )
-    log_format: str | None = _setting(
+    log_format: str | None = defined(
         "LOG_FORMAT",
         kind=one_of({"json": "json", "console": "console"}, "json or console"),
         otherwise="console on a terminal, else json",
@@ -251,6 +245,7 @@ class Settings:
         parts = _read(DATABASE_PARTS, environ, problems)
         if values.get("prefetch", 0) is None and "batch_size" in values:
             values["prefetch"] = max(1000, 2 * values["batch_size"])
+        values |= filled(values)
         problems += contradictions(values)
         if problems:
             raise SettingsError(problems)
@@ -263,10 +258,13 @@ class Settings:
         return cls(**values, notices=notices(environ, _names(), _superseded_names(url), dropped))
 
 
+_KAFKA = [each.name for each in fields(KafkaSettings)]
 SETTINGS: dict[str, Setting] = {
-    each.name: each.metadata["setting"] for each in fields(Settings) if "setting" in each.metadata
+    each.name: each.metadata["setting"]
+    for each in sorted(fields(Settings), key=lambda each: each.name in _KAFKA)
+    if "setting" in each.metadata
 }
-"""Attribute of `Settings` → its definition, in the order of the documentation."""
+"""Attribute of `Settings` → its definition, in the order of the documentation: those of Kafka last."""
 
 
 def superseded(url: database_urls.DatabaseUrl | None) -> tuple[str, ...]:

@@ -31,3 +31,7 @@ class ValidationError(OrchestratorError):
 
 class DatabaseUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
     """PostgreSQL cannot be reached just now; the same call may succeed later."""
+
+
+class KafkaUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
+    """No broker can be reached just now; the same call may succeed later."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.dispatch.signing import decode_secret
@@ -71,6 +71,14 @@ class Setting:
         except ValueError:
             got = _scheme(raw) if self.secret else _shortened(raw)
             raise ValueError(f"{given}: expected {self.kind.expects}{got and f', got {got}'}") from None
+
+
+def defined(
+    *names: str, kind: Kind, about: str, default: str | None = None, otherwise: str = "", secret: bool = False
+) -> Any:
+    """A field of a dataclass of settings that carries its definition; a secret stays out of the repr."""
+    definition = Setting(names, kind, about, default, otherwise, secret)
+    return field(repr=not secret, metadata={"setting": definition})
 
 
 def _scheme(raw: str) -> str:
@@ -191,4 +199,49 @@ webhook_secrets = Kind(
     "a comma-separated list of whsec_ followed by the base64 of 24 to 64 random bytes",
     lambda raw: _items(raw, _webhook_secret),
     lambda value: ",".join("whsec_***" for _ in value),
+)
+
+_SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,255}):([1-9][0-9]{0,4})")
+
+
+def _bootstrap_server(item: str) -> str:
+    found = _SERVER.fullmatch(item)
+    if found is None or int(found[2]) > 65535:
+        raise ValueError
+    return item
+
+
+def _bootstrap_servers(raw: str) -> str:
+    servers = _items(raw, _bootstrap_server)
+    if not servers:
+        raise ValueError
+    return ",".join(servers)
+
+
+bootstrap_servers = Kind("a comma-separated list of host:port", _bootstrap_servers)
+
+TOPIC_PATTERN = "^(?!\\.{1,2}$)[A-Za-z0-9._-]{1,249}$"
+"""What Kafka takes for the name of a topic."""
+
+
+def _topic(raw: str) -> str:
+    name = raw.strip()
+    if not re.match(TOPIC_PATTERN, name):
+        raise ValueError
+    return name
+
+
+topic = Kind("the name of a topic: 1 to 249 letters, digits, dots, underscores and hyphens", _topic)
+
+OUTBOX_KINDS = ("scheduled", "timestamp", "dlq")
+
+
+def _outbox_kind(item: str) -> str:
+    return OUTBOX_KINDS[OUTBOX_KINDS.index(item.lower())]
+
+
+outbox_kinds = Kind(
+    "a comma-separated list of scheduled, timestamp and dlq, or none",
+    lambda raw: () if raw.strip().lower() == "none" else _items(raw, _outbox_kind),
+    lambda value: ",".join(value) or "none",
 )

@@ -9,12 +9,12 @@ from difflib import get_close_matches
 # Names that deployments of the systems this one replaces carry along; they must keep starting unchanged.
 _WITHOUT_EFFECT = {
     r"REDIS_\w+": "locks, limits and caches live in PostgreSQL",
-    r"KAFKA_\w+": "this version takes events over HTTP and SQL and delivers over HTTP",
+    "KAFKA_STREAMS_APP_ID": "KAFKA_CONSUMER_GROUP names the group that reads submissions",
     "CUSTOMER_MAX_PARALLEL": "HTTP_MAX_CONNECTIONS bounds the deliveries under way",
     "CLEANUP_RETENTION_DAYS": "this version deletes nothing",
     "MAX_SCHEDULE_AHEAD_DAYS": "PARTITION_DAYS_AHEAD says how far ahead events can be scheduled",
 }
-_OURS = ("SCHEDULER_", "HTTP_MAX_", "DB_")
+_OURS = ("SCHEDULER_", "HTTP_MAX_", "DB_", "KAFKA_", "OUTBOX_")
 # Kubernetes and Docker set these for every neighbouring service, also for one that is called "db".
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?|ENV_\w+)")
 

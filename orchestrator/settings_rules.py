@@ -59,4 +59,44 @@ def _ports_differ(v: Mapping[str, Any]) -> str | None:
     return f"MANAGEMENT_SERVER_PORT: expected another port than SERVER_PORT, got {port}; unset it to share"
 
 
-_RULES = (_pool_holds_idle, _memory_holds_batch, _lease_outlasts_attempt, _body_holds_payload, _ports_differ)
+def _login_is_whole(v: Mapping[str, Any]) -> str | None:
+    if not v["kafka_security_protocol"].startswith("SASL_"):
+        return None
+    for key, name in (("kafka_sasl_username", "KAFKA_SASL_USERNAME"), ("kafka_sasl_password", "KAFKA_SASL_PASSWORD")):
+        if not v[key]:
+            return f"{name}: required, because KAFKA_SECURITY_PROTOCOL is {v['kafka_security_protocol']}"
+    return None
+
+
+def _certificate_has_key(v: Mapping[str, Any]) -> str | None:
+    if (v["kafka_ssl_cert_file"] is None) == (v["kafka_ssl_key_file"] is None):
+        return None
+    return "KAFKA_SSL_CERT_FILE and KAFKA_SSL_KEY_FILE: expected both or neither; set the other, too"
+
+
+def _topics_differ(v: Mapping[str, Any]) -> str | None:
+    # What is written to a topic that is read from would come back for ever.
+    for read in ("topic_submission", "topic_processing"):
+        for other in (name for name in v if name.startswith("topic_") and name != read):
+            if v[read] == v[other]:
+                return f"KAFKA_{read.upper()}: expected another topic than KAFKA_{other.upper()}, got {v[read]} twice"
+    return None
+
+
+def _fallback_has_cause(v: Mapping[str, Any]) -> str | None:
+    if v["submit_fallback"] is None or v["kafka_servers"] is not None:
+        return None
+    return "SUBMIT_FALLBACK: expected KAFKA_BOOTSTRAP_SERVERS beside it; without Kafka the database is the only way"
+
+
+_RULES = (
+    _pool_holds_idle,
+    _memory_holds_batch,
+    _lease_outlasts_attempt,
+    _body_holds_payload,
+    _ports_differ,
+    _login_is_whole,
+    _certificate_has_key,
+    _topics_differ,
+    _fallback_has_cause,
+)

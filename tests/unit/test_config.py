@@ -67,7 +67,9 @@ def test_the_environment_of_an_existing_deployment_is_read_unchanged(
         "DATABASE_URL": f"jdbc:postgresql://postgres-{name}:5432/{name}_events_db",
         "DATABASE_USERNAME": f"{name}_user",
         "DATABASE_PASSWORD": "p@ss/w:rd?#%",
+        "KAFKA_BOOTSTRAP_SERVERS": "kafka-1:9092, kafka-2:9092",
         "KAFKA_TOPIC_SUBMISSION": f"{name}.event.submissions",
+        "KAFKA_CONSUMER_GROUP": f"{name}-schedulers",
         "KAFKA_STREAMS_APP_ID": f"event-scheduler-{name}",
         "REDIS_HOST": "redis",
         "LOG_LEVEL": "INFO",
@@ -88,11 +90,12 @@ def test_the_environment_of_an_existing_deployment_is_read_unchanged(
     }
     assert [notice.partition(":")[0] for notice in settings.notices] == [
         "CUSTOMER_MAX_PARALLEL",
-        "KAFKA_CONSUMER_CONCURRENCY",
         "KAFKA_STREAMS_APP_ID",
-        "KAFKA_TOPIC_SUBMISSION",
         "REDIS_HOST",
     ]
+    assert (settings.kafka_servers, settings.kafka_concurrency) == ("kafka-1:9092,kafka-2:9092", concurrency)
+    assert (settings.topic_submission, settings.topic_dlq) == (f"{name}.event.submissions", f"{name}.event.dlq")
+    assert settings.kafka_group == f"{name}-schedulers"
     assert all("no effect; " in notice for notice in settings.notices)
 
 
@@ -104,6 +107,41 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
     assert (settings.http_allow_networks, settings.webhook_secrets) == ((), ())
     assert (settings.log_level, settings.log_file, settings.log_format) == ("INFO", None, None)
     assert settings.notices == ()
+    assert (settings.kafka_servers, settings.submit_fallback, settings.outbox_topics) == (None, None, ("dlq",))
+    assert (settings.topic_ready, settings.kafka_group) == ("default.event.ready", "event-scheduler")
+
+
+@pytest.mark.parametrize("raw", ["kafka", "kafka:0", "kafka:65536", "http://kafka:9092", "a:1,b", ":9092", ","])
+def test_bootstrap_servers_are_hosts_with_ports(raw: str) -> None:
+    assert problem(KAFKA_BOOTSTRAP_SERVERS=raw).startswith(
+        "KAFKA_BOOTSTRAP_SERVERS: expected a comma-separated list of host:port"
+    )
+
+
+@pytest.mark.parametrize("raw", [".", "..", "a b", "a/b", "x" * 250, "ü"])
+def test_a_topic_has_a_name_that_kafka_takes(raw: str) -> None:
+    assert problem(KAFKA_TOPIC_READY=raw).startswith("KAFKA_TOPIC_READY: expected the name of a topic")
+
+
+def test_what_the_outbox_tells_can_be_chosen_or_switched_off() -> None:
+    assert Settings.from_env({"OUTBOX_TOPICS": "Timestamp, dlq"}).outbox_topics == ("timestamp", "dlq")
+    assert Settings.from_env({"OUTBOX_TOPICS": "none"}).outbox_topics == ()
+    assert "item 2" not in problem(OUTBOX_TOPICS="dlq,ready")
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_PASSWORD": "x"}, "KAFKA_SASL_USERNAME"),
+        ({"KAFKA_SECURITY_PROTOCOL": "sasl_plaintext", "KAFKA_SASL_USERNAME": "x"}, "KAFKA_SASL_PASSWORD"),
+        ({"KAFKA_SSL_CERT_FILE": "/tls/cert.pem"}, "KAFKA_SSL_CERT_FILE and KAFKA_SSL_KEY_FILE"),
+        ({"KAFKA_TOPIC_DLQ": "default.event.submissions"}, "KAFKA_TOPIC_SUBMISSION"),
+        ({"KAFKA_TOPIC_PROCESSING": "a", "KAFKA_TOPIC_READY": "a"}, "KAFKA_TOPIC_PROCESSING"),
+        ({"SUBMIT_FALLBACK": "database"}, "SUBMIT_FALLBACK"),
+    ],
+)
+def test_settings_of_kafka_that_cannot_go_together_are_refused(environ: dict[str, str], named: str) -> None:
+    assert problem(**environ).startswith(f"{named}: ")
 
 
 def test_a_variable_left_empty_counts_as_unset() -> None:
@@ -119,7 +157,7 @@ def test_every_setting_takes_its_own_default_under_each_of_its_names(setting: An
 def test_each_setting_is_defined_once() -> None:
     names = [name for setting in ALL for name in setting.names]
     assert len(names) == len(set(names))
-    assert [each.name for each in fields(Settings)] == [*SETTINGS, "notices"]
+    assert sorted(each.name for each in fields(Settings)) == sorted([*SETTINGS, "notices"])
 
 
 def test_all_that_is_wrong_is_reported_at_once() -> None:
