@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
@@ -24,6 +25,8 @@ MAX_RETRIES = 100
 HEADER_NAME_PATTERN = "^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}$"
 HEADER_VALUE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f]*$"
 RETRY_POLICY_PATTERN = "^[a-z0-9_-]{1,63}$"
+# Kafka's own rule, of org.apache.kafka.common.internals.Topic: "." and ".." would be directories.
+TOPIC_PATTERN = r"^(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}$"
 SHOWN_CHARS = 80
 MAX_FAULTS = 20
 
@@ -36,6 +39,7 @@ RESERVED_HEADER_PREFIXES = ("webhook-", "orchestrator-")
 
 _HEADER_NAME = re.compile(HEADER_NAME_PATTERN)
 _HEADER_VALUE = re.compile(HEADER_VALUE_PATTERN, re.DOTALL)
+_TOPIC = re.compile(TOPIC_PATTERN)
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 ScheduledAt = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -44,6 +48,7 @@ Retries = (
     Annotated[int, msgspec.Meta(ge=0, le=MAX_RETRIES)]
     | Annotated[float, msgspec.Meta(ge=0, le=MAX_RETRIES, multiple_of=1)]
 )
+DeliveryType = Literal["HTTP", "KAFKA"]
 RetryPolicy = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_-]{1,63}\Z")]
 
 
@@ -83,13 +88,14 @@ class Wire(msgspec.Struct, forbid_unknown_fields=True):
 
     source: Name
     scheduled_at: ScheduledAt
-    destination: str
     payload: msgspec.Raw
     external_job_id: Name | None = None
-    delivery_type: Literal["HTTP"] | None = None
+    delivery_type: DeliveryType | None = None
+    destination: str | None = None
     headers: dict[str, str] | None = None
     max_retries: Retries | None = None
     retry_policy: RetryPolicy | None = None
+    ordering_key: Name | None = None
 
 
 def shown(value: object) -> str:
@@ -106,6 +112,27 @@ def scheduled_at_fault(at: datetime) -> str | None:
 
 def text_fault(text: str) -> str | None:
     return "expected no NUL character and no lone surrogate" if "\x00" in text else None
+
+
+def destination_fault(delivery_type: str | None, destination: str | None) -> str | None:
+    """Why an event cannot go there: to a URL, or to a topic if it is a KAFKA one; None there is the ready topic."""
+    if delivery_type == "KAFKA":
+        return None if destination is None else _topic_fault(destination)
+    if destination is None:
+        return "required: an http or https URL; only events of delivery_type KAFKA may leave it out"
+    fault = url_fault(destination)
+    if fault and _topic_fault(destination) is None:
+        return f"{fault}; for a Kafka topic set delivery_type to KAFKA"
+    return fault
+
+
+@lru_cache(maxsize=8192)
+def _topic_fault(topic: str) -> str | None:
+    if _TOPIC.match(topic) and topic[-1] != "\n":
+        return None
+    # A URL is not quoted: it may hold a password.
+    got = "a URL: for HTTP set delivery_type to HTTP" if "://" in topic else repr(shown(topic))
+    return f"expected a topic of 1 to 249 characters from a-z, A-Z, 0-9, ., _ and -, got {got}"
 
 
 def payload_fault(payload: bytes, limits: Limits, suspect: bool) -> str | None:
@@ -138,21 +165,22 @@ def headers_fault(headers: dict[str, str]) -> str | None:
 _EXPECTED: dict[str, tuple[Any, str]] = {
     "source": (Name, f"a string of 1 to {MAX_NAME_CHARS} characters"),
     "scheduled_at": (ScheduledAt, "an RFC 3339 time with a zone, such as 2026-01-31T09:00:00Z"),
-    "destination": (str, "an http or https URL"),
+    "destination": (str | None, "a URL, or the name of a Kafka topic"),
     "payload": (msgspec.Raw, "a JSON value"),
     "external_job_id": (Name | None, f"a string of 1 to {MAX_NAME_CHARS} characters, or null"),
-    "delivery_type": (Literal["HTTP"] | None, "HTTP"),
+    "delivery_type": (DeliveryType | None, "HTTP or KAFKA"),
     "headers": (dict[str, str] | None, "an object of strings, or null"),
     "max_retries": (Retries | None, f"a whole number from 0 to {MAX_RETRIES}, or null"),
     "retry_policy": (RetryPolicy | None, "a name of 1 to 63 characters from a-z, 0-9, _ and -, or null"),
+    "ordering_key": (Name | None, f"a string of 1 to {MAX_NAME_CHARS} characters, or null"),
 }
-_REQUIRED = ("source", "scheduled_at", "destination", "payload")
+_REQUIRED = ("source", "scheduled_at", "payload")
 _FAULTS: dict[str, Callable[[Any], str | None]] = {
     "source": text_fault,
     "scheduled_at": scheduled_at_fault,
-    "destination": url_fault,
     "external_job_id": text_fault,
     "headers": headers_fault,
+    "ordering_key": text_fault,
 }
 
 
@@ -163,6 +191,8 @@ def faults_of(text: bytes, limits: Limits, suspect: bool) -> list[tuple[str, str
     except msgspec.ValidationError:
         return [("body", f"expected a JSON object, got {shown(text)}")]
     faults = [(name, f"required: {_EXPECTED[name][1]}") for name in _REQUIRED if name not in fields]
+    if reason := _destination_fault(fields):
+        faults.append(("destination", reason))
     for name, raw in fields.items():
         if len(faults) == MAX_FAULTS:
             break
@@ -173,6 +203,16 @@ def faults_of(text: bytes, limits: Limits, suspect: bool) -> list[tuple[str, str
     return faults
 
 
+def _destination_fault(fields: dict[str, msgspec.Raw]) -> str | None:
+    """What is wrong with a destination of the right type; nothing as long as the delivery_type is wrong."""
+    try:
+        kind = msgspec.json.decode(fields.get("delivery_type", b"null"), type=DeliveryType | None)
+        destination = msgspec.json.decode(fields.get("destination", b"null"), type=str | None)
+    except msgspec.ValidationError:
+        return None
+    return destination_fault(kind, destination)
+
+
 def _field_fault(name: str, raw: msgspec.Raw, limits: Limits, suspect: bool) -> str | None:
     if name == "payload":
         return payload_fault(bytes(raw), limits, suspect)
@@ -180,8 +220,6 @@ def _field_fault(name: str, raw: msgspec.Raw, limits: Limits, suspect: bool) -> 
     try:
         value = msgspec.json.decode(raw, type=expected_type)
     except msgspec.ValidationError:
-        if name == "delivery_type" and bytes(raw) == b'"KAFKA"':
-            return "expected HTTP: this version does not deliver to Kafka"
         return f"expected {expected}, got {shown(raw)}"
     check = _FAULTS.get(name)
     return check(value) if check and value is not None else None

@@ -19,42 +19,53 @@ from orchestrator.event_rules import (
     OutOfRangeError,
     SubmissionError,
     Wire,
+    destination_fault,
     envelope_faults,
     faults_of,
     headers_fault,
     payload_fault,
     scheduled_at_fault,
+    shown,
 )
 from orchestrator.json_text import has_forbidden_escape, pruned, utf8_fault, with_nul_for_surrogates
-from orchestrator.urls import url_fault
 
 __all__ = [
+    "EVENT_ID_HEADER",
     "JsonError",
     "Limits",
     "OutOfRangeError",
     "Submission",
     "SubmissionError",
     "copy_row",
+    "encode_submission",
     "event_id",
     "parse_batch",
     "parse_submission",
     "random_event_id",
+    "submission_row",
 ]
+
+EVENT_ID_HEADER = "orchestrator-event-id"
+"""The header of a Kafka record that names the id of an event: in a submission, of one without an external id."""
 
 
 class Submission(msgspec.Struct, frozen=True):
-    """A submission that keeps every rule: `scheduled_at` in UTC, `payload` and `headers` as JSON texts."""
+    """A submission that keeps every rule: `scheduled_at` in UTC, `payload` and `headers` as JSON texts.
+
+    `destination` is a URL, or a topic when `delivery_type` is KAFKA; None then stands for the ready topic.
+    """
 
     id: str
     scheduled_at: datetime
     source: str
     external_job_id: str | None
     delivery_type: str
-    destination: str
+    destination: str | None
     payload: bytes
     headers: bytes | None
     max_retries: int
     retry_policy: str | None
+    ordering_key: str | None = None
 
 
 class _Batch(msgspec.Struct, forbid_unknown_fields=True):
@@ -66,6 +77,7 @@ _decode_batch = msgspec.json.Decoder(_Batch).decode
 _decode_any = msgspec.json.Decoder(msgspec.Raw).decode
 _encode = msgspec.json.Encoder().encode
 _VARIANT = {f"{digit:x}": f"{digit & 0b0011 | 0b1000:x}" for digit in range(16)}
+_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 _POSITION = re.compile(r" \(byte (\d+)\)$")
 
 
@@ -158,11 +170,13 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
     at = wire.scheduled_at
     job = wire.external_job_id
     payload = bytes(wire.payload)
+    kind = wire.delivery_type or "HTTP"
+    key = wire.ordering_key
     if (
-        url_fault(wire.destination)
+        destination_fault(kind, wire.destination)
         or payload_fault(payload, limits, suspect)
         or (wire.headers and headers_fault(wire.headers))
-        or (suspect and ("\x00" in wire.source or "\x00" in (job or "")))
+        or (suspect and ("\x00" in wire.source or "\x00" in (job or "") or "\x00" in (key or "")))
     ):
         _refuse(text, limits, suspect)
     if not EARLIEST <= at <= LATEST:
@@ -174,13 +188,53 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
         at,
         wire.source,
         job,
-        "HTTP",
+        kind,
         wire.destination,
         payload,
         _encode(wire.headers) if wire.headers else None,
         limits.max_retries if wire.max_retries is None else int(wire.max_retries),
         wire.retry_policy,
+        key,
     )
+
+
+def submission_row(raw: bytes, limits: Limits, n: int, given_id: str | None = None) -> bytes:
+    """The line of COPY text for a submission that came as a Kafka record; `given_id` is its EVENT_ID_HEADER.
+
+    Raises as `parse_submission` does, and SubmissionError when the event cannot have the id that was given.
+    """
+    submission = parse_submission(raw, limits)
+    if given_id is not None:
+        if fault := _given_id_fault(given_id, submission):
+            raise SubmissionError([(EVENT_ID_HEADER, fault)])
+        submission = msgspec.structs.replace(submission, id=given_id)
+    return copy_row(submission, n)
+
+
+def _given_id_fault(given_id: str, submission: Submission) -> str | None:
+    if submission.external_job_id is not None:
+        return "expected no such header on an event with an external_job_id: its id is computed"
+    if _ID.fullmatch(given_id) is None or given_id[:13] != submission.id[:13]:
+        expected = f"{submission.id[:13]}-7xxx-yxxx-xxxxxxxxxxxx, in lower case with y from 8 to b"
+        return f"expected an id of the form {expected}, got {shown(given_id)!r}"
+    return None
+
+
+def encode_submission(s: Submission) -> bytes:
+    """The JSON with which a client would submit this; it does not hold the id."""
+    fields: dict[str, object] = {
+        "source": s.source,
+        "external_job_id": s.external_job_id,
+        "scheduled_at": s.scheduled_at,
+        "delivery_type": s.delivery_type,
+        "destination": s.destination,
+        "payload": msgspec.Raw(s.payload),
+        "headers": None if s.headers is None else msgspec.Raw(s.headers),
+        "max_retries": s.max_retries,
+        "retry_policy": s.retry_policy,
+        "ordering_key": s.ordering_key,
+    }
+    return _encode({name: value for name, value in fields.items() if value is not None})
 
 
 def _raise_if_malformed(text: bytes | msgspec.Raw, error: msgspec.DecodeError) -> None:
@@ -207,14 +261,17 @@ def _refuse(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> NoRetur
 
 def copy_row(s: Submission, n: int) -> bytes:
     """One line of COPY text, with its end: n, then the fields of the submission in their order."""
-    job = r"\N" if s.external_job_id is None else _escaped_text(s.external_job_id)
     headers = rb"\N" if s.headers is None else _escaped(s.headers)
-    policy = r"\N" if s.retry_policy is None else _escaped_text(s.retry_policy)
     first = (
-        f"{n}\t{s.id}\t{s.scheduled_at.isoformat()}\t{_escaped_text(s.source)}\t{job}"
-        f"\t{_escaped_text(s.delivery_type)}\t{_escaped_text(s.destination)}\t"
+        f"{n}\t{s.id}\t{s.scheduled_at.isoformat()}\t{_escaped_text(s.source)}\t{_optional(s.external_job_id)}"
+        f"\t{_escaped_text(s.delivery_type)}\t{_optional(s.destination)}\t"
     ).encode()
-    return b"%b%b\t%b\t%d\t%b\n" % (first, _escaped(s.payload), headers, s.max_retries, policy.encode())
+    last = f"\t{s.max_retries}\t{_optional(s.retry_policy)}\t{_optional(s.ordering_key)}\n".encode()
+    return b"%b%b\t%b%b" % (first, _escaped(s.payload), headers, last)
+
+
+def _optional(field: str | None) -> str:
+    return r"\N" if field is None else _escaped_text(field)
 
 
 def _escaped_text(field: str) -> str:

@@ -23,16 +23,25 @@ grant execute on function orchestrator.now(), orchestrator.event_id(text, text, 
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
 grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_events(jsonb),
-  orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text)
+  orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text)
   to orchestrator_submit, orchestrator_ingest, orchestrator_ops;
 grant execute on function orchestrator.cancel_event(uuid, text), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()
   to orchestrator_submit, orchestrator_ops;
 grant execute on function orchestrator.register_worker(text), orchestrator.claim_due_events(integer, integer, interval, interval),
-  orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer),
-  orchestrator.release_events(uuid[], integer[]), orchestrator.next_due_at(), orchestrator.backlog()
+  orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[]),
+  orchestrator.release_events(uuid[], integer[]), orchestrator.next_due_at(), orchestrator.backlog(),
+  orchestrator.set_outbox(text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
+  orchestrator.outbox_pending()
   to orchestrator_dispatch, orchestrator_ops;
+grant execute on function orchestrator.ingest_offsets(text), orchestrator.advance_offsets(text, integer[], bigint[], bigint[], bigint[], bigint[]),
+  orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]), orchestrator.execute_commands(text, jsonb)
+  to orchestrator_ingest, orchestrator_ops;
+grant execute on function orchestrator.set_ingest_offset(text, integer, bigint), orchestrator.get_reject(bigint), orchestrator.resubmitted_reject(bigint, uuid),
+  orchestrator.redrive_event(uuid), orchestrator.retry_outbox_failures()
+  to orchestrator_ops;
 grant execute on function orchestrator.get_event(uuid), orchestrator.events_by_external_id(text, integer, timestamptz, uuid),
-  orchestrator.list_dead_letters(integer, timestamptz, uuid), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog()
+  orchestrator.list_dead_letters(integer, timestamptz, uuid), orchestrator.list_rejects(integer, bigint), orchestrator.ingest_offsets(text),
+  orchestrator.outbox_pending(), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog()
   to orchestrator_read, orchestrator_ops;
 grant execute on function orchestrator.run_maintenance(integer, integer), orchestrator.create_partitions(date, date),
   orchestrator.create_api_key(text, bytea, text[]), orchestrator.revoke_api_key(text), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()

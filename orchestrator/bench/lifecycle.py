@@ -14,7 +14,7 @@ import psycopg
 
 from orchestrator.bench.workload import new_run, spread, submissions
 from orchestrator.config import Settings
-from orchestrator.database import Finished, Leases, connect
+from orchestrator.database import COPY_SUBMISSIONS, Finished, Leases, connect
 from orchestrator.errors import OrchestratorError
 from orchestrator.events import copy_row
 
@@ -71,7 +71,7 @@ async def _submit(settings: Settings, texts: list[bytes]) -> float:
             while waiting:
                 text = waiting.pop()
                 async with connection.transaction():
-                    async with cursor.copy("copy pg_temp.submission from stdin") as copy:
+                    async with cursor.copy(COPY_SUBMISSIONS) as copy:
                         await copy.write(text)
                     await cursor.execute("select * from orchestrator.submit_staged()")
                     if refused := await cursor.fetchone():
@@ -108,7 +108,7 @@ def _client(settings: Settings, batch: int) -> None:
             while claimed := (await leases.claim(batch, lease_s=60, lookahead_s=0))[1]:
                 now_s = time.time()
                 results = [
-                    Finished(event.event_id, event.attempt, "delivered", 200, now_s, now_s, None, None, None)
+                    Finished(event.event_id, event.attempt, "delivered", 200, now_s, now_s, None, None, None, now_s)
                     for event in claimed
                 ]
                 if odd := await leases.finish(results):

@@ -2,9 +2,10 @@
 
 from orchestrator.database.connection import Connection, connect, translated
 from orchestrator.database.leases import NOTIFY_CHANNEL, Claimed, Finished, Leases, NotDelivered
-from orchestrator.database.pool import ApiKey, Cancelled, Database, Submitted, submit_all
+from orchestrator.database.pool import COPY_SUBMISSIONS, ApiKey, Cancelled, Database, Submitted, submit_all
 
 __all__ = [
+    "COPY_SUBMISSIONS",
     "NOTIFY_CHANNEL",
     "ApiKey",
     "Cancelled",

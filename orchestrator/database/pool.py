@@ -18,7 +18,12 @@ from orchestrator.events import Submission, copy_row
 T = TypeVar("T")
 
 _POOL_TIMEOUT_S = 5.0
-_COPY: LiteralString = "copy pg_temp.submission from stdin"
+
+COPY_SUBMISSIONS: LiteralString = (
+    "copy pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload,"
+    " headers, max_retries, retry_policy, ordering_key) from stdin"
+)
+"""For the lines of `copy_row`."""
 
 
 class Submitted(NamedTuple):
@@ -112,7 +117,7 @@ class Database:
                 await connection.execute("select orchestrator.open_staging()")
                 self._staged.add(connection)
             async with connection.transaction(), connection.cursor() as cursor:
-                async with cursor.copy(_COPY) as copy:
+                async with cursor.copy(COPY_SUBMISSIONS) as copy:
                     await copy.write(text)
                 await cursor.execute("select n, result, field, reason from orchestrator.submit_staged()")
                 return await cursor.fetchall()

@@ -27,6 +27,6 @@ return orchestrator.event_id('', gen_random_uuid()::text, p_scheduled_at);
 comment on function orchestrator.random_event_id(timestamptz) is 'The id of an event that has no external_job_id';
 
 create or replace function orchestrator.lane_of(p_destination text) returns integer
-language sql immutable strict parallel safe
-return hashtext(lower(split_part(p_destination, '/', 3))) & 63;
-comment on function orchestrator.lane_of(text) is 'The shared lane of a URL, by its host and port';
+language sql immutable parallel safe
+return hashtext(lower(coalesce(nullif(split_part(p_destination, '/', 3), ''), p_destination, ''))) & 63;
+comment on function orchestrator.lane_of(text) is 'The shared lane of a URL, by its host and port, or of a topic; null: the ready topic';

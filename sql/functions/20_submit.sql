@@ -11,8 +11,8 @@ begin
   end if;
   create temp table submission
   ( n integer not null, id uuid not null, scheduled_at timestamptz not null, source text not null, external_job_id text
-  , delivery_type text not null, destination text not null, payload json not null, headers json
-  , max_retries integer not null, retry_policy text) on commit delete rows;
+  , delivery_type text not null, destination text, payload json not null, headers json
+  , max_retries integer not null, retry_policy text, ordering_key text) on commit delete rows;
   -- Only this session can reach it, whatever role it has set.
   grant select, insert on pg_temp.submission to public;
 end $$;
@@ -42,7 +42,7 @@ comment on function orchestrator.partition_bounds() is 'First instant of the fir
 -- Set-returning and without settings of its own, so that the planner inlines it.
 create or replace function orchestrator.check_submission(
   p_scheduled_at timestamptz, p_source text, p_external_job_id text, p_delivery_type text, p_destination text, p_headers json,
-  p_max_retries integer, p_retry_policy text, p_first_day timestamptz, p_end_day timestamptz)
+  p_max_retries integer, p_retry_policy text, p_ordering_key text, p_first_day timestamptz, p_end_day timestamptz)
 returns table (field text, reason text)
 language sql stable parallel safe as $$
   select split_part(problem, ': ', 1), substr(problem, strpos(problem, ': ') + 2)
@@ -57,19 +57,23 @@ language sql stable parallel safe as $$
       then format('source: expected 1 to 200 characters, got %s', length(p_source))
     when length(p_external_job_id) not between 1 and 200
       then format('external_job_id: expected 1 to 200 characters or null, got %s', length(p_external_job_id))
-    when p_delivery_type <> 'HTTP'
-      then format('delivery_type: expected HTTP, got %s', left(p_delivery_type, 40))
-    when length(p_destination) > 2048 or p_destination !~ '^https?://[^/]'
-      then format('destination: expected an http:// or https:// URL of at most 2048 characters, got %s', left(p_destination, 100))
+    when p_delivery_type not in ('HTTP', 'KAFKA')
+      then format('delivery_type: expected HTTP or KAFKA, got %s', left(p_delivery_type, 40))
+    when p_delivery_type = 'HTTP' and (p_destination is null or length(p_destination) > 2048 or p_destination !~ '^https?://[^/]')
+      then format('destination: expected an http:// or https:// URL of at most 2048 characters, got %s', coalesce(left(p_destination, 100), 'null'))
+    when p_delivery_type = 'KAFKA' and p_destination !~ '^(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}$'
+      then format('destination: expected a topic of 1 to 249 letters, digits, dots, underscores and hyphens, or none, got %s', left(p_destination, 100))
     when json_typeof(p_headers) <> 'object'
       then 'headers: expected an object of strings'
     when p_max_retries not between 0 and 100
       then format('max_retries: expected 0 to 100, got %s', p_max_retries)
     when not exists (select from orchestrator.retry_policy r where r.name = p_retry_policy) and p_retry_policy is not null
       then format('retry_policy: there is no policy named %s; see table orchestrator.retry_policy', left(p_retry_policy, 63))
+    when length(p_ordering_key) not between 1 and 200
+      then format('ordering_key: expected 1 to 200 characters or null, got %s', length(p_ordering_key))
   end)) as checked (problem)
 $$;
-comment on function orchestrator.check_submission(timestamptz, text, text, text, text, json, integer, text, timestamptz, timestamptz) is
+comment on function orchestrator.check_submission(timestamptz, text, text, text, text, json, integer, text, text, timestamptz, timestamptz) is
   'The first rule that a submission breaks: field and reason; both null when it breaks none';
 
 -- Takes no lock but those of its own rows, inserted in order of id so that two batches cannot deadlock.
@@ -85,6 +89,7 @@ declare
   v_staged bigint;
   v_first timestamptz;
   v_policies text[];
+  v_told constant boolean := exists (select from orchestrator.outbox_kind where kind = 'scheduled');
 begin
   perform orchestrator.check_staging();
   select count(*), min(s.scheduled_at), array_agg(distinct s.retry_policy) filter (where s.retry_policy is not null)
@@ -95,8 +100,8 @@ begin
       raise check_violation;
     end if;
     insert into orchestrator.event
-      (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, headers, payload)
-    select s.id, s.scheduled_at, v_now, s.max_retries, s.source, s.external_job_id, s.delivery_type, s.destination, s.retry_policy, s.headers, s.payload
+      (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, headers, payload)
+    select s.id, s.scheduled_at, v_now, s.max_retries, s.source, s.external_job_id, s.delivery_type, s.destination, s.retry_policy, s.ordering_key, s.headers, s.payload
     from pg_temp.submission s
     order by s.id;
     insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, attempt, max_attempts)
@@ -104,6 +109,11 @@ begin
     from pg_temp.submission s
     order by s.id;
     insert into orchestrator.statistic select date_trunc('minute', v_now), 'accepted', v_staged where v_staged > 0;
+    insert into orchestrator.outbox (created_at, event_id, kind, key, value)
+    select v_now, s.id, 'scheduled', orchestrator.record_key(s.ordering_key, s.external_job_id, s.id)
+      , orchestrator.scheduled_message(s.id, s.source, s.external_job_id, s.scheduled_at, s.delivery_type, s.destination, v_now)
+    from pg_temp.submission s
+    where v_told;
   exception when unique_violation or check_violation or numeric_value_out_of_range then
     return query
     with checked as materialized (
@@ -112,20 +122,26 @@ begin
       cross join orchestrator.partition_bounds() b
       cross join lateral orchestrator.check_submission(
         s.scheduled_at, s.source, s.external_job_id, s.delivery_type, s.destination, s.headers, s.max_retries, s.retry_policy,
-        b.first_day, b.end_day) c
+        s.ordering_key, b.first_day, b.end_day) c
     ), kept as (
       insert into orchestrator.event
-        (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, headers, payload)
-      select c.id, c.scheduled_at, v_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination, c.retry_policy, c.headers, c.payload
+        (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, headers, payload)
+      select c.id, c.scheduled_at, v_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination, c.retry_policy, c.ordering_key, c.headers, c.payload
       from checked c
       where c.field is null and c.copy = 1
       order by c.id
       on conflict do nothing
-      returning id, scheduled_at, destination, max_retries
+      returning id, scheduled_at, source, external_job_id, delivery_type, destination, ordering_key, max_retries
     ), armed as (
       insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, attempt, max_attempts)
       select k.id, k.scheduled_at, greatest(k.scheduled_at, v_now), orchestrator.lane_of(k.destination), 0, k.max_retries + 1
       from kept k
+    ), told as (
+      insert into orchestrator.outbox (created_at, event_id, kind, key, value)
+      select v_now, k.id, 'scheduled', orchestrator.record_key(k.ordering_key, k.external_job_id, k.id)
+        , orchestrator.scheduled_message(k.id, k.source, k.external_job_id, k.scheduled_at, k.delivery_type, k.destination, v_now)
+      from kept k
+      where v_told
     ), answer as materialized (
       select c.n, c.id, case when c.field is null then 'duplicate' else 'refused' end as result, c.field, c.reason
       from checked c
@@ -139,9 +155,18 @@ begin
     select * from answer;
   end;
   perform orchestrator.tell_due(v_first);
+  perform orchestrator.tell_outbox() where v_told;
 end $$;
 comment on function orchestrator.submit_staged() is
   'Turns the rows of pg_temp.submission into events and their timers. Answers only the rows that became no new event: result duplicate (the id is kept already; nothing changes) or refused (with field and reason)';
+
+create or replace function orchestrator.scheduled_message(
+  p_id uuid, p_source text, p_external_job_id text, p_scheduled_at timestamptz, p_delivery_type text, p_destination text, p_created_at timestamptz)
+returns bytea
+language sql stable parallel safe
+return convert_to(json_build_object('id', p_id, 'source', p_source, 'external_job_id', p_external_job_id, 'scheduled_at', p_scheduled_at
+  , 'delivery_type', p_delivery_type, 'destination', p_destination, 'created_at', p_created_at)::text, 'UTF8');
+comment on function orchestrator.scheduled_message(uuid, text, text, timestamptz, text, text, timestamptz) is 'What the scheduled topic is told of an event that was accepted';
 
 -- Once a transaction, and again only for what is due earlier: a loop over schedule_event() tells one time, not each time.
 create or replace function orchestrator.tell_due(p_due_at timestamptz) returns void
@@ -197,13 +222,13 @@ begin
     select i.n::integer as n, i.event, e.*,
       case
         when jsonb_typeof(i.event) <> 'object' then 'event: expected an object'
-        when u.unknown is not null then left(u.unknown, 80) || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy'
+        when u.unknown is not null then left(u.unknown, 80) || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key'
         when w.wrong is not null then w.wrong
         when e.scheduled_at is null then 'scheduled_at: required'
         when e.scheduled_at !~* '^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+-]\d\d(:?\d\d)?)$' or not pg_input_is_valid(e.scheduled_at, 'timestamptz')
           then format('scheduled_at: expected an ISO 8601 time with zone such as 2030-01-31T08:00:00Z, got %s', left(e.scheduled_at, 50))
         when e.source is null then 'source: required'
-        when e.destination is null then 'destination: required'
+        when e.destination is null and e.delivery_type = 'HTTP' then 'destination: required'
         when not i.event ? 'payload' then 'payload: required'
         when jsonb_typeof(i.event -> 'max_retries') not in ('number', 'null') or not pg_input_is_valid(e.max_retries, 'smallint')
           then format('max_retries: expected 0 to 100, got %s', left((i.event -> 'max_retries')::text, 20))
@@ -212,17 +237,17 @@ begin
     from jsonb_array_elements(p_events) with ordinality as i (event, n)
     cross join lateral (select i.event ->> 'source' as source, i.event ->> 'external_job_id' as external_job_id, i.event ->> 'scheduled_at' as scheduled_at
       , coalesce(i.event ->> 'delivery_type', 'HTTP') as delivery_type, i.event ->> 'destination' as destination
-      , i.event ->> 'max_retries' as max_retries, i.event ->> 'retry_policy' as retry_policy) e
+      , i.event ->> 'max_retries' as max_retries, i.event ->> 'retry_policy' as retry_policy, i.event ->> 'ordering_key' as ordering_key) e
     cross join lateral (select min(k) as unknown from jsonb_object_keys(case jsonb_typeof(i.event) when 'object' then i.event else '{}' end) k
-      where k <> all ('{source,external_job_id,scheduled_at,delivery_type,destination,payload,headers,max_retries,retry_policy}')) u
+      where k <> all ('{source,external_job_id,scheduled_at,delivery_type,destination,payload,headers,max_retries,retry_policy,ordering_key}')) u
     cross join lateral (select min(format('%s: expected a string, got %s', f.key, jsonb_typeof(f.value))) as wrong
       from jsonb_each(case jsonb_typeof(i.event) when 'object' then i.event else '{}' end) f
-      where f.key = any ('{source,external_job_id,scheduled_at,delivery_type,destination,retry_policy}') and jsonb_typeof(f.value) not in ('string', 'null')) w
+      where f.key = any ('{source,external_job_id,scheduled_at,delivery_type,destination,retry_policy,ordering_key}') and jsonb_typeof(f.value) not in ('string', 'null')) w
   ), staged as (
     insert into pg_temp.submission
     select i.n, coalesce(orchestrator.event_id(i.source, i.external_job_id, i.scheduled_at::timestamptz), orchestrator.random_event_id(i.scheduled_at::timestamptz))
       , i.scheduled_at::timestamptz, i.source, i.external_job_id, i.delivery_type, i.destination, (i.event -> 'payload')::json
-      , nullif(i.event -> 'headers', 'null')::json, coalesce(i.max_retries::integer, 3), i.retry_policy
+      , nullif(i.event -> 'headers', 'null')::json, coalesce(i.max_retries::integer, 3), i.retry_policy, i.ordering_key
     from item i
     where i.problem is null
   )
@@ -237,11 +262,12 @@ begin
   order by s.n;
 end $$;
 comment on function orchestrator.submit_events(jsonb) is
-  'Submits an array of events (source, scheduled_at, destination, payload; optional external_job_id, delivery_type, headers, max_retries, retry_policy). One row for each: accepted, duplicate or refused with field and reason; a refused one does not fail the others';
+  'Submits an array of events (source, scheduled_at, destination, payload; optional external_job_id, delivery_type, headers, max_retries, retry_policy, ordering_key; KAFKA events may leave out destination). One row for each: accepted, duplicate or refused with field and reason; a refused one does not fail the others';
 
 create or replace function orchestrator.schedule_event(
   p_destination text, p_payload jsonb, p_scheduled_at timestamptz default orchestrator.now(), p_source text default 'psql',
-  p_external_job_id text default null, p_max_retries integer default 3, p_headers jsonb default null, p_retry_policy text default null)
+  p_external_job_id text default null, p_max_retries integer default 3, p_headers jsonb default null, p_retry_policy text default null,
+  p_delivery_type text default 'HTTP', p_ordering_key text default null)
 returns uuid
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
 declare
@@ -249,11 +275,12 @@ declare
 begin
   select * into v_answer from orchestrator.submit_events(jsonb_build_array(jsonb_build_object(
     'destination', p_destination, 'payload', p_payload, 'scheduled_at', p_scheduled_at, 'source', p_source,
-    'external_job_id', p_external_job_id, 'max_retries', p_max_retries, 'headers', p_headers, 'retry_policy', p_retry_policy)));
+    'external_job_id', p_external_job_id, 'max_retries', p_max_retries, 'headers', p_headers, 'retry_policy', p_retry_policy,
+    'delivery_type', p_delivery_type, 'ordering_key', p_ordering_key)));
   if v_answer.result = 'refused' then
     raise exception '%: %', v_answer.field, v_answer.reason using errcode = 'invalid_parameter_value';
   end if;
   return v_answer.id;
 end $$;
-comment on function orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text) is
+comment on function orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text) is
   'Submits one event and returns its id; submitting the same (source, external_job_id, scheduled_at) again returns the same id and changes nothing';

@@ -15,7 +15,7 @@ comment on function orchestrator.register_worker(text) is 'Makes a worker number
 create or replace function orchestrator.claim_due_events(
   p_batch integer, p_worker integer default 0, p_lease interval default '60 s', p_lookahead interval default '0 s')
 returns table (event_id uuid, attempt smallint, due_at timestamptz, lease_until timestamptz, scheduled_at timestamptz, source text
-  , external_job_id text, delivery_type text, destination text, headers json, payload json)
+  , external_job_id text, delivery_type text, destination text, ordering_key text, headers json, payload json)
 language plpgsql security definer set search_path = orchestrator, pg_temp rows 100
 set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off
 set enable_bitmapscan = off set jit = off as $$
@@ -31,6 +31,7 @@ declare
   v_scheduled timestamptz[]; v_all_scheduled timestamptz[] := '{}';
   v_due timestamptz[]; v_all_due timestamptz[] := '{}';
   v_attempts smallint[]; v_all_attempts smallint[] := '{}';
+  v_dead uuid[]; v_dead_scheduled timestamptz[];
 begin
   if p_batch is null or p_batch not between 1 and 10000 then
     raise exception 'p_batch: expected 1 to 10000, got %', p_batch using errcode = 'invalid_parameter_value';
@@ -75,14 +76,18 @@ begin
     )
     select count(*), array_agg(l.event_id), array_agg(l.scheduled_at), array_agg(l.due_at), array_agg(l.attempt)
       , v_lanes[v_left + 1:] || array(select p.lane from picked p group by p.lane, p.share having count(*) = p.share)
-    into v_got, v_ids, v_scheduled, v_due, v_attempts, v_lanes
+      , (select array_agg(b.event_id) from buried b), (select array_agg(b.scheduled_at) from buried b)
+    into v_got, v_ids, v_scheduled, v_due, v_attempts, v_lanes, v_dead, v_dead_scheduled
     from (select * from leased order by due_at) l;
+    if v_dead is not null then
+      perform orchestrator.announce_finished(v_dead, v_dead_scheduled);
+    end if;
     v_left := v_left - v_got;
     v_all_ids := v_all_ids || v_ids; v_all_scheduled := v_all_scheduled || v_scheduled;
     v_all_due := v_all_due || v_due; v_all_attempts := v_all_attempts || v_attempts;
   end loop;
   return query
-  select e.id, l.attempt, l.due_at, v_lease_until, e.scheduled_at, e.source, e.external_job_id, e.delivery_type, e.destination, e.headers, e.payload
+  select e.id, l.attempt, l.due_at, v_lease_until, e.scheduled_at, e.source, e.external_job_id, e.delivery_type, e.destination, e.ordering_key, e.headers, e.payload
   from unnest(v_all_ids, v_all_scheduled, v_all_due, v_all_attempts) as l (event_id, scheduled_at, due_at, attempt)
   join orchestrator.event e on e.id = l.event_id and e.scheduled_at = l.scheduled_at
     and e.scheduled_at >= (select min(s) from unnest(v_all_scheduled) s) and e.scheduled_at <= (select max(s) from unnest(v_all_scheduled) s);

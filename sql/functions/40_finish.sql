@@ -24,7 +24,8 @@ comment on function orchestrator.retry_delay(text, integer, interval) is
 create or replace function orchestrator.finish_events(
   p_event_ids uuid[], p_attempts integer[], p_results text[], p_status_codes integer[] default null,
   p_started_at double precision[] default null, p_finished_at double precision[] default null,
-  p_errors text[] default null, p_responses text[] default null, p_retry_after double precision[] default null, p_worker integer default 0)
+  p_errors text[] default null, p_responses text[] default null, p_retry_after double precision[] default null, p_worker integer default 0,
+  p_claimed_at double precision[] default null)
 returns table (event_id uuid, result text, due_at timestamptz)
 language plpgsql security definer set search_path = orchestrator, pg_temp rows 10
 set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off
@@ -33,6 +34,12 @@ set enable_bitmapscan = off set jit = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
   v_finished bigint := 0;
+  v_ids uuid[];
+  v_scheduled timestamptz[];
+  v_results text[];
+  v_due timestamptz[];
+  v_claimed double precision[];
+  v_told constant boolean := exists (select from orchestrator.outbox_kind where kind = 'timestamp' or not p_results <@ array['delivered']);
 begin
   if not p_results <@ array['delivered', 'retry', 'fail'] or array_position(p_results, null) is not null then
     raise exception 'p_results: expected delivered, retry or fail, got %', left(p_results::text, 200) using errcode = 'invalid_parameter_value';
@@ -44,23 +51,29 @@ begin
   if p_results <@ array['delivered'] then
     with gone as (
       delete from orchestrator.timer t
-      using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at)
-        as r (event_id, attempt, status_code, started_at, finished_at)
+      using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_claimed_at)
+        as r (event_id, attempt, status_code, started_at, finished_at, claimed_at)
       where t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
-      returning t.event_id, t.scheduled_at, t.due_at, t.attempt, r.status_code, r.started_at, r.finished_at
+      returning t.event_id, t.scheduled_at, t.due_at, t.attempt, r.status_code, r.started_at, r.finished_at, r.claimed_at
+    ), logged as (
+      insert into orchestrator.outcome (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result)
+      select g.event_id, g.scheduled_at, g.due_at, to_timestamp(g.started_at), coalesce(to_timestamp(g.finished_at), v_now)
+        , p_worker, g.attempt, g.status_code, 'delivered'
+      from gone g
     )
-    insert into orchestrator.outcome (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result)
-    select g.event_id, g.scheduled_at, g.due_at, to_timestamp(g.started_at), coalesce(to_timestamp(g.finished_at), v_now)
-      , p_worker, g.attempt, g.status_code, 'delivered'
+    select count(*), array_agg(g.event_id) filter (where v_told), array_agg(g.scheduled_at) filter (where v_told)
+      , array_agg(g.claimed_at) filter (where v_told)
+    into v_finished, v_ids, v_scheduled, v_claimed
     from gone g;
-    get diagnostics v_finished = row_count;
+    if v_told then
+      perform orchestrator.announce_finished(v_ids, v_scheduled, v_claimed);
+    end if;
     insert into orchestrator.statistic select date_trunc('minute', v_now), 'delivered', v_finished where v_finished > 0;
   else
-    return query
     with given as materialized (
       select distinct on (r.event_id, r.attempt) r.*
-      from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses, p_retry_after)
-        as r (event_id, attempt, result, status_code, started_at, finished_at, error, response, retry_after)
+      from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses, p_retry_after, p_claimed_at)
+        as r (event_id, attempt, result, status_code, started_at, finished_at, error, response, retry_after, claimed_at)
       order by r.event_id, r.attempt
     ), done as materialized (
       -- One merge, not a delete and an update: it locks every timer in the order of the ids, whatever becomes of each.
@@ -71,7 +84,7 @@ begin
           (select e.retry_policy from orchestrator.event e where e.id = t.event_id and e.scheduled_at = t.scheduled_at), t.attempt,
           case when r.retry_after > 0 then make_interval(secs => least(r.retry_after, 1e9)) end), '1 min')
       when matched then delete
-      returning r.event_id, old.scheduled_at, r.attempt, r.status_code, old.due_at, r.started_at, r.finished_at, r.error, r.response
+      returning r.event_id, old.scheduled_at, r.attempt, r.status_code, old.due_at, r.started_at, r.finished_at, r.error, r.response, r.claimed_at
         , case when new.event_id is not null then 'retried' when r.result = 'delivered' then 'delivered' else 'dead' end as result
         , new.due_at as next_due
     ), logged as (
@@ -86,7 +99,17 @@ begin
       insert into orchestrator.statistic
       select date_trunc('minute', v_now), d.result, count(*) from done d group by d.result
     )
-    select d.event_id, d.result, d.next_due from done d where d.result <> 'delivered';
+    select count(*), array_agg(d.event_id), array_agg(d.scheduled_at), array_agg(d.result), array_agg(d.next_due), array_agg(d.claimed_at)
+    into v_finished, v_ids, v_scheduled, v_results, v_due, v_claimed
+    from done d;
+    return query
+    select * from unnest(v_ids, v_results, v_due) as d (event_id, result, due_at) where d.result <> 'delivered';
+    if v_told then
+      select array_agg(d.event_id), array_agg(d.scheduled_at), array_agg(d.claimed_at) into v_ids, v_scheduled, v_claimed
+      from unnest(v_ids, v_scheduled, v_results, v_claimed) as d (event_id, scheduled_at, result, claimed_at)
+      where d.result <> 'retried';
+      perform orchestrator.announce_finished(v_ids, v_scheduled, v_claimed);
+    end if;
   end if;
   if v_finished < cardinality(p_event_ids) then
     return query
@@ -100,8 +123,8 @@ begin
         and o.scheduled_at >= uuid_extract_timestamp(r.event_id) and o.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms');
   end if;
 end $$;
-comment on function orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer) is
-  'Records the results (delivered; retry: failed, try again if attempts are left; fail: failed for good) of leased attempts, one array element each; times are Unix seconds by the database''s clock, retry_after seconds. Answers only what was not delivered: retried (with the next due_at), dead, or stale (the lease was lost; nothing was recorded)';
+comment on function orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[]) is
+  'Records the results (delivered; retry: failed, try again if attempts are left; fail: failed for good) of leased attempts, one array element each; times are Unix seconds by the database''s clock, retry_after seconds; p_claimed_at is passed on to the timestamp topic. Answers only what was not delivered: retried (with the next due_at), dead, or stale (the lease was lost; nothing was recorded)';
 
 create or replace function orchestrator.release_events(p_event_ids uuid[], p_attempts integer[]) returns integer
 language plpgsql security definer set search_path = orchestrator, pg_temp

@@ -10,6 +10,7 @@ declare
   v_ids uuid[];
   v_scheduled timestamptz[];
   v_cancelled uuid[];
+  v_cancelled_scheduled timestamptz[];
 begin
   if num_nonnulls(p_event_id, p_external_job_id) <> 1 then
     raise exception 'cancel_event: give either p_event_id or p_external_job_id' using errcode = 'invalid_parameter_value';
@@ -37,7 +38,10 @@ begin
   ), counted as (
     insert into orchestrator.statistic select date_trunc('minute', v_now), 'cancelled', count(*) from gone having count(*) > 0
   )
-  select array_agg(g.event_id) into v_cancelled from gone g;
+  select array_agg(g.event_id), array_agg(g.scheduled_at) into v_cancelled, v_cancelled_scheduled from gone g;
+  if v_cancelled is not null and exists (select from orchestrator.outbox_kind where kind = 'timestamp') then
+    perform orchestrator.announce_finished(v_cancelled, v_cancelled_scheduled);
+  end if;
   -- The limit keeps the planner from joining all of timer to the view first.
   return query
   select s.id

@@ -4,13 +4,13 @@ create or replace function orchestrator.event_json(p_id uuid, p_scheduled_at tim
 language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set enable_seqscan = off as $$
   select json_build_object(
     'id', s.id, 'source', s.source, 'external_job_id', s.external_job_id, 'scheduled_at', s.scheduled_at
-  , 'delivery_type', s.delivery_type, 'destination', s.destination, 'payload', s.payload, 'headers', s.headers
+  , 'delivery_type', s.delivery_type, 'destination', s.destination, 'ordering_key', s.ordering_key, 'payload', s.payload, 'headers', s.headers
   , 'max_retries', s.max_retries, 'retry_policy', s.retry_policy, 'created_at', s.created_at
   , 'status', s.status, 'attempt', s.attempt, 'due_at', s.due_at
   , 'outcomes', coalesce((
       select json_agg(json_build_object('attempt', o.attempt, 'result', o.result, 'status_code', o.status_code, 'error', o.error
         , 'response', o.response, 'due_at', o.due_at, 'started_at', o.started_at, 'finished_at', o.finished_at
-        , 'lateness_ms', round(extract(epoch from o.started_at - o.due_at) * 1000, 3), 'worker', w.name) order by o.attempt, o.result <> 'retried')
+        , 'lateness_ms', round(extract(epoch from o.started_at - o.due_at) * 1000, 3), 'worker', w.name) order by o.attempt, array_position(array['retried', 'delivered', 'dead', 'redriven', 'cancelled'], o.result))
       from orchestrator.outcome o left join orchestrator.worker w using (worker)
       where o.event_id = s.id and o.scheduled_at = s.scheduled_at), '[]'))
   from orchestrator.event_status s
@@ -57,7 +57,7 @@ language sql volatile security definer set search_path = orchestrator, pg_temp s
   , 'dead_letters', (select count(*) from orchestrator.dead_letter)
   , 'totals', coalesce((select json_object_agg(c.name, c.value order by c.name) from (
       select n.name, coalesce(sum(s.value), 0) as value
-      from unnest(array['accepted', 'duplicate', 'delivered', 'retried', 'dead', 'cancelled']) as n (name)
+      from unnest(array['accepted', 'duplicate', 'rejected', 'delivered', 'retried', 'dead', 'cancelled', 'redriven']) as n (name)
       left join orchestrator.statistic s using (name) group by n.name) c), '{}')
   , 'at', n.now)
   from orchestrator.now() as n (now)

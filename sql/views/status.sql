@@ -2,7 +2,7 @@
 
 drop view if exists orchestrator.event_status;
 create view orchestrator.event_status as
-select e.id, e.source, e.external_job_id, e.scheduled_at, e.delivery_type, e.destination, e.payload, e.headers, e.max_retries, e.retry_policy, e.created_at
+select e.id, e.source, e.external_job_id, e.scheduled_at, e.delivery_type, e.destination, e.ordering_key, e.payload, e.headers, e.max_retries, e.retry_policy, e.created_at
   , case
       when t.lease_until > orchestrator.now() then 'in_flight'
       when t.attempt = 0 then 'scheduled'
@@ -21,7 +21,7 @@ left join lateral (
   -- By attempt: the times in it are a worker's, and its clock may differ. A cancel has the number of the last attempt.
   select * from orchestrator.outcome o
   where o.event_id = e.id and o.scheduled_at = e.scheduled_at
-  order by o.attempt desc, o.result = 'retried'
+  order by o.attempt desc, array_position(array['cancelled', 'delivered', 'dead', 'redriven', 'retried'], o.result)
   limit 1) o on true;
 comment on view orchestrator.event_status is
   'Every event with its state: scheduled, in_flight, retrying, delivered, dead or cancelled (lost would be a fault of this system)';

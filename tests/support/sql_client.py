@@ -63,7 +63,8 @@ class Lease(NamedTuple):
     source: str
     external_job_id: str | None
     delivery_type: str
-    destination: str
+    destination: str | None
+    ordering_key: str | None
     headers: Any
     payload: Any
 

@@ -20,10 +20,12 @@ from orchestrator.events import (
     Submission,
     SubmissionError,
     copy_row,
+    encode_submission,
     event_id,
     parse_batch,
     parse_submission,
     random_event_id,
+    submission_row,
 )
 
 
@@ -70,6 +72,7 @@ def test_the_least_submission_gets_the_defaults() -> None:
     assert submission.scheduled_at == datetime(2026, 1, 31, 9, 0, 0, 123456, tzinfo=UTC)
     assert (submission.source, submission.delivery_type, submission.max_retries) == ("orders", "HTTP", 3)
     assert (submission.external_job_id, submission.headers, submission.retry_policy) == (None, None, None)
+    assert submission.ordering_key is None
 
 
 def test_every_field_is_kept() -> None:
@@ -80,18 +83,52 @@ def test_every_field_is_kept() -> None:
             headers={"X-Tenant": "a"},
             max_retries=0,
             retry_policy="fast_1",
+            ordering_key="tenant-7",
         ),
         BOUNDS,
     )
     assert submission.external_job_id == "job-1"
     assert submission.headers == b'{"X-Tenant":"a"}'
     assert (submission.max_retries, submission.retry_policy) == (0, "fast_1")
+    assert submission.ordering_key == "tenant-7"
 
 
 def test_null_is_the_same_as_absent_for_optional_fields() -> None:
-    optional = ("external_job_id", "delivery_type", "headers", "max_retries", "retry_policy")
+    optional = ("external_job_id", "delivery_type", "headers", "max_retries", "retry_policy", "ordering_key")
     submission = parse_submission(body(**dict.fromkeys(optional)), BOUNDS)
     assert (submission.external_job_id, submission.max_retries) == (None, 3)
+
+
+@pytest.mark.parametrize("topic", ["a", "orders.reminders_2-x", "...", "t" * 249, None])
+def test_a_kafka_event_goes_to_a_topic_or_to_the_ready_topic(topic: str | None) -> None:
+    submission = parse_submission(body(delivery_type="KAFKA", destination=topic), BOUNDS)
+    assert (submission.delivery_type, submission.destination) == ("KAFKA", topic)
+
+
+def test_a_kafka_event_may_leave_its_destination_out() -> None:
+    raw = without("destination")[:-1] + b',"delivery_type":"KAFKA"}'
+    assert parse_submission(raw, BOUNDS).destination is None
+
+
+@pytest.mark.parametrize("topic", ["", ".", "..", "a b", "a/b", "topic\n", "é", "t" * 250])
+def test_a_name_that_no_topic_can_have_is_refused_with_what_it_can(topic: str) -> None:
+    errors = errors_of(body(delivery_type="KAFKA", destination=topic))
+    assert list(errors) == ["destination"]
+    assert "1 to 249 characters" in errors["destination"]
+
+
+def test_a_destination_of_the_other_delivery_type_is_refused_with_the_remedy() -> None:
+    (reason,) = errors_of(body(delivery_type="KAFKA", destination="https://user:secret@a/")).values()
+    assert "for HTTP set delivery_type to HTTP" in reason
+    assert "secret" not in reason
+    (reason,) = errors_of(body(destination="orders.reminders")).values()
+    assert "for a Kafka topic set delivery_type to KAFKA" in reason
+    (reason,) = errors_of(without("destination")).values()
+    assert "only events of delivery_type KAFKA may leave it out" in reason
+
+
+def test_a_destination_is_not_judged_by_a_delivery_type_that_is_none() -> None:
+    assert list(errors_of(body(delivery_type="MAIL", destination="someone"))) == ["delivery_type"]
 
 
 def test_a_whole_number_may_be_written_with_a_point() -> None:
@@ -164,8 +201,15 @@ def test_a_time_that_is_not_clear_or_not_in_range_is_refused(at: Any) -> None:
         ("external_job_id", ""),
         ("external_job_id", "j" * 201),
         ("external_job_id", "\x00"),
-        ("delivery_type", "KAFKA"),
         ("delivery_type", "http"),
+        ("destination", None),
+        ("destination", 7),
+        ("destination", "orders.reminders"),
+        ("ordering_key", ""),
+        ("ordering_key", "k" * 201),
+        ("ordering_key", 7),
+        ("ordering_key", "a\x00b"),
+        ("ordering_key", "\ud800"),
         ("max_retries", -1),
         ("max_retries", 101),
         ("max_retries", 1.5),
@@ -376,13 +420,24 @@ def unescaped(field: bytes) -> bytes | None:
 awkward = st.text(string.printable + "\\\t\r\n\\Né😀", min_size=1)
 
 
-@given(source=awkward, job=st.none() | awkward, payload=awkward, headers=st.none() | awkward, at=times)
+names = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=200)
+
+
+@given(
+    source=awkward,
+    job=st.none() | awkward,
+    topic=st.none() | awkward,
+    payload=awkward,
+    headers=st.none() | awkward,
+    key=st.none() | awkward,
+    at=times,
+)
 def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
-    source: str, job: str | None, payload: str, headers: str | None, at: datetime
+    source: str, job: str | None, topic: str | None, payload: str, headers: str | None, key: str | None, at: datetime
 ) -> None:
     raw_headers = None if headers is None else headers.encode()
     submission = Submission(
-        random_event_id(at), at, source, job, "HTTP", "http://a/", payload.encode(), raw_headers, 3, None
+        random_event_id(at), at, source, job, "KAFKA", topic, payload.encode(), raw_headers, 3, None, key
     )
     line = copy_row(submission, 41)
     assert line.count(b"\n") == 1
@@ -394,10 +449,69 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
         at.isoformat().encode(),
         source.encode(),
         None if job is None else job.encode(),
-        b"HTTP",
-        b"http://a/",
+        b"KAFKA",
+        None if topic is None else topic.encode(),
         payload.encode(),
         raw_headers,
         b"3",
         None,
+        None if key is None else key.encode(),
     ]
+
+
+kafka_submissions = st.fixed_dictionaries(
+    {
+        "source": names,
+        "scheduled_at": times.map(datetime.isoformat),
+        "payload": json_values.filter(lambda value: "\\u0000" not in json.dumps(value)),
+    },
+    optional={
+        "external_job_id": names,
+        "headers": st.dictionaries(st.sampled_from(["X-A", "X-B"]), st.text(string.ascii_letters)),
+        "max_retries": st.integers(0, 100),
+        "retry_policy": st.just("patient"),
+        "ordering_key": names,
+    },
+)
+
+
+@given(fields=kafka_submissions, target=st.sampled_from([("HTTP", "http://a/"), ("KAFKA", "topic"), ("KAFKA", None)]))
+def test_an_encoded_submission_reads_as_the_same(fields: dict[str, Any], target: tuple[str, str | None]) -> None:
+    raw = json.dumps({**fields, "delivery_type": target[0], "destination": target[1]}).encode()
+    limits = Bounds(max_payload_bytes=100_000)
+    submission = parse_submission(raw, limits)
+    row = submission_row(
+        encode_submission(submission), limits, 5, submission.id if submission.external_job_id is None else None
+    )
+    assert row == copy_row(submission, 5)
+
+
+def test_a_record_without_an_id_of_its_own_gets_one() -> None:
+    first, second = submission_row(body(), BOUNDS, 0), submission_row(body(), BOUNDS, 0)
+    assert first != second
+
+
+GIVEN = "019c1347-d2fb-7000-8000-00000000002a"
+
+
+def test_the_id_in_a_record_s_header_is_kept() -> None:
+    assert submission_row(body(), BOUNDS, 0, GIVEN).split(b"\t")[1] == GIVEN.encode()
+
+
+@pytest.mark.parametrize(
+    ("given_id", "changes"),
+    [
+        (GIVEN, {"external_job_id": "job-1"}),
+        (GIVEN, {"scheduled_at": "2026-01-31T09:00:00.124Z"}),
+        (GIVEN.replace("-7", "-4"), {}),
+        (GIVEN.replace("-8", "-c"), {}),
+        (GIVEN.upper(), {}),
+        (GIVEN + "\n", {}),
+        (GIVEN.replace("-", ""), {}),
+        ("", {}),
+    ],
+)
+def test_an_id_that_the_event_cannot_have_is_refused(given_id: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(SubmissionError) as caught:
+        submission_row(body(**changes), BOUNDS, 0, given_id)
+    assert caught.value.field == "orchestrator-event-id"
