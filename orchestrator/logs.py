@@ -19,7 +19,17 @@ from orchestrator.errors import SettingsError
 
 _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
 """Attributes that a record has without `extra`; the last is uvicorn's coloured copy of its message."""
-_PER_REQUEST = ("uvicorn.access", "aiohttp.access", "httpx")
+_TALKATIVE = {
+    # A line for each request says little at a thousand requests a second; the metrics count them.
+    "uvicorn.access": "WARNING",
+    "aiohttp.access": "WARNING",
+    "httpx": "WARNING",
+    # What it does for the group; and, several times a second, that a broker is away or a topic missing, which we say.
+    "aiokafka": "WARNING",
+    "aiokafka.client": "CRITICAL",
+    "aiokafka.cluster": "CRITICAL",
+}
+"""Loggers of others, and the least severity that is worth a line."""
 # Neither a message nor a value may forge a line or drive the reader's terminal; a traceback keeps its lines.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {10: "\\n", 13: "\\r"}
 _CONTROLS_BUT_LINES = {code: escape for code, escape in _CONTROLS.items() if code not in (9, 10)}
@@ -46,10 +56,9 @@ def configure(settings: Settings, role: str) -> None:
     handler.setFormatter(ConsoleFormatter() if console else JsonFormatter(settings, role))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    # A line for each request says little at a thousand requests a second; the metrics count them.
-    for name in _PER_REQUEST:
+    for name, level in _TALKATIVE.items():
         logger = logging.getLogger(name)
-        logger.setLevel("NOTSET" if settings.log_level == "DEBUG" else "WARNING")
+        logger.setLevel("NOTSET" if settings.log_level == "DEBUG" else level)
         logger.propagate = True  # uvicorn cuts its own off where it was once started without them
 
 

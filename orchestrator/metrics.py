@@ -66,6 +66,32 @@ class Metrics:
             "database_reconnects_total", "Times the database was found again after it was away."
         )
 
+        self.commands_total: Callable[[str], Counter] = cache(
+            self._counter("commands_total", "Commands read from Kafka: executed or rejected.", "result").labels
+        )
+        self.ingest_conflicts_total = self._counter(
+            "ingest_conflicts_total", "Batches dropped because somebody else had read their records."
+        )
+        self.ingest_rebuilds_total = self._counter(
+            "ingest_rebuilds_total", "Kafka consumers built anew because they had stopped moving."
+        )
+        self.ingest_batch_seconds = self._histogram(
+            "ingest_batch_seconds", "How long batches from Kafka took to be kept.", DURATION_BUCKETS_S
+        )
+        self.ingest_lag = self._gauge(
+            "ingest_lag", "Records that wait in a partition assigned to this process.", "topic", "partition"
+        )
+        self.ingest_halted_partitions = self._gauge(
+            "ingest_halted_partitions", "Partitions that wait for an operator's decision; the log says which.", "topic"
+        )
+
+        self.outbox_published_total = self._counter(
+            "outbox_published_total", "Messages of the outbox that Kafka has acknowledged."
+        )
+        self.outbox_failed_total = self._counter(
+            "outbox_failed_total", "Messages of the outbox that were set aside, as no broker takes them."
+        )
+
         self.event_lateness_seconds = self._histogram(
             "event_lateness_seconds", "From when an attempt was due to when it began.", LATENESS_BUCKETS_S
         )
@@ -97,6 +123,10 @@ class Metrics:
         self.events_held = self._gauge("events_held", "Claimed events that wait in memory to become due.")
         self.events_backlog = self._gauge(
             "events_backlog", "Events that are due and not claimed, as a dispatcher last saw."
+        )
+        # Without the prefix, as alerts of older installations know it.
+        self.outbox_event_pending_total = Gauge(
+            "outbox_event_pending_total", "Messages that wait in the outbox, up to 10,000.", registry=self.registry
         )
         self.database_pool_size = self._gauge("database_pool_size", "Open database connections.")
         self.database_pool_in_use = self._gauge("database_pool_in_use", "Database connections in use.")

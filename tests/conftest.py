@@ -2,7 +2,7 @@
 
 Each worker of pytest-xdist has a PostgreSQL server of its own (0.6 s to start), or uses the one of
 TEST_DATABASE_URL, whose user must be allowed to create databases and roles. Each test has a database of
-its own, cloned from a template that was migrated once.
+its own, cloned from a template that was migrated once. One Kafka broker is shared by all workers (brokers.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,44 @@ import pytest
 from orchestrator.config import Settings
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.migrate import migrate
+from tests.support.brokers import Kafka, KafkaBroker, SharedBrokerHold, description, fetch, own_broker, shared_broker
 from tests.support.databases import Databases, temporary_server
 from tests.support.processes import Spawned
 from tests.support.receiver import Receiver
 
 MakeSettings = Callable[..., Settings]
 Spawn = Callable[..., Spawned]
+
+_HOLD = pytest.StashKey[SharedBrokerHold]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # which only workers of pytest-xdist have
+        fetch()
+        config.stash[_HOLD] = SharedBrokerHold()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    hold = config.stash.get(_HOLD, None)
+    if hold is not None:
+        hold.release()
+
+
+def pytest_report_header() -> str:
+    return f"kafka: {description()}"
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Kafka:
+    """A broker that all tests share."""
+    return shared_broker()
+
+
+@pytest.fixture
+def kafka_broker() -> Iterator[KafkaBroker]:
+    """A broker of this test's own, to be stopped, killed and paused."""
+    with own_broker() as broker:
+        yield broker
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Self
 
+from orchestrator.dev.leash import Leash
 from orchestrator.errors import OrchestratorError
 
-# Ends the processes when its owner was killed and could not; dismissed, it does nothing.
-_LEASH = 'read -r word && exit; kill -TERM "$@" 2>/dev/null; sleep 5; kill -KILL "$@" 2>/dev/null'
 _STOP_S = 10.0
 _SHOWN_CHARS = 2000
 
@@ -23,7 +22,7 @@ class Children:
 
     def __init__(self) -> None:
         self._started: list[tuple[str, subprocess.Popen[bytes], IO[bytes]]] = []
-        self._leashes: list[subprocess.Popen[bytes]] = []
+        self._leashes: list[Leash] = []
 
     def start(self, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         """Starts one. It does not see a Ctrl-C: whoever owns it decides when it stops."""
@@ -37,16 +36,7 @@ class Children:
             start_new_session=True,
         )
         self._started.append((" ".join(arguments), process, log))
-        self._leashes.append(
-            subprocess.Popen(
-                ["/bin/sh", "-c", _LEASH, "orchestrator-leash", str(process.pid)],
-                cwd="/",
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        )
+        self._leashes.append(Leash(process.pid))
 
     def check(self) -> None:
         """Raises OrchestratorError, with the end of its log, when one has ended."""
@@ -68,7 +58,7 @@ class Children:
                 process.kill()
                 process.wait()
         for leash in self._leashes:
-            leash.communicate(b"dismissed\n")
+            leash.dismiss()
         for _, _, log in self._started:
             log.close()
         self._started.clear()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from orchestrator.config import Settings
 from orchestrator.doctor.database import database_findings
 from orchestrator.doctor.finding import Finding, ok, problem, warning
+from orchestrator.doctor.kafka import kafka_findings
 from orchestrator.doctor.machine import machine_findings
 from orchestrator.errors import SettingsError
 
@@ -14,7 +15,7 @@ __all__ = ["Finding", "diagnose"]
 
 
 def diagnose(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Looks at the settings, this machine and the database; changes nothing. Wrong settings end it."""
+    """Looks at the settings, this machine, the database and Kafka; changes nothing. Wrong settings end it."""
     try:
         settings = Settings.from_env(environ)
     except SettingsError as error:
@@ -26,3 +27,4 @@ def diagnose(environ: Mapping[str, str]) -> Iterator[Finding]:
         yield warning("settings", notice, "correct the name, or remove the variable")
     yield from machine_findings(settings)
     yield from database_findings(settings)
+    yield from kafka_findings(settings)

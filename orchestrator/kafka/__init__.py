@@ -1,0 +1,1 @@
+"""Kafka: its clients and topics."""
