@@ -13,8 +13,9 @@ import uvloop
 
 from orchestrator import logs
 from orchestrator.config import Settings
+from orchestrator.dispatch.attempt import DELIVERED, Attempted
 from orchestrator.dispatch.dispatcher import Dispatcher
-from orchestrator.dispatch.http import DELIVERED, Attempted, Delivery
+from orchestrator.dispatch.http import Delivery
 from orchestrator.metrics import Metrics
 
 _DELIVERED = Attempted(DELIVERED, 204)

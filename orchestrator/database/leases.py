@@ -15,14 +15,20 @@ NOTIFY_CHANNEL = "orchestrator_due"
 
 
 class Claimed(msgspec.Struct, gc=False):
-    """A leased event. `due_at` and `lease_until` are Unix seconds by the database's clock; JSON stays text."""
+    """A leased event. Times but `scheduled_at` are Unix seconds by the database's clock; JSON stays text.
 
+    `key` is that of a record to Kafka: the event's ordering_key, or else its external_job_id.
+    """
+
+    claimed_at: float
     event_id: str
     attempt: int
     due_at: float
     lease_until: float
     scheduled_at: str
-    destination: str
+    delivery_type: str
+    destination: str | None
+    key: str | None
     headers: str | None
     payload: str
 
@@ -39,6 +45,7 @@ class Finished(msgspec.Struct, gc=False):
     error: str | None
     response: str | None
     retry_after_s: float | None
+    claimed_at: float
 
 
 class NotDelivered(NamedTuple):
@@ -52,9 +59,10 @@ class NotDelivered(NamedTuple):
 class Leases:
     """Claiming, finishing and releasing, on two connections, so that neither waits for the other."""
 
-    def __init__(self, claiming: Connection, finishing: Connection, worker: int) -> None:
+    def __init__(self, claiming: Connection, finishing: Connection, worker: int, *, tell_claims: bool) -> None:
         self._claiming = claiming
         self._finishing = finishing
+        self._tell_claims = tell_claims
         self.worker = worker
 
     @classmethod
@@ -71,7 +79,7 @@ class Leases:
                         await claiming.execute("select orchestrator.register_worker(%s)", (worker_name,))
                     ).fetchone()
                 worker = row[0] if row else 0
-            yield cls(claiming, finishing, worker)
+            yield cls(claiming, finishing, worker, tell_claims="timestamp" in settings.outbox_topics)
 
     async def claim(self, batch: int, *, lease_s: float, lookahead_s: float) -> tuple[float, list[Claimed]]:
         """Leases up to `batch` events due within `lookahead_s`; also the database's time, read before claiming."""
@@ -81,7 +89,7 @@ class Leases:
         database_now: float = rows[0][0]
         if rows[0][1] is None:
             return database_now, []
-        return database_now, [Claimed(*row[1:]) for row in rows]
+        return database_now, [Claimed(*row) for row in rows]
 
     async def next_due_at(self) -> float | None:
         """When the next event that nobody holds is due, in Unix seconds."""
@@ -114,6 +122,7 @@ class Leases:
                     [r.response for r in ordered] if any(r.response for r in ordered) else None,
                     _array([str(r.retry_after_s if r.retry_after_s is not None else "null") for r in ordered]),
                     self.worker,
+                    _array([repr(r.claimed_at) for r in ordered]) if self._tell_claims else None,
                 ),
             )
             return [NotDelivered(*row) for row in await cursor.fetchall()]
@@ -144,12 +153,13 @@ def _array(values: list[str]) -> str:
 
 _CLAIM: LiteralString = """
 select extract(epoch from n.at)::float8, c.event_id, c.attempt, extract(epoch from c.due_at)::float8
-     , extract(epoch from c.lease_until)::float8, c.scheduled_at, c.destination, c.headers, c.payload
+     , extract(epoch from c.lease_until)::float8, c.scheduled_at, c.delivery_type, c.destination
+     , coalesce(c.ordering_key, c.external_job_id), c.headers, c.payload
 from (select orchestrator.now() as at offset 0) n
 left join lateral orchestrator.claim_due_events(%s, %s, make_interval(secs => %s), make_interval(secs => %s)) c on true
 """
 _FINISH: LiteralString = """
 select event_id, result, extract(epoch from due_at)::float8 from orchestrator.finish_events(
   %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[], %s::text[], %s::text[],
-  %s::float8[], %s)
+  %s::float8[], %s, %s::float8[])
 """

@@ -1,8 +1,8 @@
 """Claims events shortly before they are due, delivers each on time, and records what came of it.
 
-One process runs a claimer, a listener, a finisher and as many delivery loops as HTTP connections. The claimer
-keeps up to SCHEDULER_PREFETCH leased events in memory; polling finds what is due, notifications only make it
-look sooner. When the database goes away, deliveries go on, results wait, and claiming resumes with it.
+One process runs a claimer, a listener, a finisher, and deliveries over HTTP and to Kafka. The claimer keeps up to
+SCHEDULER_PREFETCH leased events in memory; polling finds what is due, notifications only make it look sooner. When
+the database goes away, deliveries go on, results wait, and claiming resumes with it.
 """
 
 from __future__ import annotations
@@ -14,39 +14,28 @@ import random
 import socket
 import time
 from contextlib import AsyncExitStack, suppress
-from typing import Any, Protocol
-
-import msgspec
 
 from orchestrator.config import Settings
-from orchestrator.database import NOTIFY_CHANNEL, Claimed, Finished, Leases, connect, translated
+from orchestrator.database import NOTIFY_CHANNEL, Leases
+from orchestrator.database.listening import listen
 from orchestrator.dispatch.clock import DatabaseClock
-from orchestrator.dispatch.due_queue import DueQueue
 from orchestrator.dispatch.finisher import ANSWER_S, Finisher
-from orchestrator.dispatch.http import FAIL, RETRY, Attempted, Delivery
+from orchestrator.dispatch.http_deliveries import HttpDeliveries, Sender
+from orchestrator.dispatch.kafka import KafkaDeliveries
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
+from orchestrator.tasks import end
 
 _CLAIM_GAP_S = 0.01  # between claims that found less than a batch
 _LOCKED_GAP_S = 0.1  # before looking again for what is due but was not to be had
 _CLAIM_AHEAD_S = 0.25  # how long before it is due an expected event is claimed
-_RECORDING_S = 1.0  # what an attempt must leave of its lease, to record its result
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
 _STOPPING_BACKOFF_S = 0.5
-_LISTEN_S = 60.0
 _BACKLOG_EVERY_S = 5.0  # between counts of the backlog while claims come back full; else it is known to be nothing
 _ENDING_S = 1.0  # for a claim or an attempt to end when it is no longer wanted
 
-_CUT_SHORT = Attempted(RETRY, error="the dispatcher stopped before the receiver answered")
-
 _log = logging.getLogger(__name__)
-
-
-class Sender(Protocol):
-    """What delivers: `HttpSender`, or nothing at all in a benchmark of the rest."""
-
-    async def send(self, delivery: Delivery) -> Attempted: ...
 
 
 class Dispatcher:
@@ -55,13 +44,12 @@ class Dispatcher:
     def __init__(self, settings: Settings, metrics: Metrics, sender: Sender) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._sender = sender
         self._clock = DatabaseClock()
-        self._due = DueQueue(self._clock.now)
         self._finisher = Finisher(metrics, self._expect)
+        self._http = HttpDeliveries(settings, metrics, self._clock.now, self._finisher, self._note_taken, sender)
+        self._kafka = KafkaDeliveries(settings, metrics, self._clock.now, self._finisher, self._note_taken)
         self._name = f"{settings.deployment} {socket.gethostname()}:{os.getpid()}"
         self._worker: int | None = None
-        self._in_flight = 0
         self._stopping = asyncio.Event()
         self._claiming = False
         self._has_claimed = False
@@ -70,8 +58,8 @@ class Dispatcher:
         self._room = asyncio.Event()
         self._wake = asyncio.Event()
         self._wake_due = float("inf")
-        metrics.events_held.set_function(lambda: len(self._due))
-        metrics.events_in_flight.set_function(lambda: self._in_flight)
+        metrics.events_held.set_function(lambda: self._held)
+        metrics.events_in_flight.set_function(lambda: self._http.in_flight + self._kafka.in_flight)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Dispatches until `stop` is set: then claims no more, lets running attempts end, releases the rest.
@@ -81,8 +69,8 @@ class Dispatcher:
         """
         async with asyncio.TaskGroup() as tasks:
             recording = tasks.create_task(self._connected(), name="claim and finish")
-            listening = tasks.create_task(self._listen(), name="listen")
-            deliveries = [tasks.create_task(self._deliver()) for _ in range(self._settings.http_max_connections)]
+            listening = tasks.create_task(listen(self._settings, NOTIFY_CHANNEL, self._on_notified), name="listen")
+            deliveries = [tasks.create_task(self._http.run()), tasks.create_task(self._kafka.run())]
             await stop.wait()
             await self._stop(recording, listening, deliveries)
 
@@ -93,20 +81,21 @@ class Dispatcher:
         deadline_s = time.monotonic() + timeout_s
         self._stopping.set()
         self._stop_claiming()
-        self._finisher.release(self._due.close())
+        self._finisher.release(self._http.close() + self._kafka.close())
         _, running = await asyncio.wait(deliveries, timeout=0.8 * timeout_s)
+        cut_short = self._http.in_flight + self._kafka.in_flight
         for task in running:
             task.cancel()
         if running:
             await asyncio.wait(running, timeout=_ENDING_S)
         self._finisher.close()
         await asyncio.wait([recording], timeout=max(0.5, deadline_s - time.monotonic()))
-        recording.cancel()  # ends both of its tasks as _end does
-        await _end(listening)
-        if running or self._finisher.pending:
+        recording.cancel()  # ends both of its tasks as end() does
+        await end(listening)
+        if cut_short or self._finisher.pending:
             _log.warning(
                 "stopped with work unfinished; leases that could not be handed back run out by themselves",
-                extra={"attempts_cut_short": len(running), "results_unrecorded": self._finisher.pending},
+                extra={"attempts_cut_short": cut_short, "results_unrecorded": self._finisher.pending},
             )
 
     async def _connected(self) -> None:
@@ -143,7 +132,7 @@ class Dispatcher:
                     self._stop_claiming()
                     await asyncio.wait([claiming], timeout=_ENDING_S)
             finally:
-                await _end(claiming, finishing)
+                await end(claiming, finishing)
             failures = [task.exception() for task in (claiming, finishing) if not task.cancelled()]
             for failure in failures:
                 if failure is not None:
@@ -165,7 +154,7 @@ class Dispatcher:
     async def _claim(self, leases: Leases) -> None:
         settings, batch = self._settings, self._settings.batch_size
         while self._claiming:
-            if len(self._due) > settings.prefetch - batch:
+            if self._held > settings.prefetch - batch:
                 self._room.clear()
                 await self._room.wait()
                 continue
@@ -184,7 +173,8 @@ class Dispatcher:
                 self._finisher.release(events)
                 return
             self._metrics.events_claimed_total.inc(len(events))
-            self._due.put(events)
+            self._http.due.put([event for event in events if event.delivery_type != "KAFKA"])
+            self._kafka.due.put([event for event in events if event.delivery_type == "KAFKA"])
             if len(events) < batch:
                 self._metrics.events_backlog.set(0)
                 await self._rest(leases)
@@ -227,6 +217,18 @@ class Dispatcher:
                     await self._wake.wait()
             self._wake.clear()
 
+    @property
+    def _held(self) -> int:
+        """Events that wait in memory for their attempt."""
+        return len(self._http.due) + len(self._kafka.due)
+
+    def _note_taken(self) -> None:
+        if not self._room.is_set() and self._held <= self._settings.prefetch - self._settings.batch_size:
+            self._room.set()
+
+    def _on_notified(self, payload: str) -> None:
+        self._expect(float(payload))
+
     def _expect(self, due_at: float) -> None:
         """Has the claimer look in time for an event that is due at `due_at`, yet not at once for each of many."""
         self._wake_at(self._ahead_of(due_at))
@@ -239,86 +241,3 @@ class Dispatcher:
         if database_s < self._wake_due:
             self._wake_due = database_s
             self._wake.set()
-
-    async def _listen(self) -> None:
-        """Hears of submissions that are due before the next poll. A hint: polling finds them all the same."""
-        heard = True
-        while True:
-            try:
-                async with await connect(self._settings, "listen") as connection:
-                    with translated():
-                        async with asyncio.timeout(ANSWER_S):
-                            await connection.execute(f"listen {NOTIFY_CHANNEL}")
-                        heard = True
-                        while True:
-                            async for notification in connection.notifies(timeout=_LISTEN_S):
-                                with suppress(ValueError):  # anybody may notify anything
-                                    self._expect(float(notification.payload))
-            except Exception as error:
-                if heard:
-                    _log.warning("not listening any more; polling until it works again", extra={"error": str(error)})
-                heard = False
-            await asyncio.sleep(_LAST_BACKOFF_S * random.uniform(0.2, 1.0))
-
-    async def _deliver(self) -> None:
-        settings = self._settings
-        needed_s = settings.http_timeout_s + _RECORDING_S
-        roomy = settings.prefetch - settings.batch_size
-        while (event := await self._due.get()) is not None:
-            if not self._room.is_set() and len(self._due) <= roomy:
-                self._room.set()
-            started_at = self._clock.now()
-            if started_at + needed_s > event.lease_until:
-                self._finisher.release([event])  # it might end after somebody else had begun
-                continue
-            self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
-            began_s = time.monotonic()
-            self._in_flight += 1
-            attempted = _CUT_SHORT
-            try:
-                attempted = await self._sender.send(_delivery(event))
-            except msgspec.MsgspecError as error:
-                attempted = Attempted(FAIL, error=f"headers: cannot be read: {error}")
-            except Exception as error:  # one event must not end all the others
-                _log.exception("an attempt failed in a way not foreseen", extra={"event_id": event.event_id})
-                attempted = Attempted(RETRY, error=f"internal error: {type(error).__name__}")
-            finally:
-                self._in_flight -= 1
-                took_s = time.monotonic() - began_s
-                self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
-                self._finisher.add(
-                    Finished(
-                        event.event_id,
-                        event.attempt,
-                        attempted.verdict,
-                        attempted.status_code,
-                        started_at,
-                        started_at + took_s,
-                        attempted.error,
-                        attempted.response,
-                        attempted.retry_after_s,
-                    )
-                )
-
-
-async def _end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancels tasks and waits for their end, twice: psycopg asks the server to end a running query first, and waits
-    seconds for one that does not answer; cancelled again, it closes the connection."""
-    for _ in range(2):
-        for task in tasks:
-            task.cancel()
-        _, running = await asyncio.wait(tasks, timeout=0.1)
-        if not running:
-            return
-    await asyncio.wait(tasks, timeout=_ENDING_S)
-
-
-def _delivery(event: Claimed) -> Delivery:
-    return Delivery(
-        event.event_id,
-        event.attempt,
-        f"{event.scheduled_at[:10]}T{event.scheduled_at[11:-3]}Z",  # the server writes 2030-01-31 08:00:00.5+00
-        event.destination,
-        event.payload.encode(),
-        msgspec.json.decode(event.headers) if event.headers else None,
-    )

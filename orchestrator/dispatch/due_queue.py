@@ -48,6 +48,17 @@ class DueQueue:
                 raise
         return None
 
+    async def take(self, limit: int) -> list[Claimed]:
+        """Waits for one event to be due, and takes with it all others that are, up to `limit`; none once closed."""
+        first = await self.get()
+        if first is None:
+            return []
+        taken = [first]
+        now_s = self._now()
+        while self._heap and len(taken) < limit and self._heap[0][0] <= now_s:
+            taken.append(heapq.heappop(self._heap)[2])
+        return taken
+
     def close(self) -> list[Claimed]:
         """Ends every `get`, and returns what was still held."""
         self._closed = True

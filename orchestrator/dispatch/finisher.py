@@ -37,8 +37,8 @@ class Finisher:
         self._full = asyncio.Event()
         self._closing = False
 
-    def add(self, result: Finished) -> None:
-        self._results.append(result)
+    def add(self, *results: Finished) -> None:
+        self._results += results
         self._ready.set()
         if len(self._results) >= _FULL_BATCH:
             self._full.set()

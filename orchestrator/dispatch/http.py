@@ -12,11 +12,12 @@ import time
 from contextlib import suppress
 from http import HTTPStatus
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 import aiohttp
 import msgspec
 
+from .attempt import DELIVERED, FAIL, RETRY, Attempted
 from .connector import GuardedConnector, opened_connection
 from .guard import AddressGuard, AddressRefusedError
 from .request import custom_headers, destination_url, quoted
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from orchestrator.config import Settings
 
-DELIVERED, RETRY, FAIL = "delivered", "retry", "fail"
 EXCERPT_CHARS = 1024
 _EXCERPT_BYTES = 4 * EXCERPT_CHARS  # holds the excerpt in any UTF-8
 _USER_AGENT = "scheduled-event-orchestrator/1"
@@ -48,19 +48,6 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
     destination: str
     payload: bytes
     headers: dict[str, str] | None = None
-
-
-class Attempted(NamedTuple):
-    """What came of an attempt. `verdict`: ``delivered``, ``retry`` (try again later) or ``fail`` (final).
-
-    `response` quotes up to 1,024 characters of a failure's body; `retry_after_s` is what the receiver asked.
-    """
-
-    verdict: str
-    status_code: int | None = None
-    error: str | None = None
-    response: str | None = None
-    retry_after_s: float | None = None
 
 
 class HttpSender:

@@ -17,9 +17,11 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from orchestrator.database import listening
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dispatch import dispatcher as module
-from orchestrator.dispatch.http import DELIVERED, Attempted, Delivery
+from orchestrator.dispatch.attempt import DELIVERED, Attempted
+from orchestrator.dispatch.http import Delivery
 from orchestrator.errors import OrchestratorError
 from tests.conftest import MakeSettings, Spawn
 from tests.support.dispatching import arrivals, assert_laws, dispatching, finished, soon, statuses
@@ -71,7 +73,7 @@ async def deafness(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
         raise OSError("no listening")
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "connect", refuse)
+        patched.setattr(listening, "connect", refuse)
         yield
 
 
@@ -459,13 +461,13 @@ async def test_notifications_that_are_no_times_do_no_harm(
 async def test_listening_is_taken_up_again_when_its_connection_is_lost(
     settings: MakeSettings, client: Client, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LAST_BACKOFF_S", 0.1)
-    listening = "select pid from pg_stat_activity where application_name = 'orchestrator listen' and query ~ '^listen '"
+    monkeypatch.setattr(listening, "_BACKOFF_S", 0.1)
+    listeners = "select pid from pg_stat_activity where application_name = 'orchestrator listen' and query ~ '^listen '"
     async with dispatching(settings(SCHEDULER_POLL_INTERVAL_MS="10000")):
-        await eventually(lambda: client.column(listening))
-        (first,) = client.column(listening)
+        await eventually(lambda: client.column(listeners))
+        (first,) = client.column(listeners)
         client.rows("select pg_terminate_backend(%s)", first)
-        await eventually(lambda: set(client.column(listening)) - {first})
+        await eventually(lambda: set(client.column(listeners)) - {first})
         client.schedule(scheduled_at=soon(0), destination=receiver.url())
         await receiver.wait_for(1, timeout_s=5)
 

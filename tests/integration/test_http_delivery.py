@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from orchestrator.config import Settings
-from orchestrator.dispatch.http import Attempted, Delivery, HttpSender
+from orchestrator.dispatch.attempt import Attempted
+from orchestrator.dispatch.http import Delivery, HttpSender
 from tests.support.scripted_receiver import Receiver, Request, raw, reply
 
 KEY = b"0123456789abcdef0123456789abcdef"

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 from orchestrator.config import Settings
-from orchestrator.dispatch.dispatcher import Dispatcher, Sender
+from orchestrator.dispatch.dispatcher import Dispatcher
 from orchestrator.dispatch.http import HttpSender
+from orchestrator.dispatch.http_deliveries import Sender
 from orchestrator.metrics import Metrics
 from tests.support.laws import Arrival, violations
 from tests.support.receiver import Received

@@ -24,7 +24,8 @@ class Clock:
 
 
 def claimed(due_at: float, event_id: str = "") -> Claimed:
-    return Claimed(event_id, 1, due_at, due_at + 60, "2030-01-01 00:00:00+00", "http://a/", None, "{}")
+    scheduled_at = "2030-01-01 00:00:00+00"
+    return Claimed(due_at, event_id, 1, due_at, due_at + 60, scheduled_at, "HTTP", "http://a/", None, None, "{}")
 
 
 async def ended(tasks: Sequence[asyncio.Task[Claimed | None]], count: int) -> list[Claimed | None]:

@@ -64,11 +64,11 @@ class FakeLeases:
 def finished(
     event_id: object, result: str = "delivered", error: str | None = None, response: str | None = None
 ) -> Finished:
-    return Finished(str(event_id), 1, result, 204, 1.0, 2.0, error, response, None)
+    return Finished(str(event_id), 1, result, 204, 1.0, 2.0, error, response, None, 0.5)
 
 
 def lease(event_id: object) -> Claimed:
-    return Claimed(str(event_id), 1, 1.0, 60.0, "2030-01-01 00:00:00+00", "http://a/", None, "{}")
+    return Claimed(0.5, str(event_id), 1, 1.0, 60.0, "2030-01-01 00:00:00+00", "HTTP", "http://a/", None, None, "{}")
 
 
 class Fixture:

@@ -1,0 +1,44 @@
+"""Hears of what the database notifies. A hint: who is told late, or never, polls all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from typing import LiteralString
+
+from orchestrator.config import Settings
+from orchestrator.database.connection import connect, translated
+
+_HEARING_S = 60.0
+_ANSWER_S = 30.0
+_BACKOFF_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+async def listen(settings: Settings, channel: LiteralString, on_notified: Callable[[str], None]) -> None:
+    """Calls `on_notified` with the payload of each notification, for ever, on a connection of its own.
+
+    Whatever was notified while that was lost is not heard of.
+    """
+    heard = True
+    while True:
+        try:
+            async with await connect(settings, "listen") as connection:
+                with translated():
+                    async with asyncio.timeout(_ANSWER_S):
+                        await connection.execute(f"listen {channel}")
+                    heard = True
+                    while True:
+                        async for notification in connection.notifies(timeout=_HEARING_S):
+                            with suppress(ValueError):  # anybody may notify anything
+                                on_notified(notification.payload)
+        except Exception as error:
+            if heard:
+                context = {"channel": channel, "error": str(error)}
+                _log.warning("not listening any more; polling until it works again", extra=context)
+            heard = False
+        await asyncio.sleep(_BACKOFF_S * random.uniform(0.2, 1.0))

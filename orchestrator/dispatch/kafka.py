@@ -1,0 +1,172 @@
+"""Deliveries to Kafka: what is due goes out in batches, and each event is finished once its record is acknowledged.
+
+A record that was not acknowledged in time may have arrived all the same: its event is tried again, so deliveries
+are at least once, and consumers tell repeats by `orchestrator-event-id`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from orchestrator.config import Settings
+from orchestrator.database import Claimed
+from orchestrator.dispatch.attempt import DELIVERED, FAIL, RETRY, Attempted
+from orchestrator.dispatch.due_queue import DueQueue
+from orchestrator.dispatch.finisher import Finisher
+from orchestrator.dispatch.http_deliveries import RECORDING_S, finished, rfc3339
+from orchestrator.errors import KafkaUnavailable, OrchestratorError
+from orchestrator.kafka.bulk import BulkProducer, bulk_producer
+from orchestrator.kafka.lanes import Record, RecordRefusedError
+from orchestrator.metrics import Metrics
+
+_MAX_IN_FLIGHT = 2000
+_MAX_IN_FLIGHT_BYTES = 1 << 25
+_AWAY_S = 15.0  # how long at least an event waits that found no broker: an outage must not use up its attempts
+_UNCONFIGURED_S = 60.0
+_OWN_PREFIX = "orchestrator-"
+_CONTENT_TYPE = ("content-type", b"application/json")
+
+_DELIVERED = Attempted(DELIVERED)
+_UNCONFIGURED = Attempted(
+    RETRY, error="KAFKA_BOOTSTRAP_SERVERS is not set for this dispatcher", retry_after_s=_UNCONFIGURED_S
+)
+
+
+class _Attempt(NamedTuple):
+    event: Claimed
+    started_at: float
+    began_s: float
+    payload_bytes: int
+
+
+class KafkaDeliveries:
+    """Attempts events as they fall due. `on_taken` is called whenever some have left the queue.
+
+    At most 2,000 records, or 32 MiB of them, are under way. While no broker answers, attempts fail at once, so that
+    deliveries over HTTP go on.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        now: Callable[[], float],
+        finisher: Finisher,
+        on_taken: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._now = now
+        self._finisher = finisher
+        self._on_taken = on_taken
+        self._needed_s = settings.http_timeout_s + RECORDING_S
+        self._bytes = 0
+        self._acknowledged = asyncio.Event()
+        self._producer: BulkProducer[_Attempt] | None = None
+        self.due = DueQueue(now)
+        self.in_flight = 0
+
+    async def run(self) -> None:
+        """Works until closed and done; cancelled, it records what it cut short."""
+        if self._settings.kafka_servers is None:
+            while events := await self.due.take(_MAX_IN_FLIGHT):
+                self._on_taken()
+                self._conclude(self._begun(events), _UNCONFIGURED)
+            return
+        timeout_s = self._settings.http_timeout_s
+        async with bulk_producer(self._settings, "dispatch", self._on_result, timeout_s=timeout_s) as producer:
+            self._producer = producer
+            while events := await self.due.take(_MAX_IN_FLIGHT - self.in_flight):
+                self._on_taken()
+                if not await producer.ready():
+                    self._finisher.release(events)
+                    continue
+                self._send(producer, self._begun(events))
+                while self.in_flight >= _MAX_IN_FLIGHT or self._bytes >= _MAX_IN_FLIGHT_BYTES:
+                    await self._next_result()
+            while self.in_flight:
+                await self._next_result()
+
+    def close(self) -> list[Claimed]:
+        """Begins no more attempts; returns the events that still wait for theirs."""
+        if self._producer is not None:
+            self._producer.stop_waiting()
+        return self.due.close()
+
+    async def _next_result(self) -> None:
+        self._acknowledged.clear()
+        await self._acknowledged.wait()
+
+    def _begun(self, events: Sequence[Claimed]) -> list[_Attempt]:
+        started_at, began_s = self._now(), time.monotonic()
+        attempts = []
+        for event in events:
+            if started_at + self._needed_s > event.lease_until:
+                self._finisher.release([event])  # it might end after somebody else had begun
+                continue
+            self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
+            attempt = _Attempt(event, started_at, began_s, len(event.payload))
+            attempts.append(attempt)
+            self._bytes += attempt.payload_bytes
+        self.in_flight += len(attempts)
+        return attempts
+
+    def _send(self, producer: BulkProducer[_Attempt], attempts: Sequence[_Attempt]) -> None:
+        topics: dict[str, list[Record[_Attempt]]] = defaultdict(list)
+        for attempt in attempts:
+            try:
+                topics[attempt.event.destination or self._settings.topic_ready].append(_record(attempt))
+            except ValueError as error:  # what headers may hold when they come through SQL
+                self._conclude([attempt], Attempted(FAIL, error=f"headers: cannot be sent: {error}"))
+        for topic, records in topics.items():
+            producer.send(topic, records)
+
+    def _on_result(self, attempts: Sequence[_Attempt], error: OrchestratorError | None) -> None:
+        if error is None:
+            self._conclude(attempts, _DELIVERED)
+        elif isinstance(error, RecordRefusedError):
+            self._conclude(attempts, Attempted(FAIL, error=str(error)))
+        else:
+            retry_after_s = _AWAY_S if isinstance(error, KafkaUnavailable) else None
+            self._conclude(attempts, Attempted(RETRY, error=str(error), retry_after_s=retry_after_s))
+
+    def _conclude(self, attempts: Sequence[_Attempt], attempted: Attempted) -> None:
+        now_s = time.monotonic()
+        observe = self._metrics.event_delivery_seconds("KAFKA", attempted.verdict).observe
+        results = []
+        for attempt in attempts:
+            took_s = now_s - attempt.began_s
+            observe(took_s)
+            self._bytes -= attempt.payload_bytes
+            results.append(finished(attempt.event, attempted, attempt.started_at, took_s))
+        self.in_flight -= len(attempts)
+        self._finisher.add(*results)
+        self._acknowledged.set()
+
+
+def _record(attempt: _Attempt) -> Record[_Attempt]:
+    event = attempt.event
+    headers = _own_headers(event.headers) if event.headers else []
+    headers += (
+        ("orchestrator-event-id", event.event_id.encode()),
+        ("orchestrator-attempt", b"%d" % event.attempt),
+        ("orchestrator-scheduled-at", rfc3339(event.scheduled_at).encode()),
+        _CONTENT_TYPE,
+    )
+    return Record(event.key.encode() if event.key is not None else None, event.payload.encode(), headers, attempt)
+
+
+def _own_headers(given: str) -> list[tuple[str, bytes]]:
+    """An event's own headers, without those that are ours to set. Raises ValueError."""
+    headers = msgspec.json.decode(given, type=dict[str, str])
+    return [
+        (name, value.encode())
+        for name, value in headers.items()
+        if not (lower := name.lower()).startswith(_OWN_PREFIX) and lower != "content-type"
+    ]
