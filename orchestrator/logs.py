@@ -26,6 +26,7 @@ _TALKATIVE = {
     "httpx": "WARNING",
     # What it does for the group; and, several times a second, that a broker is away or a topic missing, which we say.
     "aiokafka": "WARNING",
+    "aiokafka.consumer.group_coordinator": "ERROR",
     "aiokafka.client": "CRITICAL",
     "aiokafka.cluster": "CRITICAL",
 }

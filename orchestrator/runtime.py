@@ -1,4 +1,4 @@
-"""The roles of a process, on one event loop: the API, the dispatcher, maintenance, or all of them.
+"""The roles of a process, on one event loop: the API, the ingester, the dispatcher, maintenance, or all of them.
 
 The first SIGTERM or SIGINT stops everything in order, within SHUTDOWN_TIMEOUT_SECONDS; a second one ends the
 process at once, and what it held is delivered by others when its leases run out.
@@ -26,11 +26,11 @@ from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.dispatch.dispatcher import Dispatcher
 from orchestrator.dispatch.http import HttpSender
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError
 from orchestrator.maintenance import maintain
 from orchestrator.metrics import Metrics
 
-Role = Literal["run", "api", "dispatch"]
+Role = Literal["run", "api", "ingest", "dispatch"]
 Part = Callable[[asyncio.Event], Awaitable[None]]
 """Something that works until the event is set, and then ends by itself."""
 
@@ -65,8 +65,11 @@ class _Process:
         for notice in settings.notices:
             _log.warning("%s", notice)
         _log.info("starting", extra={"database": database_url.masked(settings.database_url), "pid": os.getpid()})
-        # A dispatcher has connections of its own; its pool only answers health checks.
-        pool = replace(settings, pool_min_idle=0, pool_max_size=2) if self._role == "dispatch" else settings
+        if self._role == "ingest" and settings.kafka_servers is None:
+            raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
+        # These two have connections of their own; their pool only answers health checks.
+        beside_api = self._role in ("ingest", "dispatch")
+        pool = replace(settings, pool_min_idle=0, pool_max_size=2) if beside_api else settings
         try:
             async with asyncio.timeout(None) as deadline, Database(pool, role=self._role) as database:
                 await self._run_parts(self._parts(database), beside, database, deadline)
@@ -86,6 +89,10 @@ class _Process:
             parts.append(lambda stop: serve_api(settings, database, metrics, stop=stop))
         if self._role in ("run", "dispatch"):
             parts.append(lambda stop: _dispatch(settings, metrics, stop))
+            if settings.kafka_servers is not None:
+                parts.append(lambda stop: _publish(settings, metrics, stop))
+        if self._role == "ingest" or (self._role == "run" and settings.kafka_servers is not None):
+            parts.append(lambda stop: _ingest(settings, metrics, stop))
         if self._role == "run":
             parts.append(lambda stop: maintain(settings, database, stop))
         return parts
@@ -96,7 +103,7 @@ class _Process:
         settings = self._settings
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._limit(deadline))
-            if self._role == "dispatch" and settings.management_port is not None:
+            if self._role in ("ingest", "dispatch") and settings.management_port is not None:
                 # From the start, so that a probe sees a process that lives and waits for its database.
                 management: Part = lambda stop: serve_management(  # noqa: E731
                     settings, database, self._metrics, stop=stop
@@ -142,6 +149,21 @@ def _exit_at_once(status: int) -> NoReturn:
 async def _dispatch(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
     async with HttpSender(settings) as sender:
         await Dispatcher(settings, metrics, sender).run(stop)
+
+
+# Imported where they run: without Kafka, its client would cost every process memory for nothing.
+
+
+async def _ingest(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.ingest import ingest
+
+    await ingest(settings, metrics, stop)
+
+
+async def _publish(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.outbox import publish
+
+    await publish(settings, metrics, stop)
 
 
 async def _until_usable(settings: Settings, database: Database, role: Role, stop: asyncio.Event) -> None:

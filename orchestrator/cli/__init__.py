@@ -18,6 +18,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Serve": {
         "run": ("orchestrator.cli.serve:run", "Serve the API, dispatch, and maintain the database, in one process."),
         "api": ("orchestrator.cli.serve:api", "Serve the HTTP API alone."),
+        "ingest": ("orchestrator.cli.serve:ingest", "Read submissions and commands from Kafka, and nothing else."),
         "dispatch": ("orchestrator.cli.serve:dispatch", "Deliver due events, and nothing else."),
     },
     "Events": {
@@ -25,11 +26,13 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "get": ("orchestrator.cli.events:get", "Show an event and what happened to it."),
         "cancel": ("orchestrator.cli.events:cancel", "Cancel an event that has not been claimed yet."),
         "stats": ("orchestrator.cli.stats:stats", "Show how many events are in which state."),
+        "rejects": ("orchestrator.cli.rejects:rejects", "List, show and resubmit what could not become events."),
         "dead-letters": ("orchestrator.cli.stats:dead_letters", "List events that ran out of attempts."),
     },
     "Operate": {
         "migrate": ("orchestrator.cli.schema:migrate", "Bring the database up to this program's schema."),
         "maintain": ("orchestrator.cli.schema:maintain", "Run the database's maintenance once."),
+        "topics": ("orchestrator.cli.topics:topics", "Make and list the topics of Kafka."),
         "config": ("orchestrator.cli.config:config", "Check and document the settings."),
         "keys": ("orchestrator.cli.keys:keys", "Manage the keys of the HTTP API."),
         "doctor": ("orchestrator.cli.doctor:doctor", "Find what is wrong with this installation, and how to mend it."),

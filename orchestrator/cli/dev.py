@@ -33,8 +33,9 @@ def dev(as_json: bool) -> None:
     """Run everything on this machine, a database included.
 
     Without DATABASE_URL or DB_HOST it starts an embedded PostgreSQL 18, whose data is kept between runs in
-    .orchestrator/ of a checkout, or in ~/.local/state/scheduled-event-orchestrator. A small receiver prints
-    each webhook it gets. With --json the addresses are printed as one document, and webhooks go to standard
+    .orchestrator/ of a checkout, or in ~/.local/state/scheduled-event-orchestrator; without
+    KAFKA_BOOTSTRAP_SERVERS a Kafka-compatible broker that keeps nothing. A small receiver prints each webhook
+    it gets. With --json the addresses are printed as one document, and webhooks go to standard
     error. Ctrl-C stops it all.
     """
     from orchestrator import logs
@@ -43,7 +44,7 @@ def dev(as_json: bool) -> None:
 
     notes = console(stderr=True)
     with ExitStack() as running:
-        with notes.status("starting the database …"):
+        with notes.status("starting the database and the broker …"):
             stack = running.enter_context(prepared(environ()))
         logs.configure(stack.settings, "dev")
         serve(stack.settings, "run", beside=[lambda stop: _greet_and_receive(stack, as_json, stop)])
@@ -97,6 +98,7 @@ def _addresses(stack: Stack, receiver: str) -> dict[str, str | None]:
         "health": f"{stack.management}/health",
         "metrics": f"{stack.management}/metrics",
         "database_url": stack.settings.database_url,
+        "kafka": stack.settings.kafka_servers,
         "receiver": receiver,
         "data_dir": None if stack.data_dir is None else str(stack.data_dir),
     }
@@ -110,12 +112,16 @@ def _greet(out: Console, stack: Stack, receiver: str) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+    kafka = addresses["kafka"]
+    if stack.kafka_in_memory:
+        kafka = f"{kafka}, which forgets everything when it ends"
     for name, value in (
         ("API", addresses["api"]),
         ("OpenAPI", addresses["openapi"]),
         ("health", addresses["health"]),
         ("metrics", addresses["metrics"]),
         ("receiver", f"{receiver} prints below what it is sent"),
+        ("Kafka", kafka),
         ("data", addresses["data_dir"]),
     ):
         if value is not None:

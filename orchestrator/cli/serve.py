@@ -1,4 +1,4 @@
-"""``run``, ``api`` and ``dispatch``: the processes that stay."""
+"""``run``, ``api``, ``ingest`` and ``dispatch``: the processes that stay."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ def api() -> None:
     `orchestrator maintain` or pg_cron. Start as many as you need, behind a load balancer.
     """
     _serve("api")
+
+
+@click.command()
+def ingest() -> None:
+    """Read submissions and commands from Kafka, and nothing else.
+
+    Start as many as you need; they share the partitions of KAFKA_TOPIC_SUBMISSION, each with
+    KAFKA_CONSUMER_CONCURRENCY consumers. With MANAGEMENT_SERVER_PORT it answers health checks and serves
+    metrics there.
+    """
+    _serve("ingest")
 
 
 @click.command()

@@ -1,19 +1,33 @@
-"""`orchestrator dev`: a database whose data is kept between runs, and settings to develop with."""
+"""`orchestrator dev`: a database whose data is kept between runs, a broker, and settings to develop with."""
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+import psycopg
 
 from orchestrator.config import DATABASE_PARTS, Settings
+from orchestrator.dev import kafka_wheel
 from orchestrator.dev.environment import LOOPBACK, is_free, kept_webhook_secret, state_directory, with_defaults
+from orchestrator.dev.kafka_wheel import WheelBroker
 from orchestrator.dev.postgres import EmbeddedPostgres
+from orchestrator.dev.system import until
 from orchestrator.errors import OrchestratorError
+from orchestrator.kafka.topics import create_topics
 from orchestrator.migrate import migrate
 
 POSTGRES_PORT = 15432
+KAFKA_PORT = 19092
+_OTHER_STARTS_S = 10.0
+_SESSION_MS = "2000"
 _DATABASE = "orchestrator"
 
 
@@ -23,6 +37,8 @@ class Stack:
 
     settings: Settings
     data_dir: Path | None
+    kafka_in_memory: bool
+    """Whether Kafka is a broker that ends with this program, or with the first that serves the database."""
 
     @property
     def api(self) -> str:
@@ -40,10 +56,11 @@ class Stack:
 
 @contextmanager
 def prepared(environ: Mapping[str, str]) -> Iterator[Stack]:
-    """A database up to date, and settings for development wherever the environment says nothing else.
+    """A database up to date, a broker with topics, and settings for development where the environment says nothing.
 
-    The database is the one of DATABASE_URL or DB_HOST, else an embedded server that stops at the end. Raises
-    OrchestratorError when a port is taken or the database cannot be had.
+    The database is the one of DATABASE_URL or DB_HOST, else an embedded server that stops at the end. The broker is
+    the one of KAFKA_BOOTSTRAP_SERVERS, else one in memory if its wheel is installed. Raises OrchestratorError when a
+    port is taken, or the database or the brokers cannot be had.
     """
     home = state_directory(environ)
     defaults = {
@@ -61,9 +78,28 @@ def prepared(environ: Mapping[str, str]) -> Iterator[Stack]:
     _require_free("SERVER_PORT", settings.server_host, settings.server_port)
     if settings.management_port is not None:
         _require_free("MANAGEMENT_SERVER_PORT", settings.server_host, settings.management_port)
+    with ExitStack() as stack:
+        database, data_dir = stack.enter_context(_database(environ, settings, home))
+        settings = Settings.from_env(database)
+        in_memory = settings.kafka_servers is None and kafka_wheel.unavailable() is None
+        if in_memory:
+            kafka = stack.enter_context(_broker(settings, home))
+            # It gives a group its partitions only after such a time.
+            defaults = {"KAFKA_SESSION_TIMEOUT_MS": _SESSION_MS}
+            settings = Settings.from_env(with_defaults({**database, **kafka}, defaults))
+        if settings.kafka_servers is not None:
+            asyncio.run(create_topics(settings))
+        yield Stack(settings, data_dir, in_memory)
+
+
+@contextmanager
+def _database(
+    environ: Mapping[str, str], settings: Settings, home: Path
+) -> Iterator[tuple[Mapping[str, str], Path | None]]:
+    """The environment with a database that is up to date, and where its data is if it is not the user's own."""
     if any(environ.get(name, "").strip() for name in ("DATABASE_URL", "DB_HOST")):
         migrate(settings.database_url, days_ahead=settings.partition_days_ahead)
-        yield Stack(settings, None)
+        yield environ, None
         return
     # When another `dev` runs here already, this uses its server.
     port = POSTGRES_PORT if is_free("127.0.0.1", POSTGRES_PORT) else 0
@@ -71,8 +107,54 @@ def prepared(environ: Mapping[str, str]) -> Iterator[Stack]:
         url = server.ensure_database(_DATABASE)
         migrate(url, days_ahead=settings.partition_days_ahead)
         replaced = {name for setting in DATABASE_PARTS.values() for name in setting.names}
-        environ = {name: value for name, value in environ.items() if name not in replaced}
-        yield Stack(Settings.from_env({**environ, "DATABASE_URL": url}), server.data_dir)
+        kept = {name: value for name, value in environ.items() if name not in replaced}
+        yield {**kept, "DATABASE_URL": url}, server.data_dir
+
+
+@contextmanager
+def _broker(settings: Settings, home: Path) -> Iterator[dict[str, str]]:
+    """The settings of a broker for this database: of another `dev` that serves the same one, else of its own.
+
+    Two would not do: positions in the database are by the name of the topic.
+    """
+    digest = hashlib.sha256(settings.database_url.encode()).hexdigest()[:12]
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / f"broker-{digest}").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield _environ_of_another(file)
+            return
+        file.truncate(0)
+        port = KAFKA_PORT if is_free("127.0.0.1", KAFKA_PORT) else 0
+        with WheelBroker(port=port) as broker:
+            _read_from_the_start(settings)
+            file.write(json.dumps(broker.environ))
+            file.flush()
+            try:
+                yield broker.environ
+            finally:
+                Path(file.name).unlink()
+
+
+def _environ_of_another(file: IO[str]) -> dict[str, str]:
+    for _ in until(_OTHER_STARTS_S):
+        file.seek(0)
+        written = file.read()
+        if written:
+            environ: dict[str, str] = json.loads(written)
+            return environ
+    raise OrchestratorError(f"{file.name}: another orchestrator dev does not get its broker started; stop it")
+
+
+def _read_from_the_start(settings: Settings) -> None:
+    """Forgets how far the topics of the last run were read: the broker is new, and they begin at 0 again."""
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        connection.execute(
+            "select orchestrator.set_ingest_offset(topic, partition, 0) from orchestrator.ingest_offset"
+            " where topic = any (%s)",
+            ([settings.topic_submission, settings.topic_processing],),
+        )
 
 
 def _require_free(setting: str, host: str, port: int) -> None:

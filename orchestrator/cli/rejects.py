@@ -1,0 +1,147 @@
+"""``rejects``: records from Kafka that could not become events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import IO, TYPE_CHECKING, TypeVar
+
+import click
+
+from orchestrator.cli.support import console, json_option, moment, plain, print_json, settings
+from orchestrator.config import Settings
+from orchestrator.errors import OrchestratorError
+
+if TYPE_CHECKING:
+    from orchestrator.database import Submitted
+    from orchestrator.database.rejects import KeptReject, Rejects
+
+T = TypeVar("T")
+
+_SHOWN_CHARS = 2000
+
+
+def _with_rejects(work: Callable[[Rejects, Settings], Awaitable[T]]) -> T:
+    from orchestrator.database.rejects import Rejects
+
+    async def run() -> T:
+        ours = settings()
+        async with Rejects.open(ours) as rejects:
+            return await work(rejects, ours)
+
+    return asyncio.run(run())
+
+
+async def _found(rejects: Rejects, number: int) -> KeptReject:
+    found = await rejects.get(number)
+    if found is None:
+        raise OrchestratorError(f"there is no reject {number}; orchestrator rejects list names those there are")
+    return found
+
+
+@click.group()
+def rejects() -> None:
+    """List, show and resubmit what could not become events.
+
+    They are kept with their bytes and the reason; nothing that was read from Kafka is thrown away.
+    """
+
+
+@rejects.command("list")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 10_000), help="How many.")
+@click.option("--before", metavar="NUMBER", type=int, help="Those with smaller numbers, for the next page.")
+@json_option
+def list_rejects(limit: int, before: int | None, as_json: bool) -> None:
+    """List rejects, newest first."""
+    found = _with_rejects(lambda rejects, _: rejects.page(limit=limit, before=before))
+    if as_json:
+        print_json(b"[" + b",".join(found) + b"]")
+        return
+    if not found:
+        console().print("There are no rejects." if before is None else "There are no more.")
+        return
+    from rich.table import Table
+
+    table = Table("reject", "received", "record", "what is wrong", "resubmitted as", box=None, pad_edge=False)
+    for each in map(json.loads, found):
+        table.add_row(
+            str(each["reject"]),
+            moment(each["received_at"]),
+            f"{each['topic']} {each['partition']}:{each['offset']}",
+            plain(f"{each['field']}: {each['reason']}"),
+            each["event_id"] or "",
+        )
+    console().print(table)
+    if len(found) == limit:
+        console().print(f"For more: orchestrator rejects list --before {each['reject']}")
+
+
+@rejects.command()
+@click.argument("number", type=int)
+@click.option("--raw", is_flag=True, help="Print the bytes of its value and nothing else, to correct them in a file.")
+@json_option
+def show(number: int, raw: bool, as_json: bool) -> None:
+    """Show a reject with what was sent."""
+    found = _with_rejects(lambda rejects, _: _found(rejects, number))
+    if raw:
+        click.echo(found.value or b"", nl=False)
+    elif as_json:
+        _, *fields = found._fields
+        print_json({"reject": number} | {name: getattr(found, name) for name in fields})  # bytes become base64
+    else:
+        rows = {
+            "reject": str(found.number),
+            "record": f"topic {found.topic}, partition {found.partition}, offset {found.offset}",
+            "received": moment(found.received_at),
+            "what is wrong": f"{found.field}: {found.reason}",
+            "resubmitted": f"{moment(found.resubmitted_at)} as {found.event_id}" if found.event_id else "no",
+            "key": _text(found.key),
+            "value": _text(found.value),
+        }
+        for name, told in rows.items():
+            click.echo(f"{name:<14} {plain(told)}")
+
+
+def _text(sent: bytes | None) -> str:
+    if sent is None:
+        return "none"
+    text = sent[:_SHOWN_CHARS].decode(errors="backslashreplace")
+    return text if len(sent) <= _SHOWN_CHARS else f"{text}… ({len(sent):,} bytes; see --raw)"
+
+
+@rejects.command()
+@click.argument("number", type=int)
+@click.argument("file", type=click.File("rb"), required=False)
+@click.option("--again", is_flag=True, help="Even though it was resubmitted before.")
+@json_option
+def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) -> None:
+    """Submit a reject again: as it came, or corrected, from FILE (- for standard input).
+
+    \b
+    orchestrator rejects show 7 --raw > event.json
+    orchestrator rejects resubmit 7 event.json
+
+    As it came is right when what it lacked is there now, such as its retry policy.
+    """
+    corrected = None if file is None else file.read()
+
+    async def work(rejects: Rejects, ours: Settings) -> Submitted:
+        from orchestrator.events import parse_submission
+
+        found = await _found(rejects, number)
+        if found.topic == ours.topic_processing:
+            raise OrchestratorError(f"reject {number} is a command: send it to {found.topic} again")
+        if found.event_id is not None and not again:
+            raise OrchestratorError(f"reject {number} was resubmitted before, as {found.event_id}; use --again")
+        value = found.value if corrected is None else corrected
+        if value is None:
+            raise OrchestratorError(f"reject {number} has no value; give what it should have been in a file")
+        return await rejects.resubmit(number, parse_submission(value, ours))
+
+    kept = _with_rejects(work)
+    duplicate = kept.result == "duplicate"
+    if as_json:
+        print_json({"reject": number, "id": kept.id, "duplicate": duplicate})
+    else:
+        click.echo(f"{kept.id}  {'was kept before, and is unchanged' if duplicate else 'accepted'}")

@@ -1,0 +1,217 @@
+"""An ingester's view of the database: one connection for each consumer, one transaction for each batch.
+
+The transaction moves the offsets first, by compare-and-set. That serialises everyone who reads the same partition,
+zombies included, and makes the batch and its offsets one: both are kept, or neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, LiteralString, NamedTuple, TypeVar
+
+import msgspec
+from psycopg import errors
+
+from orchestrator.config import Settings
+from orchestrator.database.connection import Connection, connect, translated
+from orchestrator.database.pool import COPY_SUBMISSIONS
+from orchestrator.errors import OrchestratorError, ValidationError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Position(NamedTuple):
+    """How far a partition has been read; the anchor is the last record that was read, and its hash."""
+
+    next_offset: int
+    anchor_offset: int | None
+    anchor_hash: int | None
+
+
+class Move(NamedTuple):
+    """A partition's step from `expected`, None when it has not been begun, to `next_offset`."""
+
+    partition: int
+    expected: int | None
+    next_offset: int
+    anchor_offset: int | None
+    anchor_hash: int | None
+
+
+class Reject(NamedTuple):
+    """A record that cannot be kept, as it came, and why."""
+
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    field: str
+    reason: str
+
+
+class Kept(NamedTuple):
+    """How many events of a batch were new, kept before, or refused by a rule that only the database knows."""
+
+    accepted: int
+    duplicates: int
+    refused: int
+
+
+Refused = tuple[int, str, str]
+"""Number of an item, and field and reason of what is wrong with it."""
+Rejected = Callable[[int, str, str], Reject]
+"""Makes the reject of an item that was refused."""
+
+
+class OffsetsMovedError(OrchestratorError):
+    """Partitions do not stand where they were expected: somebody else has read them. Nothing was kept."""
+
+    def __init__(self, stand_at: Mapping[int, int]) -> None:
+        self.stand_at = dict(stand_at)
+        super().__init__(f"partitions were moved by somebody else: {self.stand_at}")
+
+
+class Ingestion:
+    """One connection. Methods raise DatabaseUnavailable when it is lost; what was under way may have been kept."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: Settings) -> AsyncGenerator[Ingestion, None]:
+        async with await connect(settings, "ingest") as connection:
+            with translated():
+                await connection.execute(_OPEN)
+            yield cls(connection)
+
+    async def positions(self, topic: str) -> dict[int, Position]:
+        """Where each partition stands; those without an entry have not been begun."""
+        rows = await self._all("select * from orchestrator.ingest_offsets(%s)", topic)
+        return {row[0]: Position(*row[1:]) for row in rows}
+
+    async def submit(
+        self, topic: str, moves: Sequence[Move], rows: Sequence[bytes], rejects: Sequence[Reject], rejected: Rejected
+    ) -> Kept:
+        """Keeps `rows`, lines of `copy_row` numbered from 0, and the rejects.
+
+        A row that the database refuses becomes the reject that `rejected` makes of it. Raises OffsetsMovedError.
+        """
+        async with self._transaction(topic, moves):
+            answers, refused = await self._apart(rows, self._submit)
+            duplicates = sum(count for count, _ in answers)
+            refused += [each for _, some in answers for each in some]
+            await self._keep_rejects(topic, [*rejects, *(rejected(*each) for each in refused)])
+        return Kept(len(rows) - duplicates - len(refused), duplicates, len(refused))
+
+    async def execute(
+        self,
+        topic: str,
+        moves: Sequence[Move],
+        commands: Sequence[Mapping[str, object]],
+        rejects: Sequence[Reject],
+        rejected: Rejected,
+    ) -> Kept:
+        """Carries out commands, in order, and answers each in the outbox; else as `submit`."""
+
+        async def execute(items: Sequence[Mapping[str, object]]) -> None:
+            document = msgspec.json.encode(items).decode()
+            await self._all("select orchestrator.execute_commands(%s, %s::jsonb)", topic, document)
+
+        async with self._transaction(topic, moves):
+            _, refused = await self._apart(commands, execute)
+            for n, field, reason in refused:
+                await execute([{**commands[n], "problem": {"field": field, "reason": _storable(reason)}}])
+            await self._keep_rejects(topic, [*rejects, *(rejected(*each) for each in refused)])
+        return Kept(len(commands) - len(rejects) - len(refused), 0, len(refused))
+
+    @asynccontextmanager
+    async def _transaction(self, topic: str, moves: Sequence[Move]) -> AsyncGenerator[None, None]:
+        columns = [list(column) for column in zip(*sorted(moves), strict=True)] or [[]] * 5
+        with translated():
+            async with self._connection.transaction():
+                moved = await self._all(_ADVANCE, topic, *columns)
+                if moved:
+                    raise OffsetsMovedError(dict(moved))
+                yield
+
+    async def _apart(
+        self, items: Sequence[T], work: Callable[[Sequence[T]], Awaitable[R]], first: int = 0
+    ) -> tuple[list[R], list[Refused]]:
+        """The answers of `work` on all items, and those that it fails for, found by bisecting."""
+        if not items:
+            return [], []
+        try:
+            with _refusing():
+                async with self._connection.transaction():
+                    return [await work(items)], []
+        except ValidationError as error:
+            if len(items) == 1:
+                return [], [(first, error.field, error.reason)]
+        middle = len(items) // 2
+        answers, refused = await self._apart(items[:middle], work, first)
+        more_answers, more_refused = await self._apart(items[middle:], work, first + middle)
+        return answers + more_answers, refused + more_refused
+
+    async def _submit(self, rows: Sequence[bytes]) -> tuple[int, list[Refused]]:
+        async with self._connection.cursor() as cursor:
+            # There may be rows that were submitted before, while bisecting.
+            await cursor.execute("select orchestrator.open_staging()")
+            async with cursor.copy(COPY_SUBMISSIONS) as copy:
+                await copy.write(b"".join(rows))
+            await cursor.execute(_SUBMIT)
+            duplicates, numbers, fields, reasons = await cursor.fetchone() or (0, None, None, None)
+        return duplicates, list(zip(numbers or (), fields or (), reasons or (), strict=True))
+
+    async def _keep_rejects(self, topic: str, rejects: Sequence[Reject]) -> None:
+        if rejects:
+            columns = [list(column) for column in zip(*sorted(rejects, key=_place), strict=True)]
+            columns[4:] = [[_storable(text) for text in column] for column in columns[4:]]
+            await self._all(_KEEP_REJECTS, topic, *columns)
+
+    async def _all(self, query: LiteralString, *values: object) -> list[tuple[Any, ...]]:
+        with translated():
+            return await (await self._connection.execute(query, values)).fetchall()
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Raises ValidationError for a value that the server will never take."""
+    try:
+        with translated():
+            yield
+    except OrchestratorError as error:
+        if isinstance(error.__cause__, errors.ProgramLimitExceeded | errors.StatementTooComplex):
+            raise ValidationError("value", str(error.__cause__).splitlines()[0]) from error
+        raise
+
+
+def _place(reject: Reject) -> tuple[int, int]:
+    return reject.partition, reject.offset
+
+
+def _storable(text: str) -> str:
+    """The text without what a column cannot hold: reasons quote what was sent."""
+    return text.replace("\x00", r"\u0000").encode(errors="backslashreplace").decode()
+
+
+# A process that is paused within its transaction must not keep the partitions from whoever has taken them over.
+_OPEN: LiteralString = """
+set idle_in_transaction_session_timeout = '5 s';
+select orchestrator.open_staging()
+"""
+_ADVANCE: LiteralString = """
+select partition, next_offset from orchestrator.advance_offsets(
+  %s, %s::integer[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[])
+"""
+_SUBMIT: LiteralString = """
+select count(*) filter (where result = 'duplicate'), array_agg(n) filter (where result = 'refused')
+, array_agg(field) filter (where result = 'refused'), array_agg(reason) filter (where result = 'refused')
+from orchestrator.submit_staged()
+"""
+_KEEP_REJECTS: LiteralString = """
+select orchestrator.keep_rejects(
+  %s, %s::integer[], %s::bigint[], %b::bytea[], %b::bytea[], %s::text[], %s::text[])
+"""

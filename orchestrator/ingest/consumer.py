@@ -1,0 +1,111 @@
+"""Reads one topic into the database, each record exactly once, for as long as it is let.
+
+Whenever it is not certain where a partition stands (after an assignment, a batch that somebody else was faster
+with, an offset that the log does not have), what is in memory is dropped, and read again from where the database
+stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+
+from aiokafka.errors import KafkaError
+
+from orchestrator.config import Settings
+from orchestrator.database.ingestion import OffsetsMovedError
+from orchestrator.errors import KafkaUnavailable, SettingsError
+from orchestrator.ingest.halts import Halts
+from orchestrator.ingest.reading import Batch, Reading
+from orchestrator.ingest.source import MisplacedError, Source, TooLargeError
+from orchestrator.ingest.watch import StalledError, Watch
+from orchestrator.ingest.writer import Writer
+from orchestrator.metrics import Metrics
+
+_FIRST_BACKOFF_S = 0.1
+_LAST_BACKOFF_S = 5.0
+_WELL_S = 60.0  # a consumer that has lasted so long has not failed in turn
+
+_log = logging.getLogger(__name__)
+
+
+class Consumer:
+    """One member of the group with one connection to the database. Cancel `run` to end it; nothing is lost by that."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        topic: str,
+        group: str,
+        new_batch: Callable[[], Batch],
+        *,
+        share: int = 1,
+        stall_s: float = 30.0,
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._topic = topic
+        self._group = group
+        self._new_batch = new_batch
+        self._share = share
+        self._stall_s = stall_s
+        self._fetch_factor = 1
+        self._writer = Writer(settings, metrics, topic)
+        self._halts = Halts(metrics, topic)
+
+    async def run(self) -> None:
+        """Consumes until it is cancelled; Kafka and the database may come and go. Raises SettingsError."""
+        failures = 0
+        try:
+            while True:
+                began_s = time.monotonic()
+                try:
+                    await self._consume()
+                except TooLargeError:
+                    self._fetch_factor *= 4
+                    _log.warning("a record is larger than a fetch; fetching more", extra={"topic": self._topic})
+                    await asyncio.sleep(_FIRST_BACKOFF_S)
+                except StalledError as stalled:
+                    self._metrics.ingest_rebuilds_total.inc()
+                    _log.error("%s", stalled, extra={"topic": self._topic})
+                except SettingsError:
+                    raise
+                except Exception as error:
+                    if not isinstance(error, KafkaUnavailable | KafkaError):
+                        _log.exception("reading failed in a way not foreseen", extra={"topic": self._topic})
+                    failures = 1 if time.monotonic() > began_s + _WELL_S else failures + 1
+                    await self._back_off(failures, error)
+        finally:
+            self._halts.tell(())
+            await self._writer.close()
+
+    async def _consume(self) -> None:
+        """Reads, again and again, until the consumer has to be built anew."""
+        opening = Source.open(
+            self._settings, self._topic, self._group, share=self._share, fetch_factor=self._fetch_factor
+        )
+        async with opening as source:
+            watch = Watch(self._stall_s)
+            while True:
+                reading = Reading(self._topic, source, self._writer, watch, self._halts, self._metrics, self._new_batch)
+                try:
+                    await reading.run()
+                except OffsetsMovedError as moved:
+                    self._metrics.ingest_conflicts_total.inc()
+                    _log.info("somebody else was faster", extra={"topic": self._topic, "stand_at": moved.stand_at})
+                    await asyncio.sleep(_FIRST_BACKOFF_S * random.uniform(0.5, 2.0))
+                except MisplacedError as error:
+                    _log.info("placing partitions anew", extra={"topic": self._topic, "error": str(error)})
+                    await asyncio.sleep(_FIRST_BACKOFF_S)
+                finally:
+                    await reading.settle()
+
+    async def _back_off(self, failures: int, error: Exception) -> None:
+        wait_s = min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)
+        about = {"topic": self._topic, "error": str(error) or type(error).__name__, "retry_in_s": round(wait_s, 3)}
+        _log.warning("Kafka does not serve; trying again", extra=about)
+        await asyncio.sleep(wait_s)

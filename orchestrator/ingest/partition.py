@@ -1,0 +1,150 @@
+"""What a consumer knows of one partition, and when it must not be read on.
+
+The database says where to read on. Whether the topic still is the one that was read shows when the log begins no
+later and ends no earlier than that, and when the last record read, the anchor, is still what it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from orchestrator.database.ingestion import Move, Position
+
+
+class Record(Protocol):
+    """What is used of a consumed record; its names are the client's."""
+
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
+
+
+def record_hash(record: Record) -> int:
+    """A hash of timestamp, key and value that fits a bigint."""
+    digest = hashlib.blake2b(b"%d" % record.timestamp, digest_size=8)
+    for part in (record.key, record.value):
+        digest.update(b"-" if part is None else b"%d:%b" % (len(part), part))
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+class Halt(Exception):  # noqa: N818  # an order, carried out by whoever catches it
+    """This partition must not be read on until an operator has decided; its text says why.
+
+    `may_pass`: or until the log fits again, as it may after a change of leaders.
+    """
+
+    def __init__(self, why: str, *, may_pass: bool = False) -> None:
+        self.may_pass = may_pass
+        super().__init__(why)
+
+
+@dataclass
+class Partition:
+    """One partition of the current assignment."""
+
+    topic: str
+    number: int
+    begun: bool = False
+    """Whether the database has a position for it, or a batch under way gives it one."""
+    next_offset: int = 0
+    """The first offset that has not been taken into a batch."""
+    anchor: tuple[int, int] | None = None
+    """Offset and hash of the last record before `next_offset`; None: unknown."""
+    unproved: tuple[int, int] | None = None
+    """The anchor, while the log has not shown yet that it still holds it."""
+    halted: str | None = None
+    """Why it is not read, for the operator."""
+    may_pass: bool = False
+    """Whether that may pass by itself."""
+    failures: int = 0
+    """How often in turn its next records could not be read."""
+
+    def place(self, position: Position | None, begins: int, ends: int) -> int:
+        """Takes over where the database stands, and returns the offset to read from. Raises Halt.
+
+        A log that still holds the anchor is read from there, so that its first record proves it to be the same log.
+        """
+        self.begun = position is not None
+        if position is None:
+            self.next_offset = begins
+            return begins
+        self.next_offset = position.next_offset
+        if position.anchor_offset is not None and position.anchor_hash is not None:
+            self.anchor = position.anchor_offset, position.anchor_hash
+        if ends < position.next_offset:
+            raise Halt(f"the log ends at offset {ends}, before it: the topic was made anew or truncated", may_pass=True)
+        if begins > position.next_offset:
+            raise Halt(f"the log begins at offset {begins}, after it: records were deleted before they were read")
+        return self.doubt() if self.anchor is not None and begins <= self.anchor[0] else self.next_offset
+
+    def doubt(self) -> int:
+        """Has the anchor proved again; returns the offset to read from."""
+        self.unproved = self.anchor
+        return self.next_offset if self.anchor is None else self.anchor[0]
+
+    def fresh(self, records: Sequence[Record]) -> Sequence[Record]:
+        """Those of the records that were not read before. Raises Halt when the anchor among them is another record."""
+        if not records:
+            return records
+        if self.unproved is not None:
+            offset, expected = self.unproved
+            if records[0].offset == offset and record_hash(records[0]) != expected:
+                raise Halt(f"the record at offset {offset} is not the one that was read: the topic was made anew")
+            self.unproved = None  # or compaction has removed it
+        if records[0].offset >= self.next_offset:
+            return records
+        return [record for record in records if record.offset >= self.next_offset]
+
+    def halt(self, order: Halt) -> None:
+        """Notes that it is not read, and what to tell the operator."""
+        self.may_pass = order.may_pass
+        self.halted = (
+            f"partition {self.number} of topic {self.topic} is halted at offset {self.next_offset}: {order}. "
+            "To read on, say from where: "
+            f"select orchestrator.set_ingest_offset('{self.topic}', {self.number}, <offset>)"
+        )
+
+    def position(self) -> Position | None:
+        """Where the database should stand."""
+        if not self.begun:
+            return None
+        return Position(self.next_offset, *(self.anchor or (None, None)))
+
+
+@dataclass
+class Step:
+    """How far a batch moves a partition."""
+
+    partition: int
+    expected: int | None
+    next_offset: int
+    anchor: tuple[int, int] | None
+
+    def move(self) -> Move:
+        offset, hashed = self.anchor or (None, None)
+        return Move(self.partition, self.expected, self.next_offset, offset, hashed)
+
+
+def take(steps: dict[int, Step], partition: Partition, records: Sequence[Record], next_offset: int) -> None:
+    """Moves the partition, and the batch's step for it, past the records to `next_offset`."""
+    step = steps.get(partition.number)
+    if step is None:
+        expected = partition.next_offset if partition.begun else None
+        step = steps[partition.number] = Step(partition.number, expected, next_offset, partition.anchor)
+    if records:
+        last = records[-1]
+        partition.anchor = step.anchor = last.offset, record_hash(last)
+    partition.begun = True
+    partition.next_offset = step.next_offset = next_offset

@@ -1,0 +1,262 @@
+"""Reading the partitions of one assignment, from where the database stands until it is not certain any more.
+
+While a batch is written the next one is fetched and parsed; it is as large as what has come meanwhile, within its
+bounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from orchestrator.ingest.halts import Halts
+from orchestrator.ingest.partition import Halt, Partition, Record, Step, take
+from orchestrator.ingest.source import Fetched, Source, UnreadableError
+from orchestrator.ingest.watch import Watch
+from orchestrator.ingest.writer import Writable, Writer
+from orchestrator.metrics import Metrics
+
+_SLICE_RECORDS = 250  # parsed at a time; in between, the batch before it gets on
+_SLICE_BYTES = 256 << 10
+_LINGER_S = 0.01
+_IDLE_S = 0.5
+_TICK_S = 1.0
+_REFETCH_S = 0.1
+_POLLS = 20
+_UNREADABLE_TRIES = 6
+_ENDING_S = 5.0
+_CANCEL_S = 0.3
+_MIRRORED_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class Batch(Writable, Protocol):
+    """What becomes of the records: submissions or commands."""
+
+    size_bytes: int
+
+    @property
+    def full(self) -> bool: ...
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Parses records; whatever they hold, it raises nothing."""
+
+
+class Reading:
+    """`run`, then `settle`, whatever `run` has raised. Drops what is in memory: the database knows where to go on."""
+
+    def __init__(
+        self,
+        topic: str,
+        source: Source,
+        writer: Writer,
+        watch: Watch,
+        halts: Halts,
+        metrics: Metrics,
+        new_batch: Callable[[], Batch],
+    ) -> None:
+        self._topic = topic
+        self._source = source
+        self._writer = writer
+        self._watch = watch
+        self._halts = halts
+        self._lag = metrics.ingest_lag
+        self._new_batch = new_batch
+        self._partitions: dict[int, Partition] = {}
+        self._turns: deque[int] = deque()
+        self._batch = new_batch()
+        self._steps: dict[int, Step] = {}
+        self._pending_since_s = 0.0
+        self._writing: asyncio.Task[None] | None = None
+        self._written: dict[int, int] = {}
+        self._ticked_s = 0.0
+        self._polls = 0
+        self._slice = _SLICE_RECORDS
+
+    async def run(self) -> None:
+        """Reads until the group assigns other partitions, or a halted one may be read on.
+
+        Raises OffsetsMovedError when somebody else was faster with a batch, and what `Source` and `Watch` raise.
+        """
+        await self._place()
+        while not self._source.moved:
+            self._note_written()
+            if time.monotonic() > self._ticked_s + _TICK_S:
+                self._ticked_s = time.monotonic()
+                self._tick()
+                if await self._may_go_on():
+                    return
+            if self._steps and self._writing is None and self._ripe():
+                self._write()
+            if self._batch.full:
+                await self._wait_for_writing(_TICK_S)
+            elif not await self._fetch():
+                await self._rest()
+
+    async def settle(self) -> None:
+        """Lets the batch under way come to an end, whichever that is."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing], timeout=_ENDING_S)
+            await _end(self._writing)
+            self._writing = None
+        await self._source.mirrored(_MIRRORED_S)
+        self._source.mirror(self._written)
+        await self._source.mirrored(_MIRRORED_S)
+        for number in self._partitions:
+            self._lag.remove(self._topic, number)
+
+    # Where to read
+
+    async def _place(self) -> None:
+        """Reads the assigned partitions from where the database stands, but for those whose log does not fit."""
+        source = self._source
+        numbers = source.assignment()
+        positions = await self._writer.positions()
+        bounds = await source.bounds(numbers)
+        if source.moved:
+            return
+        for number in numbers:
+            partition = self._partitions[number] = Partition(self._topic, number)
+            try:
+                source.place(number, partition.place(positions.get(number), *bounds[number]))
+            except Halt as halt:
+                self._halt(partition, halt)
+        self._turns.extend(numbers)
+        _log.info("reading partitions %s of %s", numbers, self._topic)
+        self._tick()
+
+    def _halt(self, partition: Partition, order: Halt) -> None:
+        self._source.hold(partition.number, partition.next_offset)
+        partition.halt(order)
+
+    async def _may_go_on(self) -> bool:
+        """Whether a halted partition can be read: an operator has set its offset, or its log fits again."""
+        if all(p.halted is None for p in self._partitions.values()):
+            return False
+        await self._wait_for_writing(_TICK_S)
+        self._note_written()
+        if self._writing is not None:
+            return False
+        halted = [p for p in self._partitions.values() if p.halted and p.number not in self._steps]
+        positions = await self._writer.positions()
+        if any(positions.get(p.number) != p.position() for p in halted):
+            return True
+        bounds = await self._source.bounds([p.number for p in halted if p.may_pass])
+        return any(bounds[p.number][0] <= p.next_offset <= bounds[p.number][1] for p in halted if p.may_pass)
+
+    # Reading
+
+    async def _fetch(self) -> bool:
+        """Adds what has been fetched of each partition, a slice of each in turn. False: there was nothing."""
+        found = False
+        for _ in range(len(self._turns)):
+            if self._source.moved or self._batch.full:
+                break
+            partition = self._partitions[self._turns[0]]
+            self._turns.rotate(-1)  # or a full batch would always be of the first ones
+            if partition.halted is not None:
+                continue
+            try:
+                limit = max(1, self._slice >> 2 * partition.failures)
+                fetched = await self._source.read(partition.number, limit)
+            except UnreadableError as error:
+                # What stands before it can be read; smaller slices come up to it.
+                partition.failures += 1
+                if partition.failures == _UNREADABLE_TRIES:
+                    self._halt(partition, Halt(f"its records cannot be read: {error}"))
+                continue
+            if fetched is not None and self._add(fetched):
+                found = True
+                partition.failures = 0
+                await asyncio.sleep(0)
+        return found
+
+    async def _rest(self) -> None:
+        """Waits for more to do."""
+        if self._polls > 0:
+            self._polls -= 1
+            await asyncio.sleep(_REFETCH_S)
+        elif not self._steps:
+            try:
+                fetched = await self._source.wait(_IDLE_S)
+            except UnreadableError:
+                self._polls = _POLLS  # `_fetch` meets it again, and knows the partition
+            else:
+                if fetched is not None:
+                    self._add(fetched)
+        elif self._writing is not None:
+            await self._wait_for_writing(_LINGER_S)
+        else:
+            await asyncio.sleep(max(0.0, self._pending_since_s + _LINGER_S - time.monotonic()))
+
+    def _add(self, fetched: Fetched) -> bool:
+        """Takes records into the batch; whether there were any."""
+        partition = self._partitions[fetched.partition]
+        if self._source.lost_sight(partition.number):
+            self._source.place(partition.number, partition.doubt())
+            return False
+        try:
+            records = partition.fresh(fetched.records)
+        except Halt as halt:
+            self._halt(partition, halt)
+            return False
+        if fetched.next_offset <= partition.next_offset:
+            return False
+        if not self._steps:
+            self._pending_since_s = time.monotonic()
+        before_bytes = self._batch.size_bytes
+        self._batch.add(records)
+        take(self._steps, partition, records, fetched.next_offset)
+        if records:
+            record_bytes = max(1, (self._batch.size_bytes - before_bytes) // len(records))
+            self._slice = max(1, min(_SLICE_RECORDS, _SLICE_BYTES // record_bytes))
+        return bool(records)
+
+    # Writing
+
+    def _ripe(self) -> bool:
+        return self._batch.full or time.monotonic() >= self._pending_since_s + _LINGER_S
+
+    def _write(self) -> None:
+        self._writing = asyncio.create_task(self._write_batch(self._batch, self._steps), name="write")
+        self._batch, self._steps = self._new_batch(), {}
+
+    async def _write_batch(self, batch: Batch, steps: Mapping[int, Step]) -> None:
+        await self._writer.write(batch, [step.move() for step in steps.values()])
+        self._written |= {step.partition: step.next_offset for step in steps.values()}
+
+    async def _wait_for_writing(self, timeout_s: float) -> None:
+        if self._writing is not None:
+            await asyncio.wait([self._writing], timeout=timeout_s)
+
+    def _note_written(self) -> None:
+        """Raises OffsetsMovedError when the batch was not written because somebody else had read it."""
+        if self._writing is not None and self._writing.done():
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _tick(self) -> None:
+        self._source.mirror(self._written)
+        partitions = list(self._partitions.values())
+        self._halts.tell(partitions)
+        for partition in partitions:
+            end, _ = self._source.ends(partition.number)
+            self._lag.labels(self._topic, partition.number).set(max(0, end - partition.next_offset))
+        if not self._batch.full:  # else it is the database that is slow
+            self._watch.look(self._source, [p for p in partitions if p.halted is None])
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancels a task and waits for its end. More than once: psycopg asks the server to end a running query first, and
+    waits seconds for one that does not answer; cancelled again, it closes the connection."""
+    for _ in range(3):
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=_CANCEL_S)
+    if task.done() and not task.cancelled() and (error := task.exception()):
+        _log.debug("a batch was not written", extra={"error": str(error)})

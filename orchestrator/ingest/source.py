@@ -1,0 +1,267 @@
+"""A consumer of one topic, as the ingester needs it: aiokafka's, without its traps.
+
+It never reads on from where Kafka thinks it is: each partition is read from where it was placed, and what comes
+before that is dropped. What aiokafka does silently (a reset to the log's beginning, a step over a record that is
+too large, a bad batch fetched again for ever, a partition whose records are lost to another's error) is an error
+here. Only its public interface is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import NamedTuple
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import (
+    CorruptRecordException,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    RecordTooLargeError,
+    UnknownTopicOrPartitionError,
+    UnsupportedCodecError,
+)
+
+from orchestrator.config import Settings
+from orchestrator.errors import KafkaUnavailable
+from orchestrator.ingest.partition import Record
+from orchestrator.kafka.client import client_arguments, kafka_errors
+
+_CALL_S = 30.0  # for brokers to answer
+_ENDING_S = 2.0
+_REJOINING_S = 1.0
+_FETCH_BYTES = 8 << 20  # by all consumers of a process at once, as the brokers keep it
+_PARTITION_FETCH_BYTES = 512 << 10
+_LARGEST_FETCH_BYTES = 256 << 20
+_NEVER_MS = 2**31 - 1
+_LOST_SIGHT_MS = 5000  # after which a topic may have been deleted, made anew and filled again
+
+_log = logging.getLogger(__name__)
+
+
+class MisplacedError(Exception):
+    """A partition is read where the log holds nothing: its place has to be found anew."""
+
+
+class UnreadableError(Exception):
+    """The next records of `partition`, None when it is not known, cannot be read."""
+
+    def __init__(self, partition: int | None, reason: str) -> None:
+        self.partition = partition
+        super().__init__(reason)
+
+
+class TooLargeError(Exception):
+    """A record does not fit into a fetch: the consumer must be built anew to fetch more."""
+
+
+class Fetched(NamedTuple):
+    """Records of a partition, and the offset that follows them: beyond the last record's where compaction and
+    transactions have left gaps."""
+
+    partition: int
+    records: Sequence[Record]
+    next_offset: int
+
+
+class Source:
+    """A started consumer. Methods raise KafkaError or KafkaUnavailable when it has to be built anew."""
+
+    def __init__(self, consumer: AIOKafkaConsumer, topic: str) -> None:
+        self._consumer = consumer
+        self._topic = topic
+        self._assigned: Collection[TopicPartition] = ()
+        self._tps: Mapping[int, TopicPartition] = {}
+        self._placed: dict[int, TopicPartition] = {}
+        self._seen_ms: dict[int, int] = {}
+        self._told: dict[int, int] = {}
+        self._telling: asyncio.Task[None] | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, settings: Settings, topic: str, group: str, *, share: int = 1, fetch_factor: int = 1
+    ) -> AsyncGenerator[Source, None]:
+        """Joins the group. `share` consumers of this process divide its memory; `fetch_factor` enlarges fetches."""
+        session_ms = round(settings.kafka_session_timeout_s * 1000)
+        partition_bytes = min(_LARGEST_FETCH_BYTES, _PARTITION_FETCH_BYTES * fetch_factor)
+        consumer = AIOKafkaConsumer(
+            topic,
+            group_id=group,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            isolation_level="read_committed",
+            check_crcs=True,
+            session_timeout_ms=session_ms,
+            heartbeat_interval_ms=min(3000, session_ms // 4),
+            max_poll_interval_ms=_NEVER_MS,  # waiting for the database is no reason to leave
+            max_partition_fetch_bytes=partition_bytes,
+            fetch_max_bytes=max(1 << 20, partition_bytes, _FETCH_BYTES // share),
+            **client_arguments(settings, "ingest"),
+        )
+        source = cls(consumer, topic)
+        try:
+            with kafka_errors():
+                # Joining may have to wait until the group has given up a member that is gone.
+                async with asyncio.timeout(_CALL_S + settings.kafka_session_timeout_s):
+                    await consumer.start()
+        except UnknownTopicOrPartitionError:
+            await source._close()
+            raise _no_topic(topic) from None
+        except BaseException:
+            await source._close()
+            raise
+        try:
+            yield source
+        finally:
+            await source._close()
+
+    async def _close(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.wait([self._telling])
+        # It hangs while the broker is away, and needs more than one cancellation to come to an end.
+        stopping = asyncio.create_task(self._consumer.stop())
+        for _ in range(3):
+            _, running = await asyncio.wait([stopping], timeout=_ENDING_S)
+            if not running:
+                break
+            stopping.cancel()
+        if stopping.done() and not stopping.cancelled() and (error := stopping.exception()):
+            _log.debug("a consumer did not end well", extra={"error": str(error)})
+
+    @property
+    def moved(self) -> bool:
+        """Whether the group has assigned other partitions since `assignment` was called."""
+        return self._consumer.assignment() is not self._assigned
+
+    def assignment(self) -> list[int]:
+        """The partitions to read from now on; none is read until it is placed.
+
+        Raises KafkaUnavailable when there are none because the topic is gone.
+        """
+        self._assigned = self._consumer.assignment()
+        if not self._assigned and not self._consumer.partitions_for_topic(self._topic):
+            raise _no_topic(self._topic)
+        self._tps = {tp.partition: tp for tp in self._assigned}
+        self._placed = {}
+        self._seen_ms = {}
+        self._told = {}
+        return sorted(self._tps)
+
+    async def bounds(self, partitions: Collection[int]) -> dict[int, tuple[int, int]]:
+        """The first and the end offset of each partition's log."""
+        if not partitions:
+            return {}
+        tps = [self._tps[partition] for partition in partitions]
+        with kafka_errors():
+            async with asyncio.timeout(_CALL_S):
+                begins = await self._consumer.beginning_offsets(tps)
+                ends = await self._consumer.end_offsets(tps)
+        return {tp.partition: (begins[tp], ends[tp]) for tp in tps}
+
+    def place(self, partition: int, offset: int) -> None:
+        """Reads the partition from this offset on."""
+        tp = self._tps[partition]
+        self._consumer.seek(tp, offset)
+        self._consumer.resume(tp)
+        self._placed[partition] = tp
+        self._seen_ms.pop(partition, None)
+
+    def hold(self, partition: int, offset: int) -> None:
+        """Reads the partition no more."""
+        tp = self._tps[partition]
+        self._consumer.pause(tp)
+        self._consumer.seek(tp, offset)  # one without a place would hold up all others on its broker
+        self._placed.pop(partition, None)
+
+    async def wait(self, timeout_s: float) -> Fetched | None:
+        """The next record of any partition, as soon as there is one."""
+        tps = list(self._placed.values())
+        if not tps:
+            await asyncio.sleep(timeout_s)
+            return None
+        with _errors(None):
+            # Of one record, so that an error of one partition cannot lose records of another.
+            found = await self._getmany(*tps, timeout_s=timeout_s, limit=1)
+        return next((Fetched(tp.partition, records, records[0].offset + 1) for tp, records in found.items()), None)
+
+    async def read(self, partition: int, limit: int) -> Fetched | None:
+        """Up to `limit` records of a partition that have been fetched, none when it has no place any more."""
+        tp = self._placed[partition]
+        with _errors(partition):
+            found = await self._getmany(tp, timeout_s=0, limit=limit)
+        if self.moved:
+            return None
+        return Fetched(partition, found.get(tp, ()), await self._consumer.position(tp))
+
+    async def _getmany(
+        self, *tps: TopicPartition, timeout_s: float, limit: int
+    ) -> Mapping[TopicPartition, Sequence[Record]]:
+        try:
+            async with asyncio.timeout(timeout_s + _REJOINING_S):
+                found = await self._consumer.getmany(*tps, timeout_ms=round(timeout_s * 1000), max_records=limit)
+        except TimeoutError:  # while the group assigns anew
+            return {}
+        # Records of another assignment are not read from where this one was placed.
+        return {} if self.moved else found
+
+    def lost_sight(self, partition: int) -> bool:
+        """Whether the partition was out of sight so long that its topic may be another one. Says so once."""
+        polled_ms = self.polled_ms(partition)
+        seen_ms = self._seen_ms.setdefault(partition, polled_ms)
+        self._seen_ms[partition] = polled_ms
+        return 0 < seen_ms < polled_ms - _LOST_SIGHT_MS
+
+    def polled_ms(self, partition: int) -> int:
+        """When a broker last answered for the partition, in Unix milliseconds; 0: never."""
+        return 0 if self.moved else self._consumer.last_poll_timestamp(self._tps[partition]) or 0
+
+    def ends(self, partition: int) -> tuple[int, int]:
+        """Where the log ends, and where it can be read to while transactions are open, as a broker last said."""
+        if self.moved:
+            return 0, 0
+        tp = self._tps[partition]
+        end = self._consumer.highwater(tp) or 0
+        stable = self._consumer.last_stable_offset(tp)
+        return end, end if stable is None or stable < 0 else stable
+
+    def mirror(self, positions: Mapping[int, int]) -> None:
+        """Tells the brokers what is new of these, for tools that show lag. Nothing depends on it."""
+        news = {self._tps[number]: offset for number, offset in positions.items() if self._told.get(number) != offset}
+        if news and not self.moved and (self._telling is None or self._telling.done()):
+            self._telling = asyncio.create_task(self._tell(news))
+
+    async def mirrored(self, timeout_s: float) -> None:
+        """Waits for the answer to `mirror`."""
+        if self._telling is not None:
+            await asyncio.wait([self._telling], timeout=timeout_s)
+
+    async def _tell(self, news: Mapping[TopicPartition, int]) -> None:
+        try:
+            async with asyncio.timeout(_CALL_S):
+                await self._consumer.commit(news)
+        except (KafkaError, TimeoutError) as error:
+            _log.debug("the brokers did not take the mirror of the offsets", extra={"error": str(error)})
+        else:
+            self._told |= {tp.partition: offset for tp, offset in news.items()}
+
+
+def _no_topic(topic: str) -> KafkaUnavailable:
+    return KafkaUnavailable(f"topic {topic} does not exist; run: orchestrator topics create")
+
+
+@contextmanager
+def _errors(partition: int | None) -> Iterator[None]:
+    """Tells apart what aiokafka raises for the records of a partition, by what has to follow."""
+    try:
+        yield
+    except RecordTooLargeError as error:
+        raise TooLargeError(str(error)) from error
+    except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
+        raise MisplacedError(str(error)) from error
+    except (CorruptRecordException, UnsupportedCodecError, ValueError) as error:
+        raise UnreadableError(partition, str(error) or type(error).__name__) from error

@@ -1,0 +1,69 @@
+"""A batch of submissions: each record becomes a row of COPY or a reject."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.config import Settings
+from orchestrator.database.ingestion import Ingestion, Move, Reject
+from orchestrator.errors import ValidationError
+from orchestrator.events import EVENT_ID_HEADER, submission_row
+from orchestrator.ingest.partition import Record
+from orchestrator.metrics import Metrics
+
+_MAX_RECORDS = 5000
+
+
+class Submissions:
+    """Up to 5,000 records, or `max_bytes` of them and one more."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, max_bytes: int) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._max_bytes = max_bytes
+        self._rows: list[bytes] = []
+        self._kept: list[Record] = []
+        self._rejects: list[Reject] = []
+        self.size_bytes = 0
+
+    @property
+    def full(self) -> bool:
+        return len(self._rows) + len(self._rejects) >= _MAX_RECORDS or self.size_bytes >= self._max_bytes
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Parses records; what is wrong with one becomes its reject."""
+        limits, rows, kept = self._settings, self._rows, self._kept
+        size_bytes = 0
+        for record in records:
+            value = record.value
+            try:
+                if value is None:
+                    raise ValidationError("body", "expected a submission, got a record without a value")
+                size_bytes += len(value)
+                given_id = _given_id(record) if record.headers else None
+                rows.append(submission_row(value, limits, len(rows), given_id))
+            except ValidationError as error:
+                self._rejects.append(reject(record, error.field, error.reason))
+            else:
+                kept.append(record)
+        self.size_bytes += size_bytes
+
+    async def write(self, database: Ingestion, topic: str, moves: Sequence[Move]) -> None:
+        """Keeps everything in one transaction."""
+        done = await database.submit(
+            topic, moves, self._rows, self._rejects, lambda n, field, reason: reject(self._kept[n], field, reason)
+        )
+        self._metrics.events_received_total("kafka").inc(len(self._rows) + len(self._rejects))
+        self._metrics.events_duplicate_total.inc(done.duplicates)
+        self._metrics.events_rejected_total.inc(len(self._rejects) + done.refused)
+
+
+def _given_id(record: Record) -> str | None:
+    for name, value in record.headers:
+        if name == EVENT_ID_HEADER:
+            return (value or b"").decode(errors="replace")
+    return None
+
+
+def reject(record: Record, field: str, reason: str) -> Reject:
+    return Reject(record.partition, record.offset, record.key, record.value, field, reason)

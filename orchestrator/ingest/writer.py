@@ -1,0 +1,112 @@
+"""A consumer's connection to the database: it goes on trying, whatever happens to the database."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Protocol, TypeVar
+
+import psycopg
+
+from orchestrator.config import Settings
+from orchestrator.database.ingestion import Ingestion, Move, OffsetsMovedError, Position
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError
+from orchestrator.metrics import Metrics
+
+T = TypeVar("T")
+
+_ANSWER_S = 30.0  # for a call of the database; one that hangs is given up, and the connection with it
+_FIRST_BACKOFF_S = 0.1
+_LAST_BACKOFF_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class Writable(Protocol):
+    """A batch of records of one topic."""
+
+    async def write(self, database: Ingestion, topic: str, moves: Sequence[Move]) -> None:
+        """Keeps everything in one transaction. May be called again. Raises as `Ingestion` does."""
+
+
+class Writer:
+    """One call at a time. Cancelling a call closes the connection; the next call opens another."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, topic: str) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._topic = topic
+        self._connection = AsyncExitStack()
+        self._database: Ingestion | None = None
+
+    async def close(self) -> None:
+        self._database = None
+        await self._connection.aclose()
+
+    async def positions(self) -> dict[int, Position]:
+        """Where each partition stands in the database."""
+        return await self._until_done(lambda database: database.positions(self._topic))
+
+    async def write(self, batch: Writable, moves: Sequence[Move]) -> None:
+        """Keeps a batch, however long it takes. Raises OffsetsMovedError when its partitions have been moved."""
+        tries = 0
+
+        async def once(database: Ingestion) -> None:
+            nonlocal tries
+            tries += 1
+            await batch.write(database, self._topic, moves)
+
+        try:
+            with self._metrics.ingest_batch_seconds.time():
+                await self._until_done(once)
+        except OffsetsMovedError as moved:
+            # The reply to a commit was lost, and the batch was kept by the try before.
+            if tries == 1 or moved.stand_at != {move.partition: move.next_offset for move in moves}:
+                raise
+
+    async def _until_done(self, work: Callable[[Ingestion], Awaitable[T]]) -> T:
+        failures = 0
+        while True:
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    found = await work(await self._connected())
+            except OffsetsMovedError:
+                self._note_served(failures)
+                raise
+            except (OrchestratorError, psycopg.Error, TimeoutError) as error:
+                failures += 1
+                await self.close()
+                await self._back_off(failures, error)
+            except BaseException:
+                await self.close()
+                raise
+            else:
+                self._note_served(failures)
+                return found
+
+    def _note_served(self, failures: int) -> None:
+        if failures:
+            self._metrics.database_reconnects_total.inc()
+            _log.warning("the database is back", extra={"topic": self._topic})
+
+    async def _connected(self) -> Ingestion:
+        if self._database is None:
+            self._database = await self._connection.enter_async_context(Ingestion.open(self._settings))
+        return self._database
+
+    async def _back_off(self, failures: int, error: Exception) -> None:
+        wait_s = min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)
+        away = isinstance(error, DatabaseUnavailable | TimeoutError)
+        _log.log(
+            logging.WARNING if away else logging.ERROR,
+            "the database is away; trying again" if away else "the database refuses to serve; trying again",
+            extra={
+                "topic": self._topic,
+                "error": str(error) or f"no answer within {_ANSWER_S:g} s",
+                "retry_in_s": round(wait_s, 3),
+            },
+        )
+        await asyncio.sleep(wait_s)

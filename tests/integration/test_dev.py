@@ -1,0 +1,48 @@
+"""`orchestrator dev` with the broker that it brings: events go through Kafka, and all begins anew with each run."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+import httpx
+import pytest
+
+from orchestrator.dev import kafka_wheel
+from orchestrator.dev.system import free_port
+from tests.conftest import Spawn
+from tests.support.processes import Spawned
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.skipif(kafka_wheel.unavailable() is not None, reason=f"{kafka_wheel.unavailable()}")
+
+
+async def addresses(process: Spawned) -> dict[str, str]:
+    await process.wait_for_log('"kafka"', 30)
+    line = next(line for line in process.log().splitlines() if line.startswith('{"api"'))
+    found: dict[str, str] = json.loads(line)
+    return found
+
+
+async def test_an_event_goes_through_kafka_in_every_run_with_the_same_database(spawn: Spawn) -> None:
+    for run in ("first", "second"):
+        process = spawn("dev", "--json", SERVER_PORT=str(free_port()))
+        where = await addresses(process)
+        event = {"source": run, "scheduled_at": datetime.now(UTC).isoformat(), "payload": {"run": run}}
+        async with httpx.AsyncClient() as client:
+            response = await client.post(where["api"], json=event | {"destination": f"{where['receiver']}/{run}"})
+        assert response.status_code == 202, response.text
+        await process.wait_for_log(f"webhook /{run}", 30)
+        assert await process.stop() == 0
+
+
+async def test_two_runs_with_one_database_share_a_broker(spawn: Spawn) -> None:
+    first, second = (spawn("dev", "--json", SERVER_PORT=str(free_port())) for _ in range(2))
+    assert (await addresses(first))["kafka"] == (await addresses(second))["kafka"]
+    assert [await process.stop() for process in (first, second)] == [0, 0]
+
+
+async def test_brokers_that_are_given_are_used(spawn: Spawn) -> None:
+    process = spawn("dev", "--json", KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1", SERVER_PORT=str(free_port()))
+    assert await process.wait() == 1
+    await eventually(lambda: "Error: KAFKA_BOOTSTRAP_SERVERS: no broker answers at 127.0.0.1:1" in process.log())
