@@ -17,9 +17,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.api.auth import Guard
 from orchestrator.api.events import EventRoutes
-from orchestrator.api.gather import gathering
 from orchestrator.api.health import Health
 from orchestrator.api.http import ClientGoneError
+from orchestrator.api.intake import intake
 from orchestrator.api.openapi import document
 from orchestrator.api.problems import as_problem
 from orchestrator.api.submit import SubmitBatch, SubmitOne
@@ -106,10 +106,10 @@ async def api_app(settings: Settings, database: Database, metrics: Metrics, heal
     async def openapi(request: Request) -> Response:
         return Response(described, media_type="application/json")
 
-    async with gathering(database) as gatherer:
+    async with intake(settings, database) as taken:
         routes = [
-            Route("/api/v1/events", SubmitOne(settings, guard, gatherer, metrics), methods=["POST"]),
-            Route("/api/v1/events/batch", SubmitBatch(settings, guard, database, metrics), methods=["POST"]),
+            Route("/api/v1/events", SubmitOne(settings, guard, taken, metrics), methods=["POST"]),
+            Route("/api/v1/events/batch", SubmitBatch(settings, guard, taken, metrics), methods=["POST"]),
             Route("/api/v1/events/statistics", events.statistics, methods=["GET"]),
             Route("/api/v1/events/external/{external_job_id:segment}", events.newest, methods=["GET", "DELETE"]),
             Route("/api/v1/events/external/{external_job_id:segment}/all", events.all, methods=["GET"]),

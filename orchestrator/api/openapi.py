@@ -8,7 +8,8 @@ from orchestrator.api.auth import SCOPES
 from orchestrator.api.events import CURSOR_PATTERN, DEFAULT_LIMIT, MAX_LIMIT
 from orchestrator.api.health import LIVENESS_PATHS, METRICS_PATHS, READINESS_PATHS
 from orchestrator.api.problems import KINDS, MEDIA_TYPE
-from orchestrator.api.schemas import NAME, UUID, Schema, ref, schemas
+from orchestrator.api.schema_parts import NAME, UUID, Schema, ref
+from orchestrator.api.schemas import schemas
 from orchestrator.config import Settings
 
 API_VERSION = "1"
@@ -20,7 +21,7 @@ _BODY_PROBLEMS = (400, 401, 403, 408, 413, 415, 422, 500, 503)
 def document(settings: Settings) -> dict[str, Any]:
     """The document for this configuration: its bounds, and whether a key is needed."""
     keys: list[dict[str, list[str]]] = [{"bearer": []}, {"header": []}]
-    paths = dict(_PATHS)
+    paths = _PATHS | _submit_paths(settings)
     if settings.management_port is None:
         paths |= _health_paths()
     return {
@@ -28,7 +29,8 @@ def document(settings: Settings) -> dict[str, Any]:
         "info": {
             "title": "Scheduled event orchestrator",
             "version": API_VERSION,
-            "description": "Keeps events until they are due, and delivers each one on time as a signed webhook. "
+            "description": "Keeps events until they are due, and delivers each one on time, as a signed webhook or "
+            "a record of Kafka. "
             "Errors are problem documents (RFC 9457).",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
@@ -121,29 +123,6 @@ _CURSOR: Schema = {
 }
 
 _PATHS: dict[str, Any] = {
-    "/api/v1/events": {
-        "post": _operation(
-            "submitEvent",
-            "Submit one event",
-            {
-                "201": _answer("The event is kept.", "Submitted", _LOCATION),
-                "200": _answer("The event was kept before; nothing has changed.", "Submitted", _LOCATION),
-            },
-            (*_BODY_PROBLEMS, 409),
-            body="Submission",
-            needs="submit",
-        )
-    },
-    "/api/v1/events/batch": {
-        "post": _operation(
-            "submitEvents",
-            "Submit many events, with a result for each",
-            {"200": _answer("What became of each event.", "BatchResult")},
-            _BODY_PROBLEMS,
-            body="Batch",
-            needs="submit",
-        )
-    },
     "/api/v1/events/statistics": {
         "get": _operation(
             "statistics",
@@ -213,6 +192,38 @@ _PATHS: dict[str, Any] = {
         )
     },
 }
+
+
+def _submit_paths(settings: Settings) -> dict[str, Any]:
+    queued = settings.kafka_servers is not None
+    direct = not queued or settings.submit_fallback is not None
+    one: dict[str, Any] = {}
+    many: dict[str, Any] = {"200": _answer("What became of each event.", "BatchResult")}
+    if direct:
+        one["201"] = _answer("The event is kept.", "Submitted", _LOCATION)
+        one["200"] = _answer("The event was kept before; nothing has changed.", "Submitted", _LOCATION)
+    if queued:
+        one["202"] = _answer(
+            "Kafka has the event; it can be read and cancelled within moments.", "Submitted", _LOCATION
+        )
+        many["202"] = _answer("Kafka has the accepted events; they can be read within moments.", "BatchResult")
+    return {
+        "/api/v1/events": {
+            "post": _operation(
+                "submitEvent", "Submit one event", one, (*_BODY_PROBLEMS, 409), body="Submission", needs="submit"
+            )
+        },
+        "/api/v1/events/batch": {
+            "post": _operation(
+                "submitEvents",
+                "Submit many events, with a result for each",
+                many,
+                _BODY_PROBLEMS,
+                body="Batch",
+                needs="submit",
+            )
+        },
+    }
 
 
 def _health_paths() -> dict[str, Any]:

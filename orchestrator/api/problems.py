@@ -12,7 +12,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Scope, Send
 
-from orchestrator.errors import DatabaseUnavailable, ValidationError
+from orchestrator.errors import DatabaseUnavailable, KafkaUnavailable, ValidationError
 from orchestrator.events import JsonError, OutOfRangeError, SubmissionError
 
 MEDIA_TYPE = "application/problem+json"
@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "unsupported-media-type": (415, "The body must be JSON"),
     "validation": (422, "The request breaks a rule"),
     "internal": (500, "Something went wrong here"),
-    "unavailable": (503, "The database is away or overloaded"),
+    "unavailable": (503, "The database, or Kafka, is away or overloaded"),
 }
 """Each kind of problem: the end of its type URI, its status and its title."""
 
@@ -104,6 +104,8 @@ def as_problem(error: Exception) -> Problem:
         case DatabaseUnavailable():
             _log.warning("answered 503: %s", error)
             return unavailable("The database cannot be reached. Try again shortly; nothing was lost by this.")
+        case KafkaUnavailable():
+            return unavailable(str(error))
         case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED):
             allowed = (error.headers or {}).get("Allow", "")
             return Problem("method-not-allowed", f"Expected one of {allowed}.", headers={"Allow": allowed})

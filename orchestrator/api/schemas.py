@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from orchestrator.api.problems import KINDS, TYPE_PREFIX
+from orchestrator.api.schema_parts import COUNT, NAME, STATUSES, TIME, UUID, Schema, closed, nullable, ref
+from orchestrator.api.submission_schema import submission_schemas
 from orchestrator.config import Settings
-from orchestrator.event_rules import (
-    HEADER_NAME_PATTERN,
-    HEADER_VALUE_PATTERN,
-    MAX_HEADER_CHARS,
-    MAX_HEADERS,
-    MAX_NAME_CHARS,
-    MAX_RETRIES,
-    RETRY_POLICY_PATTERN,
-)
-from orchestrator.urls import MAX_URL_CHARS, URL_PATTERN
 
-Schema = dict[str, Any]
-
-NO_NUL_PATTERN = "^[^\\u0000]*$"
-NAME: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS, "pattern": NO_NUL_PATTERN}
-UUID: Schema = {"type": "string", "format": "uuid"}
-TIME: Schema = {"type": "string", "format": "date-time"}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-STATUSES = ["scheduled", "in_flight", "retrying", "delivered", "dead", "cancelled", "lost"]
-
-
-def ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def closed(properties: dict[str, Schema], *optional: str) -> Schema:
-    """An object with these properties and no others, all of them present unless named as optional."""
-    required = [name for name in properties if name not in optional]
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-
-def nullable(schema: Schema) -> Schema:
-    return {**schema, "type": [schema["type"], "null"]}
+_SUBMITTED_STATUS: Schema = {
+    "type": "string",
+    "enum": ["scheduled", "duplicate", "accepted"],
+    "description": "`scheduled`: it is kept. `duplicate`: it was kept before; nothing has changed. `accepted`: Kafka "
+    "has it; it is kept within moments, unless it was before or the database refuses it.",
+}
 
 
 def schemas(settings: Settings) -> dict[str, Schema]:
     return {
-        "Submission": _submission(settings),
-        "JsonValue": _JSON_VALUE,
+        **submission_schemas(settings),
         "Batch": closed(
             {
                 "events": {
@@ -61,7 +34,7 @@ def schemas(settings: Settings) -> dict[str, Schema]:
                 "id": UUID,
                 "external_job_id": nullable(NAME),
                 "scheduled_at": TIME,
-                "status": {"type": "string", "enum": ["scheduled", "duplicate"]},
+                "status": _SUBMITTED_STATUS,
                 "duplicate": {"type": "boolean"},
             }
         ),
@@ -81,7 +54,7 @@ def schemas(settings: Settings) -> dict[str, Schema]:
             {
                 "index": COUNT,
                 "id": UUID,
-                "status": {"type": "string", "enum": ["scheduled", "duplicate"]},
+                "status": _SUBMITTED_STATUS,
                 "duplicate": {"type": "boolean"},
             }
         ),
@@ -103,85 +76,10 @@ def schemas(settings: Settings) -> dict[str, Schema]:
     }
 
 
-def _submission(settings: Settings) -> Schema:
-    fields: dict[str, Schema] = {
-        "source": {**NAME, "description": "Who submits; part of what makes a submission the same as another."},
-        "external_job_id": {
-            **nullable(NAME),
-            "description": "The client's own id. With `source` and `scheduled_at` it names the event: submitting "
-            "the three again keeps the one event there is.",
-        },
-        "scheduled_at": {
-            **TIME,
-            "description": "When to deliver, with a zone; kept to the microsecond. How far back and ahead events are "
-            "kept depends on the installation; a time beyond is answered with 409.",
-        },
-        "delivery_type": {"enum": ["HTTP", None], "default": "HTTP"},
-        "destination": {
-            "type": "string",
-            "maxLength": MAX_URL_CHARS,
-            "pattern": URL_PATTERN,
-            "description": "The URL to POST the payload to.",
-        },
-        "payload": {
-            **ref("JsonValue"),
-            "description": f"Any JSON of at most {settings.max_payload_bytes} bytes, nested at most 64 levels, "
-            "delivered byte for byte.",
-        },
-        "headers": {
-            "type": ["object", "null"],
-            "maxProperties": MAX_HEADERS,
-            "propertyNames": {"type": "string", "pattern": HEADER_NAME_PATTERN},
-            "additionalProperties": {
-                "type": "string",
-                "maxLength": MAX_HEADER_CHARS,
-                "pattern": HEADER_VALUE_PATTERN.replace("\\x", "\\u00"),
-            },
-            "description": "Headers to send with the payload. Those of HTTP's framing, Content-Type, webhook-* and "
-            "orchestrator-* are set on delivery and refused here.",
-        },
-        "max_retries": {
-            "type": ["integer", "null"],
-            "minimum": 0,
-            "maximum": MAX_RETRIES,
-            "default": settings.max_retries,
-            "description": "Attempts after the first.",
-        },
-        "retry_policy": {
-            "type": ["string", "null"],
-            "pattern": RETRY_POLICY_PATTERN,
-            "description": "The name of a retry policy of this installation.",
-        },
-    }
-    example = {
-        "source": "orders",
-        "external_job_id": "order-17/reminder",
-        "scheduled_at": "2030-01-31T09:00:00Z",
-        "destination": "https://example.com/webhooks/reminder",
-        "payload": {"order": 17},
-    }
-    optional = ("external_job_id", "delivery_type", "headers", "max_retries", "retry_policy")
-    return {**closed(fields, *optional), "examples": [example]}
-
-
-_JSON_VALUE: Schema = {
-    "description": "Any JSON without NUL characters.",
-    "anyOf": [
-        {"type": ["null", "boolean", "number"]},
-        {"type": "string", "pattern": NO_NUL_PATTERN},
-        {"type": "array", "items": ref("JsonValue")},
-        {
-            "type": "object",
-            "propertyNames": {"type": "string", "pattern": NO_NUL_PATTERN},
-            "additionalProperties": ref("JsonValue"),
-        },
-    ],
-}
-
 _OUTCOME = closed(
     {
         "attempt": {**COUNT, "description": "Which attempt; 0 when the event ended before any."},
-        "result": {"type": "string", "enum": ["delivered", "retried", "dead", "cancelled"]},
+        "result": {"type": "string", "enum": ["delivered", "retried", "dead", "cancelled", "redriven"]},
         "status_code": nullable({"type": "integer"}),
         "error": nullable({"type": "string"}),
         "response": nullable({"type": "string", "description": "The beginning of the answer, of failures only."}),
@@ -199,12 +97,13 @@ _EVENT = closed(
         "source": {"type": "string"},
         "external_job_id": {"type": ["string", "null"]},
         "scheduled_at": TIME,
-        "delivery_type": {"type": "string", "enum": ["HTTP"]},
-        "destination": {"type": "string"},
+        "delivery_type": {"type": "string", "enum": ["HTTP", "KAFKA"]},
+        "destination": {"type": ["string", "null"], "description": "A URL or a topic; null is the ready topic."},
         "payload": {},
         "headers": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
         "max_retries": COUNT,
         "retry_policy": {"type": ["string", "null"]},
+        "ordering_key": {"type": ["string", "null"]},
         "created_at": TIME,
         "status": {"type": "string", "enum": STATUSES},
         "attempt": {**COUNT, "description": "Attempts begun so far."},

@@ -6,20 +6,23 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.api.auth import Guard
-from orchestrator.api.gather import Gatherer
 from orchestrator.api.http import read_json, send_json
+from orchestrator.api.intake import Intake
 from orchestrator.api.problems import Problem
 from orchestrator.config import Settings
-from orchestrator.database import Database, Submitted, submit_all
+from orchestrator.database import Submitted
 from orchestrator.errors import ValidationError
 from orchestrator.events import Submission, parse_batch, parse_submission
 from orchestrator.metrics import Metrics
 
 _encode = msgspec.json.Encoder().encode
+_STATUSES = {"accepted": "scheduled", "duplicate": "duplicate", "queued": "accepted"}
+_CODES = {"accepted": 201, "duplicate": 200, "queued": 202}
 
 
 class Answer(msgspec.Struct):
-    """What a client is told of an event that is kept. `status` is ``duplicate`` if it was kept before."""
+    """What a client is told of its event: that it is kept, by ``scheduled`` or, if it was before, ``duplicate``, or
+    that Kafka has it, by ``accepted``."""
 
     id: str
     external_job_id: str | None
@@ -53,12 +56,12 @@ class BatchAnswer(msgspec.Struct):
 
 
 class SubmitOne:
-    """Keeps one event: 201, or 200 if it was kept before."""
+    """Keeps one event: 201, or 200 if it was kept before; or hands it to Kafka: 202."""
 
-    def __init__(self, settings: Settings, guard: Guard, gatherer: Gatherer, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, guard: Guard, intake: Intake, metrics: Metrics) -> None:
         self._settings = settings
         self._guard = guard
-        self._gatherer = gatherer
+        self._intake = intake
         self._received = metrics.events_received_total("http")
         self._metrics = metrics
 
@@ -68,8 +71,8 @@ class SubmitOne:
         self._received.inc()
         try:
             submission = parse_submission(raw, self._settings)
-            kept = await self._gatherer.submit(submission)
-            if kept.result == "refused":
+            kept = await self._intake.submit(submission)
+            if kept.result not in _STATUSES:
                 raise _refusal(kept)
         except (ValidationError, Problem):
             self._metrics.events_rejected_total.inc()
@@ -81,20 +84,20 @@ class SubmitOne:
             kept.id,
             submission.external_job_id,
             submission.scheduled_at.isoformat(),
-            "duplicate" if duplicate else "scheduled",
+            _STATUSES[kept.result],
             duplicate,
         )
         location = (b"location", b"/api/v1/events/" + kept.id.encode())
-        await send_json(send, 200 if duplicate else 201, _encode(answer), location)
+        await send_json(send, _CODES[kept.result], _encode(answer), location)
 
 
 class SubmitBatch:
-    """Keeps many events in one transaction, with a result for each."""
+    """Keeps many events in one transaction, or hands them to Kafka, with a result for each."""
 
-    def __init__(self, settings: Settings, guard: Guard, database: Database, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, guard: Guard, intake: Intake, metrics: Metrics) -> None:
         self._settings = settings
         self._guard = guard
-        self._database = database
+        self._intake = intake
         self._received = metrics.events_received_total("http")
         self._metrics = metrics
 
@@ -104,10 +107,11 @@ class SubmitBatch:
         items = parse_batch(raw, self._settings)
         self._received.inc(len(items))
         valid = [item for item in items if isinstance(item, Submission)]
-        answer = _batch_answer(items, await submit_all(self._database, valid) if valid else [])
+        kept = await self._intake.submit_all(valid) if valid else []
+        answer = _batch_answer(items, kept)
         self._metrics.events_duplicate_total.inc(answer.duplicates)
         self._metrics.events_rejected_total.inc(answer.rejected)
-        await send_json(send, 200, _encode(answer))
+        await send_json(send, 202 if any(each.result == "queued" for each in kept) else 200, _encode(answer))
 
 
 def _batch_answer(items: list[Submission | ValidationError], kept: list[Submitted]) -> BatchAnswer:
@@ -118,13 +122,11 @@ def _batch_answer(items: list[Submission | ValidationError], kept: list[Submitte
             fault = Fault(item.field, item.reason)
         else:
             event_id, result, field, reason = next(results)
-            if result == "accepted":
-                answer.accepted += 1
-                answer.results.append(ItemAnswer(index, event_id, "scheduled", False))
-                continue
-            if result == "duplicate":
-                answer.duplicates += 1
-                answer.results.append(ItemAnswer(index, event_id, "duplicate", True))
+            if result in _STATUSES:
+                duplicate = result == "duplicate"
+                answer.duplicates += duplicate
+                answer.accepted += not duplicate
+                answer.results.append(ItemAnswer(index, event_id, _STATUSES[result], duplicate))
                 continue
             fault = Fault(field or "body", reason or "refused by the database")
         answer.rejected += 1
@@ -134,4 +136,5 @@ def _batch_answer(items: list[Submission | ValidationError], kept: list[Submitte
 
 def _refusal(kept: Submitted) -> Problem:
     field, reason = kept.field or "body", kept.reason or "refused by the database"
-    return Problem("refused", f"{field}: {reason}", errors=[(field, reason)])
+    kind = "too-large" if kept.result == "too_large" else "refused"
+    return Problem(kind, f"{field}: {reason}", errors=[(field, reason)])

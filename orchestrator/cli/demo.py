@@ -38,8 +38,9 @@ _INTERRUPTED = 130
 def demo(events: int, seconds: float, dispatchers: int, database_url: str | None, as_json: bool) -> None:
     """Send events through all of it and count what arrives.
 
-    It starts PostgreSQL, the API, dispatchers and a receiver of webhooks, each a process of its own, submits
-    events over REST, half of them due at the same instant, and compares what arrived with what was submitted.
+    It starts PostgreSQL, a Kafka broker, two APIs, an ingester, dispatchers and a receiver of webhooks, each a
+    process of its own, submits events over REST, half of them through Kafka and half of them due at the same
+    instant, and compares what arrived with what was submitted.
     Exits with 1 when anything was lost, repeated or early. Lateness runs from scheduled_at to the arrival at
     the receiver; events a second is how fast the half that was due at once was delivered.
     """
@@ -98,7 +99,7 @@ def _print(result: Result) -> None:
     table.add_column(justify="right")
     table.add_column(style="dim")
     for name, count, about in (
-        ("submitted", result.submitted, "over REST, in batches"),
+        ("submitted", result.submitted, f"over REST, in batches; {result.through_kafka:,} of them through Kafka"),
         ("delivered", result.delivered, "signed, and verified by the receiver"),
         ("lost", result.lost, ""),
         ("duplicated", result.duplicated, ""),

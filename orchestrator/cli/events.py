@@ -10,7 +10,17 @@ from uuid import UUID
 
 import click
 
-from orchestrator.cli.support import console, duration, exit_with, json_option, moment, plain, print_json, with_database
+from orchestrator.cli.support import (
+    console,
+    duration,
+    exit_with,
+    json_option,
+    moment,
+    plain,
+    print_json,
+    target,
+    with_database,
+)
 from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError
 
@@ -112,7 +122,9 @@ def _show(out: Console, event: dict[str, Any]) -> None:
     for name, value in (
         ("source", event["source"]),
         ("external id", event["external_job_id"]),
-        ("destination", event["destination"]),
+        ("delivery", event["delivery_type"]),
+        ("destination", target(event)),
+        ("ordering key", event["ordering_key"]),
         ("scheduled", moment(event["scheduled_at"], now=now)),
         ("attempts", attempts),
         ("retry policy", event["retry_policy"]),

@@ -16,6 +16,7 @@ from orchestrator.cli.support import (
     moment,
     plain,
     print_json,
+    target,
     with_database,
 )
 from orchestrator.config import Settings
@@ -120,7 +121,7 @@ def dead_letters(limit: int, as_json: bool) -> None:
             f"{duration(max(0.0, died_s))} ago",
             letter["id"],
             str(letter["attempts"]),
-            Text(plain(letter["destination"])),
+            Text(plain(target(letter))),
             Text(plain(letter["reason"])),
         )
     out = console()

@@ -61,8 +61,11 @@ class Tally:
 
 @click.command()
 @click.argument("file", type=click.File("rb"), required=False)
-@click.option("--destination", metavar="URL", help="Where the payload is posted to when the event is due.")
-@click.option("--payload", metavar="JSON", help="What is posted; @FILE reads it from a file.")
+@click.option("--destination", metavar="URL|TOPIC", help="Where the payload goes when the event is due.")
+@click.option(
+    "--delivery-type", metavar="TYPE", help="HTTP, or KAFKA; that goes to the ready topic by default. [default: HTTP]"
+)
+@click.option("--payload", metavar="JSON", help="What is delivered; @FILE reads it from a file.")
 @click.option("--at", metavar="TIME", help="When: RFC 3339 with a zone, or relative: +10s, +1h30m. [default: now]")
 @click.option("--source", help="The system it comes from. [default: cli]")
 @click.option("--external-id", metavar="X", help="Your own name for it: the same name, source and time is one event.")
@@ -71,10 +74,12 @@ class Tally:
 )
 @click.option("--max-retries", type=int, help="Attempts after the first. [default: DEFAULT_MAX_RETRIES]")
 @click.option("--retry-policy", metavar="NAME", help="A row of orchestrator.retry_policy.")
+@click.option("--ordering-key", metavar="KEY", help="KAFKA: the record's key. [default: the external id]")
 @json_option
 def submit(
     file: IO[bytes] | None,
     destination: str | None,
+    delivery_type: str | None,
     payload: str | None,
     at: str | None,
     source: str | None,
@@ -82,12 +87,14 @@ def submit(
     headers: dict[str, str] | None,
     max_retries: int | None,
     retry_policy: str | None,
+    ordering_key: str | None,
     as_json: bool,
 ) -> None:
     """Submit one event, or a file of them.
 
     \b
     orchestrator submit --destination https://example.com/hook --payload '{"n": 1}' --at +10s
+    orchestrator submit --delivery-type KAFKA --destination reminders --payload '{"n": 1}'
     orchestrator submit events.jsonl
     make-events | orchestrator submit -
 
@@ -95,22 +102,25 @@ def submit(
     others out; they are named, and the exit code is 1. Submitting a file again changes nothing for events that
     have an external_job_id.
     """
-    options = (destination, payload, at, source, external_id, headers, max_retries, retry_policy)
+    target = (destination, delivery_type, ordering_key)
+    options = (*target, payload, at, source, external_id, headers, max_retries, retry_policy)
     if file is not None:
         if any(option is not None for option in options):
             raise click.UsageError("a file's lines say everything themselves: leave the other options out")
         _submit_file(file, as_json)
         return
-    if destination is None or payload is None:
+    if (destination is None and delivery_type != "KAFKA") or payload is None:
         raise click.UsageError("expected --destination and --payload, or a FILE (- for standard input)")
     fields: dict[str, object] = {
         "source": source or "cli",
         "scheduled_at": _time(at),
         "destination": destination,
+        "delivery_type": delivery_type,
         "external_job_id": external_id,
         "headers": headers,
         "max_retries": max_retries,
         "retry_policy": retry_policy,
+        "ordering_key": ordering_key,
     }
     _submit_one(fields, _payload(payload), as_json)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
@@ -71,6 +71,11 @@ def print_json(value: object) -> None:
 def plain(text: object) -> str:
     """Foreign text for a terminal: on one line, and unable to drive it."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def target(delivery: Mapping[str, Any]) -> str:
+    """Where an event, or a dead letter, goes or went, for people."""
+    return str(delivery["destination"] or "the ready topic of Kafka")
 
 
 def moment(text: str | None, *, now: datetime | None = None) -> str:

@@ -21,6 +21,7 @@ from orchestrator.events import parse_submission
 from orchestrator.metrics import Metrics
 from tests.conftest import MakeSettings
 from tests.integration.api_support import free_port, running_api
+from tests.support.brokers import Kafka
 
 CONFIGURATION = Path(__file__).parents[1] / "schemathesis.toml"
 EXAMPLES = 10
@@ -63,6 +64,34 @@ async def test_every_answer_of_an_api_that_needs_keys_is_described(settings: Mak
     assert status == 0, printed
 
 
+@pytest.mark.timeout(600)
+async def test_every_answer_of_an_api_that_hands_events_to_kafka_is_described(
+    kafka: Kafka, settings: MakeSettings, tmp_path: Path
+) -> None:
+    topic = kafka.unique("submissions")
+    await kafka.create_topic(topic, 3)
+    chosen = settings(SERVER_PORT=str(free_port()), KAFKA_TOPIC_SUBMISSION=topic, **kafka.environ)
+    async with Database(chosen, role="api") as database, running_api(chosen, database):
+        status, printed = await fuzz(chosen, tmp_path, "--phases", "examples,coverage,fuzzing")
+    assert status == 0, printed
+
+
+@pytest.mark.parametrize(
+    ("given", "answers"),
+    [
+        ({}, {"200", "201"}),
+        ({"KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}, {"202"}),
+        ({"KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1", "SUBMIT_FALLBACK": "database"}, {"200", "201", "202"}),
+    ],
+)
+def test_how_a_submission_is_answered_is_described_as_it_is_set_up(
+    settings: MakeSettings, given: dict[str, str], answers: set[str]
+) -> None:
+    paths = document(settings(DATABASE_URL="postgresql://localhost/none", **given))["paths"]
+    described = paths["/api/v1/events"]["post"]["responses"]
+    assert {status for status in described if status.startswith("2")} == answers
+
+
 @pytest.mark.parametrize("management", [{}, {"MANAGEMENT_SERVER_PORT": "8081"}])
 async def test_the_document_lists_exactly_the_routes_there_are(
     settings: MakeSettings, management: dict[str, str]
@@ -85,10 +114,11 @@ async def test_the_document_lists_exactly_the_routes_there_are(
     assert described == routes
 
 
-def test_the_example_is_a_submission(settings: MakeSettings) -> None:
+def test_the_examples_are_submissions(settings: MakeSettings) -> None:
     chosen = settings(DATABASE_URL="postgresql://localhost/none")
-    (example,) = document(chosen)["components"]["schemas"]["Submission"]["examples"]
-    assert parse_submission(json.dumps(example).encode(), chosen).source == example["source"]
+    examples = document(chosen)["components"]["schemas"]["Submission"]["examples"]
+    parsed = [parse_submission(json.dumps(example).encode(), chosen) for example in examples]
+    assert [submission.destination for submission in parsed] == [example["destination"] for example in examples]
 
 
 def test_the_document_asks_for_keys_just_when_the_api_does(settings: MakeSettings) -> None:

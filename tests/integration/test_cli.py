@@ -156,6 +156,15 @@ def test_a_submitted_event_is_shown_with_its_timeline(cli: Cli) -> None:
     assert all(text in shown for text in (identity, "scheduled", "order-7", "accepted", "attempt 1 due", HOOK))
 
 
+def test_a_kafka_event_is_shown_with_its_topic(cli: Cli) -> None:
+    event = ("submit", "--payload", "1", "--at", "+1h", "--delivery-type", "KAFKA", "--ordering-key", "tenant-7")
+    ready = document(cli(*event, "--json"))["id"]
+    shown = cli("get", ready).stdout
+    assert all(text in shown for text in ("KAFKA", "the ready topic", "tenant-7"))
+    named = document(cli(*event, "--destination", "reminders", "--json"))["id"]
+    assert document(cli("get", named, "--json"))["destination"] == "reminders"
+
+
 def test_submitting_the_same_again_is_a_duplicate_of_the_same_id(cli: Cli) -> None:
     event = ("submit", "--destination", HOOK, "--payload", "1", "--external-id", "x", "--at")
     kept = document(cli(*event, "+1h", "--json"))
@@ -173,6 +182,8 @@ def test_an_event_for_a_day_without_a_partition_is_refused(cli: Cli) -> None:
     ("options", "exit_code", "complaint"),
     [
         (["--destination", "ftp://x", "--payload", "1"], 1, "destination: expected a URL that starts with http"),
+        (["--destination", "a/b", "--delivery-type", "KAFKA", "--payload", "1"], 1, "destination: expected a topic"),
+        (["--destination", HOOK, "--delivery-type", "kafka", "--payload", "1"], 1, "delivery_type: expected HTTP or"),
         (["--destination", HOOK, "--payload", "{"], 2, "--payload: expected JSON, got '{'"),
         (["--destination", HOOK, "--payload", "1", "--at", "noon"], 1, "scheduled_at: expected an RFC 3339 time"),
         (["--destination", HOOK, "--payload", "1", "--at", "+5"], 2, "--at: expected a time such as +10s"),
