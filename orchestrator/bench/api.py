@@ -6,6 +6,7 @@ import os
 import subprocess
 import urllib.request
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psycopg
 
@@ -24,10 +25,10 @@ def run(database_url: str, events: int) -> dict[str, object]:
     port = free_port()
     environ = {"LOG_LEVEL": "WARNING", **os.environ}
     environ |= {"DATABASE_URL": database_url, "SERVER_PORT": str(port), "SERVER_HOST": "127.0.0.1"}
-    with product(["orchestrator", "api"], environ) as process, compiled("load") as load:
-        wait_until(lambda: _ready(port), "starting the API", 30.0)
-        singles = _load(str(load), port, _CLIENTS, events, 1)
-        batched = _load(str(load), port, _BATCH_CLIENTS, max(1, 4 * events // _BATCH), _BATCH)
+    with product(["orchestrator", "api"], environ) as process, compiled("load") as program:
+        wait_until(lambda: is_ready(port), "starting the API", 30.0)
+        singles = load(program, port, _CLIENTS, events, 1)
+        batched = load(program, port, _BATCH_CLIENTS, max(1, 4 * events // _BATCH), _BATCH)
         memory = rss_mib(process)
     acknowledged = singles["accepted"] + batched["accepted"]
     with psycopg.connect(database_url) as connection:
@@ -45,7 +46,7 @@ def run(database_url: str, events: int) -> dict[str, object]:
     }
 
 
-def _ready(port: int) -> bool:
+def is_ready(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2) as answer:
             return bool(answer.status == 200)
@@ -53,9 +54,13 @@ def _ready(port: int) -> bool:
         return False
 
 
-def _load(program: str, port: int, clients: int, requests: int, per_request: int) -> dict[str, float]:
-    at = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+def load(
+    program: Path, port: int, clients: int, requests: int, per_request: int, *, topic: str | None = None
+) -> dict[str, float]:
+    """Posts events: for HTTP tomorrow, or for the topic at the moment they are posted."""
+    at = "now" if topic else (datetime.now(UTC) + timedelta(days=1)).isoformat()
     arguments = [program, port, clients, requests, per_request, at, PAYLOAD.decode(), new_run()]
+    arguments += [topic] if topic else []
     done = subprocess.run([str(argument) for argument in arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise OrchestratorError(f"bench: the load ended early: {done.stderr.strip()}")

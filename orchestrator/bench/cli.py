@@ -12,17 +12,31 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.bench import api, delivery, lifecycle
+from orchestrator.bench import api, delivery, ingest, kafka_delivery, lifecycle, pipeline
 from orchestrator.bench.processes import database
 from orchestrator.dev.postgres_tuning import memory_bytes
 
-_EVENTS = {"lifecycle": 300_000, "deliver-http": 50_000, "steady": 60_000, "herd": 50_000, "api": 40_000}
+_EVENTS = {
+    "lifecycle": 300_000,
+    "deliver-http": 50_000,
+    "steady": 60_000,
+    "herd": 50_000,
+    "api": 40_000,
+    "ingest": 1_000_000,
+    "deliver-kafka": 200_000,
+    "pipeline": 200_000,
+}
 
 
 @click.command()
 @click.argument("scenario", type=click.Choice(list(_EVENTS)))
 @click.option("--events", type=click.IntRange(min=1), help="How many; the default is the scenario's own.")
 @click.option("--dispatchers", type=click.IntRange(1, 64), default=2, show_default=True, help="Dispatcher processes.")
+@click.option("--ingesters", type=click.IntRange(1, 64), default=2, show_default=True, help="Ingester processes.")
+@click.option("--bad-every", type=click.IntRange(0), default=0, help="ingest: every so many records is no submission.")
+@click.option(
+    "--duplicate-every", type=click.IntRange(0), default=0, help="ingest: every so many records repeats the last."
+)
 @click.option(
     "--batch", type=click.IntRange(1, 10_000), default=1000, show_default=True, help="lifecycle: size of a claim."
 )
@@ -32,7 +46,16 @@ _EVENTS = {"lifecycle": 300_000, "deliver-http": 50_000, "steady": 60_000, "herd
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def bench(
-    scenario: str, events: int | None, dispatchers: int, batch: int, null: bool, database_url: str | None, as_json: bool
+    scenario: str,
+    events: int | None,
+    dispatchers: int,
+    ingesters: int,
+    bad_every: int,
+    duplicate_every: int,
+    batch: int,
+    null: bool,
+    database_url: str | None,
+    as_json: bool,
 ) -> None:
     """Measure SCENARIO on this machine, everything included.
 
@@ -42,6 +65,11 @@ def bench(
     steady        1,000 events a second to a local receiver
     herd          events due at one instant to a local receiver
     api           single POSTs from 64 clients, then batches of 500
+    ingest        submissions that are in a topic of 24 partitions, into the database
+    deliver-kafka a backlog of due events to a topic of 24 partitions
+    pipeline      batches of 500 over REST, Kafka, database, Kafka
+
+    The last three use the broker of KAFKA_BOOTSTRAP_SERVERS, or else start one.
     """
     count = events or _EVENTS[scenario]
     runs: dict[str, Callable[[str], dict[str, object]]] = {
@@ -50,6 +78,9 @@ def bench(
         "steady": lambda url: delivery.steady(url, count, dispatchers),
         "herd": lambda url: (delivery.herd_null if null else delivery.herd)(url, count, dispatchers),
         "api": lambda url: api.run(url, count),
+        "ingest": lambda url: ingest.run(url, count, ingesters, bad_every, duplicate_every),
+        "deliver-kafka": lambda url: kafka_delivery.run(url, count, dispatchers),
+        "pipeline": lambda url: pipeline.run(url, count, ingesters, dispatchers),
     }
     with database(database_url) as url:
         result = {"scenario": scenario, "events": count, **runs[scenario](url), "machine": machine()}

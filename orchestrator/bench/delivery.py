@@ -7,14 +7,14 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 
 import psycopg
 
 from orchestrator.bench.processes import Receiver, product, receiver, rss_mib, wait_until
-from orchestrator.bench.workload import judged, new_run, spread, submissions
+from orchestrator.bench.workload import due_times, judged, new_run, spread, submissions
 from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.events import Submission
@@ -32,38 +32,39 @@ def deliver_http(database_url: str, events: int, dispatchers: int) -> dict[str, 
     with receiver() as target:
         due = spread(datetime.now(UTC) - timedelta(minutes=2), 1.0, events)
         made = submissions(events, lambda n: f"{target.url}/{n % DESTINATIONS}", due, new_run())
-        asyncio.run(_submit(database_url, made))
-        with _dispatchers(database_url, dispatchers, []) as processes:
-            finished_s = _drained(database_url, target, events)
+        asyncio.run(submit(database_url, made))
+        with dispatching(database_url, dispatchers, []) as processes:
+            finished_s = drained(database_url, target, events)
             memory = max(rss_mib(process) for process in processes)
         arrivals = target.arrivals()
         seconds = finished_s - arrivals[0][1]
-        return _rates(events, seconds) | judged(made, arrivals) | {"lateness_ms": None, "rss_mib": {"dispatch": memory}}
+        result = rates(events, seconds) | judged(due_times(made), arrivals)
+        return result | {"lateness_ms": None, "rss_mib": {"dispatch": memory}}
 
 
 def herd(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
     """Events due at one instant, submitted before. Timed from that instant to the last finish."""
-    with receiver() as target, _dispatchers(database_url, dispatchers, []) as processes:
+    with receiver() as target, dispatching(database_url, dispatchers, []) as processes:
         at = datetime.now(UTC) + timedelta(seconds=_HERD_LEAD_S + events / 25_000)
         made = submissions(events, lambda n: f"{target.url}/{n % DESTINATIONS}", lambda n: at, new_run())
-        asyncio.run(_submit(database_url, made))
+        asyncio.run(submit(database_url, made))
         submitted_s = at.timestamp() - time.time()
-        finished_s = _drained(database_url, target, events)
+        finished_s = drained(database_url, target, events)
         memory = max(rss_mib(process) for process in processes)
-        result = _rates(events, finished_s - at.timestamp()) | judged(made, target.arrivals())
+        result = rates(events, finished_s - at.timestamp()) | judged(due_times(made), target.arrivals())
         return result | {"submitted_ahead_s": round(submitted_s, 3), "rss_mib": {"dispatch": memory}}
 
 
 def herd_null(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
     """The same with deliveries that do nothing; lateness is that of each attempt's start, as recorded."""
-    with _dispatchers(database_url, dispatchers, ["orchestrator.bench.null_dispatcher"]) as processes:
+    with dispatching(database_url, dispatchers, ["orchestrator.bench.null_dispatcher"]) as processes:
         at = datetime.now(UTC) + timedelta(seconds=_HERD_LEAD_S + events / 25_000)
         made = submissions(
             events, lambda n: f"https://receiver-{n % DESTINATIONS}.example.com/hooks", lambda n: at, new_run()
         )
-        asyncio.run(_submit(database_url, made))
+        asyncio.run(submit(database_url, made))
         submitted_s = at.timestamp() - time.time()
-        finished_s = _drained(database_url, None, events)
+        finished_s = drained(database_url, None, events)
         memory = max(rss_mib(process) for process in processes)
     with psycopg.connect(database_url) as connection:
         rows = connection.execute(
@@ -71,26 +72,29 @@ def herd_null(database_url: str, events: int, dispatchers: int) -> dict[str, obj
             " where scheduled_at = %s and result = 'delivered'",
             (at,),
         ).fetchall()
-    result = _rates(events, finished_s - at.timestamp()) | judged(made, [(row[0], row[1]) for row in rows])
+    result = rates(events, finished_s - at.timestamp()) | judged(due_times(made), [(row[0], row[1]) for row in rows])
     return result | {"submitted_ahead_s": round(submitted_s, 3), "rss_mib": {"dispatch": memory}}
 
 
 def steady(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
     """1,000 events a second, submitted 0.1 to 2 s before they are due; lateness is that of their arrival."""
-    with receiver() as target, _dispatchers(database_url, dispatchers, []) as processes:
+    with receiver() as target, dispatching(database_url, dispatchers, []) as processes:
         made = asyncio.run(_flow(database_url, target, events))
-        _drained(database_url, target, events)
+        drained(database_url, target, events)
         memory = max(rss_mib(process) for process in processes)
         seconds = events / _STEADY_PER_S
-        return _rates(events, seconds) | judged(made, target.arrivals()) | {"rss_mib": {"dispatch": memory}}
+        return rates(events, seconds) | judged(due_times(made), target.arrivals()) | {"rss_mib": {"dispatch": memory}}
 
 
-def _rates(events: int, seconds: float) -> dict[str, object]:
+def rates(events: int, seconds: float) -> dict[str, object]:
     return {"seconds": round(seconds, 3), "events_per_s": round(events / seconds)}
 
 
 @contextmanager
-def _dispatchers(database_url: str, count: int, module: Sequence[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
+def dispatching(
+    database_url: str, count: int, module: Sequence[str], given: Mapping[str, str] | None = None
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Dispatcher processes that are ready to claim; `given` are further settings."""
     environ = {
         "SCHEDULER_BATCH_SIZE": "500",
         "SCHEDULER_PREFETCH": "2000",
@@ -99,7 +103,7 @@ def _dispatchers(database_url: str, count: int, module: Sequence[str]) -> Iterat
         "WEBHOOK_SECRETS": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
         "LOG_LEVEL": "WARNING",
     }
-    environ = {**environ, **os.environ, "DATABASE_URL": database_url}
+    environ = {**environ, **os.environ, **(given or {}), "DATABASE_URL": database_url}
     with psycopg.connect(database_url, autocommit=True) as watching, ExitStack() as running:
         before = _workers(watching)
         arguments = list(module) or ["orchestrator", "dispatch"]
@@ -113,7 +117,7 @@ def _workers(connection: psycopg.Connection) -> int:
     return int(row[0]) if row else 0
 
 
-async def _submit(database_url: str, made: Sequence[Submission]) -> None:
+async def submit(database_url: str, made: Sequence[Submission]) -> None:
     async with Database(Settings.from_env({"DATABASE_URL": database_url}), role="bench") as database:
         for start in range(0, len(made), _STAGED):
             await database.submit(made[start : start + _STAGED])
@@ -144,7 +148,7 @@ def _soon_after(now: datetime) -> Callable[[int], datetime]:
     return lambda _: now + timedelta(microseconds=random.randrange(100_000, 2_000_000))
 
 
-def _drained(database_url: str, target: Receiver | None, events: int) -> float:
+def drained(database_url: str, target: Receiver | None, events: int) -> float:
     """Waits until every event is finished in the database; the Unix time when it was."""
     if target is not None:
         wait_until(lambda: target.count() >= events, f"delivering {events} events", _DRAIN_S)

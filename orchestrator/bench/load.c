@@ -1,8 +1,9 @@
 /* Clients of the API, as many as asked for, each with one keep-alive connection and one request under way.
  *
- * usage: load PORT CLIENTS REQUESTS EVENTS_PER_REQUEST SCHEDULED_AT PAYLOAD RUN
+ * usage: load PORT CLIENTS REQUESTS EVENTS_PER_REQUEST SCHEDULED_AT PAYLOAD RUN [TOPIC]
  * Sends REQUESTS requests: single events, or batches when EVENTS_PER_REQUEST is over 1; every event has an
- * external_job_id of its own, RUN and a number. Prints the seconds from the first request to the last answer, the
+ * external_job_id of its own, RUN and a number, and is due at SCHEDULED_AT, or when it is sent if that is "now".
+ * With TOPIC they are to be delivered to it, else over HTTP. Prints the seconds from the first request to the last answer, the
  * answers with a 2xx status, the events those answers report as accepted, and the 50th, 99th and 100th percentile
  * of the time to answer in milliseconds. Ends with 1 when the server closes a connection.
  */
@@ -28,7 +29,7 @@ struct client {
     char *request, answer[ANSWER];
 };
 static long requests, started, finished, succeeded, accepted, per_request, number;
-static char **arguments;
+static char **arguments, due[40], target[300];
 static double *took_ms;
 
 static double now_s(void) {
@@ -37,17 +38,31 @@ static double now_s(void) {
     return t.tv_sec + t.tv_nsec / 1e9;
 }
 
+static void set_due(void) {
+    struct timespec t;
+    struct tm utc;
+    if (strcmp(arguments[5], "now")) {
+        snprintf(due, sizeof due, "%s", arguments[5]);
+        return;
+    }
+    clock_gettime(CLOCK_REALTIME, &t);
+    gmtime_r(&t.tv_sec, &utc);
+    snprintf(due + strftime(due, sizeof due, "%FT%T", &utc), 20, ".%03ldZ", t.tv_nsec / 1000000);
+}
+
 static size_t event(char *at) {
     long n = number++;
-    return sprintf(at, "{\"external_job_id\":\"%s-%ld\",\"source\":\"bench\",\"scheduled_at\":\"%s\",\"delivery_type\":\"HTTP\","
-                       "\"destination\":\"https://receiver-%ld.example.com/hooks\",\"payload\":%s}",
-                   arguments[7], n, arguments[5], n % 50, arguments[6]);
+    if (!arguments[8])
+        snprintf(target, sizeof target, "\"HTTP\",\"destination\":\"https://receiver-%ld.example.com/hooks\"", n % 50);
+    return sprintf(at, "{\"external_job_id\":\"%s-%ld\",\"source\":\"bench\",\"scheduled_at\":\"%s\",\"delivery_type\":%s,\"payload\":%s}",
+                   arguments[7], n, due, target, arguments[6]);
 }
 
 static void begin(struct client *c) {
     char *body = c->request + 256, *at = body, head[256];
     if (started++ >= requests)
         return;
+    set_due();
     if (per_request > 1) {
         at += sprintf(at, "{\"events\":[");
         for (long i = 0; i < per_request; i++) {
@@ -76,7 +91,7 @@ static int ended(struct client *c) {
     if (c->answer[9] == '2') {
         char *count = strstr(body, "\"accepted\":");
         succeeded++;
-        accepted += count ? strtol(count + 11, NULL, 10) : c->answer[11] == '1';
+        accepted += count ? strtol(count + 11, NULL, 10) : c->answer[11] != '0';
     }
     return 1;
 }
@@ -87,11 +102,13 @@ static int compare(const void *a, const void *b) {
 }
 
 int main(int count, char **given) {
-    if (count != 8) {
-        fprintf(stderr, "usage: load PORT CLIENTS REQUESTS EVENTS_PER_REQUEST SCHEDULED_AT PAYLOAD RUN\n");
+    if (count != 8 && count != 9) {
+        fprintf(stderr, "usage: load PORT CLIENTS REQUESTS EVENTS_PER_REQUEST SCHEDULED_AT PAYLOAD RUN [TOPIC]\n");
         return 2;
     }
     arguments = given;
+    if (given[8])
+        snprintf(target, sizeof target, "\"KAFKA\",\"destination\":\"%s\"", given[8]);
     long clients = atol(given[2]);
     requests = atol(given[3]), per_request = atol(given[4]), took_ms = calloc(requests, sizeof *took_ms);
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(atoi(given[1])), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};

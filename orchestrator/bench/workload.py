@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from orchestrator.events import Submission, event_id
@@ -19,14 +19,20 @@ PAYLOAD = (
 
 
 def submissions(
-    count: int, destination: Callable[[int], str], scheduled_at: Callable[[int], datetime], run: str
+    count: int,
+    destination: Callable[[int], str],
+    scheduled_at: Callable[[int], datetime],
+    run: str,
+    delivery_type: str = "HTTP",
 ) -> list[Submission]:
     """`count` events of distinct ids; `destination` and `scheduled_at` are asked for each by its number."""
     made = []
     for n in range(count):
         at, external_job_id = scheduled_at(n), f"{run}-{n}"
         identity = event_id("bench", external_job_id, at)
-        made.append(Submission(identity, at, "bench", external_job_id, "HTTP", destination(n), PAYLOAD, None, 3, None))
+        made.append(
+            Submission(identity, at, "bench", external_job_id, delivery_type, destination(n), PAYLOAD, None, 3, None)
+        )
     return made
 
 
@@ -35,9 +41,13 @@ def new_run() -> str:
     return f"{random.getrandbits(40):010x}"
 
 
-def judged(expected: Sequence[Submission], arrivals: Sequence[tuple[str, float]]) -> dict[str, object]:
+def due_times(made: Sequence[Submission]) -> dict[str, float]:
+    """Event id → Unix time."""
+    return {submission.id: submission.scheduled_at.timestamp() for submission in made}
+
+
+def judged(due: Mapping[str, float], arrivals: Sequence[tuple[str, float]]) -> dict[str, object]:
     """Holds arrivals (event id, Unix time) against what was due: lost, duplicated, early, and the lateness."""
-    due = {submission.id: submission.scheduled_at.timestamp() for submission in expected}
     counts = Counter(identity for identity, _ in arrivals)
     lateness_s = [at - due[identity] for identity, at in arrivals if identity in due]
     return {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import json
 import math
 import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, suppress
 from datetime import UTC, datetime
 from types import TracebackType
@@ -18,18 +20,23 @@ from typing import Any, NamedTuple, Self
 import aiohttp
 import uvloop
 
+from orchestrator.config import Settings
+from orchestrator.dev import kafka_wheel
 from orchestrator.dev.children import Children
 from orchestrator.dev.demo_result import Result, result_of
 from orchestrator.dev.environment import new_webhook_secret, without_settings
+from orchestrator.dev.kafka import WheelBroker
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dev.system import free_port
 from orchestrator.errors import OrchestratorError
+from orchestrator.kafka.topics import create_topics
 from orchestrator.migrate import migrate
 
 _BATCH = 500
 _POSTING = 2
 _SUBMITTED_PER_S = 5000  # a cautious guess, so that the last is submitted before the first is due
 _LEAD_S = 1.5
+_SESSION_MS = "2000"  # the wheel's broker makes a group wait for about so long before it has its partitions
 _START_S = 30.0
 _STALLED_S = 30.0
 _SETTLE_S = 10.0
@@ -61,16 +68,27 @@ def demonstrate(plan: Plan, environ: Mapping[str, str], show: Callable[[Progress
     Raises OrchestratorError when something does not start, dies on the way, or answers what it must not.
     """
     with ExitStack() as stack:
-        show(Progress("starting PostgreSQL"))
+        show(Progress("starting PostgreSQL and a broker"))
         url = plan.database_url or stack.enter_context(EmbeddedPostgres.temporary()).ensure_database("demo")
         migrate(url)
+        kafka = None if kafka_wheel.unavailable() else stack.enter_context(WheelBroker()).environ
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_Demo(plan, url, environ, show).run())
+            return runner.run(_Demo(plan, url, kafka, environ, show).run())
 
 
 class _Demo:
-    def __init__(self, plan: Plan, url: str, environ: Mapping[str, str], show: Callable[[Progress], None]) -> None:
+    """Half of the events go through Kafka, if there is the broker for it: by an API that has it, and an ingester."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        url: str,
+        kafka: Mapping[str, str] | None,
+        environ: Mapping[str, str],
+        show: Callable[[Progress], None],
+    ) -> None:
         self._plan = plan
+        self._kafka = kafka
         self._show = show
         self._secret = new_webhook_secret()
         self._environ = without_settings(environ) | {
@@ -84,27 +102,32 @@ class _Demo:
         }
         self._children = Children()
         self._scheduled: dict[str, float] = {}
+        self._through_kafka = 0
         self._herd_at = 0.0
 
     async def run(self) -> Result:
         self._handle_signals()
         async with AsyncExitStack() as stack:
-            self._show(Progress("starting the API, the dispatchers and the receiver"))
+            self._show(Progress("starting the APIs, the dispatchers and the receiver"))
             receiver = await stack.enter_async_context(_Receiver(self._secret))
             stack.enter_context(self._children)
-            port = free_port()
-            self._children.start(["api"], self._environ | {"SERVER_PORT": str(port)})
-            api = await stack.enter_async_context(aiohttp.ClientSession(f"http://127.0.0.1:{port}/"))
-            await self._until_ready(api)
+            api = await stack.enter_async_context(self._start_api({}))
+            apis = [api]
+            if self._kafka is not None:
+                await create_topics(Settings.from_env({**self._environ, **self._kafka}))
+                apis.append(await stack.enter_async_context(self._start_api(self._kafka)))
+            for each in apis:
+                await self._until_ready(each)
             await self._require_idle(api)
-            await self._start_dispatchers()
-            await self._submit(api, receiver.url)
+            await self._start_workers()
+            await self._submit(apis, receiver.url)
             await self._until_delivered(receiver)
             await self._until_settled(api)
             report = await receiver.ask("report")
         if report["wrongly_signed"]:
             raise OrchestratorError(f"{report['wrongly_signed']:,} deliveries had no signature or a wrong one")
-        return result_of(self._scheduled, self._herd_at, report["ids"], report["arrived_at"])
+        result = result_of(self._scheduled, self._herd_at, report["ids"], report["arrived_at"])
+        return dataclasses.replace(result, through_kafka=self._through_kafka)
 
     def _handle_signals(self) -> None:
         """The first signal cancels the demo; while it cleans up, more of them change nothing."""
@@ -119,21 +142,41 @@ class _Demo:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, cancel)
 
-    async def _start_dispatchers(self) -> None:
-        ports = [free_port() for _ in range(self._plan.dispatchers)]
-        for port in ports:
-            self._children.start(["dispatch"], self._environ | {"MANAGEMENT_SERVER_PORT": str(port)})
-        for port in ports:
-            async with aiohttp.ClientSession(f"http://127.0.0.1:{port}/") as management:
-                await self._until_ready(management)
+    def _start_api(self, given: Mapping[str, str]) -> aiohttp.ClientSession:
+        port = free_port()
+        self._children.start(["api"], {**self._environ, **given, "SERVER_PORT": str(port)})
+        return aiohttp.ClientSession(f"http://127.0.0.1:{port}/")
+
+    async def _start_workers(self) -> None:
+        """The dispatchers and, if there is Kafka, an ingester."""
+        if self._kafka is not None:
+            ingester = self._start_worker("ingest", {**self._kafka, "KAFKA_SESSION_TIMEOUT_MS": _SESSION_MS})
+        dispatchers = [self._start_worker("dispatch", {}) for _ in range(self._plan.dispatchers)]
+        for worker in dispatchers:
+            async with worker:
+                await self._until_ready(worker)
+        if self._kafka is not None:
+            async with ingester:
+                topic = Settings.from_env(self._environ).topic_submission
+                await self._until(ingester, "metrics", f'partition="0",topic="{topic}"')  # it has been given it
+
+    def _start_worker(self, role: str, given: Mapping[str, str]) -> aiohttp.ClientSession:
+        """Starts it, and returns a client of its management port."""
+        port = free_port()
+        self._children.start([role], {**self._environ, **given, "MANAGEMENT_SERVER_PORT": str(port)})
+        return aiohttp.ClientSession(f"http://127.0.0.1:{port}/")
 
     async def _until_ready(self, server: aiohttp.ClientSession) -> None:
+        await self._until(server, "ready", "")
+
+    async def _until(self, server: aiohttp.ClientSession, path: str, text: str) -> None:
+        """Waits until the server answers with 200 and a text that contains `text`."""
         deadline_s = time.monotonic() + _START_S
         while time.monotonic() < deadline_s:
             self._children.check()
             with suppress(aiohttp.ClientError):
-                async with server.get("ready") as answer:
-                    if answer.status == 200:
+                async with server.get(path) as answer:
+                    if answer.status == 200 and text in await answer.text():
                         return
             await asyncio.sleep(_POLL_S / 2)
         raise OrchestratorError(f"the stack was not ready after {_START_S:g} s")
@@ -147,8 +190,8 @@ class _Demo:
                 "give it a database of its own"
             )
 
-    async def _submit(self, api: aiohttp.ClientSession, destination: str) -> None:
-        """Submits everything in batches, before the first is due."""
+    async def _submit(self, apis: Sequence[aiohttp.ClientSession], destination: str) -> None:
+        """Submits everything in batches, to each API in turn, before the first is due."""
         count, spread_s = self._plan.events, self._plan.spread_s
         first_at = time.time() + _LEAD_S + count / _SUBMITTED_PER_S
         self._herd_at = float(math.ceil(first_at + spread_s / 2))
@@ -168,7 +211,8 @@ class _Demo:
         ]
         room = asyncio.Semaphore(_POSTING)
         async with asyncio.TaskGroup() as posting:
-            for batch in _batches(list(zip(events, due, strict=True))):
+            size = min(_BATCH, math.ceil(count / len(apis)))
+            for batch, api in zip(_batches(list(zip(events, due, strict=True)), size), itertools.cycle(apis)):
                 await room.acquire()
                 task = posting.create_task(self._post(api, batch))
                 task.add_done_callback(lambda _: room.release())
@@ -176,10 +220,11 @@ class _Demo:
     async def _post(self, api: aiohttp.ClientSession, batch: list[tuple[dict[str, Any], float]]) -> None:
         async with api.post("api/v1/events/batch", json={"events": [event for event, _ in batch]}) as response:
             answer = await response.json(content_type=None)
-        if response.status != 200 or answer["accepted"] != len(batch):
+        if response.status not in (200, 202) or answer["accepted"] != len(batch):
             raise OrchestratorError(f"the API did not accept a batch: {response.status} {json.dumps(answer)[:500]}")
         for (_, at), result in zip(batch, answer["results"], strict=True):
             self._scheduled[result["id"]] = at
+            self._through_kafka += response.status == 202
         self._show(Progress("submitting", len(self._scheduled), 0, self._herd_at))
 
     async def _until_delivered(self, receiver: _Receiver) -> None:
@@ -213,8 +258,8 @@ async def _live(api: aiohttp.ClientSession) -> int:
     return int(found["scheduled"] + found["retrying"] + found["in_flight"])
 
 
-def _batches(items: list[tuple[dict[str, Any], float]]) -> list[list[tuple[dict[str, Any], float]]]:
-    return [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
+def _batches(items: list[tuple[dict[str, Any], float]], size: int) -> list[list[tuple[dict[str, Any], float]]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 class _Receiver:

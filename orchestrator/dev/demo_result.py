@@ -20,6 +20,7 @@ class Lateness:
 class Result:
     """Counts of events, except `duplicated`: deliveries beyond an event's first.
 
+    `through_kafka` of those submitted took the way over Kafka.
     `events_per_s` is how fast the herd drained: its size over the time from its instant to its last arrival.
     """
 
@@ -30,6 +31,7 @@ class Result:
     early: int
     lateness_ms: Lateness
     events_per_s: float
+    through_kafka: int = 0
 
     @property
     def flawless(self) -> bool:

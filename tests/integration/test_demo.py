@@ -53,8 +53,10 @@ async def test_the_demo_delivers_every_event_once_and_none_early(spawn: Spawn) -
     process = spawn("demo", "--events", "300", "--seconds", "1", "--json", DATABASE_URL="")
     assert await process.wait(60) == 0
     result = document(process)
-    assert {name: result[name] for name in ("submitted", "delivered", "lost", "duplicated", "early")} == {
+    counts = ("submitted", "through_kafka", "delivered", "lost", "duplicated", "early")
+    assert {name: result[name] for name in counts} == {
         "submitted": 300,
+        "through_kafka": 150,
         "delivered": 300,
         "lost": 0,
         "duplicated": 0,
@@ -74,7 +76,7 @@ async def test_the_demo_leaves_no_process_and_no_data_behind_when_it_is_interrup
     process = spawn("demo", "--events", "100", "--seconds", "60", DATABASE_URL="")
     await process.wait_for_log("delivering", 40)
     started = family(process.pid)
-    assert len(started) >= 6  # itself, the database, the API, two dispatchers, the receiver
+    assert len(started) >= 9  # itself, the database, the broker, two APIs, an ingester, two dispatchers, the receiver
     data = next(each.cmdline()[-1] for each in started if each.cmdline()[-2:-1] == ["-D"])
     os.kill(process.pid, end)
     assert await process.wait(30) == (-end if end == signal.SIGKILL else 130)

@@ -1,0 +1,29 @@
+"""Deliveries to a Kafka topic by real dispatcher processes."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+from orchestrator.bench.delivery import dispatching, drained, rates, submit
+from orchestrator.bench.kafka import arrivals, broker, create_target
+from orchestrator.bench.processes import rss_mib
+from orchestrator.bench.workload import due_times, judged, new_run, spread, submissions
+from orchestrator.config import Settings
+
+
+def run(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
+    """Drains a backlog that is due before the dispatchers start. Timed from the first arrival to the last finish."""
+    topic = f"bench.{new_run()}"
+    with broker(database_url) as environ:
+        settings = Settings.from_env(environ)
+        asyncio.run(create_target(settings, topic))
+        due = spread(datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=2), 1.0, events)
+        made = submissions(events, lambda n: topic, due, new_run(), "KAFKA")
+        asyncio.run(submit(database_url, made))
+        with dispatching(database_url, dispatchers, [], environ) as processes:
+            finished_s = drained(database_url, None, events)
+            memory = max(rss_mib(process) for process in processes)
+        arrived = asyncio.run(arrivals(settings, topic))
+    result = rates(events, finished_s - arrived[0][1]) | judged(due_times(made), arrived)
+    return result | {"lateness_ms": None, "rss_mib": {"dispatch": memory}}
