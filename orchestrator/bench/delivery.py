@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
+from typing import Literal, LiteralString
 
 import psycopg
 
@@ -148,14 +149,18 @@ def _soon_after(now: datetime) -> Callable[[int], datetime]:
     return lambda _: now + timedelta(microseconds=random.randrange(100_000, 2_000_000))
 
 
-def drained(database_url: str, target: Receiver | None, events: int) -> float:
-    """Waits until every event is finished in the database; the Unix time when it was."""
+def drained(database_url: str, target: Receiver | None, events: int, of: Literal["timer", "outbox"] = "timer") -> float:
+    """Waits until every event is finished in the database, or published; the Unix time when it was."""
+    query: dict[str, LiteralString] = {
+        "timer": "select exists (select from orchestrator.timer)",
+        "outbox": "select exists (select from orchestrator.outbox)",
+    }
     if target is not None:
         wait_until(lambda: target.count() >= events, f"delivering {events} events", _DRAIN_S)
     with psycopg.connect(database_url, autocommit=True) as watching:
 
         def done() -> bool:
-            row = watching.execute("select exists (select from orchestrator.timer)").fetchone()
+            row = watching.execute(query[of]).fetchone()
             return row is not None and not row[0]
 
         wait_until(done, f"finishing {events} events", _DRAIN_S, 0.01 if target else 0.05)

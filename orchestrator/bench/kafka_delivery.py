@@ -13,7 +13,11 @@ from orchestrator.config import Settings
 
 
 def run(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
-    """Drains a backlog that is due before the dispatchers start. Timed from the first arrival to the last finish."""
+    """Drains a backlog that is due before the dispatchers start. Timed from the first arrival to the last finish.
+
+    With OUTBOX_TOPICS=timestamp a message for each is published meanwhile; `outbox_behind_s` is how much later the
+    last of them was.
+    """
     topic = f"bench.{new_run()}"
     with broker(database_url) as environ:
         settings = Settings.from_env(environ)
@@ -23,7 +27,9 @@ def run(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
         asyncio.run(submit(database_url, made))
         with dispatching(database_url, dispatchers, [], environ) as processes:
             finished_s = drained(database_url, None, events)
+            published_s = drained(database_url, None, events, of="outbox")
             memory = max(rss_mib(process) for process in processes)
         arrived = asyncio.run(arrivals(settings, topic))
     result = rates(events, finished_s - arrived[0][1]) | judged(due_times(made), arrived)
-    return result | {"lateness_ms": None, "rss_mib": {"dispatch": memory}}
+    behind_s = round(published_s - finished_s, 3)
+    return result | {"outbox_behind_s": behind_s, "lateness_ms": None, "rss_mib": {"dispatch": memory}}
