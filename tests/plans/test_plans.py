@@ -271,6 +271,29 @@ def test_repeating_a_finish_looks_for_its_outcomes_in_the_days_of_its_events(cli
     assert plans.partitions("outcome") <= {_day(NOON - timedelta(days=1)), _day(NOON)}
 
 
+@pytest.mark.parametrize("kind", ["delivered", "fail"])
+@pytest.mark.parametrize("warm_ups", [0, 6])
+def test_telling_of_finished_events_reads_each_once_by_its_key(client: Client, kind: str, warm_ups: int) -> None:
+    client.rows("select orchestrator.set_outbox('{timestamp,dlq}')")
+    plans = plans_of(client, lambda: client.finish(results(claimed(client, 300), kind)), warm_ups=warm_ups)
+    assert plans.scans("event") <= EVENT_BY_KEY
+    assert plans.rows_read("event") == 2 * 300  # by the claim, and to tell
+    assert plans.scans("outcome") <= OUTCOME_BY_ID
+    assert plans.rows_read("outcome") <= 300
+    assert plans.partitions("outcome") <= {_day(NOON - timedelta(days=1)), _day(NOON)}
+
+
+@pytest.mark.parametrize("warm_ups", [0, 6])
+def test_a_batch_of_the_outbox_is_read_in_order_and_no_more_of_it(client: Client, warm_ups: int) -> None:
+    client.rows(
+        """insert into orchestrator.outbox (created_at, kind, value)
+        select now(), 'answer', 'x' from generate_series(1, 20000)"""
+    )
+    plans = plans_of(client, lambda: client.rows("select * from orchestrator.outbox_batch(500)"), warm_ups=warm_ups)
+    assert plans.scans("outbox") == {Scan("Index Scan", "outbox", "outbox_order")}
+    assert plans.rows_read("outbox") == 500
+
+
 @pytest.mark.parametrize("count", [1, 500])
 def test_releasing_finds_timers_by_key(client: Client, count: int) -> None:
     leases = claimed(client, count)
