@@ -238,7 +238,7 @@ async def test_connections_for_http_do_not_bound_deliveries_to_kafka(
         await receiver.wait_for(1)
         event_ids = submitted(client, *[to_kafka(topic) for _ in range(500)])
         await finished(client, event_ids)
-        assert running.value("events_delivered_total") == 500
+        await eventually(lambda: running.value("events_delivered_total") == 500)
 
 
 async def test_without_a_broker_deliveries_over_http_run_and_those_to_kafka_are_tried_again(
