@@ -24,11 +24,8 @@ _TALKATIVE = {
     "uvicorn.access": "WARNING",
     "aiohttp.access": "WARNING",
     "httpx": "WARNING",
-    # What it does for the group; and, several times a second, that a broker is away or a topic missing, which we say.
-    "aiokafka": "WARNING",
-    "aiokafka.consumer.group_coordinator": "ERROR",
-    "aiokafka.client": "CRITICAL",
-    "aiokafka.cluster": "CRITICAL",
+    # Every try, several times a second; that a broker is away or a topic missing we say ourselves, once.
+    "aiokafka": "CRITICAL",
 }
 """Loggers of others, and the least severity that is worth a line."""
 # Neither a message nor a value may forge a line or drive the reader's terminal; a traceback keeps its lines.

@@ -24,8 +24,6 @@ from orchestrator.api.server import serve as serve_api
 from orchestrator.api.server import serve_management
 from orchestrator.config import Settings
 from orchestrator.database import Database
-from orchestrator.dispatch.dispatcher import Dispatcher
-from orchestrator.dispatch.http import HttpSender
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError
 from orchestrator.maintenance import maintain
 from orchestrator.metrics import Metrics
@@ -146,12 +144,15 @@ def _exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
+# These import what they run: the clients of HTTP and Kafka cost every process that loads them 10 MiB each.
+
+
 async def _dispatch(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.dispatch.dispatcher import Dispatcher
+    from orchestrator.dispatch.http import HttpSender
+
     async with HttpSender(settings) as sender:
         await Dispatcher(settings, metrics, sender).run(stop)
-
-
-# Imported where they run: without Kafka, its client would cost every process memory for nothing.
 
 
 async def _ingest(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed or refused, 2 wrong usage or settings.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -113,4 +114,5 @@ def _told(ctx: click.Context) -> Iterator[None]:
 )
 @click.version_option(package_name="scheduled-event-orchestrator", message="%(version)s")
 def main() -> None:
-    """Keep events in PostgreSQL until they are due, and deliver each one on time as a signed webhook."""
+    """Keep events in PostgreSQL until they are due, and deliver each one on time, as a signed webhook or to Kafka."""
+    logging.getLogger("aiokafka").setLevel("CRITICAL")  # what it logs before logging is configured is raised, too

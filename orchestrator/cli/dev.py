@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
+import shutil
+import sys
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import click
 
 from orchestrator.cli.support import console, duration, environ, json_option, plain, print_json
+from orchestrator.errors import KafkaUnavailable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +44,7 @@ def dev(as_json: bool) -> None:
     error. Ctrl-C stops it all.
     """
     from orchestrator import logs
-    from orchestrator.dev.stack import prepared
+    from orchestrator.dev.stack import prepared, take_the_rest
     from orchestrator.runtime import serve
 
     notes = console(stderr=True)
@@ -48,6 +53,9 @@ def dev(as_json: bool) -> None:
             stack = running.enter_context(prepared(environ()))
         logs.configure(stack.settings, "dev")
         serve(stack.settings, "run", beside=[lambda stop: _greet_and_receive(stack, as_json, stop)])
+        if stack.kafka_in_memory:
+            with suppress(KafkaUnavailable):  # of another `dev`, which has ended with it
+                asyncio.run(take_the_rest(stack.settings))
     notes.print("Stopped." if stack.data_dir is None else "Stopped. The data is kept for the next time.")
 
 
@@ -128,17 +136,29 @@ def _greet(out: Console, stack: Stack, receiver: str) -> None:
             table.add_row(name, Text(value))
     out.print()
     out.print(table)
+    exports = [f"export DATABASE_URL='{addresses['database_url']}'"]
+    if stack.settings.kafka_servers is not None:
+        idempotence = str(stack.settings.kafka_idempotence).lower()
+        exports.append(f"export KAFKA_BOOTSTRAP_SERVERS={stack.settings.kafka_servers} KAFKA_IDEMPOTENCE={idempotence}")
     # Lines to be pasted are never wrapped.
     for heading, line in (
         (
             "Look at it from another terminal, with psql or the other commands:",
-            f"export DATABASE_URL='{addresses['database_url']}'\npsql \"$DATABASE_URL\"\norchestrator stats",
+            "\n".join((*exports, 'psql "$DATABASE_URL"', f"{_command()} stats")),
         ),
         ("Send an event that is due in five seconds:", first_curl(stack.api, receiver)),
     ):
         out.print(f"\n[bold]{heading}[/]")
         out.print(Text(line, style="cyan"), soft_wrap=True)
     out.print("\nCtrl-C stops everything.\n")
+
+
+def _command() -> str:
+    """How to call this program from the directory it was started in."""
+    found, ours = shutil.which("orchestrator"), Path(sys.argv[0])
+    if found is not None and os.path.samefile(found, ours):
+        return "orchestrator"
+    return str(ours.relative_to(Path.cwd()) if ours.is_relative_to(Path.cwd()) else ours)
 
 
 def first_curl(api: str, receiver: str) -> str:

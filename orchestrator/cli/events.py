@@ -118,7 +118,9 @@ def _show(out: Console, event: dict[str, Any]) -> None:
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
-    attempts = f"{event['attempt']} of at most {event['max_retries'] + 1}"
+    attempts = str(event["attempt"])
+    if event["attempt"] <= event["max_retries"] + 1:  # a redriven event has more
+        attempts += f" of at most {event['max_retries'] + 1}"
     for name, value in (
         ("source", event["source"]),
         ("external id", event["external_job_id"]),

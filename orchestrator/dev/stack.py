@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ from typing import IO
 import psycopg
 
 from orchestrator.config import DATABASE_PARTS, Settings
+from orchestrator.database.ingestion import Ingestion
 from orchestrator.dev import kafka_wheel
 from orchestrator.dev.environment import LOOPBACK, is_free, kept_webhook_secret, state_directory, with_defaults
 from orchestrator.dev.kafka_wheel import WheelBroker
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dev.system import until
-from orchestrator.errors import OrchestratorError
-from orchestrator.kafka.topics import create_topics
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError
+from orchestrator.ingest import ingest
+from orchestrator.kafka.topics import create_topics, log_bounds, partition_counts
+from orchestrator.metrics import Metrics
 from orchestrator.migrate import migrate
 
 POSTGRES_PORT = 15432
@@ -29,6 +33,10 @@ KAFKA_PORT = 19092
 _OTHER_STARTS_S = 10.0
 _SESSION_MS = "2000"
 _DATABASE = "orchestrator"
+_LAST_S = 30.0
+_LOOK_EVERY_S = 0.1
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,12 @@ def _database(
     environ: Mapping[str, str], settings: Settings, home: Path
 ) -> Iterator[tuple[Mapping[str, str], Path | None]]:
     """The environment with a database that is up to date, and where its data is if it is not the user's own."""
-    if any(environ.get(name, "").strip() for name in ("DATABASE_URL", "DB_HOST")):
-        migrate(settings.database_url, days_ahead=settings.partition_days_ahead)
+    given = next((name for name in ("DATABASE_URL", "DB_HOST") if environ.get(name, "").strip()), None)
+    if given is not None:
+        try:
+            migrate(settings.database_url, days_ahead=settings.partition_days_ahead)
+        except DatabaseUnavailable as error:
+            raise DatabaseUnavailable(f"{error}; start it, or unset {given} to have one started here") from error
         yield environ, None
         return
     # When another `dev` runs here already, this uses its server.
@@ -155,6 +167,35 @@ def _read_from_the_start(settings: Settings) -> None:
             " where topic = any (%s)",
             ([settings.topic_submission, settings.topic_processing],),
         )
+
+
+async def take_the_rest(settings: Settings) -> None:
+    """Ingests what the broker still holds, which has been acknowledged and would end with it."""
+    topics = (settings.topic_submission, settings.topic_processing)
+    counts = await partition_counts(settings, topics)
+
+    async def unread() -> int:
+        found = 0
+        async with Ingestion.open(settings) as database:
+            for topic in topics:
+                positions = await database.positions(topic)
+                for number, (begin, end) in (await log_bounds(settings, topic, counts[topic])).items():
+                    found += end - (positions[number].next_offset if number in positions else begin)
+        return found
+
+    if not await unread():
+        return
+    stop = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(ingest(settings, Metrics(settings), stop))
+        try:
+            async with asyncio.timeout(_LAST_S):
+                while await unread():  # noqa: ASYNC110  # nobody tells when that is so
+                    await asyncio.sleep(_LOOK_EVERY_S)
+        except TimeoutError:
+            _log.error("events that were accepted are lost with the broker", extra={"events": await unread()})
+        finally:
+            stop.set()
 
 
 def _require_free(setting: str, host: str, port: int) -> None:

@@ -7,8 +7,8 @@ and kept as a reject.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Annotated
 
 import msgspec
 
@@ -21,29 +21,14 @@ from orchestrator.json_text import has_forbidden_escape, utf8_fault
 from orchestrator.metrics import Metrics
 
 COMMANDS = ("cancel", "redrive")
+_FIELDS = ("id", "command", "event_id", "external_job_id")
+_MAX_CHARS = 200
 _MAX_RECORDS = 500
 _MAX_BYTES = 1 << 20
 
-_Id = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
-
-class _Command(msgspec.Struct, forbid_unknown_fields=True):
-    command: str
-    id: _Id | None = None
-    event_id: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")] | None = (
-        None
-    )
-    external_job_id: _Id | None = None
-
-
-class _Identified(msgspec.Struct):
-    """What can still be answered of a command that is wrong: its id."""
-
-    id: _Id | None = None
-
-
-_decode = msgspec.json.Decoder(_Command).decode
-_decode_id = msgspec.json.Decoder(_Identified).decode
+_decode = msgspec.json.Decoder(dict[str, object]).decode
 
 
 class Commands:
@@ -96,24 +81,31 @@ def read_command(value: bytes | None) -> dict[str, object]:
     if utf8_fault(value) is not None:
         raise ValidationError("body", "expected JSON in UTF-8")
     try:
-        command = _decode(value)
-    except msgspec.ValidationError as error:
-        raise ValidationError("body", str(error)) from None
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValidationError("body", f"expected JSON, got {shown(value)!r}: {error}") from None
+        given = _decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        raise ValidationError("body", f"expected a JSON object, got {shown(value)!r}") from None
     if has_forbidden_escape(value):
         raise ValidationError("body", r"expected no \u0000 in strings")
-    if command.command not in COMMANDS:
+    command = {name: field for name, field in given.items() if field is not None}
+    for name, field in command.items():
+        if name not in _FIELDS:
+            raise ValidationError(shown(name), f"unknown field; expected {', '.join(_FIELDS)}")
+        if not isinstance(field, str) or not 1 <= len(field) <= _MAX_CHARS:
+            raise ValidationError(name, f"expected a string of 1 to {_MAX_CHARS} characters, got {shown(field)!r}")
+    if command.get("command") not in COMMANDS:
         expected = " or ".join(COMMANDS)
-        raise ValidationError("command", f"expected {expected}, got {shown(command.command)!r}: unknown command")
-    if (command.event_id is None) == (command.external_job_id is None):
+        raise ValidationError("command", f"expected {expected}, got {shown(command.get('command', 'none'))!r}")
+    if ("event_id" in command) == ("external_job_id" in command):
         raise ValidationError("event_id", "expected either event_id or external_job_id")
-    return {name: field for name, field in msgspec.structs.asdict(command).items() if field is not None}
+    if "event_id" in command and not _UUID.fullmatch(str(command["event_id"])):
+        raise ValidationError("event_id", f"expected a UUID, got {shown(command['event_id'])!r}")
+    return command
 
 
 def _id_of(value: bytes | None) -> str | None:
+    """What can still be answered of a command that is wrong: its id."""
     try:
-        found = _decode_id(value or b"").id
+        found = _decode(value or b"").get("id")
     except (msgspec.DecodeError, RecursionError, UnicodeError):
         return None
-    return None if found is None or "\x00" in found else found
+    return found if isinstance(found, str) and len(found) <= _MAX_CHARS and "\x00" not in found else None

@@ -20,6 +20,7 @@ from aiokafka.errors import (
     NoBrokersAvailable,
     ProducerClosed,
     SaslAuthenticationFailed,
+    UnknownError,
     UnknownTopicOrPartitionError,
     UnsupportedSaslMechanismError,
 )
@@ -161,6 +162,11 @@ async def unavailable(settings: Settings, role: str, error: BaseException) -> Or
         for (host, port), failure in zip(servers, failures, strict=True)
         if failure is not None
     ]
+    if isinstance(error, UnknownError) and settings.kafka_idempotence:
+        return KafkaUnavailable(
+            f"KAFKA_IDEMPOTENCE: {settings.kafka_servers} does not number what producers send: {error}; set it to "
+            "false for brokers that cannot"
+        )
     if len(reasons) < len(servers):
         shown = str(error) or type(error).__name__
         return KafkaUnavailable(f"KAFKA_BOOTSTRAP_SERVERS: {settings.kafka_servers} cannot be used just now: {shown}")

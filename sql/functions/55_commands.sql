@@ -56,7 +56,12 @@ begin
   insert into orchestrator.outbox (created_at, kind, key, value)
   select v_now, 'answer', convert_to(coalesce(c.event_id::text, c.external_job_id, c.id, ''), 'UTF8')
     , convert_to(json_build_object('id', c.id, 'command', c.command, 'event_id', c.event_id, 'external_job_id', c.external_job_id
-      , 'problem', c.problem, 'results', coalesce(a.results, '[]'), 'answered_at', v_now
+      , 'problem', case
+          when c.problem is not null then c.problem
+          when a.results is null then jsonb_build_object('field', case when c.event_id is null then 'external_job_id' else 'event_id' end
+            , 'reason', 'there is no such event')
+        end
+      , 'results', coalesce(a.results, '[]'), 'answered_at', v_now
       , 'topic', p_topic, 'partition', c.partition, 'offset', c."offset")::text, 'UTF8')
   from jsonb_array_elements(p_commands) with ordinality as i (item, n)
   cross join lateral jsonb_to_record(i.item) as c (
@@ -80,4 +85,4 @@ begin
   return v_answered;
 end $$;
 comment on function orchestrator.execute_commands(text, jsonb) is
-  'Carries out commands read from p_topic, in order: objects of partition, offset, id, command (cancel or redrive), event_id or external_job_id, or problem with what is wrong with it. Each is answered in the outbox, with a result for each event it names; returns how many';
+  'Carries out commands read from p_topic, in order: objects of partition, offset, id, command (cancel or redrive), event_id or external_job_id, or problem with what is wrong with it. Each is answered in the outbox, with a result for each event it names, or with its problem; returns how many';

@@ -83,12 +83,12 @@ async def test_a_command_that_is_wrong_is_answered_with_the_problem_and_kept_as_
 ) -> None:
     event_id = client.schedule()
     wrong: list[tuple[Any, str | None, str, str]] = [
-        ({"id": "w1", "command": "reschedule", "event_id": event_id}, "w1", "command", "unknown command"),
+        ({"id": "w1", "command": "reschedule", "event_id": event_id}, "w1", "command", "expected cancel or redrive"),
         ({"id": "w2", "command": "cancel"}, "w2", "event_id", "either"),
         ({"id": "w3", "command": "cancel", "event_id": event_id, "external_job_id": "x"}, "w3", "event_id", "either"),
-        ({"id": "w4", "command": "cancel", "event_id": "7"}, "w4", "body", "event_id"),
-        ({"id": "w5", "command": "cancel", "event_id": event_id, "when": "now"}, "w5", "body", "when"),
-        ({"id": 6, "command": "cancel", "event_id": event_id}, None, "body", "id"),
+        ({"id": "w4", "command": "cancel", "event_id": "7"}, "w4", "event_id", "UUID"),
+        ({"id": "w5", "command": "cancel", "event_id": event_id, "when": "now"}, "w5", "when", "unknown field"),
+        ({"id": 6, "command": "cancel", "event_id": event_id}, None, "id", "a string"),
         (b'{"id": "w7"', None, "body", "JSON"),
         (b"\xff", None, "body", "UTF-8"),
         (b"\x00", None, "body", "JSON"),

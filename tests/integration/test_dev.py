@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import httpx
+import psycopg
 import pytest
 
 from orchestrator.dev import kafka_wheel
@@ -34,6 +35,20 @@ async def test_an_event_goes_through_kafka_in_every_run_with_the_same_database(s
         assert response.status_code == 202, response.text
         await process.wait_for_log(f"webhook /{run}", 30)
         assert await process.stop() == 0
+
+
+async def test_what_was_accepted_before_a_stop_is_kept(spawn: Spawn, database_url: str) -> None:
+    process = spawn("dev", "--json", SERVER_PORT=str(free_port()))
+    where = await addresses(process)
+    event = {"source": "tests", "scheduled_at": (datetime.now(UTC) + timedelta(hours=1)).isoformat(), "payload": 1}
+    async with httpx.AsyncClient() as client:
+        for n in range(20):
+            body = event | {"destination": where["receiver"], "external_job_id": f"{n}"}
+            response = await client.post(where["api"], json=body)
+            assert response.status_code == 202, response.text
+    assert await process.stop() == 0
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("select count(*) from orchestrator.event").fetchone() == (20,)
 
 
 async def test_two_runs_with_one_database_share_a_broker(spawn: Spawn) -> None:

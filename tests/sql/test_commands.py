@@ -62,7 +62,7 @@ def test_commands_are_carried_out_in_order_and_each_is_answered(client: Client) 
     assert [answer["offset"] for answer in answers] == [0, 1, 2]
 
 
-def test_a_command_for_an_event_that_does_not_exist_has_no_results(client: Client) -> None:
+def test_a_command_for_an_event_that_does_not_exist_says_so(client: Client) -> None:
     nobody = "01a1fdfa-4600-748c-94b7-eb449d22c4d5"
     answers = execute(
         client,
@@ -72,13 +72,17 @@ def test_a_command_for_an_event_that_does_not_exist_has_no_results(client: Clien
         {"command": "redrive", "external_job_id": "nobody"},
     )
     assert [answer["results"] for answer in answers] == [[], [], [], []]
+    assert [answer["problem"] for answer in answers] == [
+        {"field": field, "reason": "there is no such event"}
+        for field in ("event_id", "event_id", "external_job_id", "external_job_id")
+    ]
 
 
 def test_a_command_with_a_problem_is_answered_with_it_and_changes_nothing(client: Client) -> None:
     event_id = client.schedule(scheduled_at=NOON + timedelta(hours=1))
     problem = {"field": "command", "reason": "expected cancel or redrive"}
     [answer] = execute(client, {"id": "c", "command": "cancel", "event_id": event_id, "problem": problem})
-    assert (answer["problem"], answer["results"]) == (problem, [])
+    assert (answer["id"], answer["problem"], answer["results"]) == ("c", problem, [])
     assert client.status(event_id) == "scheduled"
 
 
