@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 
 help:
 	@echo 'make setup    create .venv with everything in it (the other targets do so when it is missing)'
-	@echo 'make run      PostgreSQL, the API and the dispatcher on this machine, data kept between runs'
+	@echo 'make run      PostgreSQL, a broker and every role on this machine, data kept between runs'
 	@echo 'make demo     10,000 events through all of it, with a table of what became of them'
 	@echo 'make test     the whole test suite'
 	@echo 'make lint     ruff and mypy'
