@@ -213,8 +213,8 @@ async def test_ingesters_that_come_and_go_share_the_partitions_and_read_everythi
     settings: MakeSettings, client: Client, topic: Topic
 ) -> None:
     # Never more consumers than the four partitions, or one of them has nothing to do.
-    ours = settings(**topic.environ)
-    async with flowing(topic) as places, ingesting(settings(KAFKA_CONSUMER_CONCURRENCY="2", **topic.environ)) as first:
+    ours, twice = settings(**topic.environ), settings(KAFKA_CONSUMER_CONCURRENCY="2", **topic.environ)
+    async with flowing(topic) as places, ingesting(twice) as first:
         await eventually(lambda: len(jobs(client)) > 100, 20)
         async with ingesting(ours) as second:
             await eventually(lambda: second.value("events_received_total") > 100, 20)
@@ -224,7 +224,7 @@ async def test_ingesters_that_come_and_go_share_the_partitions_and_read_everythi
             await eventually(lambda: first.value("events_received_total") > reached + 100, 20)
         async with ingesting(ours) as fourth:
             await eventually(lambda: fourth.value("events_received_total") > 100, 20)
-    async with ingesting(ours):
+    async with ingesting(twice):
         await all_read(client, topic, places)
 
 

@@ -144,7 +144,7 @@ async def test_messages_are_published_once_and_in_order(settings: MakeSettings, 
         for _ in range(3):
             write(client, "scheduled", 4000, keys=50)
         await drained(client)
-        assert metrics.outbox_published_total._value.get() == 12_000
+        await eventually(lambda: metrics.outbox_published_total._value.get() == 12_000)
     found = await records(kafka.servers, ours.topic_scheduled)
     assert len(found) == 12_000
     per_key = defaultdict(list)
