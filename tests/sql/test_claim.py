@@ -347,3 +347,13 @@ def test_the_largest_batch_takes_ten_thousand(client: Client) -> None:
     assert len({lease.event_id for lease in leases}) == 10_000
     assert client.finish(results(sorted(leases))) == []
     assert len(client.claim(10_000)) == 1
+
+
+def test_events_that_are_overdue_when_they_come_keep_their_order(client: Client) -> None:
+    """All of them are due at once."""
+    minutes = [n * 37 % 100 for n in range(100)]
+    client.submit(*[event(external_job_id=f"{n}", scheduled_at=NOON - timedelta(minutes=n)) for n in minutes])
+    leases = client.claim(60)
+    assert {lease.due_at for lease in leases} == {NOON}
+    times = [lease.scheduled_at for lease in leases]
+    assert times == sorted(times)
