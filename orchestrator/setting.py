@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.dispatch.signing import decode_secret
+from orchestrator.event_rules import TOPIC_PATTERN
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -219,9 +220,6 @@ def _bootstrap_servers(raw: str) -> str:
 
 
 bootstrap_servers = Kind("a comma-separated list of host:port", _bootstrap_servers)
-
-TOPIC_PATTERN = "^(?!\\.{1,2}$)[A-Za-z0-9._-]{1,249}$"
-"""What Kafka takes for the name of a topic."""
 
 
 def _topic(raw: str) -> str:

@@ -24,9 +24,9 @@ from orchestrator.ingest.source import MisplacedError, Source, TooLargeError
 from orchestrator.ingest.watch import StalledError, Watch
 from orchestrator.ingest.writer import Writer
 from orchestrator.metrics import Metrics
+from orchestrator.tasks import backoff_s
 
-_FIRST_BACKOFF_S = 0.1
-_LAST_BACKOFF_S = 5.0
+_AGAIN_S = 0.1
 _WELL_S = 60.0  # a consumer that has lasted so long has not failed in turn
 
 _log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Consumer:
                 except TooLargeError:
                     self._fetch_factor *= 4
                     _log.warning("a record is larger than a fetch; fetching more", extra={"topic": self._topic})
-                    await asyncio.sleep(_FIRST_BACKOFF_S)
+                    await asyncio.sleep(_AGAIN_S)
                 except StalledError as stalled:
                     self._metrics.ingest_rebuilds_total.inc()
                     _log.error("%s", stalled, extra={"topic": self._topic})
@@ -97,15 +97,15 @@ class Consumer:
                 except OffsetsMovedError as moved:
                     self._metrics.ingest_conflicts_total.inc()
                     _log.info("somebody else was faster", extra={"topic": self._topic, "stand_at": moved.stand_at})
-                    await asyncio.sleep(_FIRST_BACKOFF_S * random.uniform(0.5, 2.0))
+                    await asyncio.sleep(_AGAIN_S * random.uniform(0.5, 2.0))
                 except MisplacedError as error:
                     _log.info("placing partitions anew", extra={"topic": self._topic, "error": str(error)})
-                    await asyncio.sleep(_FIRST_BACKOFF_S)
+                    await asyncio.sleep(_AGAIN_S)
                 finally:
                     await reading.settle()
 
     async def _back_off(self, failures: int, error: Exception) -> None:
-        wait_s = min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)
+        wait_s = backoff_s(failures)
         about = {"topic": self._topic, "error": str(error) or type(error).__name__, "retry_in_s": round(wait_s, 3)}
         _log.warning("Kafka does not serve; trying again", extra=about)
         await asyncio.sleep(wait_s)

@@ -19,6 +19,7 @@ from orchestrator.ingest.source import Fetched, Source, UnreadableError
 from orchestrator.ingest.watch import Watch
 from orchestrator.ingest.writer import Writable, Writer
 from orchestrator.metrics import Metrics
+from orchestrator.tasks import end
 
 _SLICE_RECORDS = 250  # parsed at a time; in between, the batch before it gets on
 _SLICE_BYTES = 256 << 10
@@ -29,7 +30,6 @@ _REFETCH_S = 0.1
 _POLLS = 20
 _UNREADABLE_TRIES = 6
 _ENDING_S = 5.0
-_CANCEL_S = 0.3
 _MIRRORED_S = 1.0
 
 _log = logging.getLogger(__name__)
@@ -101,9 +101,11 @@ class Reading:
     async def settle(self) -> None:
         """Lets the batch under way come to an end, whichever that is."""
         if self._writing is not None:
-            await asyncio.wait([self._writing], timeout=_ENDING_S)
-            await _end(self._writing)
-            self._writing = None
+            writing, self._writing = self._writing, None
+            await asyncio.wait([writing], timeout=_ENDING_S)
+            await end(writing)
+            if writing.done() and not writing.cancelled() and (error := writing.exception()):
+                _log.debug("a batch was not written", extra={"error": str(error)})
         await self._source.mirrored(_MIRRORED_S)
         self._source.mirror(self._written)
         await self._source.mirrored(_MIRRORED_S)
@@ -249,14 +251,3 @@ class Reading:
             self._lag.labels(self._topic, partition.number).set(max(0, end - partition.next_offset))
         if not self._batch.full:  # else it is the database that is slow
             self._watch.look(self._source, [p for p in partitions if p.halted is None])
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    """Cancels a task and waits for its end. More than once: psycopg asks the server to end a running query first, and
-    waits seconds for one that does not answer; cancelled again, it closes the connection."""
-    for _ in range(3):
-        if not task.done():
-            task.cancel()
-            await asyncio.wait([task], timeout=_CANCEL_S)
-    if task.done() and not task.cancelled() and (error := task.exception()):
-        _log.debug("a batch was not written", extra={"error": str(error)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Protocol, TypeVar
@@ -15,12 +14,11 @@ from orchestrator.config import Settings
 from orchestrator.database.ingestion import Ingestion, Move, OffsetsMovedError, Position
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
+from orchestrator.tasks import backoff_s
 
 T = TypeVar("T")
 
 _ANSWER_S = 30.0  # for a call of the database; one that hangs is given up, and the connection with it
-_FIRST_BACKOFF_S = 0.1
-_LAST_BACKOFF_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +96,7 @@ class Writer:
         return self._database
 
     async def _back_off(self, failures: int, error: Exception) -> None:
-        wait_s = min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)
+        wait_s = backoff_s(failures)
         away = isinstance(error, DatabaseUnavailable | TimeoutError)
         _log.log(
             logging.WARNING if away else logging.ERROR,

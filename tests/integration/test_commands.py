@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from tests.conftest import MakeSettings
-from tests.support.brokers import Kafka
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.ingesting import Topic, feed, ingesting, read_to
 from tests.support.sql_client import Client, results
-
-
-@pytest.fixture
-def client(database_url: str) -> Iterator[Client]:
-    """A session on this test's own database."""
-    with Client(database_url) as client:
-        yield client
-
-
-@pytest.fixture
-async def topic(kafka: Kafka) -> Topic:
-    return await Topic.new(kafka)
 
 
 @pytest.fixture

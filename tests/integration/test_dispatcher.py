@@ -30,13 +30,6 @@ from tests.support.sql_client import Client, event
 from tests.support.waiting import eventually
 
 
-@pytest.fixture
-def client(database_url: str) -> Iterator[Client]:
-    """A session on this test's own database."""
-    with Client(database_url) as client:
-        yield client
-
-
 class Gate:
     """A sender whose deliveries all wait until it is opened."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -39,13 +38,6 @@ SHORT = {
     "SCHEDULER_PREFETCH": "1000",
 }
 AFTER_LEASES_S = 20.0
-
-
-@pytest.fixture
-def client(database_url: str) -> Iterator[Client]:
-    """A session on this test's own database."""
-    with Client(database_url) as client:
-        yield client
 
 
 def submitted(client: Client, *events: dict[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -29,19 +28,6 @@ from tests.support.ingesting import (
 )
 from tests.support.sql_client import Client
 from tests.support.waiting import eventually
-
-
-@pytest.fixture
-def client(database_url: str) -> Iterator[Client]:
-    """A session on this test's own database."""
-    with Client(database_url) as client:
-        yield client
-
-
-@pytest.fixture
-async def topic(kafka: Kafka) -> Topic:
-    """A topic of four partitions with nothing in it."""
-    return await Topic.new(kafka)
 
 
 def rejected(client: Client) -> dict[tuple[int, int], tuple[bytes | None, str, str]]:

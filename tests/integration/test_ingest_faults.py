@@ -16,7 +16,7 @@ from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.ingest import consumers
 from orchestrator.metrics import Metrics
 from tests.conftest import MakeSettings, Spawn
-from tests.support.brokers import Kafka, KafkaBroker
+from tests.support.brokers import KafkaBroker
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.ingesting import (
     Ingesting,
@@ -40,23 +40,10 @@ from tests.support.waiting import eventually
 
 
 @pytest.fixture
-def client(database_url: str) -> Iterator[Client]:
-    """A session on this test's own database."""
-    with Client(database_url) as client:
-        yield client
-
-
-@pytest.fixture
 def other(database_url: str) -> Iterator[Client]:
     """One more, to hold locks with."""
     with Client(database_url) as client:
         yield client
-
-
-@pytest.fixture
-async def topic(kafka: Kafka) -> Topic:
-    """A topic of four partitions with nothing in it."""
-    return await Topic.new(kafka)
 
 
 @asynccontextmanager

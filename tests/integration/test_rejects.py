@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,6 @@ from tests.support.ingesting import submission
 from tests.support.sql_client import Client
 
 Call = Callable[..., Result]
-
-
-@pytest.fixture
-def client(database_url: str) -> Iterator[Client]:
-    """A session on this test's own database."""
-    with Client(database_url) as client:
-        yield client
 
 
 @pytest.fixture
