@@ -17,6 +17,7 @@ from orchestrator.setting import (
     Setting,
     boolean,
     defined,
+    directory,
     host,
     milliseconds,
     networks,
@@ -149,6 +150,12 @@ class Settings(KafkaSettings):
         default="200",
         about="Most deliveries under way at once.",
     )
+    customer_max_parallel: int | None = defined(
+        "CUSTOMER_MAX_PARALLEL",
+        kind=whole(1, 100000),
+        otherwise="none: no bound",
+        about="Attempts under way at once to a destination that has no `max_parallel` of its own.",
+    )
     http_connect_timeout_s: float = defined(
         "HTTP_CONNECT_TIMEOUT_SECONDS",
         kind=seconds(0.1, 600),
@@ -179,6 +186,12 @@ class Settings(KafkaSettings):
         default="",
         secret=True,
         about="Keys that sign deliveries, newest first; each signs, so that receivers can change over.",
+    )
+    secrets_directory: str | None = defined(
+        "SECRETS_DIRECTORY",
+        kind=directory,
+        otherwise="none",
+        about="Files with the secrets that destinations name, read anew when they change.",
     )
     max_payload_bytes: int = defined(
         "MAX_PAYLOAD_BYTES", kind=whole(1, 2**26), default="1048576", about="Longest payload of an event."

@@ -22,6 +22,9 @@ MAX_NAME_CHARS = 200
 MAX_HEADERS = 20
 MAX_HEADER_CHARS = 4096
 MAX_RETRIES = 100
+MAX_PRIORITY = 9
+MIN_SPREAD_S = 0.000001
+MAX_SPREAD_S = 604_800
 HEADER_NAME_PATTERN = "^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}$"
 HEADER_VALUE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f]*$"
 RETRY_POLICY_PATTERN = "^[a-z0-9_-]{1,63}$"
@@ -48,6 +51,12 @@ Retries = (
     Annotated[int, msgspec.Meta(ge=0, le=MAX_RETRIES)]
     | Annotated[float, msgspec.Meta(ge=0, le=MAX_RETRIES, multiple_of=1)]
 )
+WholeNumber = int | Annotated[float, msgspec.Meta(multiple_of=1)]
+Priority = (
+    Annotated[int, msgspec.Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+    | Annotated[float, msgspec.Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY, multiple_of=1)]
+)
+SpreadSeconds = Annotated[float, msgspec.Meta(ge=MIN_SPREAD_S, le=MAX_SPREAD_S)]
 DeliveryType = Literal["HTTP", "KAFKA"]
 RetryPolicy = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_-]{1,63}\Z")]
 
@@ -96,6 +105,8 @@ class Wire(msgspec.Struct, forbid_unknown_fields=True):
     max_retries: Retries | None = None
     retry_policy: RetryPolicy | None = None
     ordering_key: Name | None = None
+    priority: Priority | None = None
+    spread_seconds: SpreadSeconds | None = None
 
 
 def shown(value: object) -> str:
@@ -162,6 +173,12 @@ def headers_fault(headers: dict[str, str]) -> str | None:
     return None
 
 
+def priority_fault(priority: float) -> str | None:
+    if -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        return None
+    return f"expected -{MAX_PRIORITY} to {MAX_PRIORITY}, got {shown(priority)}"
+
+
 _EXPECTED: dict[str, tuple[Any, str]] = {
     "source": (Name, f"a string of 1 to {MAX_NAME_CHARS} characters"),
     "scheduled_at": (ScheduledAt, "an RFC 3339 time with a zone, such as 2026-01-31T09:00:00Z"),
@@ -173,6 +190,8 @@ _EXPECTED: dict[str, tuple[Any, str]] = {
     "max_retries": (Retries | None, f"a whole number from 0 to {MAX_RETRIES}, or null"),
     "retry_policy": (RetryPolicy | None, "a name of 1 to 63 characters from a-z, 0-9, _ and -, or null"),
     "ordering_key": (Name | None, f"a string of 1 to {MAX_NAME_CHARS} characters, or null"),
+    "priority": (WholeNumber | None, f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"),
+    "spread_seconds": (SpreadSeconds | None, f"more than 0 and at most {MAX_SPREAD_S} seconds"),
 }
 _REQUIRED = ("source", "scheduled_at", "payload")
 _FAULTS: dict[str, Callable[[Any], str | None]] = {
@@ -181,6 +200,7 @@ _FAULTS: dict[str, Callable[[Any], str | None]] = {
     "external_job_id": text_fault,
     "headers": headers_fault,
     "ordering_key": text_fault,
+    "priority": priority_fault,
 }
 
 

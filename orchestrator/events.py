@@ -53,6 +53,7 @@ class Submission(msgspec.Struct, frozen=True):
     """A submission that keeps every rule: `scheduled_at` in UTC, `payload` and `headers` as JSON texts.
 
     `destination` is a URL, or a topic when `delivery_type` is KAFKA; None then stands for the ready topic.
+    `priority` is None for 0.
     """
 
     id: str
@@ -66,6 +67,8 @@ class Submission(msgspec.Struct, frozen=True):
     max_retries: int
     retry_policy: str | None
     ordering_key: str | None = None
+    priority: int | None = None
+    spread_seconds: float | None = None
 
 
 class _Batch(msgspec.Struct, forbid_unknown_fields=True):
@@ -195,6 +198,8 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
         limits.max_retries if wire.max_retries is None else int(wire.max_retries),
         wire.retry_policy,
         key,
+        int(wire.priority) if wire.priority else None,
+        wire.spread_seconds,
     )
 
 
@@ -233,6 +238,8 @@ def encode_submission(s: Submission) -> bytes:
         "max_retries": s.max_retries,
         "retry_policy": s.retry_policy,
         "ordering_key": s.ordering_key,
+        "priority": s.priority,
+        "spread_seconds": s.spread_seconds,
     }
     return _encode({name: value for name, value in fields.items() if value is not None})
 
@@ -266,7 +273,12 @@ def copy_row(s: Submission, n: int) -> bytes:
         f"{n}\t{s.id}\t{s.scheduled_at.isoformat()}\t{_escaped_text(s.source)}\t{_optional(s.external_job_id)}"
         f"\t{_escaped_text(s.delivery_type)}\t{_optional(s.destination)}\t"
     ).encode()
-    last = f"\t{s.max_retries}\t{_optional(s.retry_policy)}\t{_optional(s.ordering_key)}\n".encode()
+    priority = s.priority or r"\N"
+    # Not str(): that of a small number has an exponent.
+    spread = r"\N" if s.spread_seconds is None else f"{s.spread_seconds:.6f} seconds"
+    last = (
+        f"\t{s.max_retries}\t{_optional(s.retry_policy)}\t{_optional(s.ordering_key)}\t{priority}\t{spread}\n"
+    ).encode()
     return b"%b%b\t%b%b" % (first, _escaped(s.payload), headers, last)
 
 

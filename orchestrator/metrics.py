@@ -62,6 +62,9 @@ class Metrics:
         self.events_released_total = self._counter(
             "events_released_total", "Events given back unattempted, as a stopping dispatcher does."
         )
+        self.event_slots_missed_total = self._counter(
+            "event_slots_missed_total", "Slots under a rate that passed before their attempt could begin."
+        )
         self.database_reconnects_total = self._counter(
             "database_reconnects_total", "Times the database was found again after it was away."
         )
@@ -124,6 +127,9 @@ class Metrics:
         self.events_backlog = self._gauge(
             "events_backlog", "Events that are due and not claimed, as a dispatcher last saw."
         )
+        self.paused = self._gauge("paused", "1 while everything is paused, else 0; NaN while the database is away.")
+        self.destinations_paused = self._gauge("destinations_paused", "Destinations that are paused by themselves.")
+        self.breakers_open = self._gauge("breakers_open", "Destinations whose breaker is open, or trying one event.")
         # Without the prefix, as alerts of older installations know it.
         self.outbox_event_pending_total = Gauge(
             "outbox_event_pending_total", "Messages that wait in the outbox, up to 10,000.", registry=self.registry
@@ -140,6 +146,11 @@ class Metrics:
         self.database_pool_size.set(size)
         self.database_pool_in_use.set(size - stats.get("pool_available", 0))
         self.database_pool_waiting.set(stats.get("requests_waiting", 0))
+
+    def set_standstills(self, paused: float, destinations_paused: float, breakers_open: float) -> None:
+        self.paused.set(paused)
+        self.destinations_paused.set(destinations_paused)
+        self.breakers_open.set(breakers_open)
 
     def exposition(self) -> tuple[bytes, str]:
         """All series as Prometheus reads them, and the content type to send them with."""

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from orchestrator.dispatch.signing import decode_secret
@@ -147,6 +148,16 @@ def _host(raw: str) -> str:
 
 
 host = Kind("a host name, an address without its port, or the directory of a socket", _host)
+
+
+def _directory(raw: str) -> str:
+    value = raw.strip()
+    if not Path(value).is_dir():
+        raise ValueError
+    return value
+
+
+directory = Kind("a directory that exists", _directory)
 
 
 def one_of(choices: Mapping[str, str], expects: str) -> Kind:

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 _WITHOUT_EFFECT = {
     r"REDIS_\w+": "locks, limits and caches live in PostgreSQL",
     "KAFKA_STREAMS_APP_ID": "KAFKA_CONSUMER_GROUP names the group that reads submissions",
-    "CUSTOMER_MAX_PARALLEL": "HTTP_MAX_CONNECTIONS bounds the deliveries under way",
     "CLEANUP_RETENTION_DAYS": "this version deletes nothing",
     "MAX_SCHEDULE_AHEAD_DAYS": "PARTITION_DAYS_AHEAD says how far ahead events can be scheduled",
 }

@@ -18,18 +18,18 @@ end $$;
 revoke all on all tables in schema orchestrator from public;
 revoke all on all functions in schema orchestrator from public;
 grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
-grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz), orchestrator.random_event_id(timestamptz), orchestrator.lane_of(text),
-  orchestrator.partition_bounds()
+grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz), orchestrator.random_event_id(timestamptz), orchestrator.destination_name(text, text), orchestrator.spread_shift(uuid, interval),
+  orchestrator.partition_bounds(), orchestrator.standstills()
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
 grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_events(jsonb),
-  orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text)
+  orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval)
   to orchestrator_submit, orchestrator_ingest, orchestrator_ops;
 grant execute on function orchestrator.cancel_event(uuid, text), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()
   to orchestrator_submit, orchestrator_ops;
-grant execute on function orchestrator.register_worker(text), orchestrator.claim_due_events(integer, integer, interval, interval),
-  orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[]),
-  orchestrator.release_events(uuid[], integer[]), orchestrator.next_due_at(), orchestrator.backlog(),
+grant execute on function orchestrator.register_worker(text), orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer),
+  orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
+  orchestrator.release_events(uuid[], integer[]), orchestrator.own_lane(text, boolean), orchestrator.next_due_at(), orchestrator.backlog(),
   orchestrator.set_outbox(text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
   orchestrator.outbox_pending()
   to orchestrator_dispatch, orchestrator_ops;
@@ -37,13 +37,21 @@ grant execute on function orchestrator.ingest_offsets(text), orchestrator.advanc
   orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]), orchestrator.execute_commands(text, jsonb)
   to orchestrator_ingest, orchestrator_ops;
 grant execute on function orchestrator.set_ingest_offset(text, integer, bigint), orchestrator.get_reject(bigint), orchestrator.resubmitted_reject(bigint, uuid),
-  orchestrator.redrive_event(uuid), orchestrator.retry_outbox_failures()
+  orchestrator.redrive_event(uuid), orchestrator.pass_dead_letter(uuid), orchestrator.retry_outbox_failures()
   to orchestrator_ops;
 grant execute on function orchestrator.get_event(uuid), orchestrator.events_by_external_id(text, integer, timestamptz, uuid),
   orchestrator.list_dead_letters(integer, timestamptz, uuid), orchestrator.list_rejects(integer, bigint), orchestrator.ingest_offsets(text),
-  orchestrator.outbox_pending(), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog()
+  orchestrator.outbox_pending(), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog(),
+  orchestrator.get_destination(text), orchestrator.list_destinations(integer, text), orchestrator.destination_for(text),
+  orchestrator.backlog_forecast(interval, interval, text), orchestrator.forecast(interval, interval, text, integer)
   to orchestrator_read, orchestrator_ops;
-grant execute on function orchestrator.run_maintenance(integer, integer), orchestrator.create_partitions(date, date),
+grant execute on function
+  orchestrator.configure_destination(text, double precision, integer, integer, boolean, interval, text, text, jsonb, interval, integer, double precision,
+    integer, interval, interval, interval, text[]),
+  orchestrator.delete_destination(text), orchestrator.pause_destination(text), orchestrator.resume_destination(text), orchestrator.pause_all(),
+  orchestrator.resume_all(), orchestrator.close_breaker(text), orchestrator.destination_json(text)
+  to orchestrator_ops;
+grant execute on function orchestrator.run_maintenance(integer, integer), orchestrator.settle_lanes(integer), orchestrator.create_partitions(date, date),
   orchestrator.create_api_key(text, bytea, text[]), orchestrator.revoke_api_key(text), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()
   to orchestrator_ops;
 grant select on all tables in schema orchestrator to orchestrator_read, orchestrator_ops;

@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.api.auth import Guard
+from orchestrator.api.destinations import DestinationRoutes
 from orchestrator.api.events import EventRoutes
 from orchestrator.api.health import Health
 from orchestrator.api.http import ClientGoneError
@@ -101,6 +102,7 @@ async def api_app(settings: Settings, database: Database, metrics: Metrics, heal
     """The API, with what runs behind it. Health and metrics are part of it unless they have their own port."""
     guard = Guard(settings, database)
     events = EventRoutes(guard, database)
+    destinations = DestinationRoutes(settings, guard, database)
     described = msgspec.json.encode(document(settings))
 
     async def openapi(request: Request) -> Response:
@@ -114,6 +116,13 @@ async def api_app(settings: Settings, database: Database, metrics: Metrics, heal
             Route("/api/v1/events/external/{external_job_id:segment}", events.newest, methods=["GET", "DELETE"]),
             Route("/api/v1/events/external/{external_job_id:segment}/all", events.all, methods=["GET"]),
             Route("/api/v1/events/{id:event_id}", events.event, methods=["GET", "DELETE"]),
+            Route("/api/v1/destinations", destinations.page, methods=["GET"]),
+            Route("/api/v1/destinations/{name:segment}", destinations.destination, methods=["GET", "PUT", "DELETE"]),
+            Route("/api/v1/destinations/{name:segment}/pause", destinations.pause, methods=["POST"]),
+            Route("/api/v1/destinations/{name:segment}/resume", destinations.resume, methods=["POST"]),
+            Route("/api/v1/pause", destinations.pause_all, methods=["POST"]),
+            Route("/api/v1/resume", destinations.resume_all, methods=["POST"]),
+            Route("/api/v1/forecast", destinations.forecast, methods=["GET"]),
             Route("/openapi.json", openapi, methods=["GET"]),
         ]
         if settings.management_port is None:

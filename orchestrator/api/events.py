@@ -12,11 +12,9 @@ from starlette.responses import Response
 
 from orchestrator.api.auth import Guard
 from orchestrator.api.problems import Problem
+from orchestrator.api.queries import as_json, invalid, page_limit
 from orchestrator.database import Cancelled, Database
 from orchestrator.event_rules import EARLIEST, MAX_NAME_CHARS, shown
-
-DEFAULT_LIMIT = 100
-MAX_LIMIT = 1000
 
 # A place in a list: the microsecond and the id of an event. Opaque to clients, and no string of this form is wrong.
 CURSOR_PATTERN = "^[0-9a-f]{46}$"
@@ -24,7 +22,6 @@ CURSOR_PATTERN = "^[0-9a-f]{46}$"
 _CURSOR = re.compile(CURSOR_PATTERN.strip("^$"))
 _MICROSECOND = timedelta(microseconds=1)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-_LIMIT = re.compile(r"[0-9]{1,9}", re.ASCII)
 _WHY = {
     "in_flight": "It is being delivered just now",
     "finished": "It has already ended",
@@ -47,7 +44,7 @@ class EventRoutes:
 
     async def statistics(self, request: Request) -> Response:
         await self._guard.require(request.scope, "read")
-        return _json(await self._database.statistics())
+        return as_json(await self._database.statistics())
 
     async def event(self, request: Request) -> Response:
         """GET or DELETE of one event by its id."""
@@ -59,7 +56,7 @@ class EventRoutes:
         found = await self._database.event(event_id)
         if found is None:
             raise Problem("not-found", f"There is no event {event_id}.")
-        return _json(found)
+        return as_json(found)
 
     async def newest(self, request: Request) -> Response:
         """GET of the newest event of an external id, or DELETE of all of them."""
@@ -71,29 +68,25 @@ class EventRoutes:
         found = await self._database.events_by_external_id(job, limit=1, after=None)
         if not found:
             raise Problem("not-found", f"There is no event with the external_job_id {shown(job)}.")
-        return _json(found[0])
+        return as_json(found[0])
 
     async def all(self, request: Request) -> Response:
         """GET of every event of an external id, newest first, a page at a time."""
         await self._guard.require(request.scope, "read")
         job = _external_job_id(request)
-        limit = _limit(request)
+        limit = page_limit(request)
         cursor = request.query_params.get("cursor")
         after = None if cursor is None else _place(cursor)
         # One more than asked for tells whether there is a next page.
         events = await self._database.events_by_external_id(job, limit=limit + 1, after=after)
         following = b'"%b"' % _cursor(events[limit - 1]) if len(events) > limit else b"null"
-        return _json(b'{"events":[%b],"next":%b}' % (b",".join(events[:limit]), following))
-
-
-def _json(body: bytes) -> Response:
-    return Response(body, media_type="application/json")
+        return as_json(b'{"events":[%b],"next":%b}' % (b",".join(events[:limit]), following))
 
 
 def _event_id(request: Request) -> str:
     event_id: str = request.path_params["id"]
     if _UUID.fullmatch(event_id) is None:
-        raise _invalid("id", f"expected a UUID such as 019c1347-d2fb-705e-a717-2a27dd38d28f, got {shown(event_id)}")
+        raise invalid("id", f"expected a UUID such as 019c1347-d2fb-705e-a717-2a27dd38d28f, got {shown(event_id)}")
     return event_id.lower()
 
 
@@ -101,21 +94,8 @@ def _external_job_id(request: Request) -> str:
     job: str = request.path_params["external_job_id"]
     if len(job) > MAX_NAME_CHARS or "\x00" in job:
         reason = f"expected 1 to {MAX_NAME_CHARS} characters without NUL, got {shown(job)!r}"
-        raise _invalid("external_job_id", reason)
+        raise invalid("external_job_id", reason)
     return job
-
-
-def _limit(request: Request) -> int:
-    text = request.query_params.get("limit")
-    if text is None:
-        return DEFAULT_LIMIT
-    if _LIMIT.fullmatch(text) is None or not 1 <= int(text) <= MAX_LIMIT:
-        raise _invalid("limit", f"expected a whole number from 1 to {MAX_LIMIT}, got {shown(text)!r}")
-    return int(text)
-
-
-def _invalid(field: str, reason: str) -> Problem:
-    return Problem("validation", f"{field}: {reason}", errors=[(field, reason)])
 
 
 def _cursor(event: bytes) -> bytes:
@@ -138,7 +118,7 @@ def _cancelled(result: Cancelled) -> Response:
     if result.result in _WHY:
         detail = f"{_WHY[result.result]}: its status is {result.status}."
         raise Problem("not-cancellable", detail, extra={"id": result.id, "event_status": result.status})
-    return _json(msgspec.json.encode(_told(result)))
+    return as_json(msgspec.json.encode(_told(result)))
 
 
 def _all_cancelled(job: str, results: list[Cancelled]) -> Response:
@@ -150,7 +130,7 @@ def _all_cancelled(job: str, results: list[Cancelled]) -> Response:
         states = ", ".join(sorted({str(result.status) for result in found}))
         detail = f"None of its events can be cancelled any more: their status is {states}."
         raise Problem("not-cancellable", detail, extra={"events": events})
-    return _json(msgspec.json.encode({"events": events}))
+    return as_json(msgspec.json.encode({"events": events}))
 
 
 def _told(result: Cancelled) -> dict[str, str | None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
 from http import HTTPStatus
 
@@ -12,15 +14,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from orchestrator.database import Database
+from orchestrator.database.destinations import Destinations
 from orchestrator.errors import OrchestratorError
 from orchestrator.metrics import Metrics
 
 CHECK_TIMEOUT_S = 2.0
 CACHE_S = 1.0
+STANDSTILLS_CACHE_S = 5.0
 
 LIVENESS_PATHS = ("/health", "/actuator/health/liveness")
 READINESS_PATHS = ("/ready", "/actuator/health", "/actuator/health/readiness")
 METRICS_PATHS = ("/metrics", "/actuator/prometheus")
+
+_log = logging.getLogger(__name__)
 
 
 class Health:
@@ -29,6 +35,8 @@ class Health:
     def __init__(self, database: Database, metrics: Metrics) -> None:
         self._database = database
         self._metrics = metrics
+        self._destinations = Destinations(database)
+        self._standstills_at = -STANDSTILLS_CACHE_S
         self._lock = asyncio.Lock()
         self._checked_at = -CACHE_S
         self._reason: str | None = None
@@ -52,8 +60,24 @@ class Health:
 
     async def exposition(self, request: Request) -> Response:
         self._metrics.set_pool(self._database.pool_stats())
+        await self._read_standstills()
         text, content_type = self._metrics.exposition()
         return Response(text, headers={"content-type": content_type})
+
+    async def _read_standstills(self) -> None:
+        """Asks the database what stands still, at most once in STANDSTILLS_CACHE_S, and never for long."""
+        if time.monotonic() - self._standstills_at < STANDSTILLS_CACHE_S:
+            return
+        self._standstills_at = time.monotonic()
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                found = await self._destinations.standstills()
+        except (TimeoutError, OrchestratorError) as error:
+            _log.debug("metrics: what stands still is unknown", extra={"error": str(error)})
+            self._metrics.set_standstills(math.nan, math.nan, math.nan)
+        else:
+            paused = found.paused_at is not None
+            self._metrics.set_standstills(float(paused), found.destinations_paused, found.breakers_open)
 
     async def _database_fault(self) -> str | None:
         """Why the database cannot be used, or None. Asks it at most once in CACHE_S, however many ask."""

@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "timeout": (408, "The request did not arrive in time"),
     "not-cancellable": (409, "The event can no longer be cancelled"),
     "refused": (409, "The event cannot be kept as things stand"),
+    "not-configurable": (409, "The destination cannot be configured so"),
     "too-large": (413, "The body is too large"),
     "unsupported-media-type": (415, "The body must be JSON"),
     "validation": (422, "The request breaks a rule"),

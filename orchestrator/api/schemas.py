@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.api.destination_schema import destination_schemas
 from orchestrator.api.problems import KINDS, TYPE_PREFIX
 from orchestrator.api.schema_parts import COUNT, NAME, STATUSES, TIME, UUID, Schema, closed, nullable, ref
 from orchestrator.api.submission_schema import submission_schemas
@@ -18,6 +19,7 @@ _SUBMITTED_STATUS: Schema = {
 def schemas(settings: Settings) -> dict[str, Schema]:
     return {
         **submission_schemas(settings),
+        **destination_schemas(),
         "Batch": closed(
             {
                 "events": {
@@ -76,6 +78,8 @@ def schemas(settings: Settings) -> dict[str, Schema]:
     }
 
 
+_WAITS = ("rate", "parallel", "breaker", "pause")
+_MILLISECONDS: Schema = {"type": "number", "minimum": 0}
 _OUTCOME = closed(
     {
         "attempt": {**COUNT, "description": "Which attempt; 0 when the event ended before any."},
@@ -84,9 +88,15 @@ _OUTCOME = closed(
         "error": nullable({"type": "string"}),
         "response": nullable({"type": "string", "description": "The beginning of the answer, of failures only."}),
         "due_at": nullable(TIME),
+        "claimed_at": {**nullable(TIME), "description": "When a dispatcher took it; it looks ahead a little."},
         "started_at": nullable(TIME),
         "finished_at": TIME,
         "lateness_ms": nullable({"type": "number", "description": "From due to started."}),
+        "waited": {
+            **closed(dict.fromkeys(_WAITS, _MILLISECONDS), *_WAITS),
+            "type": ["object", "null"],
+            "description": "Milliseconds of it, by what it waited for at its destination; null: nothing.",
+        },
         "worker": nullable({"type": "string"}),
     }
 )
@@ -104,10 +114,17 @@ _EVENT = closed(
         "max_retries": COUNT,
         "retry_policy": {"type": ["string", "null"]},
         "ordering_key": {"type": ["string", "null"]},
+        "priority": {"type": "integer"},
+        "spread_seconds": {"type": ["number", "null"]},
         "created_at": TIME,
         "status": {"type": "string", "enum": STATUSES},
         "attempt": {**COUNT, "description": "Attempts begun so far."},
         "due_at": {**nullable(TIME), "description": "When the next attempt is due; null when there is none."},
+        "spread_ms": {
+            "type": ["number", "null"],
+            "description": "How long after `scheduled_at` it was due at first, by the spread; null: without one.",
+        },
+        "waits_for": {**nullable(UUID), "description": "The event of its ordering key that it waits for; null: none."},
         "outcomes": {"type": "array", "items": ref("Outcome"), "description": "What happened, oldest first."},
     }
 )
@@ -134,6 +151,9 @@ _STATISTICS = closed(
             "additionalProperties": COUNT,
             "description": "Since installation, by what happened.",
         },
+        "paused_at": {**nullable(TIME), "description": "Since when everything is paused; null: it is not."},
+        "destinations_paused": COUNT,
+        "breakers_open": COUNT,
         "at": TIME,
     }
 )

@@ -9,7 +9,10 @@ from orchestrator.event_rules import (
     HEADER_VALUE_PATTERN,
     MAX_HEADER_CHARS,
     MAX_HEADERS,
+    MAX_PRIORITY,
     MAX_RETRIES,
+    MAX_SPREAD_S,
+    MIN_SPREAD_S,
     RETRY_POLICY_PATTERN,
     TOPIC_PATTERN,
 )
@@ -42,6 +45,7 @@ _TO_TOPIC: dict[str, Schema] = {
         "description": "The topic to send the payload to; that of the installation when absent.",
     },
 }
+_OPTIONAL = ("external_job_id", "headers", "max_retries", "retry_policy", "ordering_key", "priority", "spread_seconds")
 _EXAMPLES = [
     {
         "source": "orders",
@@ -107,11 +111,25 @@ def _submission(settings: Settings, target: dict[str, Schema], optional: str) ->
         },
         "ordering_key": {
             **nullable(NAME),
-            "description": "Events of one key keep their order on the way through Kafka, in and out. The key of a "
-            "record without one is its external_job_id.",
+            "description": "Events of one key are delivered one at a time, in order of `scheduled_at`. Also the key of "
+            "their Kafka records, in and out; that of a record without one is its external_job_id.",
+        },
+        "priority": {
+            "type": ["integer", "null"],
+            "minimum": -MAX_PRIORITY,
+            "maximum": MAX_PRIORITY,
+            "default": 0,
+            "description": "Of the events that are due at a destination, those with the highest go first.",
+        },
+        "spread_seconds": {
+            "type": ["number", "null"],
+            "minimum": MIN_SPREAD_S,
+            "maximum": MAX_SPREAD_S,
+            "description": "Spreads a crowd of events that are scheduled for one time: each is due at a point of its "
+            "own in so many seconds after `scheduled_at`; kept to the microsecond.",
         },
     }
-    return closed(fields, optional, "external_job_id", "headers", "max_retries", "retry_policy", "ordering_key")
+    return closed(fields, optional, *_OPTIONAL)
 
 
 _JSON_VALUE: Schema = {

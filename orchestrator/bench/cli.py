@@ -12,7 +12,17 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.bench import api, delivery, ingest, kafka_delivery, lifecycle, pipeline
+from orchestrator.bench import (
+    api,
+    claims,
+    delivery,
+    fairness,
+    ingest,
+    kafka_delivery,
+    lifecycle,
+    limits,
+    pipeline,
+)
 from orchestrator.bench.processes import database
 from orchestrator.dev.postgres_tuning import memory_bytes
 
@@ -25,13 +35,21 @@ _EVENTS = {
     "ingest": 1_000_000,
     "deliver-kafka": 200_000,
     "pipeline": 200_000,
+    "rate": 12_000,
+    "parallel": 12_000,
+    "fairness": 1_000_000,
+    "claim": 250_000,
 }
 
 
 @click.command()
 @click.argument("scenario", type=click.Choice(list(_EVENTS)))
 @click.option("--events", type=click.IntRange(min=1), help="How many; the default is the scenario's own.")
-@click.option("--dispatchers", type=click.IntRange(1, 64), default=2, show_default=True, help="Dispatcher processes.")
+@click.option(
+    "--dispatchers",
+    type=click.IntRange(1, 64),
+    help="Dispatcher processes; the default is 2, for parallel 4, for rate 1, 4 and 16 in turn.",
+)
 @click.option("--ingesters", type=click.IntRange(1, 64), default=2, show_default=True, help="Ingester processes.")
 @click.option("--bad-every", type=click.IntRange(0), default=0, help="ingest: every so many records is no submission.")
 @click.option(
@@ -41,6 +59,11 @@ _EVENTS = {
     "--batch", type=click.IntRange(1, 10_000), default=1000, show_default=True, help="lifecycle: size of a claim."
 )
 @click.option("--null", is_flag=True, help="herd: deliveries that do nothing.")
+@click.option("--bare", is_flag=True, help="herd: with --null, another one for the clients of lifecycle.")
+@click.option(
+    "--rate", type=click.FloatRange(1, 1e6), default=400.0, show_default=True, help="rate: events a second allowed."
+)
+@click.option("--burst", type=click.IntRange(1, 10**6), default=40, show_default=True, help="rate: burst allowed.")
 @click.option(
     "--database-url", help="An empty database to use, instead of an embedded server that is removed afterwards."
 )
@@ -48,12 +71,15 @@ _EVENTS = {
 def bench(
     scenario: str,
     events: int | None,
-    dispatchers: int,
+    dispatchers: int | None,
     ingesters: int,
     bad_every: int,
     duplicate_every: int,
     batch: int,
     null: bool,
+    bare: bool,
+    rate: float,
+    burst: int,
     database_url: str | None,
     as_json: bool,
 ) -> None:
@@ -68,19 +94,30 @@ def bench(
     ingest        submissions that are in a topic of 24 partitions, into the database
     deliver-kafka a backlog of due events to a topic of 24 partitions
     pipeline      batches of 500 over REST, Kafka, database, Kafka
+    rate          a backlog for a destination with a rate; most arrivals in any 10 s
+    parallel      a backlog for one with a bound of 20; most under way, after a SIGKILL too
+    fairness      the lateness of 50 others beside a herd; throughput beside one that hangs
+    claim         how long claims take, by the number of destinations
 
-    The last three use the broker of KAFKA_BOOTSTRAP_SERVERS, or else start one.
+    Those that use Kafka use the broker of KAFKA_BOOTSTRAP_SERVERS, or else start one.
     """
     count = events or _EVENTS[scenario]
+    fleet = dispatchers or 2
     runs: dict[str, Callable[[str], dict[str, object]]] = {
         "lifecycle": lambda url: lifecycle.run(url, count, batch),
-        "deliver-http": lambda url: delivery.deliver_http(url, count, dispatchers),
-        "steady": lambda url: delivery.steady(url, count, dispatchers),
-        "herd": lambda url: (delivery.herd_null if null else delivery.herd)(url, count, dispatchers),
+        "deliver-http": lambda url: delivery.deliver_http(url, count, fleet),
+        "steady": lambda url: delivery.steady(url, count, fleet),
+        "herd": lambda url: (
+            delivery.herd_null(url, count, fleet, bare=bare) if null else delivery.herd(url, count, fleet)
+        ),
         "api": lambda url: api.run(url, count),
         "ingest": lambda url: ingest.run(url, count, ingesters, bad_every, duplicate_every),
-        "deliver-kafka": lambda url: kafka_delivery.run(url, count, dispatchers),
-        "pipeline": lambda url: pipeline.run(url, count, ingesters, dispatchers),
+        "deliver-kafka": lambda url: kafka_delivery.run(url, count, fleet),
+        "pipeline": lambda url: pipeline.run(url, count, ingesters, fleet),
+        "rate": lambda url: limits.rate(url, count, [dispatchers] if dispatchers else limits.FLEETS, rate, burst),
+        "parallel": lambda url: limits.parallel(url, count, dispatchers or 4),
+        "fairness": lambda url: fairness.run(url, count, fleet),
+        "claim": lambda url: claims.run(url, count),
     }
     with database(database_url) as url:
         result = {"scenario": scenario, "events": count, **runs[scenario](url), "machine": machine()}

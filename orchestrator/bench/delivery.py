@@ -7,22 +7,25 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Literal, LiteralString
 
 import psycopg
 
+from orchestrator.bench import lifecycle
 from orchestrator.bench.processes import Receiver, product, receiver, rss_mib, wait_until
-from orchestrator.bench.workload import due_times, judged, new_run, spread, submissions
+from orchestrator.bench.workload import chunks, judged, new_run, spread, submissions
 from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.events import Submission
 
 DESTINATIONS = 50
 _STAGED = 2500
+_SUBMITTERS = 2
 _DRAIN_S = 300.0
+_DRAIN_PER_S = 1000
 _HERD_LEAD_S = 4.0
 _STEADY_PER_S = 1000
 _STEADY_EVERY_S = 0.05
@@ -33,13 +36,13 @@ def deliver_http(database_url: str, events: int, dispatchers: int) -> dict[str, 
     with receiver() as target:
         due = spread(datetime.now(UTC) - timedelta(minutes=2), 1.0, events)
         made = submissions(events, lambda n: f"{target.url}/{n % DESTINATIONS}", due, new_run())
-        asyncio.run(submit(database_url, made))
+        due_s = asyncio.run(submit(database_url, made))
         with dispatching(database_url, dispatchers, []) as processes:
             finished_s = drained(database_url, target, events)
             memory = max(rss_mib(process) for process in processes)
         arrivals = target.arrivals()
         seconds = finished_s - arrivals[0][1]
-        result = rates(events, seconds) | judged(due_times(made), arrivals)
+        result = rates(events, seconds) | judged(due_s, arrivals)
         return result | {"lateness_ms": None, "rss_mib": {"dispatch": memory}}
 
 
@@ -48,43 +51,55 @@ def herd(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
     with receiver() as target, dispatching(database_url, dispatchers, []) as processes:
         at = datetime.now(UTC) + timedelta(seconds=_HERD_LEAD_S + events / 25_000)
         made = submissions(events, lambda n: f"{target.url}/{n % DESTINATIONS}", lambda n: at, new_run())
-        asyncio.run(submit(database_url, made))
+        due_s = asyncio.run(submit(database_url, made))
         submitted_s = at.timestamp() - time.time()
         finished_s = drained(database_url, target, events)
         memory = max(rss_mib(process) for process in processes)
-        result = rates(events, finished_s - at.timestamp()) | judged(due_times(made), target.arrivals())
+        result = rates(events, finished_s - at.timestamp()) | judged(due_s, target.arrivals())
         return result | {"submitted_ahead_s": round(submitted_s, 3), "rss_mib": {"dispatch": memory}}
 
 
-def herd_null(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
-    """The same with deliveries that do nothing; lateness is that of each attempt's start, as recorded."""
+def herd_null(database_url: str, events: int, dispatchers: int, *, bare: bool) -> dict[str, object]:
+    """The same with deliveries that do nothing; lateness is that of each attempt's start, as recorded.
+
+    With `bare`, another such herd is claimed and finished by the clients of `lifecycle`, without dispatchers.
+    """
     with dispatching(database_url, dispatchers, ["orchestrator.bench.null_dispatcher"]) as processes:
         at = datetime.now(UTC) + timedelta(seconds=_HERD_LEAD_S + events / 25_000)
-        made = submissions(
-            events, lambda n: f"https://receiver-{n % DESTINATIONS}.example.com/hooks", lambda n: at, new_run()
-        )
-        asyncio.run(submit(database_url, made))
+        due_s = asyncio.run(submit(database_url, _herd(events, at)))
         submitted_s = at.timestamp() - time.time()
         finished_s = drained(database_url, None, events)
         memory = max(rss_mib(process) for process in processes)
-    with psycopg.connect(database_url) as connection:
-        rows = connection.execute(
+    with psycopg.connect(database_url) as connection, connection.cursor("started") as started:
+        started.itersize = 10_000
+        started.execute(
             "select event_id::text, extract(epoch from started_at)::float8 from orchestrator.outcome"
             " where scheduled_at = %s and result = 'delivered'",
             (at,),
-        ).fetchall()
-    result = rates(events, finished_s - at.timestamp()) | judged(due_times(made), [(row[0], row[1]) for row in rows])
+        )
+        judgement = judged(due_s, ((row[0], row[1]) for row in started))
+    result = rates(events, finished_s - at.timestamp()) | judgement
+    if bare:
+        asyncio.run(submit(database_url, _herd(events, datetime.now(UTC))))
+        seconds = lifecycle.claim_and_finish(Settings.from_env({"DATABASE_URL": database_url}), lifecycle.BATCH)
+        result |= {"claim_finish_per_s": round(events / seconds)}
     return result | {"submitted_ahead_s": round(submitted_s, 3), "rss_mib": {"dispatch": memory}}
+
+
+def _herd(events: int, at: datetime) -> Iterator[Submission]:
+    return submissions(
+        events, lambda n: f"https://receiver-{n % DESTINATIONS}.example.com/hooks", lambda n: at, new_run()
+    )
 
 
 def steady(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
     """1,000 events a second, submitted 0.1 to 2 s before they are due; lateness is that of their arrival."""
     with receiver() as target, dispatching(database_url, dispatchers, []) as processes:
-        made = asyncio.run(_flow(database_url, target, events))
+        due_s = asyncio.run(_flow(database_url, target, events))
         drained(database_url, target, events)
         memory = max(rss_mib(process) for process in processes)
         seconds = events / _STEADY_PER_S
-        return rates(events, seconds) | judged(due_times(made), target.arrivals()) | {"rss_mib": {"dispatch": memory}}
+        return rates(events, seconds) | judged(due_s, target.arrivals()) | {"rss_mib": {"dispatch": memory}}
 
 
 def rates(events: int, seconds: float) -> dict[str, object]:
@@ -109,7 +124,7 @@ def dispatching(
         before = _workers(watching)
         arguments = list(module) or ["orchestrator", "dispatch"]
         processes = [running.enter_context(product(arguments, environ)) for _ in range(count)]
-        wait_until(lambda: _workers(watching) >= before + count, "starting the dispatchers", 30.0)
+        wait_until(lambda: _workers(watching) >= before + count, "starting the dispatchers", 30.0 + 4.0 * count)
         yield processes
 
 
@@ -118,15 +133,26 @@ def _workers(connection: psycopg.Connection) -> int:
     return int(row[0]) if row else 0
 
 
-async def submit(database_url: str, made: Sequence[Submission]) -> None:
-    async with Database(Settings.from_env({"DATABASE_URL": database_url}), role="bench") as database:
-        for start in range(0, len(made), _STAGED):
-            await database.submit(made[start : start + _STAGED])
+async def submit(database_url: str, made: Iterable[Submission]) -> dict[str, float]:
+    """Submits, making them as it goes; returns event id → Unix time of when it is due."""
+    due_s: dict[str, float] = {}
+    batches = chunks(made, _STAGED)
+
+    async def client(database: Database) -> None:
+        for batch in batches:
+            due_s.update((each.id, each.scheduled_at.timestamp()) for each in batch)
+            await database.submit(batch)
+
+    settings = Settings.from_env({"DATABASE_URL": database_url})
+    async with Database(settings, role="bench") as database, asyncio.TaskGroup() as clients:
+        for _ in range(_SUBMITTERS):
+            clients.create_task(client(database))
+    return due_s
 
 
-async def _flow(database_url: str, target: Receiver, events: int) -> list[Submission]:
+async def _flow(database_url: str, target: Receiver, events: int) -> dict[str, float]:
     """Submits on time whatever the database does meanwhile; fails when it cannot keep up."""
-    made: list[Submission] = []
+    due_s: dict[str, float] = {}
     run = new_run()
     share = int(_STEADY_PER_S * _STEADY_EVERY_S)
     async with Database(Settings.from_env({"DATABASE_URL": database_url}), role="bench") as database:
@@ -140,28 +166,36 @@ async def _flow(database_url: str, target: Receiver, events: int) -> list[Submis
                     _soon_after(datetime.now(UTC)),
                     f"{run}-{n}",
                 )
-                made += batch
-                submitting.create_task(database.submit(batch))
-    return made
+                made = list(batch)
+                due_s.update((each.id, each.scheduled_at.timestamp()) for each in made)
+                submitting.create_task(database.submit(made))
+    return due_s
 
 
 def _soon_after(now: datetime) -> Callable[[int], datetime]:
     return lambda _: now + timedelta(microseconds=random.randrange(100_000, 2_000_000))
 
 
-def drained(database_url: str, target: Receiver | None, events: int, of: Literal["timer", "outbox"] = "timer") -> float:
+def drained(
+    database_url: str,
+    target: Receiver | None,
+    events: int,
+    of: Literal["timer", "outbox"] = "timer",
+    expected_s: float = 0.0,
+) -> float:
     """Waits until every event is finished in the database, or published; the Unix time when it was."""
     query: dict[str, LiteralString] = {
         "timer": "select exists (select from orchestrator.timer)",
         "outbox": "select exists (select from orchestrator.outbox)",
     }
+    timeout_s = _DRAIN_S + events / _DRAIN_PER_S + expected_s
     if target is not None:
-        wait_until(lambda: target.count() >= events, f"delivering {events} events", _DRAIN_S)
+        wait_until(lambda: target.count() >= events, f"delivering {events} events", timeout_s)
     with psycopg.connect(database_url, autocommit=True) as watching:
 
         def done() -> bool:
             row = watching.execute(query[of]).fetchone()
             return row is not None and not row[0]
 
-        wait_until(done, f"finishing {events} events", _DRAIN_S, 0.01 if target else 0.05)
+        wait_until(done, f"finishing {events} events", timeout_s, 0.01 if target else 0.05)
     return time.time()

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from orchestrator.bench.delivery import dispatching, drained, rates, submit
 from orchestrator.bench.kafka import arrivals, broker, create_target
 from orchestrator.bench.processes import rss_mib
-from orchestrator.bench.workload import due_times, judged, new_run, spread, submissions
+from orchestrator.bench.workload import judged, new_run, spread, submissions
 from orchestrator.config import Settings
 
 
@@ -24,12 +24,12 @@ def run(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
         asyncio.run(create_target(settings, topic))
         due = spread(datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=2), 1.0, events)
         made = submissions(events, lambda n: topic, due, new_run(), "KAFKA")
-        asyncio.run(submit(database_url, made))
+        due_s = asyncio.run(submit(database_url, made))
         with dispatching(database_url, dispatchers, [], environ) as processes:
             finished_s = drained(database_url, None, events)
             published_s = drained(database_url, None, events, of="outbox")
             memory = max(rss_mib(process) for process in processes)
         arrived = asyncio.run(arrivals(settings, topic))
-    result = rates(events, finished_s - arrived[0][1]) | judged(due_times(made), arrived)
+    result = rates(events, finished_s - arrived[0][1]) | judged(due_s, arrived)
     behind_s = round(published_s - finished_s, 3)
     return result | {"outbox_behind_s": behind_s, "lateness_ms": None, "rss_mib": {"dispatch": memory}}

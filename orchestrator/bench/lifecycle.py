@@ -12,13 +12,15 @@ from multiprocessing.synchronize import Barrier
 
 import psycopg
 
-from orchestrator.bench.workload import new_run, spread, submissions
+from orchestrator.bench.workload import chunks, new_run, spread, submissions
 from orchestrator.config import Settings
 from orchestrator.database import COPY_SUBMISSIONS, Finished, Leases, connect
 from orchestrator.errors import OrchestratorError
 from orchestrator.events import copy_row
 
 DESTINATIONS = 50
+BATCH = 1000
+"""Size of a claim."""
 _STAGED = 5000
 _CLIENTS = 2
 _START_S = 30.0
@@ -33,16 +35,13 @@ def run(database_url: str, events: int, batch: int) -> dict[str, object]:
         spread(started, 300, events),
         new_run(),
     )
-    texts = [
-        b"".join(copy_row(submission, n) for n, submission in enumerate(made[i : i + _STAGED]))
-        for i in range(0, events, _STAGED)
-    ]
+    texts = [b"".join(copy_row(submission, n) for n, submission in enumerate(chunk)) for chunk in chunks(made, _STAGED)]
     settings = Settings.from_env({"DATABASE_URL": database_url})
     with psycopg.connect(database_url, autocommit=True) as watching:
         before = _wal(watching)
         submit_s = asyncio.run(_submit(settings, texts))
         between = _wal(watching)
-        finish_s = _claim_and_finish(settings, batch)
+        finish_s = claim_and_finish(settings, batch)
         after = _wal(watching)
         left = watching.execute("select count(*) from orchestrator.timer").fetchone()
     submit_per_s, finish_per_s = events / submit_s, events / finish_s
@@ -80,7 +79,7 @@ async def _submit(settings: Settings, texts: list[bytes]) -> float:
     return await _timed(client)
 
 
-def _claim_and_finish(settings: Settings, batch: int) -> float:
+def claim_and_finish(settings: Settings, batch: int) -> float:
     """With each client in a process of its own, as dispatchers are. Timed from when all are connected."""
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(_CLIENTS + 1)

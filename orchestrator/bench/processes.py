@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.errors import OrchestratorError
 from orchestrator.migrate import migrate
 
-_RECORD = struct.Struct("=36sq")
+_RECORD = struct.Struct("=36sqq")
 _STOP_S = 30.0
+_FLUSH_S = 0.2  # after which the receiver has written what it has noted
 
 
 @contextmanager
@@ -83,21 +85,45 @@ def compiled(name: str) -> Iterator[Path]:
         yield program
 
 
+class Request(NamedTuple):
+    """A delivery as the receiver saw it, in Unix seconds; it ended by the answer or by the sender going away."""
+
+    event_id: str
+    arrived: float
+    ended: float
+
+
 class Receiver:
-    """A webhook receiver in C that notes the arrival of every delivery."""
+    """A webhook receiver in C that notes every delivery. It hears all of 127.0.0.0/8.
+
+    It answers at once; under /wait-MS/ so many milliseconds later; under /hang never.
+    """
 
     def __init__(self, port: int, records: Path) -> None:
+        self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self._records = records
+
+    def name(self, host: int) -> str:
+        """One of many destinations: 127.0.0.0 + `host`, and the port."""
+        return f"127.0.{host >> 8}.{host & 255}:{self.port}"
 
     def count(self) -> int:
         return self._records.stat().st_size // _RECORD.size
 
+    def requests(self) -> list[Request]:
+        """Every delivery that has ended by now, in the order of their arrival."""
+        time.sleep(_FLUSH_S)
+        data = self._records.read_bytes()
+        usable = memoryview(data)[: len(data) - len(data) % _RECORD.size]
+        made = [
+            Request(name.decode(), arrived / 1e9, ended / 1e9) for name, arrived, ended in _RECORD.iter_unpack(usable)
+        ]
+        return sorted(made, key=lambda request: request.arrived)
+
     def arrivals(self) -> list[tuple[str, float]]:
         """Event id and Unix time of each delivery, in the order of their arrival."""
-        data = self._records.read_bytes()
-        usable = len(data) - len(data) % _RECORD.size
-        return [(identity.decode(), at / 1e9) for identity, at in _RECORD.iter_unpack(data[:usable])]
+        return [(request.event_id, request.arrived) for request in self.requests()]
 
 
 @contextmanager

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from orchestrator.events import Submission, event_id
+
+T = TypeVar("T")
 
 # 261 bytes, as in the measurements that the targets were set by.
 PAYLOAD = (
@@ -24,16 +28,19 @@ def submissions(
     scheduled_at: Callable[[int], datetime],
     run: str,
     delivery_type: str = "HTTP",
-) -> list[Submission]:
+) -> Iterator[Submission]:
     """`count` events of distinct ids; `destination` and `scheduled_at` are asked for each by its number."""
-    made = []
     for n in range(count):
         at, external_job_id = scheduled_at(n), f"{run}-{n}"
         identity = event_id("bench", external_job_id, at)
-        made.append(
-            Submission(identity, at, "bench", external_job_id, delivery_type, destination(n), PAYLOAD, None, 3, None)
-        )
-    return made
+        yield Submission(identity, at, "bench", external_job_id, delivery_type, destination(n), PAYLOAD, None, 3, None)
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of so many of the items in turn; the last may be shorter."""
+    left = iter(items)
+    while chunk := list(itertools.islice(left, size)):
+        yield chunk
 
 
 def new_run() -> str:
@@ -41,19 +48,21 @@ def new_run() -> str:
     return f"{random.getrandbits(40):010x}"
 
 
-def due_times(made: Sequence[Submission]) -> dict[str, float]:
-    """Event id → Unix time."""
-    return {submission.id: submission.scheduled_at.timestamp() for submission in made}
+def judged(due: Mapping[str, float], arrivals: Iterable[tuple[str, float]]) -> dict[str, object]:
+    """Holds arrivals (event id, Unix time) against what was due (event id → Unix time).
 
-
-def judged(due: Mapping[str, float], arrivals: Sequence[tuple[str, float]]) -> dict[str, object]:
-    """Holds arrivals (event id, Unix time) against what was due: lost, duplicated, early, and the lateness."""
-    counts = Counter(identity for identity, _ in arrivals)
-    lateness_s = [at - due[identity] for identity, at in arrivals if identity in due]
+    Tells what was lost, duplicated and early, and the lateness. Arrivals of other events do not count.
+    """
+    counts: Counter[str] = Counter()
+    lateness_s: list[float] = []
+    for identity, at in arrivals:
+        if identity in due:
+            counts[identity] += 1
+            lateness_s.append(at - due[identity])
     return {
-        "delivered": sum(identity in counts for identity in due),
-        "lost": sum(identity not in counts for identity in due),
-        "duplicated": sum(count - 1 for identity, count in counts.items() if identity in due),
+        "delivered": len(counts),
+        "lost": len(due) - len(counts),
+        "duplicated": counts.total() - len(counts),
         "early": sum(late_s < 0 for late_s in lateness_s),
         "lateness_ms": lateness(lateness_s),
     }

@@ -27,8 +27,23 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "get": ("orchestrator.cli.events:get", "Show an event and what happened to it."),
         "cancel": ("orchestrator.cli.events:cancel", "Cancel an event that has not been claimed yet."),
         "stats": ("orchestrator.cli.stats:stats", "Show how many events are in which state."),
+        "forecast": (
+            "orchestrator.cli.forecast:forecast",
+            "Draw what will be due when, against what is taken.",
+        ),
         "rejects": ("orchestrator.cli.rejects:rejects", "List, show and resubmit what could not become events."),
         "dead-letters": ("orchestrator.cli.stats:dead_letters", "List events that ran out of attempts."),
+    },
+    "Limit": {
+        "destinations": (
+            "orchestrator.cli.destinations:destinations",
+            "Limit, pause and inspect the hosts and topics that events go to.",
+        ),
+        "pause": ("orchestrator.cli.destinations:pause", "Have no attempt begin at all until resume."),
+        "resume": (
+            "orchestrator.cli.destinations:resume",
+            "End the pause of everything; destinations that were paused by themselves stay so.",
+        ),
     },
     "Operate": {
         "migrate": ("orchestrator.cli.schema:migrate", "Bring the database up to this program's schema."),

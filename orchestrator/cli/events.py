@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 import click
 
+from orchestrator.cli.story import STYLES, timeline, why_held_back
 from orchestrator.cli.support import (
     console,
     duration,
@@ -33,7 +34,6 @@ F = TypeVar("F", bound=Callable[..., object])
 
 _PAGE = 1000
 _SHOWN_CHARS = 2000
-_STYLES = {"delivered": "green", "dead": "red", "retrying": "yellow", "retried": "yellow", "cancelled": "magenta"}
 _WHY_NOT = {
     "in_flight": "it is being delivered just now",
     "finished": "it has ended already",
@@ -69,20 +69,24 @@ def _checked(event_id: str | None, external_id: str | None) -> str | None:
 def get(event_id: str | None, external_id: str | None, show_all: bool, as_json: bool) -> None:
     """Show an event and what happened to it.
 
+    When it was accepted, due, claimed and attempted, what it waited for, and what came of each attempt.
     With --external-id the newest event of that name; its JSON is one object, or an array with --all.
     """
     by_id = _checked(event_id, external_id)
     if show_all and external_id is None:
         raise click.UsageError("--all: goes with --external-id; an ID names one event")
 
-    async def work(database: Database, _: Settings) -> list[bytes]:
+    async def work(database: Database, _: Settings) -> tuple[list[bytes], str | None]:
         if by_id is not None:
-            found = await database.event(by_id)
-            return [] if found is None else [found]
-        assert external_id is not None
-        return await _by_external_id(database, external_id, show_all)
+            one = await database.event(by_id)
+            found = [] if one is None else [one]
+        else:
+            assert external_id is not None
+            found = await _by_external_id(database, external_id, show_all)
+        held_back = None if as_json or show_all or not found else await why_held_back(database, json.loads(found[0]))
+        return found, held_back
 
-    events = with_database(work)
+    events, held_back = with_database(work)
     if not events:
         name = f"the external id {external_id!r}" if by_id is None else f"the id {by_id}"
         raise OrchestratorError(f"there is no event with {name}")
@@ -91,7 +95,7 @@ def get(event_id: str | None, external_id: str | None, show_all: bool, as_json: 
         return
     out = console()
     for event in events if show_all else events[:1]:
-        _show(out, json.loads(event))
+        _show(out, json.loads(event), held_back)
     if len(events) > 1 and not show_all:
         out.print("There are older events with this external id: --all shows them.")
 
@@ -108,13 +112,13 @@ async def _by_external_id(database: Database, external_id: str, show_all: bool) 
     return events
 
 
-def _show(out: Console, event: dict[str, Any]) -> None:
+def _show(out: Console, event: dict[str, Any], held_back: str | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
     now = datetime.now(UTC)
     status = event["status"]
-    out.print(Text.assemble("event ", (event["id"], "bold"), "  ", (status.replace("_", " "), _STYLES.get(status, ""))))
+    out.print(Text.assemble("event ", (event["id"], "bold"), "  ", (status.replace("_", " "), STYLES.get(status, ""))))
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
@@ -127,7 +131,9 @@ def _show(out: Console, event: dict[str, Any]) -> None:
         ("delivery", event["delivery_type"]),
         ("destination", target(event)),
         ("ordering key", event["ordering_key"]),
+        ("priority", event["priority"] or None),
         ("scheduled", moment(event["scheduled_at"], now=now)),
+        ("spread", event["spread_seconds"] and f"over {duration(event['spread_seconds'])}"),
         ("attempts", attempts),
         ("retry policy", event["retry_policy"]),
         ("headers", event["headers"] and json.dumps(event["headers"], ensure_ascii=False)),
@@ -136,33 +142,14 @@ def _show(out: Console, event: dict[str, Any]) -> None:
         if value is not None:
             facts.add_row(name, Text(plain(value)))
     out.print(facts)
-    timeline = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    timeline.add_column(no_wrap=True)
-    timeline.add_column(no_wrap=True)
-    timeline.add_column(overflow="fold")
-    for at, what, details in _timeline(event, now):
-        timeline.add_row(Text(at), Text(what, style=_STYLES.get(what.rpartition(" ")[2], "")), Text(plain(details)))
-    out.print(timeline)
-
-
-def _timeline(event: dict[str, Any], now: datetime) -> Iterator[tuple[str, str, str]]:
-    """What happened, oldest first, and what is to come: time, what, details."""
-    yield moment(event["created_at"]), "accepted", ""
-    for outcome in event["outcomes"]:
-        if outcome["started_at"] is None:
-            yield moment(outcome["finished_at"]), outcome["result"], outcome["error"] or ""
-            continue
-        started, finished = (datetime.fromisoformat(outcome[key]) for key in ("started_at", "finished_at"))
-        details = [f"{outcome['lateness_ms']:.1f} ms after it was due"]
-        details.append(f"took {duration((finished - started).total_seconds())}")
-        details += [f"HTTP {outcome['status_code']}"] if outcome["status_code"] and not outcome["error"] else []
-        details += [str(outcome[key]) for key in ("error", "response") if outcome[key]]
-        details.append(f"by {outcome['worker']}")
-        yield moment(outcome["started_at"]), f"attempt {outcome['attempt']} {outcome['result']}", ", ".join(details)
-    if event["status"] == "in_flight":
-        yield moment(event["due_at"]), f"attempt {event['attempt']} in flight", "claimed by a dispatcher"
-    elif event["due_at"]:
-        yield moment(event["due_at"], now=now), f"attempt {event['attempt'] + 1} due", ""
+    lines = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    for justify in ("left", "right", "left"):
+        lines.add_column(no_wrap=True, justify=justify)
+    lines.add_column(overflow="fold")
+    for at, after, what, details in timeline(event, now, held_back):
+        style = STYLES.get(what.rpartition(" ")[2], "")
+        lines.add_row(Text(at), Text(after, style="dim"), Text(what, style=style), Text(plain(details)))
+    out.print(lines)
 
 
 def _shortened(text: str) -> str:

@@ -79,6 +79,14 @@ def _table(found: dict[str, Any], before: dict[str, Any] | None) -> Table:
     for name, about in _STATES:
         alarming = name == "dead_letters" and found[name] > 0
         table.add_row(name.replace("_", " "), f"{found[name]:,}", about, style="red" if alarming else None)
+    for name, count, about in (
+        ("paused", found["destinations_paused"], "destinations, until they are resumed"),
+        ("breakers open", found["breakers_open"], "destinations that fail, and are tried now and then"),
+    ):
+        if count:
+            table.add_row(name, f"{count:,}", about, style="yellow")
+    if found["paused_at"]:
+        table.add_row("paused", "all", f"since {moment(found['paused_at'], now=now)}", style="magenta")
     if found["oldest_due_at"]:
         late_s = (now - datetime.fromisoformat(found["oldest_due_at"])).total_seconds()
         table.add_row("oldest due", duration(late_s), "how long the oldest of the backlog has been due")

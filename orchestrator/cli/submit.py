@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,6 +50,12 @@ def _headers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     return {name.strip(): content.strip() for name, _, content in parts} or None
 
 
+def _spread(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):  # JSON has no way to write it
+        raise click.BadParameter(f"expected a number of seconds, got {value}")
+    return value
+
+
 @dataclass
 class Tally:
     """What became of a file's lines. `results` has the API's form, with the line in place of the index."""
@@ -74,7 +81,20 @@ class Tally:
 )
 @click.option("--max-retries", type=int, help="Attempts after the first. [default: DEFAULT_MAX_RETRIES]")
 @click.option("--retry-policy", metavar="NAME", help="A row of orchestrator.retry_policy.")
-@click.option("--ordering-key", metavar="KEY", help="KAFKA: the record's key. [default: the external id]")
+@click.option(
+    "--ordering-key",
+    metavar="KEY",
+    help="Events of one key are delivered one at a time, in order of time. KAFKA: also the record's key, "
+    "by default the external id.",
+)
+@click.option("--priority", type=int, metavar="N", help="-9 to 9: of due events the highest go first. [default: 0]")
+@click.option(
+    "--spread",
+    type=float,
+    metavar="SECONDS",
+    callback=_spread,
+    help="Spreads a crowd of events: each is due at a point of its own in so many seconds after --at.",
+)
 @json_option
 def submit(
     file: IO[bytes] | None,
@@ -88,6 +108,8 @@ def submit(
     max_retries: int | None,
     retry_policy: str | None,
     ordering_key: str | None,
+    priority: int | None,
+    spread: float | None,
     as_json: bool,
 ) -> None:
     """Submit one event, or a file of them.
@@ -103,7 +125,7 @@ def submit(
     have an external_job_id.
     """
     target = (destination, delivery_type, ordering_key)
-    options = (*target, payload, at, source, external_id, headers, max_retries, retry_policy)
+    options = (*target, payload, at, source, external_id, headers, max_retries, retry_policy, priority, spread)
     if file is not None:
         if any(option is not None for option in options):
             raise click.UsageError("a file's lines say everything themselves: leave the other options out")
@@ -121,6 +143,8 @@ def submit(
         "max_retries": max_retries,
         "retry_policy": retry_policy,
         "ordering_key": ordering_key,
+        "priority": priority,
+        "spread_seconds": spread,
     }
     _submit_one(fields, _payload(payload), as_json)
 

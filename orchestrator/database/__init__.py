@@ -1,7 +1,7 @@
 """The database as Python sees it: the only package that names SQL functions."""
 
 from orchestrator.database.connection import Connection, connect, translated
-from orchestrator.database.leases import NOTIFY_CHANNEL, Claimed, Finished, Leases, NotDelivered
+from orchestrator.database.leases import NOTIFY_CHANNEL, Claimed, Claims, Finished, Leases, NotDelivered
 from orchestrator.database.pool import COPY_SUBMISSIONS, ApiKey, Cancelled, Database, Submitted, submit_all
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ApiKey",
     "Cancelled",
     "Claimed",
+    "Claims",
     "Connection",
     "Database",
     "Finished",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import LiteralString, NamedTuple
 
@@ -17,7 +17,8 @@ NOTIFY_CHANNEL = "orchestrator_due"
 class Claimed(msgspec.Struct, gc=False):
     """A leased event. Times but `scheduled_at` are Unix seconds by the database's clock; JSON stays text.
 
-    `key` is that of a record to Kafka: the event's ordering_key, or else its external_job_id.
+    `key` is that of a record to Kafka: the event's ordering_key, or else its external_job_id. No attempt begins
+    before `start_at`, its slot under a rate. `lane` is the queue it came from, `waited` is handed back with the result.
     """
 
     claimed_at: float
@@ -31,6 +32,10 @@ class Claimed(msgspec.Struct, gc=False):
     key: str | None
     headers: str | None
     payload: str
+    start_at: float
+    lane: int
+    options: str | None
+    waited: str | None
 
 
 class Finished(msgspec.Struct, gc=False):
@@ -46,6 +51,7 @@ class Finished(msgspec.Struct, gc=False):
     response: str | None
     retry_after_s: float | None
     claimed_at: float
+    waited: str | None = None
 
 
 class NotDelivered(NamedTuple):
@@ -56,13 +62,24 @@ class NotDelivered(NamedTuple):
     due_at: float | None
 
 
+class Claims(NamedTuple):
+    """What a claim gave. Times are Unix seconds by the database's clock.
+
+    `database_s` was read before claiming. `again_at` says when limits, breakers or moves make another claim
+    worthwhile; None: nothing but the caller's own poll.
+    """
+
+    database_s: float
+    events: list[Claimed]
+    again_at: float | None
+
+
 class Leases:
     """Claiming, finishing and releasing, on two connections, so that neither waits for the other."""
 
-    def __init__(self, claiming: Connection, finishing: Connection, worker: int, *, tell_claims: bool) -> None:
+    def __init__(self, claiming: Connection, finishing: Connection, worker: int) -> None:
         self._claiming = claiming
         self._finishing = finishing
-        self._tell_claims = tell_claims
         self.worker = worker
 
     @classmethod
@@ -79,17 +96,36 @@ class Leases:
                         await claiming.execute("select orchestrator.register_worker(%s)", (worker_name,))
                     ).fetchone()
                 worker = row[0] if row else 0
-            yield cls(claiming, finishing, worker, tell_claims="timestamp" in settings.outbox_topics)
+            yield cls(claiming, finishing, worker)
 
-    async def claim(self, batch: int, *, lease_s: float, lookahead_s: float) -> tuple[float, list[Claimed]]:
-        """Leases up to `batch` events due within `lookahead_s`; also the database's time, read before claiming."""
+    async def claim(
+        self,
+        batch: int,
+        *,
+        lease_s: float,
+        lookahead_s: float,
+        skip: Collection[int] = (),
+        max_parallel: int | None = None,
+    ) -> Claims:
+        """Leases up to `batch` events due within `lookahead_s`, none from the lanes to `skip`.
+
+        `max_parallel` bounds destinations with a lane of their own that say nothing themselves.
+        """
+        lanes = _array([str(lane) for lane in sorted(skip)])
         with translated():
-            cursor = await self._claiming.execute(_CLAIM, (batch, self.worker, lease_s, lookahead_s))
+            cursor = await self._claiming.execute(
+                _CLAIM, (batch, self.worker, lease_s, lookahead_s, lanes, max_parallel)
+            )
             rows = await cursor.fetchall()
-        database_now: float = rows[0][0]
-        if rows[0][1] is None:
-            return database_now, []
-        return database_now, [Claimed(*row) for row in rows]
+        again_at: float | None = rows.pop()[0]
+        database_s: float = rows[0][0]
+        return Claims(database_s, [Claimed(*row) for row in rows] if rows[0][1] is not None else [], again_at)
+
+    async def own_lane(self, delivery_type: str, destination: str | None) -> int | None:
+        """Gives a destination a lane of its own, unless it has one; None: too many have got one this way."""
+        with translated():
+            row = await (await self._claiming.execute(_OWN_LANE, (delivery_type, destination))).fetchone()
+        return row[0] if row else None
 
     async def next_due_at(self) -> float | None:
         """When the next event that nobody holds is due, in Unix seconds."""
@@ -122,7 +158,8 @@ class Leases:
                     [r.response for r in ordered] if any(r.response for r in ordered) else None,
                     _array([str(r.retry_after_s if r.retry_after_s is not None else "null") for r in ordered]),
                     self.worker,
-                    _array([repr(r.claimed_at) for r in ordered]) if self._tell_claims else None,
+                    _array([repr(r.claimed_at) for r in ordered]),
+                    [r.waited for r in ordered] if any(r.waited for r in ordered) else None,
                 ),
             )
             return [NotDelivered(*row) for row in await cursor.fetchall()]
@@ -151,15 +188,23 @@ def _array(values: list[str]) -> str:
     return "{" + ",".join(values) + "}"
 
 
+# The last row is read when the claim is over, as it comes from the second part of the union, and tells what that claim
+# has set; in a column it would cost every row. date_part() gives a float8 at once, extract() a numeric.
 _CLAIM: LiteralString = """
-select extract(epoch from n.at)::float8, c.event_id, c.attempt, extract(epoch from c.due_at)::float8
-     , extract(epoch from c.lease_until)::float8, c.scheduled_at, c.delivery_type, c.destination
+select date_part('epoch', n.at), c.event_id, c.attempt, date_part('epoch', c.due_at)
+     , date_part('epoch', c.lease_until), c.scheduled_at, c.delivery_type, c.destination
      , coalesce(c.ordering_key, c.external_job_id), c.headers, c.payload
+     , date_part('epoch', c.start_at), c.lane, c.options, c.waited
 from (select orchestrator.now() as at offset 0) n
-left join lateral orchestrator.claim_due_events(%s, %s, make_interval(secs => %s), make_interval(secs => %s)) c on true
+left join lateral orchestrator.claim_due_events(
+  %s, %s, make_interval(secs => %s), make_interval(secs => %s), %s::integer[], %s::integer) c on true
+union all
+select nullif(current_setting('orchestrator.claim_again_at', true), '')::float8
+     , null, null, null, null, null, null, null, null, null, null, null, null, null, null
 """
+_OWN_LANE: LiteralString = "select orchestrator.own_lane(orchestrator.destination_name(%s, %s), false)"
 _FINISH: LiteralString = """
 select event_id, result, extract(epoch from due_at)::float8 from orchestrator.finish_events(
   %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[], %s::text[], %s::text[],
-  %s::float8[], %s, %s::float8[])
+  %s::float8[], %s, %s::float8[], %s::text[])
 """

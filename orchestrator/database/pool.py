@@ -21,7 +21,7 @@ _POOL_TIMEOUT_S = 5.0
 
 COPY_SUBMISSIONS: LiteralString = (
     "copy pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload,"
-    " headers, max_retries, retry_policy, ordering_key) from stdin"
+    " headers, max_retries, retry_policy, ordering_key, priority, spread) from stdin"
 )
 """For the lines of `copy_row`."""
 

@@ -18,3 +18,7 @@ class Attempted(NamedTuple):
     error: str | None = None
     response: str | None = None
     retry_after_s: float | None = None
+
+    @property
+    def timed_out(self) -> bool:
+        return self.error is not None and self.error.startswith("timeout: ")

@@ -1,8 +1,9 @@
 """Claims events shortly before they are due, delivers each on time, and records what came of it.
 
 One process runs a claimer, a listener, a finisher, and deliveries over HTTP and to Kafka. The claimer keeps up to
-SCHEDULER_PREFETCH leased events in memory; polling finds what is due, notifications only make it look sooner. When
-the database goes away, deliveries go on, results wait, and claiming resumes with it.
+SCHEDULER_PREFETCH leased events in memory; polling finds what is due, notifications only make it look sooner. Limits,
+breakers and pauses are the database's to decide: a claim gives what may be attempted, and says when to claim again.
+When the database goes away, deliveries go on, results wait, and claiming resumes with it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from contextlib import AsyncExitStack, suppress
 
 from orchestrator.config import Settings
-from orchestrator.database import NOTIFY_CHANNEL, Leases
+from orchestrator.database import NOTIFY_CHANNEL, Claims, Leases
 from orchestrator.database.listening import listen
 from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import ANSWER_S, Finisher
@@ -29,6 +30,8 @@ from orchestrator.tasks import end
 _CLAIM_GAP_S = 0.01  # between claims that found less than a batch
 _LOCKED_GAP_S = 0.1  # before looking again for what is due but was not to be had
 _CLAIM_AHEAD_S = 0.25  # how long before it is due an expected event is claimed
+_AGAIN_WITHIN_S = 0.02  # after the moment that a claim named, at random, so that dispatchers do not claim in step
+_HOLD = "hold "
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
 _STOPPING_BACKOFF_S = 0.5
@@ -45,9 +48,10 @@ class Dispatcher:
         self._settings = settings
         self._metrics = metrics
         self._clock = DatabaseClock()
-        self._finisher = Finisher(metrics, self._expect)
-        self._http = HttpDeliveries(settings, metrics, self._clock.now, self._finisher, self._note_taken, sender)
-        self._kafka = KafkaDeliveries(settings, metrics, self._clock.now, self._finisher, self._note_taken)
+        self._finisher = Finisher(metrics, self._expect, self._note_freed)
+        common = settings, metrics, self._clock.now, self._finisher, self._note_taken, self._note_room
+        self._http = HttpDeliveries(*common, sender)
+        self._kafka = KafkaDeliveries(*common)
         self._name = f"{settings.deployment} {socket.gethostname()}:{os.getpid()}"
         self._worker: int | None = None
         self._stopping = asyncio.Event()
@@ -58,6 +62,9 @@ class Dispatcher:
         self._room = asyncio.Event()
         self._wake = asyncio.Event()
         self._wake_due = float("inf")
+        self._freed = False
+        self._low = -1  # the number held at which a claim is waited for
+        self._on_hold: set[int | None] = set()  # lanes put on hold since the last claim began; None: all
         metrics.events_held.set_function(lambda: self._held)
         metrics.events_in_flight.set_function(lambda: self._http.in_flight + self._kafka.in_flight)
 
@@ -155,33 +162,69 @@ class Dispatcher:
         settings, batch = self._settings, self._settings.batch_size
         while self._claiming:
             if self._held > settings.prefetch - batch:
+                self._low = settings.prefetch - batch
                 self._room.clear()
                 await self._room.wait()
                 continue
+            async with asyncio.timeout(ANSWER_S):
+                skip = await self._lanes_to_skip(leases)
             self._wake.clear()
             self._wake_due = float("inf")
+            self._freed = False
+            self._on_hold = set()
             sent_s = time.monotonic()
             async with asyncio.timeout(ANSWER_S):
-                database_s, events = await leases.claim(
-                    batch, lease_s=settings.lease_s, lookahead_s=settings.lookahead_s
+                claims = await leases.claim(
+                    batch,
+                    lease_s=settings.lease_s,
+                    lookahead_s=settings.lookahead_s,
+                    skip=skip,
+                    max_parallel=settings.customer_max_parallel,
                 )
             received_s = time.monotonic()
-            self._clock.sample(database_s, sent_s, received_s)
+            self._clock.sample(claims.database_s, sent_s, received_s)
             self._metrics.claim_seconds.observe(received_s - sent_s)
             self._note_claimed()
             if self._stopping.is_set():
-                self._finisher.release(events)
+                self._finisher.release(claims.events)
                 return
-            self._metrics.events_claimed_total.inc(len(events))
-            self._http.due.put([event for event in events if event.delivery_type != "KAFKA"])
-            self._kafka.due.put([event for event in events if event.delivery_type == "KAFKA"])
-            if len(events) < batch:
+            self._take_in(claims)
+            short = len(claims.events) < batch
+            if short and not skip and claims.again_at is None:
                 self._metrics.events_backlog.set(0)
-                await self._rest(leases)
             elif received_s > self._backlog_read_s + _BACKLOG_EVERY_S:
                 self._backlog_read_s = received_s
                 async with asyncio.timeout(ANSWER_S):
                     self._metrics.events_backlog.set(await leases.backlog())
+            if short:
+                await self._rest(leases)
+
+    def _take_in(self, claims: Claims) -> None:
+        self._metrics.events_claimed_total.inc(len(claims.events))
+        if claims.again_at is not None:
+            at_once = claims.again_at <= claims.database_s
+            self._wake_at(claims.again_at if at_once else claims.again_at + random.uniform(0.0, _AGAIN_WITHIN_S))
+        events = claims.events
+        if held := self._on_hold:  # by somebody whom the claim may not have seen yet
+            self._finisher.release([event for event in events if None in held or event.lane in held])
+            events = [event for event in events if None not in held and event.lane not in held]
+        self._http.due.put([event for event in events if event.delivery_type != "KAFKA"])
+        self._kafka.due.put([event for event in events if event.delivery_type == "KAFKA"])
+        self._http.stalls.sweep()
+        self._kafka.stalls.sweep()
+
+    async def _lanes_to_skip(self, leases: Leases) -> set[int]:
+        """Lanes whose events would only fill the memory; stalled destinations get one of their own for this."""
+        lanes: set[int] = set()
+        batch, half = self._settings.batch_size, self._settings.prefetch // 2
+        for stalls in (self._http.stalls, self._kafka.stalls):
+            for line in stalls.without_lane():
+                line.lane = await leases.own_lane(line.delivery_type, line.destination) or 0
+            lanes |= stalls.lanes(half)
+        low = max(batch, half - 2 * batch)
+        if lanes and self._held > low:
+            self._low = low
+        return lanes
 
     def _note_claimed(self) -> None:
         """Only a claim proves the database: one that is read-only, or full, accepts connections all the same."""
@@ -207,7 +250,7 @@ class Dispatcher:
                 self._wake_at(max(self._ahead_of(next_due), self._clock.now() + _LOCKED_GAP_S))
         ends_s = time.monotonic() + poll_s
         earliest_s = time.monotonic() + _CLAIM_GAP_S
-        while (now_s := time.monotonic()) < ends_s and self._claiming:
+        while (now_s := time.monotonic()) < ends_s and self._claiming and not self._freed:
             until_due_s = self._wake_due - self._clock.now()
             if until_due_s <= 0 and now_s >= earliest_s:
                 return
@@ -223,11 +266,32 @@ class Dispatcher:
         return len(self._http.due) + len(self._kafka.due)
 
     def _note_taken(self) -> None:
-        if not self._room.is_set() and self._held <= self._settings.prefetch - self._settings.batch_size:
+        if self._low >= 0 and self._held <= self._low:
+            self._low = -1
             self._room.set()
+            self._note_room()
+
+    def _note_room(self) -> None:
+        """What a claim has left out may be claimed now."""
+        self._wake_at(float("-inf"))
+
+    def _note_freed(self) -> None:
+        """What waits for a result that was recorded just now is claimed without the usual gap."""
+        self._freed = True
+        self._wake.set()
 
     def _on_notified(self, payload: str) -> None:
-        self._expect(float(payload))
+        if payload.startswith(_HOLD):
+            lane = payload.removeprefix(_HOLD)
+            self._hold(None if lane == "*" else int(lane))
+        else:
+            self._expect(float(payload))
+
+    def _hold(self, lane: int | None) -> None:
+        """Hands back at once what has not begun of a lane, or with None of all."""
+        self._on_hold.add(lane)
+        self._finisher.release(self._http.due.remove(lane) + self._kafka.due.remove(lane))
+        self._note_taken()
 
     def _expect(self, due_at: float) -> None:
         """Has the claimer look in time for an event that is due at `due_at`, yet not at once for each of many."""

@@ -24,23 +24,32 @@ _log = logging.getLogger(__name__)
 class Finisher:
     """Gathers results until there are 500, or for 25 ms, and records them with one call.
 
+    Results that others wait for are recorded at once, and `on_freed` is called when they are.
+
     What it holds survives the loss of the database: `run` is called again with new connections and goes on. A
     batch whose reply was lost is sent again; the database answers a repeated result as done, not as stale.
     """
 
-    def __init__(self, metrics: Metrics, on_retry: Callable[[float], None]) -> None:
+    def __init__(
+        self, metrics: Metrics, on_retry: Callable[[float], None], on_freed: Callable[[], None] = lambda: None
+    ) -> None:
         self._metrics = metrics
         self._on_retry = on_retry
+        self._on_freed = on_freed
         self._results: list[Finished] = []
         self._unused: list[Claimed] = []
         self._ready = asyncio.Event()
         self._full = asyncio.Event()
         self._closing = False
+        self._freeing = 0  # of the results, up to which others wait for
 
-    def add(self, *results: Finished) -> None:
+    def add(self, *results: Finished, at_once: bool = False) -> None:
         self._results += results
         self._ready.set()
-        if len(self._results) >= _FULL_BATCH:
+        if at_once:
+            self._freeing = len(self._results)
+            self._full.set()
+        elif len(self._results) >= _FULL_BATCH:
             self._full.set()
 
     def release(self, leases: Sequence[Claimed]) -> None:
@@ -67,16 +76,14 @@ class Finisher:
         """Records until closed and empty. Whatever it raises, it still holds what is unrecorded."""
         while not self.done:
             await self._ready.wait()
-            if not self._closing and len(self._results) < _FULL_BATCH:
+            if not self._closing and not self._freeing and len(self._results) < _FULL_BATCH:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_GATHER_S):
                         await self._full.wait()
+            self._full.clear()
             await self._record_batch(leases)
-            if not self._closing:
-                if not self.pending:
-                    self._ready.clear()
-                if len(self._results) < _FULL_BATCH:
-                    self._full.clear()
+            if not self._closing and not self.pending:
+                self._ready.clear()
 
     async def flush(self, leases: Leases) -> None:
         """Records all that it holds now."""
@@ -90,6 +97,9 @@ class Finisher:
                 exceptions = await self._finish(leases, batch)
             del self._results[: len(batch)]
             self._report(batch, exceptions)
+            if self._freeing:
+                self._freeing = max(0, self._freeing - len(batch))
+                self._on_freed()
         if self._unused:
             unused = self._unused[:_MAX_BATCH]
             async with asyncio.timeout(ANSWER_S):

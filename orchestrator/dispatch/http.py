@@ -22,6 +22,7 @@ from .connector import GuardedConnector, opened_connection
 from .guard import AddressGuard, AddressRefusedError
 from .request import custom_headers, destination_url, quoted
 from .retry_after import parse_retry_after
+from .secrets import SECRET_WAIT_S, SecretError, Secrets
 from .signing import Signer
 
 if TYPE_CHECKING:
@@ -40,7 +41,11 @@ _log = logging.getLogger(__name__)
 
 
 class Delivery(msgspec.Struct, frozen=True, gc=False):
-    """One attempt to deliver one event. `scheduled_at` is RFC 3339 text, `attempt` counts from 1."""
+    """One attempt to deliver one event. `scheduled_at` is RFC 3339 text, `attempt` counts from 1.
+
+    `timeout_s` and `signing_secret` stand in for HTTP_TIMEOUT_SECONDS and WEBHOOK_SECRETS. That, and the values of
+    `secret_headers`, are names of secrets.
+    """
 
     event_id: str
     attempt: int
@@ -48,6 +53,9 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
     destination: str
     payload: bytes
     headers: dict[str, str] | None = None
+    timeout_s: float | None = None
+    signing_secret: str | None = None
+    secret_headers: dict[str, str] | None = None
 
 
 class HttpSender:
@@ -60,6 +68,7 @@ class HttpSender:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._signer = Signer(settings.webhook_secrets)
+        self._secrets = Secrets(settings.secrets_directory)
         self._timeout_s = settings.http_timeout_s
         self._session: aiohttp.ClientSession | None = None
 
@@ -90,11 +99,14 @@ class HttpSender:
         try:
             url = destination_url(delivery.destination)
             headers = self._headers(delivery)
+        except SecretError as error:
+            return Attempted(RETRY, error=str(error), retry_after_s=SECRET_WAIT_S)
         except ValueError as error:
             return Attempted(FAIL, error=str(error))
         place = url.host_port_subcomponent
+        timeout_s = delivery.timeout_s or self._timeout_s
         try:
-            response = await self._post(url, headers, delivery.payload)
+            response = await self._post(url, headers, delivery.payload, timeout_s)
             # `closed` means that the whole answer is here and its connection is back in the pool.
             if response.closed and 200 <= response.status < 300:
                 return Attempted(DELIVERED, response.status)
@@ -102,10 +114,10 @@ class HttpSender:
         except aiohttp.ClientConnectorError as error:
             return _not_connected(error, f"{url.raw_host}:{url.port}")
         except aiohttp.ConnectionTimeoutError:
-            waited_s = min(self._settings.http_connect_timeout_s, self._timeout_s)
+            waited_s = min(self._settings.http_connect_timeout_s, timeout_s)
             return Attempted(RETRY, error=f"timeout: no connection to {place} within {waited_s:g} s")
         except TimeoutError:
-            return Attempted(RETRY, error=f"timeout: no complete response within {self._timeout_s:g} s")
+            return Attempted(RETRY, error=f"timeout: no complete response within {timeout_s:g} s")
         except aiohttp.ClientResponseError:
             return Attempted(RETRY, error=f"{place} answered with something that is not HTTP")
         except aiohttp.InvalidURL:
@@ -116,7 +128,9 @@ class HttpSender:
             _log.exception("a delivery failed in a way not foreseen", extra={"event_id": delivery.event_id})
             return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
 
-    async def _post(self, url: URL, headers: dict[str, str], payload: bytes) -> aiohttp.ClientResponse:
+    async def _post(
+        self, url: URL, headers: dict[str, str], payload: bytes, timeout_s: float
+    ) -> aiohttp.ClientResponse:
         """Posts once, and again at once if the request only met a connection that had gone stale.
 
         A receiver may close an idle connection just as we write to it. It has hardly seen that request then,
@@ -129,14 +143,14 @@ class HttpSender:
             raise RuntimeError("HttpSender is used outside its context")
         opened_connection.set(False)
         started_s = time.monotonic()
-        timeout = session.timeout
+        timeout = session.timeout if timeout_s == self._timeout_s else _total(timeout_s)
         for resends_left in range(_RESENDS, -1, -1):
             try:
                 return await session.post(url, data=payload, headers=headers, allow_redirects=False, timeout=timeout)
             except aiohttp.ClientConnectorError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError):
-                left_s = self._timeout_s - (time.monotonic() - started_s)
+                left_s = timeout_s - (time.monotonic() - started_s)
                 if opened_connection.get() or not resends_left or left_s <= 0:
                     raise
                 timeout = _total(left_s)
@@ -179,11 +193,15 @@ class HttpSender:
     def _headers(self, delivery: Delivery) -> dict[str, str]:
         timestamp = int(time.time())
         headers = custom_headers(delivery.headers) if delivery.headers else {}
+        if delivery.secret_headers:
+            read = self._secrets.header
+            headers |= custom_headers({name: read(secret) for name, secret in delivery.secret_headers.items()})
+        signer = self._signer if delivery.signing_secret is None else self._secrets.signer(delivery.signing_secret)
         headers["content-type"] = "application/json"
         headers["user-agent"] = _USER_AGENT
         headers["webhook-id"] = delivery.event_id
         headers["webhook-timestamp"] = str(timestamp)
-        signature = self._signer.signature(delivery.event_id, timestamp, delivery.payload)
+        signature = signer.signature(delivery.event_id, timestamp, delivery.payload)
         if signature:
             headers["webhook-signature"] = signature
         headers["orchestrator-attempt"] = str(delivery.attempt)

@@ -16,10 +16,16 @@ from orchestrator.dispatch.attempt import FAIL, RETRY, Attempted
 from orchestrator.dispatch.due_queue import DueQueue
 from orchestrator.dispatch.finisher import Finisher
 from orchestrator.dispatch.http import Delivery
+from orchestrator.dispatch.lines import http_windows
+from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
+from orchestrator.dispatch.stalls import QUICK_S, Stalls
 from orchestrator.metrics import Metrics
 
 RECORDING_S = 1.0
 """What an attempt must leave of its lease, to record its result."""
+
+SLOT_S = 0.25
+"""How long after its start an attempt may still use its slot under a rate."""
 
 _CUT_SHORT = Attempted(RETRY, error="the dispatcher stopped before the receiver answered")
 
@@ -33,7 +39,9 @@ class Sender(Protocol):
 
 
 class HttpDeliveries:
-    """Attempts events as they fall due. `on_taken` is called whenever one has left the queue."""
+    """Attempts events as they fall due. `on_taken` is called whenever one has left the queue, `on_room` when there
+    is room for more events of a destination that was stalled.
+    """
 
     def __init__(
         self,
@@ -42,6 +50,7 @@ class HttpDeliveries:
         now: Callable[[], float],
         finisher: Finisher,
         on_taken: Callable[[], None],
+        on_room: Callable[[], None],
         sender: Sender,
     ) -> None:
         self._settings = settings
@@ -50,33 +59,44 @@ class HttpDeliveries:
         self._finisher = finisher
         self._on_taken = on_taken
         self._sender = sender
-        self.due = DueQueue(now)
+        windows = http_windows(settings)
+        kept = min(windows.first, max(0, settings.prefetch - 2 * settings.batch_size) // 10)
+        self.due = DueQueue(now, windows, on_room)
+        self.stalls = Stalls(self.due, finisher.release, on_taken, windows.first, kept)
         self.in_flight = 0
 
     async def run(self) -> None:
         """Works until closed and done; cancelled, it records what it cut short."""
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(self._settings.http_max_connections):
-                tasks.create_task(self._deliver())
+        async with asyncio.TaskGroup() as watching:
+            watch = watching.create_task(self.stalls.watch())
+            async with asyncio.TaskGroup() as attempts:
+                for _ in range(self._settings.http_max_connections):
+                    attempts.create_task(self._deliver())
+            watch.cancel()
 
     def close(self) -> list[Claimed]:
         """Begins no more attempts; returns the events that still wait for theirs."""
         return self.due.close()
 
     async def _deliver(self) -> None:
-        needed_s = self._settings.http_timeout_s + RECORDING_S
-        while (event := await self.due.get()) is not None:
+        due = self.due
+        while (event := await due.get()) is not None:
             self._on_taken()
+            options = NO_OPTIONS if event.options is None else options_of(event.options)
             started_at = self._now()
-            if started_at + needed_s > event.lease_until:
-                self._finisher.release([event])  # it might end after somebody else had begun
+            timeout_s = options.timeout_s or self._settings.http_timeout_s
+            # It might end after somebody else had begun.
+            expires = started_at + timeout_s + RECORDING_S > event.lease_until
+            if expires or (options.rate and slot_missed(event, started_at, self._metrics)):
+                due.ended(event)
+                self._finisher.release([event])
                 continue
             self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
             began_s = time.monotonic()
             self.in_flight += 1
             attempted = _CUT_SHORT
             try:
-                attempted = await self._sender.send(_delivery(event))
+                attempted = options.fault or await self._sender.send(_delivery(event, options))
             except msgspec.MsgspecError as error:
                 attempted = Attempted(FAIL, error=f"headers: cannot be read: {error}")
             except Exception as error:  # one event must not end all the others
@@ -85,8 +105,17 @@ class HttpDeliveries:
             finally:
                 self.in_flight -= 1
                 took_s = time.monotonic() - began_s
+                due.ended(event, took_s <= QUICK_S and (attempted.error is None or not attempted.timed_out))
                 self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
-                self._finisher.add(finished(event, attempted, started_at, took_s))
+                self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
+
+
+def slot_missed(event: Claimed, started_at: float, metrics: Metrics) -> bool:
+    """Whether an attempt that begins now is too late for its slot under a rate; the next claim gives it another."""
+    if started_at <= event.start_at + SLOT_S:
+        return False
+    metrics.event_slots_missed_total.inc()
+    return True
 
 
 def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: float) -> Finished:
@@ -102,6 +131,7 @@ def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: fl
         attempted.response,
         attempted.retry_after_s,
         event.claimed_at,
+        event.waited,
     )
 
 
@@ -110,7 +140,7 @@ def rfc3339(timestamp: str) -> str:
     return f"{timestamp[:10]}T{timestamp[11:-3]}Z"
 
 
-def _delivery(event: Claimed) -> Delivery:
+def _delivery(event: Claimed, options: Options) -> Delivery:
     return Delivery(
         event.event_id,
         event.attempt,
@@ -118,4 +148,7 @@ def _delivery(event: Claimed) -> Delivery:
         event.destination or "",
         event.payload.encode(),
         msgspec.json.decode(event.headers) if event.headers else None,
+        options.timeout_s,
+        options.signing_secret,
+        options.secret_headers,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -19,7 +19,10 @@ from orchestrator.database import Claimed
 from orchestrator.dispatch.attempt import DELIVERED, FAIL, RETRY, Attempted
 from orchestrator.dispatch.due_queue import DueQueue
 from orchestrator.dispatch.finisher import Finisher
-from orchestrator.dispatch.http_deliveries import RECORDING_S, finished, rfc3339
+from orchestrator.dispatch.http_deliveries import RECORDING_S, finished, rfc3339, slot_missed
+from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
+from orchestrator.dispatch.secrets import SECRET_WAIT_S, SecretError, Secrets
+from orchestrator.dispatch.stalls import QUICK_S, Stalls
 from orchestrator.errors import KafkaUnavailable, OrchestratorError
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
 from orchestrator.kafka.lanes import Record, RecordRefusedError
@@ -40,6 +43,7 @@ _UNCONFIGURED = Attempted(
 
 class _Attempt(NamedTuple):
     event: Claimed
+    options: Options
     started_at: float
     began_s: float
     payload_bytes: int
@@ -48,8 +52,9 @@ class _Attempt(NamedTuple):
 class KafkaDeliveries:
     """Attempts events as they fall due. `on_taken` is called whenever some have left the queue.
 
-    At most 2,000 records, or 32 MiB of them, are under way. While no broker answers, attempts fail at once, so that
-    deliveries over HTTP go on.
+    At most 2,000 records, or 32 MiB of them, are under way. While no broker answers, attempts fail at once, and
+    while brokers hang what waits is handed back, so that deliveries over HTTP go on. Every record has
+    HTTP_TIMEOUT_SECONDS to be acknowledged, whatever its destination says.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class KafkaDeliveries:
         now: Callable[[], float],
         finisher: Finisher,
         on_taken: Callable[[], None],
+        on_room: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -66,10 +72,12 @@ class KafkaDeliveries:
         self._finisher = finisher
         self._on_taken = on_taken
         self._needed_s = settings.http_timeout_s + RECORDING_S
+        self._secrets = Secrets(settings.secrets_directory)
         self._bytes = 0
         self._acknowledged = asyncio.Event()
         self._producer: BulkProducer[_Attempt] | None = None
-        self.due = DueQueue(now)
+        self.due = DueQueue(now, on_room=on_room)
+        self.stalls = Stalls(self.due, finisher.release, on_taken, window=0)
         self.in_flight = 0
 
     async def run(self) -> None:
@@ -101,17 +109,24 @@ class KafkaDeliveries:
 
     async def _next_result(self) -> None:
         self._acknowledged.clear()
-        await self._acknowledged.wait()
+        try:
+            async with asyncio.timeout(QUICK_S):
+                await self._acknowledged.wait()
+        except TimeoutError:
+            self.stalls.stall_all()
 
     def _begun(self, events: Sequence[Claimed]) -> list[_Attempt]:
         started_at, began_s = self._now(), time.monotonic()
         attempts = []
         for event in events:
-            if started_at + self._needed_s > event.lease_until:
-                self._finisher.release([event])  # it might end after somebody else had begun
+            options = NO_OPTIONS if event.options is None else options_of(event.options)
+            # It might end after somebody else had begun.
+            expires = started_at + self._needed_s > event.lease_until
+            if expires or (options.rate and slot_missed(event, started_at, self._metrics)):
+                self._finisher.release([event])
                 continue
             self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
-            attempt = _Attempt(event, started_at, began_s, len(event.payload))
+            attempt = _Attempt(event, options, started_at, began_s, len(event.payload))
             attempts.append(attempt)
             self._bytes += attempt.payload_bytes
         self.in_flight += len(attempts)
@@ -120,8 +135,14 @@ class KafkaDeliveries:
     def _send(self, producer: BulkProducer[_Attempt], attempts: Sequence[_Attempt]) -> None:
         topics: dict[str, list[Record[_Attempt]]] = defaultdict(list)
         for attempt in attempts:
+            if attempt.options.fault is not None:
+                self._conclude([attempt], attempt.options.fault)
+                continue
             try:
-                topics[attempt.event.destination or self._settings.topic_ready].append(_record(attempt))
+                record = _record(attempt, self._secrets)
+                topics[attempt.event.destination or self._settings.topic_ready].append(record)
+            except SecretError as error:
+                self._conclude([attempt], Attempted(RETRY, error=str(error), retry_after_s=SECRET_WAIT_S))
             except ValueError as error:  # what headers may hold when they come through SQL
                 self._conclude([attempt], Attempted(FAIL, error=f"headers: cannot be sent: {error}"))
         for topic, records in topics.items():
@@ -146,13 +167,15 @@ class KafkaDeliveries:
             self._bytes -= attempt.payload_bytes
             results.append(finished(attempt.event, attempted, attempt.started_at, took_s))
         self.in_flight -= len(attempts)
-        self._finisher.add(*results)
+        self._finisher.add(*results, at_once=any(attempt.options.bound for attempt in attempts))
+        if self.due.stalled:
+            self.stalls.recover_all()
         self._acknowledged.set()
 
 
-def _record(attempt: _Attempt) -> Record[_Attempt]:
+def _record(attempt: _Attempt, secrets: Secrets) -> Record[_Attempt]:
     event = attempt.event
-    headers = _own_headers(event.headers) if event.headers else []
+    headers = _own_headers(event.headers, attempt.options.secret_headers, secrets)
     headers += (
         ("orchestrator-event-id", event.event_id.encode()),
         ("orchestrator-attempt", b"%d" % event.attempt),
@@ -162,9 +185,18 @@ def _record(attempt: _Attempt) -> Record[_Attempt]:
     return Record(event.key.encode() if event.key is not None else None, event.payload.encode(), headers, attempt)
 
 
-def _own_headers(given: str) -> list[tuple[str, bytes]]:
-    """An event's own headers, without those that are ours to set. Raises ValueError."""
-    headers = msgspec.json.decode(given, type=dict[str, str])
+def _own_headers(
+    given: str | None, secret_headers: Mapping[str, str] | None, secrets: Secrets
+) -> list[tuple[str, bytes]]:
+    """An event's own headers, and its destination's in their place, without those that are ours to set.
+
+    Raises ValueError, SecretError.
+    """
+    headers = msgspec.json.decode(given, type=dict[str, str]) if given else {}
+    if secret_headers:
+        replaced = {name.lower() for name in secret_headers}
+        headers = {name: value for name, value in headers.items() if name.lower() not in replaced}
+        headers |= {name: secrets.header(secret) for name, secret in secret_headers.items()}
     return [
         (name, value.encode())
         for name, value in headers.items()

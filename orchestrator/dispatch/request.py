@@ -60,12 +60,17 @@ def custom_headers(headers: Mapping[str, object]) -> dict[str, str]:
     for name, value in headers.items():
         if not _TOKEN.fullmatch(name):
             raise ValueError(f"headers: {quoted(name)} is not a header name")
-        if not isinstance(value, str) or not _FIELD_VALUE.fullmatch(value):
+        if not isinstance(value, str) or not is_field_value(value):
             raise ValueError(f"headers: the value of {quoted(name)} cannot be sent")
         lower = name.lower()
         if lower not in _OWN_HEADERS and not lower.startswith(_OWN_PREFIXES):
             kept[lower] = value
     return kept
+
+
+def is_field_value(text: str) -> bool:
+    """Whether a header can have this value."""
+    return _FIELD_VALUE.fullmatch(text) is not None
 
 
 def quoted(text: str) -> str:

@@ -41,18 +41,18 @@ def decode_secret(secret: str) -> bytes:
 class Signer:
     """Signs with every secret given, newest first. With none, `signature` is the empty string.
 
-    Raises SettingsError for a malformed secret; it names the position, not the secret.
+    Raises SettingsError for a malformed secret; it names `source` and the position, not the secret.
     """
 
     __slots__ = ("_contexts",)
 
-    def __init__(self, secrets: Sequence[str]) -> None:
+    def __init__(self, secrets: Sequence[str], source: str = "WEBHOOK_SECRETS") -> None:
         contexts = []
         for position, secret in enumerate(secrets, 1):
             try:
                 contexts.append(_contexts(decode_secret(secret)))
             except ValueError as error:
-                raise SettingsError(f"WEBHOOK_SECRETS: secret {position}: {error}") from None
+                raise SettingsError(f"{source}: secret {position}: {error}") from None
         self._contexts = tuple(contexts)
 
     def signature(self, event_id: str, timestamp: int, body: bytes) -> str:

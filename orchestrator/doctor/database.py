@@ -12,6 +12,7 @@ from orchestrator import database_url, migrate
 from orchestrator.config import Settings
 from orchestrator.doctor.finding import Finding, is_production, ok, problem, warning
 from orchestrator.doctor.server import server_findings
+from orchestrator.doctor.standstill import standstill_findings
 from orchestrator.doctor.work import work_findings
 from orchestrator.errors import OrchestratorError
 
@@ -28,7 +29,7 @@ _ABILITIES = {
     "submit": ("orchestrator_submit", "orchestrator.submit_staged()"),
     "dispatch": (
         "orchestrator_dispatch",
-        "orchestrator.claim_due_events(integer, integer, interval, interval)",
+        "orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer)",
     ),
     "query": ("orchestrator_read", "orchestrator.statistics()"),
     "maintain": ("orchestrator_ops", "orchestrator.run_maintenance(integer, integer)"),
@@ -76,6 +77,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             yield from _guarded("partitions", lambda: _partitions(connection, settings))
             yield from _guarded("API keys", lambda: _api_keys(connection, settings))
             yield from work_findings(connection, _guarded)
+            yield from standstill_findings(connection, _guarded)
 
 
 def _guarded(check: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

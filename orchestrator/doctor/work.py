@@ -61,6 +61,11 @@ def _backlog(statistics: dict[str, Any], dispatchers: int) -> Finding:
     shown = f"{counted(statistics['backlog'], 'event')} due and not claimed, the oldest for {late_s:.0f} s"
     if late_s < _LATE_S:
         return ok("backlog", shown)
+    if statistics["paused_at"]:
+        return warning("backlog", shown, "everything is paused; go on: orchestrator resume")
+    if statistics["destinations_paused"] or statistics["breakers_open"]:
+        mend = "some destinations are paused, or fail: see orchestrator destinations list"
+        return warning("backlog", shown, mend)
     mend = (
         "start more dispatchers, or raise SCHEDULER_BATCH_SIZE and HTTP_MAX_CONNECTIONS; slow receivers hold "
         "connections up to HTTP_TIMEOUT_SECONDS"

@@ -26,7 +26,22 @@ language sql volatile strict parallel safe
 return orchestrator.event_id('', gen_random_uuid()::text, p_scheduled_at);
 comment on function orchestrator.random_event_id(timestamptz) is 'The id of an event that has no external_job_id';
 
-create or replace function orchestrator.lane_of(p_destination text) returns integer
+-- Without a sub-select, so that the planner inlines it: it is computed for each submission. Default ports are rare, and cost a regular expression.
+create or replace function orchestrator.destination_name(p_delivery_type text, p_destination text) returns text
 language sql immutable parallel safe
-return hashtext(lower(coalesce(nullif(split_part(p_destination, '/', 3), ''), p_destination, ''))) & 63;
-comment on function orchestrator.lane_of(text) is 'The shared lane of a URL, by its host and port, or of a topic; null: the ready topic';
+return case
+  when p_delivery_type = 'KAFKA' then 'kafka:' || coalesce(p_destination, '')
+  when strpos(p_destination, ':443') = 0 and strpos(p_destination, ':80') = 0 and strpos(lower(p_destination), '//kafka:') = 0
+    then lower(split_part(split_part(split_part(p_destination, '/', 3), '?', 1), '#', 1))
+  else regexp_replace(
+    regexp_replace(lower(split_part(split_part(split_part(p_destination, '/', 3), '?', 1), '#', 1)), case when p_destination ^@ 'https:' then ':443$' else ':80$' end, '')
+    , '^kafka:', 'kafka.:')
+end;
+comment on function orchestrator.destination_name(text, text) is
+  'What limits, breakers and fairness go by: host and port of a URL in lower case, without the scheme''s default port; kafka: and the topic, which is empty for the ready topic. A host called kafka is written as the root names it, kafka.:9092';
+
+create or replace function orchestrator.spread_shift(p_id uuid, p_spread interval) returns interval
+language sql immutable strict parallel safe
+return p_spread * (('x' || right(p_id::text, 8))::bit(32)::bigint / 4294967296.0::double precision);
+comment on function orchestrator.spread_shift(uuid, interval) is
+  'How much of a spread an event is shifted by: a share from 0 to just under 1 that its id decides, so the same event is always shifted alike';

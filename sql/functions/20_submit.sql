@@ -12,7 +12,7 @@ begin
   create temp table submission
   ( n integer not null, id uuid not null, scheduled_at timestamptz not null, source text not null, external_job_id text
   , delivery_type text not null, destination text, payload json not null, headers json
-  , max_retries integer not null, retry_policy text, ordering_key text) on commit delete rows;
+  , max_retries integer not null, retry_policy text, ordering_key text, priority smallint, spread interval) on commit delete rows;
   -- Only this session can reach it, whatever role it has set.
   grant select, insert on pg_temp.submission to public;
 end $$;
@@ -42,7 +42,8 @@ comment on function orchestrator.partition_bounds() is 'First instant of the fir
 -- Set-returning and without settings of its own, so that the planner inlines it.
 create or replace function orchestrator.check_submission(
   p_scheduled_at timestamptz, p_source text, p_external_job_id text, p_delivery_type text, p_destination text, p_headers json,
-  p_max_retries integer, p_retry_policy text, p_ordering_key text, p_first_day timestamptz, p_end_day timestamptz)
+  p_max_retries integer, p_retry_policy text, p_ordering_key text, p_priority smallint, p_spread interval,
+  p_first_day timestamptz, p_end_day timestamptz)
 returns table (field text, reason text)
 language sql stable parallel safe as $$
   select split_part(problem, ': ', 1), substr(problem, strpos(problem, ': ') + 2)
@@ -71,9 +72,13 @@ language sql stable parallel safe as $$
       then format('retry_policy: there is no policy named %s; see table orchestrator.retry_policy', left(p_retry_policy, 63))
     when length(p_ordering_key) not between 1 and 200
       then format('ordering_key: expected 1 to 200 characters or null, got %s', length(p_ordering_key))
+    when p_priority not between -9 and 9
+      then format('priority: expected -9 to 9, got %s', p_priority)
+    when p_spread <= '0 s' or p_spread > '7 days'
+      then format('spread_seconds: expected more than 0 and at most 604800 seconds, got %s', extract(epoch from p_spread)::double precision)
   end)) as checked (problem)
 $$;
-comment on function orchestrator.check_submission(timestamptz, text, text, text, text, json, integer, text, text, timestamptz, timestamptz) is
+comment on function orchestrator.check_submission(timestamptz, text, text, text, text, json, integer, text, text, smallint, interval, timestamptz, timestamptz) is
   'The first rule that a submission breaks: field and reason; both null when it breaks none';
 
 -- Takes no lock but those of its own rows, inserted in order of id so that two batches cannot deadlock.
@@ -89,25 +94,53 @@ declare
   v_staged bigint;
   v_first timestamptz;
   v_policies text[];
+  v_priorities smallint[];
+  v_own_lanes constant boolean := exists (select from orchestrator.lane l where l.lane > 63 and l.name is not null);
   v_told constant boolean := exists (select from orchestrator.outbox_kind where kind = 'scheduled');
 begin
   perform orchestrator.check_staging();
   select count(*), min(s.scheduled_at), array_agg(distinct s.retry_policy) filter (where s.retry_policy is not null)
-  into v_staged, v_first, v_policies
+    , array_agg(distinct s.priority) filter (where s.priority between -9 and 9)
+  into v_staged, v_first, v_policies, v_priorities
   from pg_temp.submission s;
+  -- Locks the row of control, once in the life of a priority.
+  update orchestrator.control c
+  set priorities = array(select distinct p from unnest(c.priorities || v_priorities) p order by p desc)
+  where not c.priorities @> v_priorities;
   begin
     if v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy) then
       raise check_violation;
     end if;
     insert into orchestrator.event
-      (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, headers, payload)
-    select s.id, s.scheduled_at, v_now, s.max_retries, s.source, s.external_job_id, s.delivery_type, s.destination, s.retry_policy, s.ordering_key, s.headers, s.payload
+      (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, priority, spread, headers, payload)
+    select s.id, s.scheduled_at, v_now, s.max_retries, s.source, s.external_job_id, s.delivery_type, s.destination, s.retry_policy, s.ordering_key, nullif(s.priority, 0), s.spread, s.headers, s.payload
     from pg_temp.submission s
     order by s.id;
-    insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, attempt, max_attempts)
-    select s.id, s.scheduled_at, greatest(s.scheduled_at, v_now), orchestrator.lane_of(s.destination), 0, s.max_retries + 1
-    from pg_temp.submission s
-    order by s.id;
+    if v_own_lanes then
+      with place as materialized (
+        select n.name, coalesce(own.lane, orchestrator.pattern_lane(n.name), (hashtextextended(n.name, 0) & 63)::integer) as lane
+        from (select distinct orchestrator.destination_name(s.delivery_type, s.destination) as name from pg_temp.submission s) n
+        left join orchestrator.lane own on own.hash = hashtextextended(n.name, 0)
+      )
+      insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts)
+      select s.id, s.scheduled_at, greatest(v_now, s.scheduled_at + coalesce(orchestrator.spread_shift(s.id, coalesce(s.spread, d.spread)), '0 s'))
+        , p.lane, hashtextextended(p.name, 0), coalesce(s.priority, 0), hashtextextended(s.ordering_key, 0), 0, s.max_retries + 1
+      from pg_temp.submission s
+      join place p on p.name = orchestrator.destination_name(s.delivery_type, s.destination)
+      left join orchestrator.lane l on l.lane = p.lane and p.lane > 63
+      left join orchestrator.destination d on d.name = l.name
+      order by s.id;
+    else
+      insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts)
+      select s.id, s.scheduled_at
+        , greatest(v_now, case when s.spread is null then s.scheduled_at else s.scheduled_at + orchestrator.spread_shift(s.id, s.spread) end)
+        , (s.hash & 63)::integer, s.hash, coalesce(s.priority, 0), hashtextextended(s.ordering_key, 0), 0, s.max_retries + 1
+      from (
+        select s.id, s.scheduled_at, s.spread, s.priority, s.ordering_key, s.max_retries
+          , hashtextextended(orchestrator.destination_name(s.delivery_type, s.destination), 0) as hash
+        from pg_temp.submission s
+        order by s.id offset 0) s;
+    end if;
     insert into orchestrator.statistic select date_trunc('minute', v_now), 'accepted', v_staged where v_staged > 0;
     insert into orchestrator.outbox (created_at, event_id, kind, key, value)
     select v_now, s.id, 'scheduled', orchestrator.record_key(s.ordering_key, s.external_job_id, s.id)
@@ -122,20 +155,27 @@ begin
       cross join orchestrator.partition_bounds() b
       cross join lateral orchestrator.check_submission(
         s.scheduled_at, s.source, s.external_job_id, s.delivery_type, s.destination, s.headers, s.max_retries, s.retry_policy,
-        s.ordering_key, b.first_day, b.end_day) c
+        s.ordering_key, s.priority, s.spread, b.first_day, b.end_day) c
     ), kept as (
       insert into orchestrator.event
-        (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, headers, payload)
-      select c.id, c.scheduled_at, v_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination, c.retry_policy, c.ordering_key, c.headers, c.payload
+        (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, priority, spread, headers, payload)
+      select c.id, c.scheduled_at, v_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination, c.retry_policy, c.ordering_key, nullif(c.priority, 0), c.spread, c.headers, c.payload
       from checked c
       where c.field is null and c.copy = 1
       order by c.id
       on conflict do nothing
-      returning id, scheduled_at, source, external_job_id, delivery_type, destination, ordering_key, max_retries
+      returning id, scheduled_at, source, external_job_id, delivery_type, destination, ordering_key, priority, spread, max_retries
+    ), place as materialized (
+      select n.name, orchestrator.lane_for(n.name) as lane
+      from (select distinct orchestrator.destination_name(k.delivery_type, k.destination) as name from kept k) n
     ), armed as (
-      insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, attempt, max_attempts)
-      select k.id, k.scheduled_at, greatest(k.scheduled_at, v_now), orchestrator.lane_of(k.destination), 0, k.max_retries + 1
+      insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts)
+      select k.id, k.scheduled_at, greatest(v_now, k.scheduled_at + coalesce(orchestrator.spread_shift(k.id, coalesce(k.spread, d.spread)), '0 s'))
+        , p.lane, hashtextextended(p.name, 0), coalesce(k.priority, 0), hashtextextended(k.ordering_key, 0), 0, k.max_retries + 1
       from kept k
+      join place p on p.name = orchestrator.destination_name(k.delivery_type, k.destination)
+      left join orchestrator.lane l on l.lane = p.lane and p.lane > 63
+      left join orchestrator.destination d on d.name = l.name
     ), told as (
       insert into orchestrator.outbox (created_at, event_id, kind, key, value)
       select v_now, k.id, 'scheduled', orchestrator.record_key(k.ordering_key, k.external_job_id, k.id)
@@ -222,7 +262,7 @@ begin
     select i.n::integer as n, i.event, e.*,
       case
         when jsonb_typeof(i.event) <> 'object' then 'event: expected an object'
-        when u.unknown is not null then left(u.unknown, 80) || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key'
+        when u.unknown is not null then left(u.unknown, 80) || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds'
         when w.wrong is not null then w.wrong
         when e.scheduled_at is null then 'scheduled_at: required'
         when e.scheduled_at !~* '^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+-]\d\d(:?\d\d)?)$' or not pg_input_is_valid(e.scheduled_at, 'timestamptz')
@@ -232,6 +272,11 @@ begin
         when not i.event ? 'payload' then 'payload: required'
         when jsonb_typeof(i.event -> 'max_retries') not in ('number', 'null') or not pg_input_is_valid(e.max_retries, 'smallint')
           then format('max_retries: expected 0 to 100, got %s', left((i.event -> 'max_retries')::text, 20))
+        when jsonb_typeof(i.event -> 'priority') not in ('number', 'null') or not pg_input_is_valid(i.event ->> 'priority', 'smallint')
+          then format('priority: expected -9 to 9, got %s', left((i.event -> 'priority')::text, 20))
+        when jsonb_typeof(i.event -> 'spread_seconds') not in ('number', 'null')
+          or (case jsonb_typeof(i.event -> 'spread_seconds') when 'number' then (i.event ->> 'spread_seconds')::numeric end) not between 0.000001 and 604800
+          then format('spread_seconds: expected more than 0 and at most 604800 seconds, got %s', left((i.event -> 'spread_seconds')::text, 20))
         else 'headers: ' || orchestrator.check_headers(i.event -> 'headers')
       end as problem
     from jsonb_array_elements(p_events) with ordinality as i (event, n)
@@ -239,7 +284,7 @@ begin
       , coalesce(i.event ->> 'delivery_type', 'HTTP') as delivery_type, i.event ->> 'destination' as destination
       , i.event ->> 'max_retries' as max_retries, i.event ->> 'retry_policy' as retry_policy, i.event ->> 'ordering_key' as ordering_key) e
     cross join lateral (select min(k) as unknown from jsonb_object_keys(case jsonb_typeof(i.event) when 'object' then i.event else '{}' end) k
-      where k <> all ('{source,external_job_id,scheduled_at,delivery_type,destination,payload,headers,max_retries,retry_policy,ordering_key}')) u
+      where k <> all ('{source,external_job_id,scheduled_at,delivery_type,destination,payload,headers,max_retries,retry_policy,ordering_key,priority,spread_seconds}')) u
     cross join lateral (select min(format('%s: expected a string, got %s', f.key, jsonb_typeof(f.value))) as wrong
       from jsonb_each(case jsonb_typeof(i.event) when 'object' then i.event else '{}' end) f
       where f.key = any ('{source,external_job_id,scheduled_at,delivery_type,destination,retry_policy,ordering_key}') and jsonb_typeof(f.value) not in ('string', 'null')) w
@@ -248,6 +293,7 @@ begin
     select i.n, coalesce(orchestrator.event_id(i.source, i.external_job_id, i.scheduled_at::timestamptz), orchestrator.random_event_id(i.scheduled_at::timestamptz))
       , i.scheduled_at::timestamptz, i.source, i.external_job_id, i.delivery_type, i.destination, (i.event -> 'payload')::json
       , nullif(i.event -> 'headers', 'null')::json, coalesce(i.max_retries::integer, 3), i.retry_policy, i.ordering_key
+      , (i.event ->> 'priority')::smallint, make_interval(secs => (i.event ->> 'spread_seconds')::double precision)
     from item i
     where i.problem is null
   )
@@ -262,12 +308,12 @@ begin
   order by s.n;
 end $$;
 comment on function orchestrator.submit_events(jsonb) is
-  'Submits an array of events (source, scheduled_at, destination, payload; optional external_job_id, delivery_type, headers, max_retries, retry_policy, ordering_key; KAFKA events may leave out destination). One row for each: accepted, duplicate or refused with field and reason; a refused one does not fail the others';
+  'Submits an array of events (source, scheduled_at, destination, payload; optional external_job_id, delivery_type, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds; KAFKA events may leave out destination). One row for each: accepted, duplicate or refused with field and reason; a refused one does not fail the others';
 
 create or replace function orchestrator.schedule_event(
   p_destination text, p_payload jsonb, p_scheduled_at timestamptz default orchestrator.now(), p_source text default 'psql',
   p_external_job_id text default null, p_max_retries integer default 3, p_headers jsonb default null, p_retry_policy text default null,
-  p_delivery_type text default 'HTTP', p_ordering_key text default null)
+  p_delivery_type text default 'HTTP', p_ordering_key text default null, p_priority integer default null, p_spread interval default null)
 returns uuid
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
 declare
@@ -276,11 +322,11 @@ begin
   select * into v_answer from orchestrator.submit_events(jsonb_build_array(jsonb_build_object(
     'destination', p_destination, 'payload', p_payload, 'scheduled_at', p_scheduled_at, 'source', p_source,
     'external_job_id', p_external_job_id, 'max_retries', p_max_retries, 'headers', p_headers, 'retry_policy', p_retry_policy,
-    'delivery_type', p_delivery_type, 'ordering_key', p_ordering_key)));
+    'delivery_type', p_delivery_type, 'ordering_key', p_ordering_key, 'priority', p_priority, 'spread_seconds', extract(epoch from p_spread))));
   if v_answer.result = 'refused' then
     raise exception '%: %', v_answer.field, v_answer.reason using errcode = 'invalid_parameter_value';
   end if;
   return v_answer.id;
 end $$;
-comment on function orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text) is
+comment on function orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval) is
   'Submits one event and returns its id; submitting the same (source, external_job_id, scheduled_at) again returns the same id and changes nothing';

@@ -1,5 +1,22 @@
 -- Finishing: a leased timer becomes an outcome and is gone, or waits for its next attempt. Called by whoever claimed.
 
+create or replace function orchestrator.retry_policy_of(p_event_id uuid, p_scheduled_at timestamptz, p_lane integer) returns text
+language sql stable security definer set search_path = orchestrator, pg_temp as $$
+  select coalesce(
+    (select e.retry_policy from orchestrator.event e where e.id = p_event_id and e.scheduled_at = p_scheduled_at)
+  , (select d.retry_policy from orchestrator.lane l join orchestrator.destination d on d.name = l.name where l.lane = p_lane and p_lane > 63))
+$$;
+comment on function orchestrator.retry_policy_of(uuid, timestamptz, integer) is 'Retry policy that the event names, or else its destination; null: neither';
+
+create or replace function orchestrator.blocked_by_death(p_event_id uuid, p_scheduled_at timestamptz, p_lane integer, p_ordering bigint) returns bigint
+language sql stable security definer set search_path = orchestrator, pg_temp as $$
+  select p_ordering
+  where p_ordering is not null and (
+    select r.dead_blocks from orchestrator.retry_policy r where r.name in (orchestrator.retry_policy_of(p_event_id, p_scheduled_at, p_lane), 'default')
+    order by r.name = 'default' limit 1)
+$$;
+comment on function orchestrator.blocked_by_death(uuid, timestamptz, integer, bigint) is 'The ordering key that an event holds back by dying, if its retry policy says so; else null';
+
 create or replace function orchestrator.retry_delay(p_policy text, p_attempt integer, p_at_least interval default null) returns interval
 language sql volatile set search_path = orchestrator, pg_temp as $$
   select greatest(
@@ -18,14 +35,14 @@ comment on function orchestrator.retry_delay(text, integer, interval) is
 
 -- Invariant: a result counts only while its (event_id, attempt) names the present lease; anything else is answered as stale,
 -- unless that very result is in the log already (the reply of an earlier call was lost).
--- Locks timers in the order of event_id, as cancel_event() does.
+-- Locks timers in the order of event_id, as cancel_event() does; then ordering keys, destinations and lanes, see 28_lanes.sql.
 -- Plans are pinned: the key's index, searched for p_event_ids, hashed with the arrays. A nested loop is as fast, but when the
 -- last vacuum found the table empty the planner takes timer for one row and reads all of its index for each call.
 create or replace function orchestrator.finish_events(
   p_event_ids uuid[], p_attempts integer[], p_results text[], p_status_codes integer[] default null,
   p_started_at double precision[] default null, p_finished_at double precision[] default null,
   p_errors text[] default null, p_responses text[] default null, p_retry_after double precision[] default null, p_worker integer default 0,
-  p_claimed_at double precision[] default null)
+  p_claimed_at double precision[] default null, p_waited text[] default null)
 returns table (event_id uuid, result text, due_at timestamptz)
 language plpgsql security definer set search_path = orchestrator, pg_temp rows 10
 set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off
@@ -39,6 +56,13 @@ declare
   v_results text[];
   v_due timestamptz[];
   v_claimed double precision[];
+  v_orderings bigint[];
+  v_lanes integer[];
+  v_delivered boolean[];
+  v_status_codes integer[];
+  v_started double precision[];
+  v_ended double precision[];
+  v_strangers uuid[];
   v_told constant boolean := exists (select from orchestrator.outbox_kind where kind = 'timestamp' or not p_results <@ array['delivered']);
 begin
   if not p_results <@ array['delivered', 'retry', 'fail'] or array_position(p_results, null) is not null then
@@ -51,19 +75,21 @@ begin
   if p_results <@ array['delivered'] then
     with gone as (
       delete from orchestrator.timer t
-      using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_claimed_at)
-        as r (event_id, attempt, status_code, started_at, finished_at, claimed_at)
+      using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_claimed_at, p_waited)
+        as r (event_id, attempt, status_code, started_at, finished_at, claimed_at, waited)
       where t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
-      returning t.event_id, t.scheduled_at, t.due_at, t.attempt, r.status_code, r.started_at, r.finished_at, r.claimed_at
+      returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane, t.ordering, r.status_code, r.started_at, r.finished_at, r.claimed_at, r.waited
     ), logged as (
-      insert into orchestrator.outcome (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result)
+      insert into orchestrator.outcome (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result, claimed_at, waited)
       select g.event_id, g.scheduled_at, g.due_at, to_timestamp(g.started_at), coalesce(to_timestamp(g.finished_at), v_now)
-        , p_worker, g.attempt, g.status_code, 'delivered'
+        , p_worker, g.attempt, g.status_code, 'delivered', to_timestamp(g.claimed_at), g.waited::json
       from gone g
     )
     select count(*), array_agg(g.event_id) filter (where v_told), array_agg(g.scheduled_at) filter (where v_told)
-      , array_agg(g.claimed_at) filter (where v_told)
-    into v_finished, v_ids, v_scheduled, v_claimed
+      , array_agg(g.claimed_at) filter (where v_told), array_agg(g.ordering) filter (where g.ordering is not null)
+      , array_agg(g.lane) filter (where g.lane > 63), array_agg(true) filter (where g.lane > 63), array_agg(g.status_code) filter (where g.lane > 63)
+      , array_agg(g.started_at) filter (where g.lane > 63), array_agg(g.finished_at) filter (where g.lane > 63)
+    into v_finished, v_ids, v_scheduled, v_claimed, v_orderings, v_lanes, v_delivered, v_status_codes, v_started, v_ended
     from gone g;
     if v_told then
       perform orchestrator.announce_finished(v_ids, v_scheduled, v_claimed);
@@ -72,35 +98,46 @@ begin
   else
     with given as materialized (
       select distinct on (r.event_id, r.attempt) r.*
-      from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses, p_retry_after, p_claimed_at)
-        as r (event_id, attempt, result, status_code, started_at, finished_at, error, response, retry_after, claimed_at)
+      from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses, p_retry_after, p_claimed_at, p_waited)
+        as r (event_id, attempt, result, status_code, started_at, finished_at, error, response, retry_after, claimed_at, waited)
       order by r.event_id, r.attempt
     ), done as materialized (
       -- One merge, not a delete and an update: it locks every timer in the order of the ids, whatever becomes of each.
       merge into orchestrator.timer t
       using given r on t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
       when matched and r.result = 'retry' and t.attempt < t.max_attempts then
-        update set worker = null, lease_until = null, due_at = v_now + coalesce(orchestrator.retry_delay(
-          (select e.retry_policy from orchestrator.event e where e.id = t.event_id and e.scheduled_at = t.scheduled_at), t.attempt,
-          case when r.retry_after > 0 then make_interval(secs => least(r.retry_after, 1e9)) end), '1 min')
+        update set worker = null, lease_until = null, slot = null, busy = null, due_at = greatest(t.scheduled_at, v_now + coalesce(orchestrator.retry_delay(
+          orchestrator.retry_policy_of(t.event_id, t.scheduled_at, t.lane), t.attempt,
+          case when r.retry_after > 0 then make_interval(secs => least(r.retry_after, 1e9)) end), '1 min'))
       when matched then delete
-      returning r.event_id, old.scheduled_at, r.attempt, r.status_code, old.due_at, r.started_at, r.finished_at, r.error, r.response, r.claimed_at
+      returning r.event_id, old.scheduled_at, r.attempt, r.status_code, old.due_at, old.lane, old.ordering, r.started_at, r.finished_at, r.error, r.response
+        , r.claimed_at, r.waited, r.result as verdict
         , case when new.event_id is not null then 'retried' when r.result = 'delivered' then 'delivered' else 'dead' end as result
         , new.due_at as next_due
     ), logged as (
-      insert into orchestrator.outcome (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result, error, response)
+      insert into orchestrator.outcome
+        (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result, error, response, claimed_at, waited)
       select d.event_id, d.scheduled_at, d.due_at, to_timestamp(d.started_at), coalesce(to_timestamp(d.finished_at), v_now)
-        , p_worker, d.attempt, d.status_code, d.result, d.error, d.response
+        , p_worker, d.attempt, d.status_code, d.result, d.error, d.response, to_timestamp(d.claimed_at), d.waited::json
       from done d
     ), mourned as (
-      insert into orchestrator.dead_letter (event_id, scheduled_at, died_at, attempts, reason)
-      select d.event_id, d.scheduled_at, v_now, d.attempt, coalesce(d.error, 'failed') from done d where d.result = 'dead'
+      insert into orchestrator.dead_letter (event_id, scheduled_at, died_at, attempts, reason, blocks)
+      select d.event_id, d.scheduled_at, v_now, d.attempt, coalesce(d.error, 'failed'), orchestrator.blocked_by_death(d.event_id, d.scheduled_at, d.lane, d.ordering)
+      from done d
+      where d.result = 'dead'
     ), counted as (
       insert into orchestrator.statistic
       select date_trunc('minute', v_now), d.result, count(*) from done d group by d.result
     )
     select count(*), array_agg(d.event_id), array_agg(d.scheduled_at), array_agg(d.result), array_agg(d.next_due), array_agg(d.claimed_at)
-    into v_finished, v_ids, v_scheduled, v_results, v_due, v_claimed
+      , array_agg(d.ordering) filter (where d.ordering is not null)
+      , array_agg(d.lane order by d.event_id) filter (where d.lane > 63 or d.verdict = 'retry')
+      , array_agg(d.verdict <> 'retry' order by d.event_id) filter (where d.lane > 63 or d.verdict = 'retry')
+      , array_agg(d.status_code order by d.event_id) filter (where d.lane > 63 or d.verdict = 'retry')
+      , array_agg(d.started_at order by d.event_id) filter (where d.lane > 63 or d.verdict = 'retry')
+      , array_agg(d.finished_at order by d.event_id) filter (where d.lane > 63 or d.verdict = 'retry')
+      , array_agg(d.event_id order by d.event_id) filter (where d.lane > 63 or d.verdict = 'retry')
+    into v_finished, v_ids, v_scheduled, v_results, v_due, v_claimed, v_orderings, v_lanes, v_delivered, v_status_codes, v_started, v_ended, v_strangers
     from done d;
     return query
     select * from unnest(v_ids, v_results, v_due) as d (event_id, result, due_at) where d.result <> 'delivered';
@@ -110,6 +147,15 @@ begin
       where d.result <> 'retried';
       perform orchestrator.announce_finished(v_ids, v_scheduled, v_claimed);
     end if;
+  end if;
+  if v_orderings is not null then
+    perform orchestrator.advance_ordering(v_orderings);
+  end if;
+  if v_lanes is not null then
+    if 63 >= any (v_lanes) then
+      v_lanes := orchestrator.watch_lanes(v_lanes, v_strangers);
+    end if;
+    perform orchestrator.note_results(v_lanes, v_delivered, v_status_codes, v_started, v_ended);
   end if;
   if v_finished < cardinality(p_event_ids) then
     return query
@@ -123,8 +169,8 @@ begin
         and o.scheduled_at >= uuid_extract_timestamp(r.event_id) and o.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms');
   end if;
 end $$;
-comment on function orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[]) is
-  'Records the results (delivered; retry: failed, try again if attempts are left; fail: failed for good) of leased attempts, one array element each; times are Unix seconds by the database''s clock, retry_after seconds; p_claimed_at is passed on to the timestamp topic. Answers only what was not delivered: retried (with the next due_at), dead, or stale (the lease was lost; nothing was recorded)';
+comment on function orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]) is
+  'Records the results (delivered; retry: failed, try again if attempts are left; fail: failed for good) of leased attempts, one array element each; times are Unix seconds by the database''s clock, retry_after seconds; p_claimed_at and p_waited (JSON, as the claim gave it) go into the log. Answers only what was not delivered: retried (with the next due_at), dead, or stale (the lease was lost; nothing was recorded)';
 
 create or replace function orchestrator.release_events(p_event_ids uuid[], p_attempts integer[]) returns integer
 language plpgsql security definer set search_path = orchestrator, pg_temp
@@ -132,15 +178,25 @@ set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_me
 declare
   v_released integer;
   v_first timestamptz;
+  v_lanes integer[];
+  v_orderings bigint[];
 begin
   with freed as (
     update orchestrator.timer t
-    set worker = null, lease_until = null, max_attempts = t.max_attempts + 1
+    set worker = null, lease_until = null, slot = null, busy = null, max_attempts = t.max_attempts + 1
     from unnest(p_event_ids, p_attempts) as r (event_id, attempt)
     where t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
-    returning t.due_at
+    returning t.due_at, t.lane, t.ordering
   )
-  select count(*), min(f.due_at) into v_released, v_first from freed f;
+  select count(*), min(f.due_at), array_agg(distinct f.lane) filter (where f.lane > 63), array_agg(f.ordering) filter (where f.ordering is not null)
+  into v_released, v_first, v_lanes, v_orderings from freed f;
+  if v_orderings is not null then
+    perform orchestrator.advance_ordering(v_orderings);
+  end if;
+  if v_lanes is not null then
+    perform from orchestrator.lane l where l.lane = any (v_lanes) and l.breaker = 'half_open' order by l.lane for update;
+    update orchestrator.lane l set open_until = orchestrator.now() where l.lane = any (v_lanes) and l.breaker = 'half_open';
+  end if;
   perform orchestrator.tell_due(v_first);
   return v_released;
 end $$;

@@ -11,6 +11,7 @@ declare
   v_scheduled timestamptz[];
   v_cancelled uuid[];
   v_cancelled_scheduled timestamptz[];
+  v_orderings bigint[];
 begin
   if num_nonnulls(p_event_id, p_external_job_id) <> 1 then
     raise exception 'cancel_event: give either p_event_id or p_external_job_id' using errcode = 'invalid_parameter_value';
@@ -31,14 +32,18 @@ begin
   with gone as (
     delete from orchestrator.timer t
     where t.event_id = any (v_ids) and (t.lease_until is null or t.lease_until <= v_now)
-    returning t.event_id, t.scheduled_at, t.attempt
+    returning t.event_id, t.scheduled_at, t.attempt, t.ordering
   ), logged as (
     insert into orchestrator.outcome (event_id, scheduled_at, finished_at, attempt, result)
     select g.event_id, g.scheduled_at, v_now, g.attempt, 'cancelled' from gone g
   ), counted as (
     insert into orchestrator.statistic select date_trunc('minute', v_now), 'cancelled', count(*) from gone having count(*) > 0
   )
-  select array_agg(g.event_id), array_agg(g.scheduled_at) into v_cancelled, v_cancelled_scheduled from gone g;
+  select array_agg(g.event_id), array_agg(g.scheduled_at), array_agg(g.ordering) filter (where g.ordering is not null)
+  into v_cancelled, v_cancelled_scheduled, v_orderings from gone g;
+  if v_orderings is not null then
+    perform orchestrator.advance_ordering(v_orderings);
+  end if;
   if v_cancelled is not null and exists (select from orchestrator.outbox_kind where kind = 'timestamp') then
     perform orchestrator.announce_finished(v_cancelled, v_cancelled_scheduled);
   end if;

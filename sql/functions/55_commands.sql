@@ -11,10 +11,12 @@ begin
   with gone as (
     delete from orchestrator.dead_letter d where d.event_id = p_event_id returning d.event_id, d.scheduled_at, d.attempts
   ), armed as (
-    insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, attempt, max_attempts)
-    select e.id, e.scheduled_at, v_now, orchestrator.lane_of(e.destination), g.attempts, g.attempts + 1 + e.max_retries
+    insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts)
+    select e.id, e.scheduled_at, greatest(e.scheduled_at, v_now), orchestrator.lane_for(d.name), hashtextextended(d.name, 0), coalesce(e.priority, 0), hashtextextended(e.ordering_key, 0)
+      , g.attempts, g.attempts + 1 + e.max_retries
     from gone g
     cross join lateral (select * from orchestrator.event e where e.id = g.event_id and e.scheduled_at = g.scheduled_at limit 1) e
+    cross join lateral (select orchestrator.destination_name(e.delivery_type, e.destination) as name) d
     returning event_id, scheduled_at, attempt
   ), logged as (
     insert into orchestrator.outcome (event_id, scheduled_at, finished_at, attempt, result)
@@ -34,6 +36,18 @@ begin
 end $$;
 comment on function orchestrator.redrive_event(uuid) is
   'Has a dead event tried again at once, with as many attempts as it had at first. One row: redriven, or not_dead and the status it has; no row: there is no such event';
+
+create or replace function orchestrator.pass_dead_letter(p_event_id uuid) returns boolean
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+declare
+  v_ordering bigint;
+begin
+  update orchestrator.dead_letter d set blocks = null where d.event_id = p_event_id and d.blocks is not null returning old.blocks into v_ordering;
+  perform orchestrator.advance_ordering(array[v_ordering]) where v_ordering is not null;
+  return v_ordering is not null;
+end $$;
+comment on function orchestrator.pass_dead_letter(uuid) is
+  'Lets the later events of a dead one''s ordering key go on, which its retry policy (dead_blocks) holds back. False: it held back none';
 
 -- Locks every timer it may change first, in the order of event_id, as cancel_event() and finish_events() do.
 -- Memoize off: the planner does not see that what it would remember changes, and a repeated command got the answer of the first.

@@ -1,22 +1,48 @@
 -- Questions: what the API, the CLI and an operator ask. All answers are JSON as clients see it.
 
+-- spread_ms is read off the due time of the first attempt where the event has no spread of its own: its destination's may be another by now.
 create or replace function orchestrator.event_json(p_id uuid, p_scheduled_at timestamptz) returns json
 language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set enable_seqscan = off as $$
   select json_build_object(
     'id', s.id, 'source', s.source, 'external_job_id', s.external_job_id, 'scheduled_at', s.scheduled_at
   , 'delivery_type', s.delivery_type, 'destination', s.destination, 'ordering_key', s.ordering_key, 'payload', s.payload, 'headers', s.headers
-  , 'max_retries', s.max_retries, 'retry_policy', s.retry_policy, 'created_at', s.created_at
-  , 'status', s.status, 'attempt', s.attempt, 'due_at', s.due_at
+  , 'max_retries', s.max_retries, 'retry_policy', s.retry_policy, 'priority', s.priority, 'spread_seconds', extract(epoch from s.spread)::double precision
+  , 'created_at', s.created_at, 'status', s.status, 'attempt', s.attempt, 'due_at', s.due_at
+  , 'spread_ms', round(extract(epoch from case
+      when s.spread is not null then orchestrator.spread_shift(s.id, s.spread)
+      when f.due_at > greatest(s.scheduled_at, s.created_at) then f.due_at - s.scheduled_at end) * 1000, 3)
+  , 'waits_for', case when t.lane = -1 then orchestrator.waits_for(t.ordering, t.event_id, t.scheduled_at) end
   , 'outcomes', coalesce((
       select json_agg(json_build_object('attempt', o.attempt, 'result', o.result, 'status_code', o.status_code, 'error', o.error
-        , 'response', o.response, 'due_at', o.due_at, 'started_at', o.started_at, 'finished_at', o.finished_at
-        , 'lateness_ms', round(extract(epoch from o.started_at - o.due_at) * 1000, 3), 'worker', w.name) order by o.attempt, array_position(array['retried', 'delivered', 'dead', 'redriven', 'cancelled'], o.result))
+        , 'response', o.response, 'due_at', o.due_at, 'claimed_at', o.claimed_at, 'started_at', o.started_at, 'finished_at', o.finished_at
+        , 'lateness_ms', round(extract(epoch from o.started_at - o.due_at) * 1000, 3), 'waited', o.waited, 'worker', w.name)
+        order by o.attempt, array_position(array['retried', 'delivered', 'dead', 'redriven', 'cancelled'], o.result))
       from orchestrator.outcome o left join orchestrator.worker w using (worker)
       where o.event_id = s.id and o.scheduled_at = s.scheduled_at), '[]'))
   from orchestrator.event_status s
+  left join orchestrator.timer t on t.event_id = s.id
+  cross join lateral (
+    select coalesce(
+      (select o.due_at from orchestrator.outcome o where o.event_id = s.id and o.scheduled_at = s.scheduled_at and o.due_at is not null order by o.attempt limit 1)
+    , s.due_at) as due_at) f
   where s.id = p_id and s.scheduled_at = p_scheduled_at
 $$;
 comment on function orchestrator.event_json(uuid, timestamptz) is 'One event with its state and every outcome';
+
+create or replace function orchestrator.waits_for(p_ordering bigint, p_event_id uuid, p_scheduled_at timestamptz) returns uuid
+language sql volatile security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
+  select b.event_id from (
+    (select d.event_id, 1 as place from orchestrator.dead_letter d where d.blocks = p_ordering order by d.scheduled_at, d.event_id limit 1)
+    union all
+    (select t.event_id, 2 from orchestrator.timer t
+     where t.ordering = p_ordering and (t.scheduled_at, t.event_id) < (p_scheduled_at, p_event_id) order by t.scheduled_at, t.event_id limit 1)
+    union all
+    (select t.event_id, 3 from orchestrator.timer t where t.busy = p_ordering and t.lease_until > orchestrator.now() and t.event_id <> p_event_id limit 1)) b
+  order by b.place
+  limit 1
+$$;
+comment on function orchestrator.waits_for(bigint, uuid, timestamptz) is
+  'What an event of an ordering key waits for: a dead one that blocks, else the first live one, else a later one that is under way; null: nothing';
 
 create or replace function orchestrator.get_event(p_id uuid) returns json
 language sql stable security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
@@ -59,8 +85,10 @@ language sql volatile security definer set search_path = orchestrator, pg_temp s
       select n.name, coalesce(sum(s.value), 0) as value
       from unnest(array['accepted', 'duplicate', 'rejected', 'delivered', 'retried', 'dead', 'cancelled', 'redriven']) as n (name)
       left join orchestrator.statistic s using (name) group by n.name) c), '{}')
+  , 'paused_at', h.paused_at, 'destinations_paused', h.destinations_paused, 'breakers_open', h.breakers_open
   , 'at', n.now)
   from orchestrator.now() as n (now)
+  cross join orchestrator.standstills() h
   cross join lateral (
     select count(*) filter (where attempt = 0) as scheduled
          , count(*) filter (where attempt > 0 and (lease_until is null or lease_until <= n.now)) as retrying
@@ -70,11 +98,21 @@ language sql volatile security definer set search_path = orchestrator, pg_temp s
     from orchestrator.timer) t
 $$;
 comment on function orchestrator.statistics() is
-  'Live events by state (a scan of timer, which is narrow), the backlog (due and not claimed), dead letters, and totals since installation';
+  'Live events by state (a scan of timer, which is narrow), the backlog (due and not claimed, for whatever reason), dead letters, what stands still, and totals since installation';
 
+-- Each priority of a lane is a stretch of the index of its own. Lane -1 holds those that wait for their ordering key.
 create or replace function orchestrator.backlog() returns bigint
-language sql volatile security definer set search_path = orchestrator, pg_temp as $$
-  select count(*) from orchestrator.now() n (now), orchestrator.lane l cross join lateral (
-    select 1 from orchestrator.timer t where t.lane = l.lane and t.due_at <= n.now and (t.lease_until is null or t.lease_until <= n.now) limit 10000) t
+language sql volatile security definer set search_path = orchestrator, pg_temp set enable_seqscan = off set enable_bitmapscan = off as $$
+  select count(*)
+  from orchestrator.now() n (now)
+  cross join (select l.lane from orchestrator.lane l union all select -1) l
+  cross join lateral (
+    select from orchestrator.control c
+    cross join unnest(c.priorities) p (priority)
+    cross join lateral (
+      select from orchestrator.timer t
+      where t.lane = l.lane and t.priority = p.priority and t.due_at <= n.now and (t.lease_until is null or t.lease_until <= n.now)
+      limit 10000) t
+    limit 10000) t
 $$;
-comment on function orchestrator.backlog() is 'Events due and not claimed, counted up to 10,000 a lane';
+comment on function orchestrator.backlog() is 'Events due and not claimed, for whatever reason, counted up to 10,000 a lane';

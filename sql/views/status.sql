@@ -2,7 +2,8 @@
 
 drop view if exists orchestrator.event_status;
 create view orchestrator.event_status as
-select e.id, e.source, e.external_job_id, e.scheduled_at, e.delivery_type, e.destination, e.ordering_key, e.payload, e.headers, e.max_retries, e.retry_policy, e.created_at
+select e.id, e.source, e.external_job_id, e.scheduled_at, e.delivery_type, e.destination, e.ordering_key, e.payload, e.headers, e.max_retries, e.retry_policy
+  , coalesce(e.priority, 0) as priority, e.spread, e.created_at
   , case
       when t.lease_until > orchestrator.now() then 'in_flight'
       when t.attempt = 0 then 'scheduled'

@@ -76,6 +76,14 @@ async def test_the_payload_is_kept_byte_for_byte(client: httpx.AsyncClient) -> N
     assert payload in (await client.get(response.headers["location"])).text
 
 
+async def test_priority_and_spread_are_kept(client: httpx.AsyncClient) -> None:
+    first = await submit(client, priority=9, spread_seconds=604_800)
+    sent = submission(priority=0, spread_seconds=0.00001)
+    batch = (await client.post("/api/v1/events/batch", json={"events": [sent]})).json()
+    events = [(await client.get(f"/api/v1/events/{name}")).json() for name in (first, batch["results"][0]["id"])]
+    assert [(event["priority"], event["spread_seconds"]) for event in events] == [(9, 604_800), (0, 0.00001)]
+
+
 async def test_many_concurrent_submissions_are_each_kept_once(client: httpx.AsyncClient) -> None:
     at = tomorrow().isoformat()
     sent = [submission(external_job_id=f"job-{n % 50}", scheduled_at=at) for n in range(100)]
@@ -92,6 +100,8 @@ async def test_many_concurrent_submissions_are_each_kept_once(client: httpx.Asyn
         ({"destination": "http://user:secret@example.com/"}, "destination"),
         ({"payload": "\x00"}, "payload"),
         ({"max_retries": 101}, "max_retries"),
+        ({"priority": 1.5}, "priority"),
+        ({"spread_seconds": -1}, "spread_seconds"),
         ({"unknown": 1}, "unknown"),
     ],
 )

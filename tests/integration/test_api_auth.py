@@ -23,12 +23,23 @@ REQUESTS = {
         ("GET", "/api/v1/events/external/j"),
         ("GET", "/api/v1/events/external/j/all"),
         ("GET", "/api/v1/events/statistics"),
+        ("GET", "/api/v1/destinations"),
+        ("GET", "/api/v1/destinations/api.example"),
+        ("GET", "/api/v1/forecast"),
     ],
     "submit": [
         ("POST", "/api/v1/events"),
         ("POST", "/api/v1/events/batch"),
         ("DELETE", f"/api/v1/events/{UNKNOWN_ID}"),
         ("DELETE", "/api/v1/events/external/j"),
+    ],
+    "admin": [
+        ("PUT", "/api/v1/destinations/api.example"),
+        ("DELETE", "/api/v1/destinations/api.example"),
+        ("POST", "/api/v1/destinations/api.example/pause"),
+        ("POST", "/api/v1/destinations/api.example/resume"),
+        ("POST", "/api/v1/pause"),
+        ("POST", "/api/v1/resume"),
     ],
 }
 ALL_REQUESTS = [request for requests in REQUESTS.values() for request in requests]
@@ -62,7 +73,9 @@ def test_a_key_is_long_random_and_recognisable() -> None:
     assert new_key() != new_key()
 
 
-@pytest.mark.parametrize(("scope", "other"), [("read", "submit"), ("submit", "read")])
+@pytest.mark.parametrize(
+    ("scope", "other"), [("read", "submit"), ("read", "admin"), ("submit", "read"), ("submit", "admin")]
+)
 async def test_a_key_may_do_what_its_scope_says_and_nothing_else(
     closed: Settings, database: Database, scope: str, other: str
 ) -> None:

@@ -86,6 +86,7 @@ def id_header(record: ConsumerRecord) -> str | None:
 
 async def test_an_accepted_event_is_on_the_topic_as_it_was_submitted(queue: Queue) -> None:
     changes = {"ordering_key": "tenant-7", "headers": {"X-A": "é"}, "max_retries": 9, "payload": {"b": 1.50, "a": []}}
+    changes |= {"priority": -2, "spread_seconds": 0.00001}
     sent = json.dumps(submission(external_job_id="job-1", **changes)).encode()
     response = await queue.client.post("/api/v1/events", content=sent, headers={"Content-Type": "application/json"})
     assert response.status_code == 202

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +27,7 @@ from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dev.system import free_port
 from tests.conftest import Spawn
 from tests.support.receiver import HANG, Receiver
+from tests.support.sql_client import Client
 from tests.support.waiting import eventually
 
 Cli = Callable[..., Result]
@@ -165,6 +167,11 @@ def test_a_kafka_event_is_shown_with_its_topic(cli: Cli) -> None:
     assert document(cli("get", named, "--json"))["destination"] == "reminders"
 
 
+def test_priority_and_spread_are_kept(cli: Cli, client: Client) -> None:
+    submitted(cli, "--at", "+1h", "--priority", "-3", "--spread", "0.00001")
+    assert client.rows("select priority, spread from orchestrator.event") == [(-3, timedelta(microseconds=10))]
+
+
 def test_submitting_the_same_again_is_a_duplicate_of_the_same_id(cli: Cli) -> None:
     event = ("submit", "--destination", HOOK, "--payload", "1", "--external-id", "x", "--at")
     kept = document(cli(*event, "+1h", "--json"))
@@ -190,8 +197,12 @@ def test_an_event_for_a_day_without_a_partition_is_refused(cli: Cli) -> None:
         (["--destination", HOOK, "--payload", "1", "--at", "+99999d"], 1, "scheduled_at: "),
         (["--destination", HOOK, "--payload", "1", "--header", "x"], 2, "expected 'Name: value', got 'x'"),
         (["--destination", HOOK, "--payload", "1", "--header", "Host: x"], 1, "headers: expected no host header"),
+        (["--destination", HOOK, "--payload", "1", "--priority", "12"], 1, "priority: expected -9 to 9, got 12"),
+        (["--destination", HOOK, "--payload", "1", "--spread", "0"], 1, "spread_seconds: expected more than 0 and at"),
+        (["--destination", HOOK, "--payload", "1", "--spread", "nan"], 2, "expected a number of seconds, got nan"),
         (["--destination", HOOK], 2, "expected --destination and --payload"),
         (["-", "--destination", HOOK], 2, "leave the other options out"),
+        (["-", "--priority", "0"], 2, "leave the other options out"),
     ],
 )
 def test_a_submission_that_is_refused_says_why(cli: Cli, options: list[str], exit_code: int, complaint: str) -> None:

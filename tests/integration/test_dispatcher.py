@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,6 +77,14 @@ def quick_policy(client: Client, *delays: str) -> None:
         "insert into orchestrator.retry_policy (name, schedule, jitter) values ('quick', %s::interval[], 0)",
         list(delays),
     )
+
+
+def schedule_apart(client: Client, count: int, scheduled_at: datetime) -> list[str]:
+    """Events to as many destinations, so that no window but the dispatcher's own bounds them."""
+    made = [
+        event(scheduled_at=scheduled_at, destination=f"https://receiver-{n}.example.com/hooks") for n in range(count)
+    ]
+    return [str(answer.id) for answer in client.submit(*made)]
 
 
 def outcomes(client: Client, event_id: str) -> list[Any]:
@@ -235,7 +244,7 @@ async def test_what_another_session_has_locked_does_not_make_it_claim_without_a_
 async def test_no_more_deliveries_run_at_once_than_there_are_connections(
     settings: MakeSettings, client: Client, gate: Gate
 ) -> None:
-    ids = client.schedule_many(40, scheduled_at=soon(0))
+    ids = schedule_apart(client, 40, soon(0))
     async with dispatching(settings(HTTP_MAX_CONNECTIONS="3"), gate) as running:
         await eventually(lambda: gate.running == 3 and running.value("events_held") == 37)
         assert running.value("events_in_flight") == 3
@@ -248,7 +257,7 @@ async def test_no_more_deliveries_run_at_once_than_there_are_connections(
 async def test_no_more_events_are_held_than_the_prefetch_allows(
     settings: MakeSettings, client: Client, gate: Gate
 ) -> None:
-    ids = client.schedule_many(100, scheduled_at=soon(0))
+    ids = schedule_apart(client, 100, soon(0))
     ours = settings(HTTP_MAX_CONNECTIONS="2", SCHEDULER_BATCH_SIZE="5", SCHEDULER_PREFETCH="12")
     async with dispatching(ours, gate) as running:
         await eventually(lambda: gate.running == 2 and running.value("events_held") >= 8)
@@ -264,8 +273,8 @@ async def test_no_more_events_are_held_than_the_prefetch_allows(
 async def test_a_stop_lets_attempts_finish_and_hands_the_rest_back_unspent(
     settings: MakeSettings, client: Client, gate: Gate
 ) -> None:
-    due_now = client.schedule_many(4, scheduled_at=soon(-1))
-    later = client.schedule_many(10, scheduled_at=soon(1.4))
+    due_now = schedule_apart(client, 4, soon(-1))
+    later = schedule_apart(client, 10, soon(1.4))
     async with dispatching(settings(HTTP_MAX_CONNECTIONS="4"), gate) as running:
         await eventually(lambda: gate.running == 4 and running.value("events_held") == 10)
         stopping = asyncio.create_task(running.stop())
@@ -300,8 +309,8 @@ async def test_a_stop_while_the_database_is_away_ends_in_time(
 ) -> None:
     url = postgres_server.url("orchestrator")
     with Client(url) as client:
-        client.schedule_many(5, scheduled_at=soon(0))
-        client.schedule_many(5, scheduled_at=soon(1.4))
+        schedule_apart(client, 5, soon(0))
+        schedule_apart(client, 5, soon(1.4))
     ours = settings(DATABASE_URL=url, SHUTDOWN_TIMEOUT_SECONDS="2", HTTP_MAX_CONNECTIONS="5")
     async with dispatching(ours, gate) as running:
         await eventually(lambda: gate.running == 5 and running.value("events_held") == 5)
@@ -367,7 +376,7 @@ async def test_a_database_that_hangs_is_given_up_and_connected_to_anew(
 
 
 async def test_a_stop_while_the_database_hangs_ends_in_time(settings: MakeSettings, client: Client, gate: Gate) -> None:
-    client.schedule_many(4, scheduled_at=soon(0))
+    schedule_apart(client, 4, soon(0))
     ours = settings(SHUTDOWN_TIMEOUT_SECONDS="1", SCHEDULER_POLL_INTERVAL_MS="50", HTTP_MAX_CONNECTIONS="2")
     async with dispatching(ours, gate) as running:
         await eventually(lambda: gate.running == 2)

@@ -65,12 +65,14 @@ async def test_an_event_is_what_was_submitted(settings: MakeSettings, client: Cl
         delivery_type="KAFKA",
         destination="orders",
         ordering_key="customer 1",
+        priority=-9,
+        spread_seconds=0.00001,
     )
     async with ingesting(settings(**topic.environ)):
         await read_to(client, topic.name, await feed(topic, [full]))
     [row] = client.rows(
         """select source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries
-        , retry_policy, ordering_key from orchestrator.event"""
+        , retry_policy, ordering_key, priority, spread from orchestrator.event"""
     )
     assert row == (
         "tests",
@@ -83,6 +85,8 @@ async def test_an_event_is_what_was_submitted(settings: MakeSettings, client: Cl
         7,
         "default",
         "customer 1",
+        -9,
+        timedelta(microseconds=10),
     )
 
 
@@ -102,9 +106,11 @@ async def test_what_cannot_be_an_event_is_kept_with_its_bytes_and_the_reason(
         (submission(6, source=...), "source", "required"),
         (submission(7, unknown=1), "unknown", "unknown"),
         (submission(8, scheduled_at="soon"), "scheduled_at", "RFC 3339"),
+        (submission(9, priority=12), "priority", "expected -9 to 9, got 12"),
+        (submission(10, spread_seconds=0), "spread_seconds", "expected more than 0 and at most 604800 seconds, got 0"),
         # Only the database knows what is wrong with these.
-        (submission(9, scheduled_at=(DUE + timedelta(days=300)).isoformat()), "scheduled_at", "partition"),
-        (submission(10, retry_policy="nobody-made-it"), "retry_policy", "nobody-made-it"),
+        (submission(11, scheduled_at=(DUE + timedelta(days=300)).isoformat()), "scheduled_at", "partition"),
+        (submission(12, retry_policy="nobody-made-it"), "retry_policy", "nobody-made-it"),
     ]
     values = [value for value, _, _ in bad]
     mixed = [value for n, each in enumerate(values) for value in (each, submission(100 + n))]

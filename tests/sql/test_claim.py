@@ -20,7 +20,8 @@ def hosts_by_lane(client: Client) -> dict[int, str]:
     rows = client.rows(
         """select distinct on (lane) lane, url from generate_series(1, 2000) n
         cross join lateral (values ('https://host-' || n || '.example/x')) u (url)
-        cross join lateral (select orchestrator.lane_of(url)) l (lane) order by lane"""
+        cross join lateral (select orchestrator.lane_for(orchestrator.destination_name('HTTP', url))) l (lane)
+        order by lane"""
     )
     assert len(rows) == 64
     return dict(rows)
@@ -150,7 +151,7 @@ def test_lanes_in_which_all_is_in_flight_do_not_use_up_a_small_batch(client: Cli
 
 def test_a_destination_s_path_and_the_case_of_its_host_do_not_change_its_lane(client: Client) -> None:
     assert len(set(client.column(
-        """select orchestrator.lane_of(url) from unnest(
+        """select orchestrator.lane_for(orchestrator.destination_name('HTTP', url)) from unnest(
           array['https://A.example:8443/x', 'http://a.example:8443', 'https://a.EXAMPLE:8443/y?z#q']) url"""
     ))) == 1  # fmt: skip
 

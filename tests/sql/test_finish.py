@@ -48,9 +48,11 @@ def test_a_delivered_event_is_done(client: Client) -> None:
             "error": None,
             "response": None,
             "due_at": NOON.isoformat(),
+            "claimed_at": None,
             "started_at": f"{NOON:%Y-%m-%d}T12:00:00.0015+00:00",
             "finished_at": f"{NOON:%Y-%m-%d}T12:00:00.25+00:00",
             "lateness_ms": 1.5,
+            "waited": None,
             "worker": "by hand",
         }
     ]

@@ -19,6 +19,8 @@ from pg_inherits i join pg_class parent on parent.oid = i.inhparent join pg_clas
 where parent.relkind = 'p' and parent.relname = any ('{event,outcome}') order by 1, 2
 """
 
+NOTHING = {"partitions_created": 0, "statistics_folded": 0, "destinations_forgotten": 0, "timers_moved": 0}
+
 
 def expected(first: date, last: date) -> list[tuple[str, str, str]]:
     days = [first + timedelta(days=n) for n in range((last - first).days + 1)]
@@ -57,7 +59,7 @@ def bare(connect: Connect) -> Client:
 def test_partitions_are_utc_days_wherever_the_session_is(bare: Client, timezone: str, datestyle: str) -> None:
     bare.rows("select set_config('timezone', %s, false), set_config('datestyle', %s, false)", timezone, datestyle)
     report = bare.value("select orchestrator.run_maintenance(3, 2)")
-    assert report == {"partitions_created": 12, "statistics_folded": 0}
+    assert report == NOTHING | {"partitions_created": 12}
     assert partitions(bare) == expected(TODAY - timedelta(days=2), TODAY + timedelta(days=3))
 
 
@@ -76,7 +78,7 @@ def test_maintenance_by_default_keeps_a_month_ahead_and_a_week_behind(bare: Clie
 def test_maintenance_again_does_nothing_and_a_day_later_makes_that_day(bare: Client) -> None:
     bare.rows("select orchestrator.run_maintenance(5, 0)")
     report = bare.value("select orchestrator.run_maintenance(5, 0)")
-    assert report == {"partitions_created": 0, "statistics_folded": 0}
+    assert report == NOTHING
     bare.at(NOON + timedelta(days=1))
     assert bare.value("select orchestrator.run_maintenance(5, 0)")["partitions_created"] == 2
     assert partitions(bare) == expected(TODAY, TODAY + timedelta(days=6))

@@ -84,6 +84,10 @@ def test_the_history_of_an_event_is_complete_and_in_order(client: Client) -> Non
         "delivery_type": "HTTP",
         "destination": f"{HOST}/hook",
         "ordering_key": None,
+        "priority": 0,
+        "spread_seconds": None,
+        "spread_ms": None,
+        "waits_for": None,
         "payload": [1, {"b": None}],
         "headers": {"X-A": "ä"},
         "max_retries": 3,
@@ -222,6 +226,9 @@ def test_statistics_of_an_empty_database_are_all_zero(client: Client) -> None:
         "oldest_due_at": None,
         "next_due_at": None,
         "dead_letters": 0,
+        "paused_at": None,
+        "destinations_paused": 0,
+        "breakers_open": 0,
         "totals": dict.fromkeys(
             ("accepted", "duplicate", "rejected", "delivered", "retried", "dead", "cancelled", "redriven"), 0
         ),

@@ -4,10 +4,12 @@
 Numbers are those of the design; the fifth concerns ingestion from Kafka.
 
 1. Every acknowledged submission has exactly one end or is still waiting, never both, and none vanishes.
-2. No event has more attempts than its max_retries + 1.
-3. No attempt starts before the event is due.
+2. No event has more attempts than its max_retries + 1, and as many again each time it was redriven.
+3. No attempt starts before the event is due, and the first is due by the end of its spread.
 4. None starts after its cancel.
 6. No attempt has two outcomes, and no outcome is of a lease that had not been given.
+7. An event waits for others of its ordering key only while one of them is in its way.
+8. Whatever waits is where claims look for it, and what is counted as under way is leased.
 """
 
 from __future__ import annotations
@@ -29,11 +31,16 @@ class Arrival(NamedTuple):
 
 _LAWS: Sequence[tuple[str, LiteralString]] = (
     (
-        "law 1: event {} has {} timers and {} ends; expected one of either",
-        """select e.id, count(distinct t.event_id), count(o.event_id) from orchestrator.event e
-        left join orchestrator.timer t on t.event_id = e.id
-        left join orchestrator.outcome o on o.event_id = e.id and o.result in ('delivered', 'dead', 'cancelled')
-        group by e.id having count(distinct t.event_id) + count(o.event_id) <> 1""",
+        "law 1: event {} has {} timers and {} ends, {} of them redriven; expected one of either",
+        """select id, timers, ends, redriven
+        from (
+          select e.id, count(distinct t.event_id) as timers, count(*) filter (where o.result = 'redriven') as redriven
+            , count(*) filter (where o.result in ('delivered', 'dead', 'cancelled')) as ends
+          from orchestrator.event e
+          left join orchestrator.timer t on t.event_id = e.id
+          left join orchestrator.outcome o on o.event_id = e.id
+          group by e.id) n
+        where timers + ends - redriven <> 1""",
     ),
     (
         "law 1: timer {} belongs to no event",
@@ -54,14 +61,18 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
     (
         "law 1: of event {} the outcome dead and the dead letter do not agree",
         """select coalesce(o.event_id, d.event_id) from orchestrator.dead_letter d
-        full join (select event_id, attempt from orchestrator.outcome where result = 'dead') o using (event_id)
+        full join (
+          select event_id, attempt from orchestrator.outcome where result = 'dead'
+          except select event_id, attempt from orchestrator.outcome where result = 'redriven') o using (event_id)
         where o.event_id is null or d.event_id is null or o.attempt <> d.attempts""",
     ),
     (
         "law 2: event {} has {} attempts; its max_retries is {}",
         """select e.id, count(*), e.max_retries from orchestrator.event e
         join orchestrator.outcome o on o.event_id = e.id and o.result <> 'cancelled'
-        group by e.id, e.max_retries having count(*) > e.max_retries + 1""",
+        group by e.id, e.max_retries
+        having count(*) filter (where o.result <> 'redriven')
+          > (e.max_retries + 1) * (1 + count(*) filter (where o.result = 'redriven'))""",
     ),
     (
         "law 3: attempt {1} of event {0} started at {2}, {3} before it was due",
@@ -74,29 +85,68 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
         "select event_id, due_at, scheduled_at from orchestrator.timer where due_at < scheduled_at",
     ),
     (
-        "law 4: attempt {1} of event {0} started after its cancel",
+        "law 3: event {} is due at {}, after its time and the whole of its spread",
+        """select t.event_id, t.due_at from orchestrator.timer t join orchestrator.event e on e.id = t.event_id
+        where t.attempt = 0 and e.spread is not null
+          and t.due_at > greatest(e.created_at, e.scheduled_at + e.spread)""",
+    ),
+    (
+        "law 4: attempt {1} of event {0} was made after its cancel",
         """select o.event_id, o.attempt from orchestrator.outcome o join orchestrator.outcome c using (event_id)
-        where c.result = 'cancelled' and o.result <> 'cancelled'
-          and (o.attempt > c.attempt or o.started_at > c.finished_at)""",
+        where c.result = 'cancelled' and o.result <> 'cancelled' and o.attempt > c.attempt""",
     ),
     (
         "law 6: attempt {1} of event {0} has {2} outcomes",
-        """select event_id, attempt, count(*) from orchestrator.outcome where result <> 'cancelled'
+        """select event_id, attempt, count(*) from orchestrator.outcome where result not in ('cancelled', 'redriven')
         group by 1, 2 having count(*) > 1""",
     ),
     (
         "law 6: event {} has an outcome of attempt {} after its end",
         """select o.event_id, o.attempt from orchestrator.outcome o join orchestrator.outcome e using (event_id)
-        where e.result in ('delivered', 'dead')
-          and (o.attempt > e.attempt or o.attempt = e.attempt and o.result <> e.result)""",
+        where e.result in ('delivered', 'dead') and o.result <> 'redriven'
+          and (o.attempt > e.attempt or o.attempt = e.attempt and o.result <> e.result)
+          and not exists (
+            select from orchestrator.outcome r
+            where r.event_id = e.event_id and r.attempt = e.attempt and r.result = 'redriven')""",
     ),
     (
         "law 6: event {} has an outcome of attempt {}, and only {} leases were given",
         """select o.event_id, o.attempt, t.attempt
         from orchestrator.outcome o join orchestrator.timer t using (event_id)
-        where o.attempt > t.attempt or o.attempt = t.attempt and t.lease_until is not null""",
+        where o.attempt > t.attempt
+          or o.attempt = t.attempt and o.result <> 'redriven' and t.lease_until is not null""",
+    ),
+    (
+        "law 7: event {} waits for others of its ordering key, and none is in its way",
+        """select t.event_id from orchestrator.timer t
+        where t.lane = -1
+          and not exists (
+            select from orchestrator.timer b
+            where b.ordering = t.ordering and b.event_id <> t.event_id
+              and ((b.scheduled_at, b.event_id) < (t.scheduled_at, t.event_id) or b.lane <> -1))
+          and not exists (select from orchestrator.dead_letter d where d.blocks = t.ordering)""",
+    ),
+    (
+        "law 8: event {} waits in lane {} with priority {}, where no claim looks",
+        """select t.event_id, t.lane, t.priority from orchestrator.timer t cross join orchestrator.control c
+        where t.lane <> -1 and not exists (select from orchestrator.lane l where l.lane = t.lane)
+          or t.lane = -1 and t.ordering is null or t.priority <> all (c.priorities)""",
+    ),
+    (
+        "law 8: event {} is counted as under way in lane {} or for key {}, and is not leased",
+        """select event_id, slot, busy from orchestrator.timer
+        where coalesce(slot, busy) is not null and lease_until is null or busy <> ordering""",
     ),
 )
+
+_LAWS_OF_TIME: Sequence[tuple[str, LiteralString]] = (
+    (
+        "law 4: attempt {1} of event {0} started after its cancel",
+        """select o.event_id, o.attempt from orchestrator.outcome o join orchestrator.outcome c using (event_id)
+        where c.result = 'cancelled' and o.result not in ('cancelled', 'redriven') and o.started_at > c.finished_at""",
+    ),
+)
+"""These compare times of different calls: they hold while the clock only goes forward."""
 
 
 def violations(
@@ -106,13 +156,15 @@ def violations(
     arrivals: Sequence[Arrival] | None = None,
     finished: bool = False,
     clock_slack: timedelta = timedelta(0),
+    clock_goes_forward: bool = True,
 ) -> list[str]:
     """What breaks a law, as sentences; empty when all is well.
 
     `acknowledged` ids must all exist. `arrivals` are all requests that reached the receivers, whose clock may
     differ by `clock_slack` from the database's. With `finished`, nothing may be waiting any more.
     """
-    found = [law.format(*row) for law, query in _LAWS for row in connection.execute(query).fetchall()]
+    laws = [*_LAWS, *_LAWS_OF_TIME] if clock_goes_forward else _LAWS
+    found = [law.format(*row) for law, query in laws for row in connection.execute(query).fetchall()]
     kept = {str(uid) for (uid,) in connection.execute("select id from orchestrator.event").fetchall()}
     found += [f"law 1: event {uid} was acknowledged and does not exist" for uid in acknowledged if str(uid) not in kept]
     if finished:

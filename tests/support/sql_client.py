@@ -67,6 +67,10 @@ class Lease(NamedTuple):
     ordering_key: str | None
     headers: Any
     payload: Any
+    start_at: datetime
+    lane: int
+    options: Any
+    waited: Any
 
 
 class Result(NamedTuple):
@@ -143,6 +147,22 @@ class Client:
         self.rows("select set_config('orchestrator.now', %s, false)", "" if moment is None else moment.isoformat())
         return self
 
+    def keep_three_days(self) -> None:
+        """Drops the partitions but those around `NOON`: what looks at every one is ten times faster without them."""
+        for name in self.column(
+            """select c.relname from pg_inherits i join pg_class c on c.oid = i.inhrelid
+            where c.relkind = 'r' and right(c.relname, 8) <> all (%s)""",
+            [f"{NOON + timedelta(days=day):%Y%m%d}" for day in (-1, 0, 1)],
+        ):
+            self.connection.execute(sql.SQL("drop table orchestrator.{}").format(sql.Identifier(name)))
+
+    def forget_destinations(self) -> None:
+        """Leaves only the shared lanes; no timer may wait in another."""
+        self.rows("delete from orchestrator.lane where lane > 63")
+        self.rows("delete from orchestrator.destination")
+        self.rows("update orchestrator.control set rerouted_by = null, paused_at = null, resumed_at = null")
+        self.rows("select setval('orchestrator.lane_number', 64, false)")
+
     def set_role(self, role: str) -> None:
         self.connection.execute(sql.SQL("set role {}").format(sql.Identifier(role)))
 
@@ -170,15 +190,44 @@ class Client:
 
     # The life of a lease
 
-    def claim(self, batch: int = 1000, *, worker: int = 0, lease_s: float = 60, lookahead_s: float = 0) -> list[Lease]:
+    def claim(
+        self,
+        batch: int = 1000,
+        *,
+        worker: int = 0,
+        lease_s: float = 60,
+        lookahead_s: float = 0,
+        skip: Sequence[int] = (),
+        max_parallel: int | None = None,
+    ) -> list[Lease]:
         rows = self.rows(
-            "select * from orchestrator.claim_due_events(%s, %s, make_interval(secs => %s), make_interval(secs => %s))",
+            """select * from orchestrator.claim_due_events(
+              %s, %s, make_interval(secs => %s), make_interval(secs => %s), %s::integer[], %s)""",
             batch,
             worker,
             lease_s,
             lookahead_s,
+            list(skip),
+            max_parallel,
         )
         return [Lease(str(event_id), *rest) for event_id, *rest in rows]
+
+    def claim_again_at(self) -> datetime | None:
+        """When, by the claim before, another makes sense; None: limits say nothing of it."""
+        moment: datetime | None = self.value(
+            "select to_timestamp(nullif(current_setting('orchestrator.claim_again_at', true), '')::float8)"
+        )
+        return moment
+
+    def claim_on(self, batch: int = 1000, **how: Any) -> list[Lease]:
+        """Claims as a dispatcher does: again at once while a claim that gave fewer says that there is more by now."""
+        leases = self.claim(batch, **how)
+        for _ in range(1000):
+            again_at = self.claim_again_at()
+            if len(leases) >= batch or again_at is None or again_at > self.value("select orchestrator.now()"):
+                return leases
+            leases += self.claim(batch - len(leases), **how)
+        raise AssertionError(f"claims do not come to an end: the last one said {again_at}")
 
     def finish(self, given: Sequence[Result], *, worker: int = 0) -> list[Finish]:
         rows = self.rows(

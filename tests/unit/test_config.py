@@ -88,8 +88,8 @@ def test_the_environment_of_an_existing_deployment_is_read_unchanged(
         "user": f"{name}_user",
         "password": "p@ss/w:rd?#%",
     }
+    assert settings.customer_max_parallel == parallel
     assert [notice.partition(":")[0] for notice in settings.notices] == [
-        "CUSTOMER_MAX_PARALLEL",
         "KAFKA_STREAMS_APP_ID",
         "REDIS_HOST",
     ]
@@ -390,6 +390,21 @@ def test_secrets_do_not_show_in_the_table_the_repr_or_an_error() -> None:
 @pytest.mark.parametrize("secret", ["whsec_", KEY[6:], "whsek_" + KEY[6:], KEY + "é", "whsec_" + "A" * 88 + "AAAA"])
 def test_a_key_is_named_and_long_enough(secret: str) -> None:
     assert problem(WEBHOOK_SECRETS=secret).startswith("WEBHOOK_SECRETS: expected a comma-separated list of whsec_")
+
+
+def test_the_directory_of_secrets_must_be_there(tmp_path: Path) -> None:
+    assert Settings.from_env({"SECRETS_DIRECTORY": f" {tmp_path} "}).secrets_directory == str(tmp_path)
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "absent", tmp_path / "file"):
+        assert problem(SECRETS_DIRECTORY=str(wrong)).startswith(
+            "SECRETS_DIRECTORY: expected a directory that exists, got"
+        )
+
+
+@pytest.mark.parametrize("raw", ["0", "-1", "100001", "many"])
+def test_the_bound_for_each_destination_is_a_whole_number_from_one_on(raw: str) -> None:
+    assert problem(CUSTOMER_MAX_PARALLEL=raw).startswith("CUSTOMER_MAX_PARALLEL: expected a whole number from 1")
+    assert Settings.from_env({}).customer_max_parallel is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.database import Claimed
+from orchestrator.dispatch import due_queue as module
 from orchestrator.dispatch.due_queue import DueQueue
+from orchestrator.dispatch.lines import Line, Windows
 from tests.support.waiting import eventually
 
 
@@ -23,9 +26,25 @@ class Clock:
         return self.s
 
 
-def claimed(due_at: float, event_id: str = "") -> Claimed:
-    scheduled_at = "2030-01-01 00:00:00+00"
-    return Claimed(due_at, event_id, 1, due_at, due_at + 60, scheduled_at, "HTTP", "http://a/", None, None, "{}")
+def claimed(start_at: float, event_id: str = "", destination: str = "http://a/", lane: int = 1) -> Claimed:
+    """An event that may start then."""
+    return Claimed(
+        start_at,
+        event_id,
+        1,
+        start_at,
+        start_at + 60,
+        "2030-01-01 00:00:00+00",
+        "HTTP",
+        destination,
+        None,
+        None,
+        "{}",
+        start_at,
+        lane,
+        None,
+        None,
+    )
 
 
 async def ended(tasks: Sequence[asyncio.Task[Claimed | None]], count: int) -> list[Claimed | None]:
@@ -60,7 +79,7 @@ def test_everything_is_handed_out_once_in_order_of_due_time_and_never_early(
                 assert len(taken) == sum(due <= moment for due in due_times[:half])
             assert [due for due, _ in taken] == sorted(due for due, _ in taken)
             before = len(taken)
-            queue.put([claimed(due) for due in due_times[half:]])
+            queue.put([claimed(due) for due in sorted(due_times[half:])])
             clock.s = 100.0
             queue.put([])
             await eventually(lambda: len(taken) == len(due_times), pause_s=0)
@@ -160,3 +179,303 @@ async def test_closing_ends_every_taker_and_gives_back_what_was_held() -> None:
     assert await ended(takers, 3) == [None, None, None]
     assert await queue.get() is None
     assert len(queue) == 0
+
+
+async def test_it_waits_before_the_clock_has_been_read() -> None:
+    def unread() -> float:
+        raise RuntimeError("the database's clock has not been read yet")
+
+    queue = DueQueue(unread)
+    waiting = asyncio.create_task(queue.get())
+    await asyncio.sleep(0)
+    assert queue.remove(None) == []
+    assert queue.close() == []
+    assert await waiting is None
+
+
+async def taken(queue: DueQueue, count: int) -> list[Claimed]:
+    """So many events, which must be there to be had."""
+    async with asyncio.timeout(5):
+        found = [await queue.get() for _ in range(count)]
+    assert None not in found
+    return [event for event in found if event is not None]
+
+
+async def nothing_to_be_had(queue: DueQueue) -> bool:
+    taker = asyncio.create_task(queue.get())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    taker.cancel()
+    await asyncio.gather(taker, return_exceptions=True)
+    return taker.cancelled()
+
+
+async def test_a_backlog_of_thousands_does_not_delay_what_falls_due_for_another() -> None:
+    clock = Clock()
+    queue = DueQueue(clock)
+    queue.put([claimed(-1, f"hog-{n}") for n in range(2000)])
+    queue.put([claimed(5, "other", "http://b/")])
+    await taken(queue, 100)
+    clock.s = 5.0
+    assert "other" in [event.event_id for event in await taken(queue, 2)]
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(1, 60))
+def test_destinations_take_turns(counts: list[int], count: int) -> None:
+    async def scenario() -> None:
+        queue = DueQueue(Clock())
+        for n, events in enumerate(counts):
+            queue.put([claimed(-1, f"{n} {k}", f"http://host-{n}/") for k in range(events)])
+        order = [event.event_id for event in await taken(queue, min(count, sum(counts)))]
+        for n, events in enumerate(counts):
+            own = [event_id for event_id in order if event_id.startswith(f"{n} ")]
+            assert own == [f"{n} {k}" for k in range(len(own))]
+            if len(own) < events:  # it still waits, so nobody has had two turns more
+                for others in Counter(event_id.split()[0] for event_id in order).values():
+                    assert others <= len(own) + 1
+
+    asyncio.run(scenario())
+
+
+async def test_urls_of_one_host_and_port_have_one_turn() -> None:
+    queue = DueQueue(Clock())
+    urls = ["http://a.example/x", "http://A.example:80/y?z", "http://a.example?q", "HTTP://a.example/#f"]
+    queue.put([claimed(-1, "a", url) for url in urls])
+    queue.put([claimed(-1, "b", f"http://b.example/{n}") for n in range(4)])
+    assert [event.event_id for event in await taken(queue, 8)] == ["a", "b"] * 4
+
+
+async def test_events_of_a_destination_go_by_their_start_and_then_as_they_came() -> None:
+    clock = Clock()
+    queue = DueQueue(clock)
+    queue.put([claimed(5, "5a"), claimed(3, "3a"), claimed(5, "5b")])
+    queue.put([claimed(4, "4a"), claimed(3, "3b"), claimed(7, "7a")])
+    clock.s = 6.0
+    assert [event.event_id for event in await taken(queue, 5)] == ["3a", "3b", "4a", "5a", "5b"]
+    assert await nothing_to_be_had(queue)
+
+
+async def test_events_that_come_overdue_keep_the_order_of_their_claim() -> None:
+    """It gives those of higher priority first."""
+    clock = Clock()
+    clock.s = 10.0
+    queue = DueQueue(clock)
+    queue.put([claimed(15, "later"), claimed(9, "high"), claimed(3, "low"), claimed(5, "lower")])
+    clock.s = 12.0
+    queue.put([claimed(11, "high 2"), claimed(2, "low 2"), claimed(14, "soon"), claimed(13, "sooner")])
+    clock.s = 20.0
+    order = ["high", "low", "lower", "high 2", "low 2", "sooner", "soon", "later"]
+    assert [event.event_id for event in await taken(queue, 8)] == order
+
+
+async def test_a_batch_holds_as_much_of_each_destination_as_there_is_room() -> None:
+    queue = DueQueue(Clock())
+    queue.put([claimed(-1, "hog") for _ in range(2000)])
+    queue.put([claimed(-1, "b", "http://b/") for _ in range(30)])
+    queue.put([claimed(1, "late", "http://c/")])
+    async with asyncio.timeout(5):
+        assert Counter(event.event_id for event in await queue.take(100)) == {"hog": 70, "b": 30}
+        assert Counter(event.event_id for event in await queue.take(5000)) == {"hog": 1930}
+    assert len(queue) == 1
+
+
+async def test_no_more_than_a_window_is_under_way_and_others_pass_by() -> None:
+    queue = DueQueue(Clock(), Windows(2, 10))
+    queue.put([claimed(-1, "a") for _ in range(5)])
+    queue.put([claimed(-1, "b", "http://b/")])
+    first = await taken(queue, 3)
+    assert Counter(event.event_id for event in first) == {"a": 2, "b": 1}
+    assert await nothing_to_be_had(queue)
+    queue.ended(first[0])  # without an attempt: the window is as it was
+    await taken(queue, 1)
+    assert await nothing_to_be_had(queue)
+    assert len(queue) == 2
+
+
+async def test_a_window_that_limits_grows_with_each_quick_attempt_and_shrinks_with_a_slow_one() -> None:
+    queue = DueQueue(Clock(), Windows(2, 5))
+    queue.put([claimed(-1) for _ in range(100)])
+    running = await taken(queue, 2)
+    for width in (3, 4, 5, 5, 5):
+        queue.ended(running.pop(), quick=True)
+        running += await taken(queue, width - len(running))
+        assert await nothing_to_be_had(queue)
+    queue.ended(running.pop(), quick=False)
+    assert await nothing_to_be_had(queue)
+    while len(running) >= 2:
+        assert await nothing_to_be_had(queue)
+        queue.ended(running.pop())
+    running += await taken(queue, 1)
+    assert await nothing_to_be_had(queue)
+
+
+async def test_a_window_that_does_not_limit_does_not_grow() -> None:
+    clock = Clock()
+    queue = DueQueue(clock, Windows(2, 5))
+    for n in range(20):
+        queue.put([claimed(n), claimed(n + 0.5)])
+        clock.s = n + 1
+        for event in await taken(queue, 2):
+            queue.ended(event, quick=True)
+    queue.put([claimed(0) for _ in range(9)])
+    await taken(queue, 2)
+    assert await nothing_to_be_had(queue)
+
+
+async def test_how_a_destination_fared_is_forgotten_when_it_was_idle_for_long() -> None:
+    monotonic = Clock()
+    monotonic.s = 100.0
+    queue = DueQueue(Clock(), Windows(1, 5), monotonic=monotonic)
+    queue.put([claimed(-1) for _ in range(3)])
+    (first,) = await taken(queue, 1)
+    queue.ended(first, quick=True)  # grows to 2
+    for event in await taken(queue, 2):
+        queue.ended(event)
+    for idle_s, width in ((9, 2), (11, 1)):
+        monotonic.s += idle_s
+        queue.put([claimed(-1) for _ in range(9)])
+        running = await taken(queue, width)
+        assert await nothing_to_be_had(queue)
+        queue.remove(None)
+        for event in running:
+            queue.ended(event)
+
+
+async def test_all_events_of_a_lane_can_be_taken_out_wherever_they_wait() -> None:
+    clock = Clock()
+    queue = DueQueue(clock, Windows(1, 1))
+    queue.put([claimed(-1, "full", lane=70), claimed(-1, "full", lane=70), claimed(-1, "moved", lane=7)])
+    queue.put([claimed(-1, "ready", "http://b/", 70), claimed(9, "later", "http://c/", 70)])
+    queue.put([claimed(-1, "other", "http://d/", 71)])
+    (running,) = await taken(queue, 1)
+    assert running.event_id == "full"
+    assert sorted(event.event_id for event in queue.remove(70)) == ["full", "later", "ready"]
+    assert len(queue) == 2
+    assert [event.event_id for event in await taken(queue, 1)] == ["other"]
+    assert await nothing_to_be_had(queue)
+    queue.ended(running)
+    assert [event.event_id for event in await taken(queue, 1)] == ["moved"]
+    clock.s = 10.0
+    assert await nothing_to_be_had(queue)
+
+
+async def test_closing_gives_back_what_waits_behind_a_full_window() -> None:
+    queue = DueQueue(Clock(), Windows(1, 1))
+    queue.put([claimed(-1, str(n)) for n in range(3)])
+    (running,) = await taken(queue, 1)
+    assert [event.event_id for event in queue.close()] == ["1", "2"]
+    queue.ended(running, quick=True)
+    assert await queue.get() is None
+
+
+async def test_idle_destinations_are_forgotten_when_there_are_very_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_REMEMBERED", 100)
+    queue = DueQueue(Clock(), Windows(1, 1))
+    queue.put([claimed(-1, "0"), claimed(-1, "1")])
+    (running,) = await taken(queue, 1)
+    for n in range(1000):
+        queue.put([claimed(-1, "x", f"http://host-{n}/")])
+        queue.ended((await taken(queue, 1))[0], quick=True)
+    assert len(queue.lines) <= 101
+    assert await nothing_to_be_had(queue)  # the window of the first is still full
+    queue.ended(running)
+    assert [event.event_id for event in await taken(queue, 1)] == ["1"]
+
+
+class Model:
+    """What a queue must do, whatever happens to it."""
+
+    def __init__(self) -> None:
+        self.clock, self.monotonic = Clock(), Clock()
+        self.queue = DueQueue(self.clock, Windows(2, 4), monotonic=self.monotonic)
+        self.waiting: set[str] = set()
+        self.running: list[Claimed] = []
+        self.count = 0
+
+    def line(self, event: Claimed) -> Line:
+        return next(line for line in self.queue.lines if line.destination == event.destination)
+
+    def put(self, events: list[tuple[int, int]]) -> None:
+        made = []
+        for start, host in events:
+            self.count += 1
+            made.append(claimed(self.clock.s + start, str(self.count), f"http://host-{host}/", 64 + host % 2))
+        self.waiting |= {event.event_id for event in made}
+        self.queue.put(made)
+
+    async def take(self) -> None:
+        """Takes all that is to be had."""
+        while True:
+            taker = asyncio.create_task(self.queue.get())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            if not taker.done():
+                taker.cancel()
+                await asyncio.gather(taker, return_exceptions=True)
+                return
+            event = taker.result()
+            assert event is not None
+            assert event.start_at <= self.clock.s
+            self.waiting.remove(event.event_id)
+            self.running.append(event)
+            line = self.line(event)
+            assert line.running <= line.window
+
+    def check(self) -> None:
+        assert len(self.queue) == len(self.waiting) == sum(len(line.events) for line in self.queue.lines)
+        for line in self.queue.lines:
+            assert line.running == sum(event.destination == line.destination for event in self.running)
+            assert line.window <= 4
+
+
+OPERATIONS = st.one_of(
+    st.tuples(st.just("put"), st.lists(st.tuples(st.integers(-3, 5), st.integers(0, 3)), min_size=1, max_size=12)),
+    st.tuples(st.just("end"), st.integers(0, 100), st.sampled_from([None, True, False])),
+    st.tuples(st.just("clock"), st.integers(-5, 8)),
+    st.tuples(st.just("take")),
+    st.tuples(st.just("stall"), st.integers(0, 100), st.integers(0, 2), st.integers(0, 3)),
+    st.tuples(st.just("recover"), st.integers(0, 100)),
+    st.tuples(st.just("remove"), st.sampled_from([64, 65, None])),
+)
+
+
+@given(st.lists(OPERATIONS, max_size=40))
+def test_whatever_happens_nothing_is_lost_early_or_beyond_its_window(operations: list[tuple[object, ...]]) -> None:
+    async def scenario() -> None:
+        model = Model()
+        queue = model.queue
+        for operation in operations:
+            match operation:
+                case ("put", list(events)):
+                    model.put(events)
+                case ("end", int(n), quick) if model.running:
+                    model.monotonic.s += 1
+                    event = model.running.pop(n % len(model.running))
+                    queue.ended(event, quick if isinstance(quick, bool) else None)
+                    await model.take()  # as the caller of ended() does
+                case ("clock", int(step)):
+                    model.clock.s += step
+                    queue.put([])
+                case ("take",):
+                    await model.take()
+                case ("stall", int(n), int(window), int(keep)) if queue.lines:
+                    out = queue.stall(queue.lines[n % len(queue.lines)], window, keep)
+                    model.waiting -= {event.event_id for event in out}
+                case ("recover", int(n)) if queue.stalled:
+                    queue.recover(sorted(queue.stalled, key=lambda line: str(line.destination))[n % len(queue.stalled)])
+                case ("remove", lane):
+                    out = queue.remove(lane if isinstance(lane, int) else None)
+                    model.waiting -= {event.event_id for event in out}
+            model.check()
+        for line in list(queue.stalled):
+            queue.recover(line)
+        model.clock.s += 1000
+        queue.put([])
+        for _ in range(len(model.waiting) + len(model.running) + 1):
+            await model.take()
+            if model.running:
+                queue.ended(model.running.pop(), quick=True)
+        assert not model.waiting
+        assert queue.close() == []
+
+    asyncio.run(scenario())

@@ -8,6 +8,7 @@ import string
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ def test_the_least_submission_gets_the_defaults() -> None:
     assert submission.scheduled_at == datetime(2026, 1, 31, 9, 0, 0, 123456, tzinfo=UTC)
     assert (submission.source, submission.delivery_type, submission.max_retries) == ("orders", "HTTP", 3)
     assert (submission.external_job_id, submission.headers, submission.retry_policy) == (None, None, None)
-    assert submission.ordering_key is None
+    assert (submission.ordering_key, submission.priority, submission.spread_seconds) == (None, None, None)
 
 
 def test_every_field_is_kept() -> None:
@@ -84,19 +85,22 @@ def test_every_field_is_kept() -> None:
             max_retries=0,
             retry_policy="fast_1",
             ordering_key="tenant-7",
+            priority=-9,
+            spread_seconds=12.5,
         ),
         BOUNDS,
     )
     assert submission.external_job_id == "job-1"
     assert submission.headers == b'{"X-Tenant":"a"}'
     assert (submission.max_retries, submission.retry_policy) == (0, "fast_1")
-    assert submission.ordering_key == "tenant-7"
+    assert (submission.ordering_key, submission.priority, submission.spread_seconds) == ("tenant-7", -9, 12.5)
 
 
 def test_null_is_the_same_as_absent_for_optional_fields() -> None:
     optional = ("external_job_id", "delivery_type", "headers", "max_retries", "retry_policy", "ordering_key")
-    submission = parse_submission(body(**dict.fromkeys(optional)), BOUNDS)
+    submission = parse_submission(body(**dict.fromkeys((*optional, "priority", "spread_seconds"))), BOUNDS)
     assert (submission.external_job_id, submission.max_retries) == (None, 3)
+    assert (submission.priority, submission.spread_seconds) == (None, None)
 
 
 @pytest.mark.parametrize("topic", ["a", "orders.reminders_2-x", "...", "t" * 249, None])
@@ -133,6 +137,57 @@ def test_a_destination_is_not_judged_by_a_delivery_type_that_is_none() -> None:
 
 def test_a_whole_number_may_be_written_with_a_point() -> None:
     assert repr(parse_submission(body(max_retries=7.0), BOUNDS).max_retries) == "7"
+    assert repr(parse_submission(body(priority=-7.0), BOUNDS).priority) == "-7"
+
+
+@pytest.mark.parametrize("zero", [b"0", b"0.0", b"-0.0", b"-0"])
+def test_the_priority_0_is_the_same_as_none(zero: bytes) -> None:
+    submission = parse_submission(body()[:-1] + b',"priority":%b}' % zero, BOUNDS)
+    assert submission.priority is None
+
+
+@pytest.mark.parametrize("sent", ["12", "-10", "1e30", "9" * 300])
+def test_a_priority_out_of_range_is_refused_with_the_range(sent: str) -> None:
+    (reason,) = errors_of(body()[:-1] + f',"priority":{sent}}}'.encode()).values()
+    assert reason.startswith("expected -9 to 9, got ")
+    assert len(reason) < 150
+
+
+@pytest.mark.parametrize("sent", ["1.5", "true", '"1"', "[]", "1e400", "-1e400", "9" * 5000])
+def test_a_priority_that_is_no_whole_number_is_refused(sent: str) -> None:
+    (reason,) = errors_of(body()[:-1] + f',"priority":{sent}}}'.encode()).values()
+    assert reason.startswith(f"expected a whole number from -9 to 9, got {sent[:80]}")
+
+
+@pytest.mark.parametrize(
+    "sent", ["0", "-0.0", "-1", "604800.000001", "1e-7", "1e400", "true", '"12"', "{}", "9" * 5000]
+)
+def test_a_spread_that_is_no_time_or_too_long_is_refused(sent: str) -> None:
+    (reason,) = errors_of(body()[:-1] + f',"spread_seconds":{sent}}}'.encode()).values()
+    assert reason.startswith(f"expected more than 0 and at most 604800 seconds, got {sent[:80]}")
+
+
+@pytest.mark.parametrize("field", ["priority", "spread_seconds"])
+@pytest.mark.parametrize("sent", [b"NaN", b"Infinity", b"-Infinity"])
+def test_what_is_no_number_in_json_is_no_priority_and_no_spread(field: str, sent: bytes) -> None:
+    with pytest.raises(JsonError):
+        parse_submission(body()[:-1] + b',"%b":%b}' % (field.encode(), sent), BOUNDS)
+
+
+@pytest.mark.parametrize(
+    ("sent", "staged"),
+    [
+        ("12.5", "12.500000 seconds"),
+        ("1e-6", "0.000001 seconds"),
+        ("0.00001", "0.000010 seconds"),
+        ("6.048e5", "604800.000000 seconds"),
+        ("604799.999999", "604799.999999 seconds"),
+        ("7.0000004", "7.000000 seconds"),
+    ],
+)
+def test_a_spread_is_staged_to_the_microsecond_and_without_an_exponent(sent: str, staged: str) -> None:
+    raw = body()[:-1] + f',"spread_seconds":{sent}}}'.encode()
+    assert submission_row(raw, BOUNDS, 0).endswith(f"\t\\N\t{staged}\n".encode())
 
 
 def test_the_payload_keeps_the_bytes_that_were_sent() -> None:
@@ -210,6 +265,10 @@ def test_a_time_that_is_not_clear_or_not_in_range_is_refused(at: Any) -> None:
         ("ordering_key", 7),
         ("ordering_key", "a\x00b"),
         ("ordering_key", "\ud800"),
+        ("priority", 10),
+        ("priority", True),
+        ("spread_seconds", 0),
+        ("spread_seconds", 604801),
         ("max_retries", -1),
         ("max_retries", 101),
         ("max_retries", 1.5),
@@ -418,8 +477,7 @@ def unescaped(field: bytes) -> bytes | None:
 
 
 awkward = st.text(string.printable + "\\\t\r\n\\Né😀", min_size=1)
-
-
+spreads = st.floats(0.000001, 604_800)
 names = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=200)
 
 
@@ -430,14 +488,36 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_siz
     payload=awkward,
     headers=st.none() | awkward,
     key=st.none() | awkward,
+    priority=st.none() | st.integers(-9, 9),
+    spread=st.none() | spreads,
     at=times,
 )
 def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
-    source: str, job: str | None, topic: str | None, payload: str, headers: str | None, key: str | None, at: datetime
+    source: str,
+    job: str | None,
+    topic: str | None,
+    payload: str,
+    headers: str | None,
+    key: str | None,
+    priority: int | None,
+    spread: float | None,
+    at: datetime,
 ) -> None:
     raw_headers = None if headers is None else headers.encode()
     submission = Submission(
-        random_event_id(at), at, source, job, "KAFKA", topic, payload.encode(), raw_headers, 3, None, key
+        random_event_id(at),
+        at,
+        source,
+        job,
+        "KAFKA",
+        topic,
+        payload.encode(),
+        raw_headers,
+        3,
+        None,
+        key,
+        priority,
+        spread,
     )
     line = copy_row(submission, 41)
     assert line.count(b"\n") == 1
@@ -456,6 +536,8 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
         b"3",
         None,
         None if key is None else key.encode(),
+        f"{priority}".encode() if priority else None,
+        None if spread is None else f"{Decimal(spread):.6f} seconds".encode(),
     ]
 
 
@@ -471,6 +553,8 @@ kafka_submissions = st.fixed_dictionaries(
         "max_retries": st.integers(0, 100),
         "retry_policy": st.just("patient"),
         "ordering_key": names,
+        "priority": st.integers(-9, 9),
+        "spread_seconds": spreads,
     },
 )
 

@@ -68,15 +68,22 @@ def finished(
 
 
 def lease(event_id: object) -> Claimed:
-    return Claimed(0.5, str(event_id), 1, 1.0, 60.0, "2030-01-01 00:00:00+00", "HTTP", "http://a/", None, None, "{}")
+    scheduled_at = "2030-01-01 00:00:00+00"
+    return Claimed(
+        0.5, str(event_id), 1, 1.0, 60.0, scheduled_at, "HTTP", "http://a/", None, None, "{}", 1.0, 1, None, None
+    )
 
 
 class Fixture:
     def __init__(self) -> None:
         self.metrics = Metrics(SETTINGS)
         self.retries: list[float] = []
-        self.finisher = Finisher(self.metrics, self.retries.append)
+        self.freed: list[int] = []  # how many results were recorded each time
+        self.finisher = Finisher(self.metrics, self.retries.append, self.note_freed)
         self.leases = FakeLeases()
+
+    def note_freed(self) -> None:
+        self.freed.append(len(self.leases.recorded))
 
     async def run(self) -> None:
         await self.finisher.run(cast(Leases, self.leases))
@@ -123,6 +130,40 @@ async def test_a_full_batch_is_recorded_without_waiting_for_more(
         assert fixture.leases.finished == []
         fixture.finisher.add(finished(499))
         await eventually(lambda: fixture.leases.recorded == [str(n) for n in range(500)])
+
+
+async def test_what_others_wait_for_is_recorded_at_once_and_they_are_told(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_GATHER_S", 60.0)
+    async with fixture.running():
+        fixture.finisher.add(finished("a"))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert fixture.leases.finished == []
+        for event_id in ("b", "c"):
+            fixture.finisher.add(finished(event_id), at_once=True)
+            await eventually(lambda: fixture.finisher.pending == 0)
+        assert fixture.leases.finished == [["a", "b"], ["c"]]
+        assert fixture.freed == [2, 3]
+        fixture.finisher.add(finished("d"))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert fixture.finisher.pending == 1
+    assert fixture.freed == [2, 3]
+
+
+async def test_they_are_not_told_before_it_is_recorded(fixture: Fixture) -> None:
+    fixture.leases.away = True
+    for n in range(1500):
+        fixture.finisher.add(finished(n), at_once=n == 1400)
+    with pytest.raises(DatabaseUnavailable):
+        await fixture.run()
+    assert fixture.freed == []
+    fixture.leases.away = False
+    async with fixture.running():
+        await eventually(lambda: fixture.finisher.pending == 0)
+    assert fixture.freed[-1] == 1500
 
 
 async def test_no_call_carries_more_than_a_thousand(fixture: Fixture) -> None:

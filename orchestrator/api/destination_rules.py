@@ -1,0 +1,171 @@
+"""What the settings of a destination may be in a request: one table for the check and for the OpenAPI document.
+
+Rules that need the database, or two settings at once, are left to it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+
+from orchestrator.api.schema_parts import Schema
+from orchestrator.event_rules import HEADER_NAME_PATTERN, MAX_HEADERS, RETRY_POLICY_PATTERN, headers_fault, shown
+
+MAX_NAME_CHARS = 300
+# A host and port, or kafka: and a topic; with * a pattern. Never "." or "..", which clients take for folders.
+NAME_PATTERN = (
+    r"^(?:kafka:[A-Za-z0-9._*-]{0,249}|\[[0-9A-Fa-f:.]{2,45}\](?::[0-9]{1,5})?"
+    r"|[A-Za-z0-9._*-]*[A-Za-z0-9_][A-Za-z0-9._*-]*(?::[0-9]{1,5})?)$"
+)
+FILE_PATTERN = r"^(?!whsec_)[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+_NAME = re.compile(NAME_PATTERN.removesuffix("$"))
+_FILE = re.compile(FILE_PATTERN.removesuffix("$"))
+_A_NAME = "the name of a secret, a file of SECRETS_DIRECTORY: 1 to 100 letters, digits, ., _ and -"
+
+
+class Setting(NamedTuple):
+    """`column` is what the database calls it; `schema` is what OpenAPI says, `wire` what is checked."""
+
+    column: str
+    expected: str
+    schema: Schema
+    wire: Any
+
+
+def _number(column: str, about: str, least: float, most: float) -> Setting:
+    schema = {"type": "number", "minimum": least, "maximum": most, "description": about}
+    return Setting(
+        column, f"{_plain(least)} to {_plain(most)}", schema, Annotated[float, msgspec.Meta(ge=least, le=most)]
+    )
+
+
+def _plain(number: float) -> str:
+    return f"{number:f}".rstrip("0").rstrip(".") or "0"
+
+
+def _whole(column: str, about: str, least: int, most: int) -> Setting:
+    bound = msgspec.Meta(ge=least, le=most)
+    wire = Annotated[int, bound] | Annotated[float, msgspec.Meta(ge=least, le=most, multiple_of=1)]
+    schema = {"type": "integer", "minimum": least, "maximum": most, "description": about}
+    return Setting(column, f"a whole number from {least} to {most}", schema, wire)
+
+
+SETTINGS: dict[str, Setting] = {
+    "rate_per_second": _number(
+        "rate_per_second",
+        "Attempts a second, by all dispatchers together. Without it there is no limit.",
+        0.000001,
+        1_000_000,
+    ),
+    "burst": _whole("burst", "Attempts that may start at once after a pause, under the rate. Else 1.", 1, 1_000_000),
+    "max_parallel": _whole("max_parallel", "Attempts under way at once, by all dispatchers together.", 1, 100_000),
+    "adaptive": Setting(
+        "adaptive",
+        "true or false",
+        {
+            "type": "boolean",
+            "description": "Whether 429, 503 and time-outs lower max_parallel.",
+        },
+        bool,
+    ),
+    "timeout_seconds": _number("timeout", "Longest that an attempt may take.", 0.1, 600),
+    "retry_policy": Setting(
+        "retry_policy",
+        "a name of 1 to 63 characters from a-z, 0-9, _ and -",
+        {"type": "string", "pattern": RETRY_POLICY_PATTERN, "description": "For events that name none."},
+        Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_-]{1,63}\Z")],
+    ),
+    "signing_secret": Setting(
+        "signing_secret",
+        _A_NAME,
+        {
+            "type": "string",
+            "pattern": FILE_PATTERN,
+            "description": "Name of the secret that signs deliveries to it.",
+        },
+        str,
+    ),
+    "secret_headers": Setting(
+        "secret_headers",
+        f"an object of header names, and for each {_A_NAME}",
+        {
+            "type": "object",
+            "maxProperties": MAX_HEADERS,
+            "propertyNames": {"type": "string", "pattern": HEADER_NAME_PATTERN},
+            "additionalProperties": {"type": "string", "pattern": FILE_PATTERN},
+            "description": "Headers to send, and the names of the secrets that are their values. Those that are set "
+            "on delivery are refused.",
+        },
+        dict[str, str],
+    ),
+    "spread_seconds": _number("spread", "Window over which its events are spread.", 0.001, 604_800),
+    "breaker_failures": _whole(
+        "breaker_failures", "Its breaker opens after so many failures in a row; 0: not by that. Else 10.", 0, 1_000_000
+    ),
+    "breaker_ratio": _number(
+        "breaker_ratio", "It opens when this share of attempts in its window failed; 0: not by that. Else 0.5.", 0, 1
+    ),
+    "breaker_minimum": _whole(
+        "breaker_minimum", "Attempts in the window before the ratio counts. Else 20.", 1, 1_000_000
+    ),
+    "breaker_window_seconds": _number("breaker_window", "The window of the ratio. Else 30.", 1, 3600),
+    "breaker_cooldown_seconds": _number(
+        "breaker_cooldown", "How long it stays open at first; doubles with each failed try. Else 5.", 0.1, 3600
+    ),
+    "breaker_max_cooldown_seconds": _number(
+        "breaker_max_cooldown", "Longest that it stays open; at least breaker_cooldown_seconds. Else 300.", 0.1, 86_400
+    ),
+}
+"""The settings by their names in JSON. Null is the same as absent."""
+FIELDS = {setting.column: name for name, setting in SETTINGS.items()}
+
+
+def name_fault(name: str) -> str | None:
+    if len(name) <= MAX_NAME_CHARS and _NAME.fullmatch(name):
+        return None
+    return (
+        "expected a host such as example.com or example.com:8443, kafka: and a topic, or a pattern such as "
+        f"*.example.com, of at most {MAX_NAME_CHARS} characters; pause everything by POST /api/v1/pause"
+    )
+
+
+def settings_of(fields: Mapping[str, msgspec.Raw]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The settings given, by columns, and the rules they break as (field, reason)."""
+    given: dict[str, Any] = {}
+    faults = []
+    for name, raw in fields.items():
+        setting = SETTINGS.get(name)
+        if setting is None:
+            faults.append((shown(name), f"unknown field; expected {', '.join(SETTINGS)}"))
+            continue
+        try:
+            value = msgspec.json.decode(raw, type=setting.wire | None)
+        except msgspec.ValidationError:
+            faults.append((name, f"expected {setting.expected}, got {_shown(name, raw)}"))
+            continue
+        fault = None if value is None else _secret_fault(name, value)
+        if fault:
+            faults.append((name, fault))
+        elif value is not None:
+            given[setting.column] = int(value) if setting.schema["type"] == "integer" else value
+    return given, faults
+
+
+def _shown(name: str, raw: msgspec.Raw) -> str:
+    """A secret may stand where its name belongs."""
+    return "something else" if "secret" in name else shown(raw)
+
+
+def _secret_fault(name: str, value: Any) -> str | None:
+    if name == "signing_secret":
+        return None if _FILE.fullmatch(value) else f"expected {_A_NAME}"
+    if name == "secret_headers":
+        if fault := headers_fault(dict.fromkeys(value, "")):
+            return fault
+        if not all(map(_FILE.fullmatch, value.values())):
+            return f"expected for each header {_A_NAME}"
+    return None

@@ -1,0 +1,88 @@
+"""What holds deliveries back on purpose: pauses, breakers, and rates that are too low for what waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from orchestrator.doctor.finding import Finding, counted, ok, warning
+
+Connection = psycopg.Connection[TupleRow]
+_Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
+_SHOWN = 3
+
+
+def standstill_findings(connection: Connection, guarded: _Guarded) -> Iterator[Finding]:
+    yield from guarded("pauses", lambda: _pauses(connection))
+    yield from guarded("breakers", lambda: _breakers(connection))
+    yield from guarded("rates", lambda: _rates(connection))
+
+
+def _pauses(connection: Connection) -> Iterator[Finding]:
+    row = connection.execute("select paused_at, destinations_paused from orchestrator.standstills()").fetchone()
+    assert row is not None
+    since, count = row
+    if since is not None:
+        yield warning("pauses", f"everything is paused since {_moment(since)}", "go on: orchestrator resume")
+    if count:
+        rows = connection.execute(
+            "select name, paused_at from orchestrator.lane where name is not null and paused_at is not null"
+            " order by paused_at limit %s",
+            (_SHOWN,),
+        ).fetchall()
+        names = _listed([f"{name} since {_moment(at)}" for name, at in rows], count)
+        yield warning(
+            "pauses",
+            f"{counted(count, 'destination')} paused: {names}",
+            "go on: orchestrator destinations resume NAME",
+        )
+    if since is None and not count:
+        yield ok("pauses", "nothing is paused")
+
+
+def _breakers(connection: Connection) -> Iterator[Finding]:
+    rows = connection.execute(
+        "select name, opened_at, count(*) over () from orchestrator.lane"
+        " where name is not null and breaker <> 'closed' order by opened_at limit %s",
+        (_SHOWN,),
+    ).fetchall()
+    if not rows:
+        yield ok("breakers", "none is open")
+        return
+    count = rows[0][2]
+    names = _listed([f"{name} since {_moment(at)}" for name, at, _ in rows], count)
+    yield warning(
+        "breakers",
+        f"open for {counted(count, 'destination')}, which fail: {names}",
+        "mend the receiver; it is tried now and then, or at once: orchestrator destinations close-breaker NAME",
+    )
+
+
+def _rates(connection: Connection) -> Iterator[Finding]:
+    rows = connection.execute(
+        "select f.destination, f.backlog, d.rate_per_second, count(*) over ()"
+        " from orchestrator.backlog_forecast('1 s', '1 s') f join orchestrator.destination d on d.name = f.destination"
+        " where d.rate_per_second is not null and f.drained_at > orchestrator.now() + interval '1 hour'"
+        " order by f.drained_at desc limit %s",
+        (_SHOWN,),
+    ).fetchall()
+    if not rows:
+        yield ok("rates", "no backlog will take more than an hour at its destination's rate")
+        return
+    shown = [f"{name} ({counted(backlog, 'event')} at {rate:g} a second)" for name, backlog, rate, _ in rows]
+    yield warning(
+        "rates",
+        f"what is overdue will take more than an hour: {_listed(shown, rows[0][3])}",
+        "see orchestrator forecast; raise it if the receiver bears it: orchestrator destinations set NAME --rate N",
+    )
+
+
+def _moment(at: datetime) -> str:
+    return at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _listed(names: list[str], count: int) -> str:
+    return ", ".join(names) + (f" and {count - len(names)} more" if count > len(names) else "")
