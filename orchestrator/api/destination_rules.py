@@ -59,7 +59,7 @@ SETTINGS: dict[str, Setting] = {
         "rate_per_second",
         "Attempts a second, by all dispatchers together. Without it there is no limit.",
         0.000001,
-        1_000_000,
+        100_000,
     ),
     "burst": _whole("burst", "Attempts that may start at once after a pause, under the rate. Else 1.", 1, 1_000_000),
     "max_parallel": _whole("max_parallel", "Attempts under way at once, by all dispatchers together.", 1, 100_000),

@@ -187,9 +187,12 @@ begin
           else l.throttled_at end
     from decided d
     where l.lane = d.lane
-    returning l.lane, d.opens, d.closes
+    returning l.lane, l.hash, d.opens, d.closes
   )
-  select array_agg(n.lane) filter (where n.opens), bool_or(n.closes) into v_opened, v_closed from noted n;
+  -- What dispatchers were given before it had a lane of its own, they know by the shared one.
+  select array_agg(n.lane) filter (where n.opens) || array_agg((n.hash & 63)::integer) filter (where n.opens and n.hash is not null), bool_or(n.closes)
+  into v_opened, v_closed
+  from noted n;
   perform orchestrator.hold_lane(o.lane) from unnest(v_opened) as o (lane);
   if v_closed then
     perform orchestrator.tell_due(v_now);
@@ -263,7 +266,7 @@ end $$;
 comment on function orchestrator.advance_ordering(bigint[]) is 'Lets the first waiting event of each ordering key be claimed, where nothing holds it any more';
 
 -- The caller has the rows locked. Never waits: keys whose lock another has are left for the next claim.
-create or replace function orchestrator.sort_out(p_at tid[], p_rerouted boolean, p_bounded boolean, out ready tid[], out changed boolean)
+create or replace function orchestrator.sort_out(p_at tid[], p_rerouted boolean, p_bounded boolean, p_skip integer[], out ready tid[], out changed boolean)
 language plpgsql security definer set search_path = orchestrator, pg_temp
 set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
@@ -291,7 +294,7 @@ begin
     ), free as (
       select m.at from moved m
       left join orchestrator.lane l on l.lane = m.lane
-      where m.lane < 64 or not l.limited and not p_bounded and l.breaker = 'closed' and l.paused_at is null
+      where m.lane < 64 or m.lane <> all (p_skip) and not l.limited and not p_bounded and l.breaker = 'closed' and l.paused_at is null
     )
     select array(select p.at from placed p where p.lane = p.right_lane) || array(select f.at from free f)
       , (select count(*) from moved) - (select count(*) from free)
@@ -337,8 +340,8 @@ begin
     end if;
   end if;
 end $$;
-comment on function orchestrator.sort_out(tid[], boolean, boolean) is
-  'Of due timers that a claim has locked: moves those in a wrong lane (which it may lease all the same, unless that lane has limits; p_bounded: all own lanes have), puts off those whose destination was spread since, and parks those that wait for their ordering key. Answers which may be leased, and whether others became due elsewhere';
+comment on function orchestrator.sort_out(tid[], boolean, boolean, integer[]) is
+  'Of due timers that a claim has locked: moves those in a wrong lane (which it may lease all the same, unless that lane has limits or is to be skipped; p_bounded: all own lanes have limits), puts off those whose destination was spread since, and parks those that wait for their ordering key. Answers which may be leased, and whether others became due elsewhere';
 
 -- Limits. A claim locks the lanes that have any, reads what they allow, leases, and books what it took, all in one transaction:
 -- any number of claims obey a limit together. What is under way is counted from the timers themselves, so no counter can go wrong.
@@ -363,7 +366,7 @@ begin
     where l.lane = any (p_limited)
   ), free as (
     select b.*
-      , case when b.bound is null then p_until else least(p_until, p_now + orchestrator.limited_ahead()) end as slots_until
+      , least(p_until, p_now + case when b.bound is null then interval '10 s' else orchestrator.limited_ahead() end) as slots_until
       , case when b.bound is not null then greatest(0, b.bound
           - (select count(*) from orchestrator.timer t where t.slot = b.lane and t.lease_until > p_now))::integer end as free
       , greatest(p_now, case when b.next_slot_at <= p_now + interval '11 s' + (b.burst + 1) * b.gap then b.next_slot_at end) - (b.burst - 1) * b.gap as first_slot_at

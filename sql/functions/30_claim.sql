@@ -134,7 +134,7 @@ begin
       -- A statement of its own: what it moves, only the next one sees.
       select v_at || s.ready, v_changed or s.changed or cardinality(s.ready) < cardinality(v_odd_at)
       into v_at, v_changed
-      from orchestrator.sort_out(v_odd_at, v_control.rerouted_by is not null, p_max_parallel is not null) s;
+      from orchestrator.sort_out(v_odd_at, v_control.rerouted_by is not null, p_max_parallel is not null, p_skip) s;
     end if;
     if v_at <> '{}' then
       with leased as (

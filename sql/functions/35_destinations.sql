@@ -148,7 +148,7 @@ begin
   v_problem := case
     when p_clear is null or not p_clear <@ v_settings then format('p_clear: expected names of settings (%s), got %s', array_to_string(v_settings, ', '), left(p_clear::text, 200))
     when v_given ?| p_clear then (select format('%s: given, and in p_clear: leave one of them out', min(c)) from unnest(p_clear) c where v_given ? c)
-    when not (p_rate_per_second > 0 and p_rate_per_second <= 1e6) then format('rate_per_second: expected more than 0 and at most 1000000, got %s', p_rate_per_second)
+    when not (p_rate_per_second > 0 and p_rate_per_second <= 100000) then format('rate_per_second: expected more than 0 and at most 100000, got %s', p_rate_per_second)
     when p_rate_per_second < 1e-6 then format('rate_per_second: expected at least 0.000001, one in eleven days, got %s', p_rate_per_second)
     when p_burst not between 1 and 1000000 then format('burst: expected 1 to 1000000, got %s', p_burst)
     when p_max_parallel not between 1 and 100000 then format('max_parallel: expected 1 to 100000, got %s', p_max_parallel)
@@ -175,6 +175,9 @@ begin
       when coalesce(p_max_parallel, case when 'max_parallel' <> all (p_clear) then v_before.max_parallel end) is null
           and coalesce(p_adaptive, 'adaptive' <> all (p_clear) and v_before.adaptive)
         then 'adaptive: expected max_parallel with it, the most that it may find'
+      when coalesce(p_burst, case when 'burst' = any (p_clear) then 1 else v_before.burst end)
+          / coalesce(p_rate_per_second, case when 'rate_per_second' <> all (p_clear) then v_before.rate_per_second end) > 2592000
+        then format('burst: expected no more than 30 days of the rate, got %s', coalesce(p_burst, v_before.burst))
       when coalesce(p_breaker_cooldown, case when 'breaker_cooldown' = any (p_clear) then '5 s' else v_before.breaker_cooldown end)
           > coalesce(p_breaker_max_cooldown, case when 'breaker_max_cooldown' = any (p_clear) then '5 min' else v_before.breaker_max_cooldown end)
         then format('breaker_cooldown: expected at most breaker_max_cooldown, got %s', coalesce(p_breaker_cooldown, v_before.breaker_cooldown))
@@ -290,7 +293,10 @@ begin
     , limited = (select orchestrator.is_limited(d) from orchestrator.destination d where d.name = v_name)
   where l.lane = v_lane
   returning l.paused_at into v_since;
-  perform orchestrator.hold_lane(v_lane);
+  -- What dispatchers were given before it had this lane, they know by another.
+  perform orchestrator.hold_lane(h.lane)
+  from unnest(case when orchestrator.is_pattern(v_name) or v_part_of is not null then array[null::integer]
+    else array[v_lane, (hashtextextended(v_name, 0) & 63)::integer] end) as h (lane);
   return query
   select v_name, v_since, d.in_flight, orchestrator.waiting_for(v_name)
     , concat_ws('; ', 'no attempt begins until it is resumed; those under way are left alone'

@@ -13,7 +13,7 @@ comment on column orchestrator.event.ordering_key is 'Events of one key are deli
 create table orchestrator.destination
 ( name text primary key check (length(name) between 1 and 300 and name !~ '[[:space:][:cntrl:]]' and name ~ '[^*]')
 , configured boolean not null
-, rate_per_second double precision check (rate_per_second >= 1e-6 and rate_per_second <= 1e6)
+, rate_per_second double precision check (rate_per_second >= 1e-6 and rate_per_second <= 100000)
 , burst integer not null default 1 check (burst between 1 and 1000000)
 , max_parallel integer check (max_parallel between 1 and 100000)
 , adaptive boolean not null default false
@@ -31,6 +31,7 @@ create table orchestrator.destination
 , changed_at timestamptz not null
 , check (breaker_cooldown <= breaker_max_cooldown)
 , check (max_parallel is not null or not adaptive)
+, check (burst / rate_per_second <= 2592000)
 );
 comment on table orchestrator.destination is 'Destinations that are configured, or have misbehaved of late: each has a lane of its own. What it does at present is in lane; view destinations shows both';
 comment on column orchestrator.destination.name is 'Host and port of the URLs (hooks.example.com, localhost:8443), or kafka: and the topic; with * for any characters, all that match are one destination. See destination_name()';

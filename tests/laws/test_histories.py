@@ -300,6 +300,12 @@ update orchestrator.outcome set result = 'retried', started_at = due_at + interv
 )
 
 
+_BEYOND_SPREAD = """
+update orchestrator.event set spread = '1 s';
+update orchestrator.timer set due_at = scheduled_at + interval '1.001 s', attempt = 0
+"""
+
+
 @pytest.mark.parametrize(
     ("damage", "law"),
     [
@@ -314,7 +320,13 @@ update orchestrator.outcome set result = 'retried', started_at = due_at + interv
         (_REPEAT.format("'retried'") * 4, "law 2"),
         ("update orchestrator.outcome set started_at = due_at - interval '1 us' where result = 'delivered'", "law 3"),
         ("update orchestrator.timer set due_at = scheduled_at - interval '1 us'", "law 3"),
+        (_BEYOND_SPREAD, "law 3"),
         (_START_AFTER_CANCEL, "law 4"),
+        ("update orchestrator.timer set lane = -1, ordering = 1", "law 7"),
+        ("update orchestrator.timer set lane = -1", "law 8"),
+        ("update orchestrator.timer set lane = 4711", "law 8"),
+        ("update orchestrator.timer set priority = 9", "law 8"),
+        ("update orchestrator.timer set slot = 64 where lease_until is null", "law 8"),
     ],
 )  # fmt: skip
 def test_the_checker_sees_each_law_broken(databases: Databases, damage: str, law: str) -> None:
@@ -331,6 +343,18 @@ def test_the_checker_sees_each_law_broken(databases: Databases, damage: str, law
         assert violations(client.connection) == []
         client.connection.execute(damage)
         assert law in {violation[:5] for violation in violations(client.connection)}
+
+
+def test_the_checker_knows_that_the_dead_may_rise(databases: Databases) -> None:
+    with databases.migrated() as url, Client(url) as client:
+        client.at(NOON)
+        uid = client.schedule(max_retries=0)
+        for result in ("fail", "fail", "delivered"):
+            client.finish([Result(lease.event_id, lease.attempt, result) for lease in client.claim()])
+            assert client.outcomes(uid)[-1][1] == {"fail": "dead"}.get(result, result)
+            assert violations(client.connection, finished=True) == []
+            client.rows("select orchestrator.redrive_event(%s)", uid)
+            assert violations(client.connection) == []
 
 
 def test_the_checker_sees_what_receivers_did_not_get_or_got_wrongly(databases: Databases) -> None:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, LiteralString, NamedTuple
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -787,7 +787,7 @@ def test_every_history_keeps_the_limits(databases: Databases) -> None:
         run_state_machine_as_test(
             type("Machine", (Histories,), {"client": client, "hosts": hosts}),
             settings=settings(
-                max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+                max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
             ),
         )
 
@@ -988,11 +988,27 @@ def test_events_of_a_key_end_in_order_and_one_at_a_time_whatever_is_at_work(data
             client.cancel(str(uid))
         time.sleep(0.02)
 
+    def operate(client: Client, _: int) -> None:
+        client.rows(random.choice(operations))
+        time.sleep(0.02)
+
+    operations: list[LiteralString] = [
+        "select orchestrator.run_maintenance(1, 1)",
+        "select orchestrator.configure_destination('*.example', p_max_parallel => 7, p_breaker_failures => 3)",
+        "select orchestrator.configure_destination('three.example', 500, 50, 3)",
+        "select orchestrator.delete_destination('*.example')",
+        "select orchestrator.delete_destination('three.example')",
+        "select orchestrator.pause_destination('two.example')",
+        "select orchestrator.resume_destination('two.example')",
+        "select orchestrator.close_breaker('*.example')",
+    ]
     with fleet(database_url) as working, Client(database_url) as client:
         working.start(2, submit)
         working.start(4, work)
         working.start(1, cancel)
+        working.start(1, operate)
         wait_for(lambda: working.stopping.is_set() or min(submitted[key] for key in range(1, keys + 1)) >= each, 20)
+        operations[:] = ["select orchestrator.resume_destination('two.example')"]
         wait_for(lambda: working.stopping.is_set() or not client.value("select count(*) from orchestrator.timer"), 20)
     with Client(database_url) as client:
         assert violations(client.connection, finished=True) == []

@@ -175,10 +175,10 @@ def test_what_can_be_no_destination_is_refused(client: Client, name: str | None,
 @pytest.mark.parametrize(
     ("wanted", "complaint"),
     [
-        ({"rate_per_second": 0}, "rate_per_second: expected more than 0 and at most 1000000, got 0"),
-        ({"rate_per_second": -1}, "rate_per_second: expected more than 0 and at most 1000000, got -1"),
-        ({"rate_per_second": math.nan}, "rate_per_second: expected more than 0 and at most 1000000, got NaN"),
-        ({"rate_per_second": math.inf}, "rate_per_second: expected more than 0 and at most 1000000, got Infinity"),
+        ({"rate_per_second": 0}, "rate_per_second: expected more than 0 and at most 100000, got 0"),
+        ({"rate_per_second": -1}, "rate_per_second: expected more than 0 and at most 100000, got -1"),
+        ({"rate_per_second": math.nan}, "rate_per_second: expected more than 0 and at most 100000, got NaN"),
+        ({"rate_per_second": math.inf}, "rate_per_second: expected more than 0 and at most 100000, got Infinity"),
         ({"rate_per_second": -math.inf}, "got -Infinity"),
         ({"rate_per_second": 1_000_001}, "got 1000001"),
         ({"rate_per_second": 1e-300}, "rate_per_second: expected at least 0.000001, one in eleven days, got 1e-300"),
@@ -579,7 +579,8 @@ def test_a_paused_destination_waits_and_goes_on_when_resumed(client: Client, con
     heard(listener)
     answer = act(client, "pause_destination", "https://API.example/hook")
     lane = client.value("select lane from orchestrator.lane where name = 'api.example'")
-    assert heard(listener) == [f"hold {lane}"]
+    shared = client.value("select hashtextextended('api.example', 0) & 63")
+    assert set(heard(listener)) == {f"hold {lane}", f"hold {shared}"}, "dispatchers may know its events by either"
     assert (answer.name, answer.paused_at, answer.in_flight, answer.waiting) == ("api.example", NOON, 0, 3)
     assert client.claim_on() == []
     client.at(NOON + seconds(60))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
+import psycopg
 import pytest
 
 from orchestrator.dispatch.lines import destination_name
@@ -100,6 +101,18 @@ def test_no_slot_is_spent_on_an_event_that_is_not_due(client: Client) -> None:
     assert again_at(client) == pytest.approx((NOON + seconds(4.95)).timestamp())
     client.schedule()
     assert start_at(client, 5, lookahead=seconds(10)) == [timedelta(0)]
+
+
+def test_a_burst_of_more_than_a_month_of_the_rate_is_refused(client: Client) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="burst: expected no more than 30 days of the rate"):
+        configure(client, p_rate_per_second=1e-6, p_burst=1_000_000)
+
+
+def test_a_long_lookahead_gives_each_slot_once(client: Client) -> None:
+    configure(client, p_rate_per_second=1)
+    client.schedule_many(200)
+    given = [at for _ in range(3) for at in start_at(client, 50, lookahead=seconds(60))]
+    assert given == [seconds(n) for n in range(11)]
 
 
 def test_other_lanes_are_not_held_back_by_a_rate(client: Client) -> None:
