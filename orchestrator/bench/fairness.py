@@ -110,38 +110,43 @@ def _of_all_and(mates: Sequence[str], due_s: Mapping[str, dict[str, float]]) -> 
 
 
 def _beside_a_hang(database_url: str, dispatchers: int) -> dict[str, object]:
-    """How fast 10 destinations get their backlog: alone, beside one that never answers, and alone again.
+    """How fast 10 destinations get their backlog: alone, twice beside one that never answers, and alone again.
 
-    All is due at one instant, from which on it is timed, for 10 s at most: so long is the time-out.
+    All is due at one instant, from which on it is timed, for 10 s at most: so long is the time-out. Each time the
+    dispatchers are new, and so is the destination that hangs: none has a breaker yet.
     """
     with receiver() as target:
-        with dispatching(database_url, dispatchers, [], _SETTINGS):
-            alone_per_s = _backlog(database_url, target, 0)[0]
-            beside_per_s, hanging = _backlog(database_url, target, _HANGING)
-        with psycopg.connect(database_url, autocommit=True) as connection:  # what nobody will ever deliver
-            connection.execute("delete from orchestrator.timer where event_id = any (%s::uuid[])", (hanging,))
-        with dispatching(database_url, dispatchers, [], _SETTINGS):
-            again_per_s = _backlog(database_url, target, 0)[0]
-        hung = target.count() - 3 * _BACKLOG
-    fall = 1 - 2 * beside_per_s / (alone_per_s + again_per_s)
+        phases = (0, _HANGING, _HANGING, 0)
+        measured = [_phase(database_url, target, dispatchers, n, hanging) for n, hanging in enumerate(phases)]
+    alone = [per_s for (per_s, _), hanging in zip(measured, phases, strict=True) if not hanging]
+    beside = [per_s for (per_s, _), hanging in zip(measured, phases, strict=True) if hanging]
     return {
-        "alone_per_s": [round(alone_per_s), round(again_per_s)],
-        "beside_per_s": round(beside_per_s),
-        "fall_percent": round(100 * fall, 1),
-        "hung": hung,
+        "alone_per_s": [round(per_s) for per_s in alone],
+        "beside_per_s": [round(per_s) for per_s in beside],
+        "fall_percent": round(100 * (1 - sum(beside) / sum(alone)), 1),
+        "hung": [hung for _, hung in measured if hung],
     }
 
 
-def _backlog(database_url: str, target: Receiver, hanging: int) -> tuple[float, list[str]]:
-    """The rate at which the others were served, and the ids of the events that hang."""
-    at = datetime.now(UTC) + timedelta(seconds=_LEAD_S + (_BACKLOG + hanging) / _SUBMIT_PER_S)
-    stuck = submissions(hanging, lambda n: f"http://{target.name(OTHERS + 1)}/hang", lambda n: at, new_run())
-    hanging_s = asyncio.run(submit(database_url, stuck))
-    made = submissions(_BACKLOG, lambda n: f"http://{target.name(1 + n % OTHERS)}/", lambda n: at, new_run())
-    due_s = asyncio.run(submit(database_url, made))
-    with psycopg.connect(database_url, autocommit=True) as watching:
-        wait_until(lambda: not _left(watching, due_s), f"delivering {_BACKLOG} events", _DRAIN_S, 0.5)
-    arrived = [moment for event_id, moment in target.arrivals() if event_id in due_s]
+def _phase(database_url: str, target: Receiver, dispatchers: int, number: int, hanging: int) -> tuple[float, int]:
+    """The rate at which the others were served, and how many attempts hung."""
+    silent = target.name(OTHERS + 1 + number)
+    with (
+        dispatching(database_url, dispatchers, [], _SETTINGS),
+        psycopg.connect(database_url, autocommit=True) as connection,
+    ):
+        at = datetime.now(UTC) + timedelta(seconds=_LEAD_S + (_BACKLOG + hanging) / _SUBMIT_PER_S)
+        stuck = submissions(hanging, lambda n: f"http://{silent}/hang", lambda n: at, new_run())
+        stuck_s = asyncio.run(submit(database_url, stuck))
+        made = submissions(_BACKLOG, lambda n: f"http://{target.name(1 + n % OTHERS)}/", lambda n: at, new_run())
+        due_s = asyncio.run(submit(database_url, made))
+        wait_until(lambda: not _left(connection, due_s), f"delivering {_BACKLOG} events", _DRAIN_S, 0.5)
+        time.sleep(max(0.0, at.timestamp() + _HANG_S - time.time()))
+    with psycopg.connect(database_url, autocommit=True) as connection:  # what nobody will ever deliver
+        connection.execute("delete from orchestrator.timer where event_id = any (%s::uuid[])", (list(stuck_s),))
+    arrivals = target.arrivals()
+    arrived = [moment for event_id, moment in arrivals if event_id in due_s]
     began_s = at.timestamp()
     ended_s = min(began_s + _HANG_S, arrived[-1])
-    return bisect(arrived, ended_s) / (ended_s - began_s), list(hanging_s)
+    hung = sum(event_id in stuck_s for event_id, _ in arrivals)
+    return bisect(arrived, ended_s) / (ended_s - began_s), hung
