@@ -12,7 +12,7 @@ from orchestrator.cli.chart import _short, axis, bars, columns_for
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 LABEL = 10
-AMOUNTS = st.floats(0, 1e9)
+AMOUNTS = st.just(0.0) | st.floats(1e-6, 1e9)  # events, and the least that a rate allows
 
 
 def height_of(column: str) -> float:
