@@ -48,7 +48,7 @@ format: setup
 	$(VENV)/bin/ruff format .
 
 bench: setup
-	@for scenario in lifecycle deliver-http steady herd api ingest deliver-kafka pipeline; do \
+	@for scenario in lifecycle deliver-http steady herd api ingest deliver-kafka pipeline rate parallel fairness claim; do \
 		$(VENV)/bin/orchestrator bench $$scenario --json || exit 1; done
 
 clean:
