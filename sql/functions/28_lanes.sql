@@ -351,6 +351,12 @@ language sql immutable parallel safe
 return interval '50 ms';
 comment on function orchestrator.limited_ahead() is 'How long before they are due events are claimed that take a slot of a bound or a rate: a slot is not to be spent on one while another could have it sooner';
 
+create or replace function orchestrator.next_slot(p_next_slot_at timestamptz, p_now timestamptz, p_gap interval, p_burst integer) returns timestamptz
+language sql immutable parallel safe
+return case when p_next_slot_at <= p_now + interval '11 s' + (p_burst + 1) * p_gap then p_next_slot_at end;
+comment on function orchestrator.next_slot(timestamptz, timestamptz, interval, integer) is
+  'lane.next_slot_at, if claims can have booked as far as that; null, and so anew, when the clock was set back since';
+
 -- Locks in order of lane; what it then reads, it reads in a new snapshot.
 create or replace function orchestrator.lane_limits(
   p_queues integer[], p_limited integer[], p_now timestamptz, p_until timestamptz, p_max_parallel integer,
@@ -369,7 +375,7 @@ begin
       , least(p_until, p_now + case when b.bound is null then interval '10 s' else orchestrator.limited_ahead() end) as slots_until
       , case when b.bound is not null then greatest(0, b.bound
           - (select count(*) from orchestrator.timer t where t.slot = b.lane and t.lease_until > p_now))::integer end as free
-      , greatest(p_now, case when b.next_slot_at <= p_now + interval '11 s' + (b.burst + 1) * b.gap then b.next_slot_at end) - (b.burst - 1) * b.gap as first_slot_at
+      , greatest(p_now, orchestrator.next_slot(b.next_slot_at, p_now, b.gap, b.burst)) - (b.burst - 1) * b.gap as first_slot_at
     from bound b
   ), slots as (
     select f.*, greatest(0, least(1000000, 1 + floor((extract(epoch from f.slots_until - f.first_slot_at) + 1e-6) / extract(epoch from f.gap))))::integer as slots
@@ -437,7 +443,7 @@ begin
     left join option o on o.lane = c.lane
   ), arrival as (
     select c.*, c.i * c.gap + greatest(
-        case when c.next_slot_at <= p_now + interval '11 s' + (c.burst + 1) * c.gap then c.next_slot_at end
+        orchestrator.next_slot(c.next_slot_at, p_now, c.gap, c.burst)
       , max(c.earliest - (c.i - 1) * c.gap) over (partition by c.lane order by c.i)) as tat
     from leased c
   ), slot as materialized (
