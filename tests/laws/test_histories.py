@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.laws.leased import Leased
 from tests.support.databases import Databases
 from tests.support.laws import Arrival, violations
 from tests.support.sql_client import NOON, Client, Lease, Result, event, seconds
@@ -33,7 +34,7 @@ HOSTS = ["https://one.example", "https://two.example", "https://three.example"]
 
 
 @dataclass
-class Expected:
+class Expected(Leased):
     """An event as the model sees it."""
 
     scheduled_at: datetime
@@ -44,19 +45,6 @@ class Expected:
     lease_until: datetime | None = None
     end: str | None = None
     history: list[tuple[int, str]] = field(default_factory=list)
-
-    def held(self, now: datetime) -> bool:
-        return self.lease_until is not None and self.lease_until > now
-
-    @property
-    def exhausted(self) -> bool:
-        """A failure would be final."""
-        return self.attempt >= self.max_retries + 1 + self.released
-
-    @property
-    def forsaken(self) -> bool:
-        """So many leases ran out that no more are given."""
-        return self.attempt >= self.max_retries + 1 + self.released + 5
 
     def status(self, now: datetime) -> str:
         if self.end:

@@ -32,6 +32,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.laws.leased import Leased
 from tests.support.databases import Databases
 from tests.support.laws import violations
 from tests.support.sql_client import NOON, Client, Lease, Result, seconds, wait_for
@@ -60,7 +61,7 @@ RESULTS = st.sampled_from([("delivered", 200), ("retry", None), ("retry", 429), 
 
 
 @dataclass
-class Event:
+class Event(Leased):
     """An event as the model sees it."""
 
     id: str
@@ -78,19 +79,6 @@ class Event:
     bound_lane: int | None = None
     end: str | None = None
     blocks: bool = False
-
-    def held(self, now: datetime) -> bool:
-        return self.lease_until is not None and self.lease_until > now
-
-    @property
-    def exhausted(self) -> bool:
-        """A failure would be final."""
-        return self.attempt >= self.max_retries + 1 + self.released
-
-    @property
-    def forsaken(self) -> bool:
-        """So many leases ran out that no more are given."""
-        return self.attempt >= self.max_retries + 1 + self.released + 5
 
     def shifted(self, spread_s: float) -> datetime:
         """When it is due under a spread: a share of it that its id decides."""
@@ -913,7 +901,8 @@ def test_eight_sessions_never_exceed_a_bound_though_some_vanish(database_url: st
 
 
 def test_two_sessions_that_trip_a_breaker_at_once_open_it_once(database_url: str) -> None:
-    with Client(database_url) as first, Client(database_url) as second:
+    # Who looks on is in no transaction: in one, the server shows the activity of when it was first asked.
+    with Client(database_url) as first, Client(database_url) as second, Client(database_url) as observer:
         first.rows("select orchestrator.configure_destination('one.example', p_breaker_failures => 3)")
         first.schedule_many(6, destination="https://one.example/", scheduled_at=datetime.now(NOON.tzinfo))
         leases = first.claim(6)
@@ -923,7 +912,7 @@ def test_two_sessions_that_trip_a_breaker_at_once_open_it_once(database_url: str
             with first.transaction():
                 first.finish(results[:3])
                 finishing = thread.submit(second.finish, results[3:])
-                first.wait_until_blocked(second)
+                observer.wait_until_blocked(second)
             finishing.result(10)
         assert first.rows("select breaker, openings from orchestrator.lane where name = 'one.example'") == [("open", 1)]
 
