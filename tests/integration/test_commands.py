@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from tests.conftest import MakeSettings
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.ingesting import Topic, feed, ingesting, read_to
-from tests.support.sql_client import Client, results
+from tests.support.sql_client import NOON, Client, results
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ async def test_a_cancel_is_carried_out_and_answered_for_each_event_it_names(clie
 
 @pytest.mark.usefixtures("ingester")
 async def test_a_redrive_has_a_dead_event_tried_again(client: Client, topic: Topic) -> None:
-    dead, waiting = client.schedule(max_retries=0), client.schedule()
+    dead, waiting = client.schedule(max_retries=0), client.schedule(scheduled_at=NOON + timedelta(days=1))
     client.rows("update orchestrator.timer set due_at = orchestrator.now() where event_id = %s", dead)
     client.finish(results(client.claim(), "fail", error="gone", started_at=0.0, finished_at=0.0))
     assert client.status(dead) == "dead"
