@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 _SLOWEST = 1 - 500e-6  # no clock that NTP disciplines runs slower than this against ours (adjtimex(2) slews by 500 ppm)
+_ROUNDING_S = 1e-6  # of sums and differences of Unix times in double precision, 0.24 us apart, and PostgreSQL's own
 
 
 class DatabaseClock:
@@ -15,7 +16,7 @@ class DatabaseClock:
     the database's clock shows at least that time when the answer arrives, and since then has gone on at `_SLOWEST`
     or faster: the best of these bounds is the clock. When it is ahead of an answer's time even at the question's
     departure, the database's clock was set back, and only that answer counts. A step back by less than the answer
-    took can hide; the clock is ahead by no more than that then.
+    took, or than numbers are rounded by, can hide; the clock is ahead by no more than that then.
     """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -25,7 +26,7 @@ class DatabaseClock:
     def sample(self, database_s: float, sent_s: float, received_s: float) -> None:
         """Takes in an answer: the database's Unix time, and when it was asked and heard on the monotonic clock."""
         lower, upper = database_s - _SLOWEST * received_s, database_s - _SLOWEST * sent_s
-        if self._offset_s is None or not lower <= self._offset_s <= upper:
+        if self._offset_s is None or not lower <= self._offset_s <= upper + _ROUNDING_S:
             self._offset_s = lower
 
     def now(self) -> float:
