@@ -520,7 +520,7 @@ async def test_a_lease_too_short_for_an_attempt_is_handed_back_and_claimed_anew(
     async with dispatching(replace(allowed, lease_s=2.0), gate) as running:
         await eventually(lambda: gate.running == 1 and running.value("events_held") == 2)
         left = "select extract(epoch from min(lease_until) - clock_timestamp())::float8 from orchestrator.timer"
-        await eventually(lambda: client.value(left) < 1.0)
+        await eventually(lambda: client.value(left) < 0.6)  # half a second too late, whatever its clock lags
         gate.open()
         await finished(client, ids)
         assert running.value("events_released_total") == 2

@@ -249,7 +249,7 @@ async def test_a_slot_of_a_rate_that_passed_is_given_back_and_another_one_used(
         await eventually(lambda: gate.running == 1 and running.value("events_held") == 2)
         # Leased for the look-ahead and 60 s, when they might have started.
         left = "select extract(epoch from max(lease_until) - clock_timestamp())::float8 from orchestrator.timer"
-        await eventually(lambda: client.value(left) < 61.1)
+        await eventually(lambda: client.value(left) < 60.6)  # half a second too late, whatever its clock lags
         gate.open()
         await finished(client, ids)
         assert running.value("event_slots_missed_total") == 2
