@@ -27,6 +27,7 @@ from orchestrator.setting import (
     text,
     webhook_secrets,
     whole,
+    writable_directory,
 )
 from orchestrator.settings_kafka import KafkaSettings, filled
 from orchestrator.settings_notices import notices
@@ -221,7 +222,31 @@ class Settings(KafkaSettings):
         "PARTITION_DAYS_AHEAD",
         kind=whole(1, 400),
         default="30",
-        about="Days ahead that partitions are made for, and so that events can be scheduled.",
+        about="Days ahead that partitions are made for; events of later days wait in one table until then.",
+    )
+    max_schedule_ahead_days: int = defined(
+        "MAX_SCHEDULE_AHEAD_DAYS",
+        kind=whole(1, 36500),
+        default="400",
+        about="Furthest ahead that events can be scheduled, in days.",
+    )
+    retention_days: int = defined(
+        "CLEANUP_RETENTION_DAYS",
+        kind=whole(1, 36500),
+        default="7",
+        about="Days that events are kept after the day they were due; a day with unfinished events stays whole.",
+    )
+    archive_directory: str | None = defined(
+        "ARCHIVE_DIRECTORY",
+        kind=writable_directory,
+        otherwise="none: nothing is archived",
+        about="Where maintenance writes events and outcomes before it drops them; one directory for each database.",
+    )
+    archive_format: str = defined(
+        "ARCHIVE_FORMAT",
+        kind=one_of({"csv": "csv", "parquet": "parquet"}, "csv or parquet"),
+        default="csv",
+        about="What they are written as: CSV compressed by gzip, or Parquet, which needs the extra `archive`.",
     )
     shutdown_timeout_s: float = defined(
         "SHUTDOWN_TIMEOUT_SECONDS",
@@ -278,6 +303,11 @@ SETTINGS: dict[str, Setting] = {
     if "setting" in each.metadata
 }
 """Attribute of `Settings` → its definition, in the order of the documentation: those of Kafka last."""
+
+
+def given(environ: Mapping[str, str]) -> frozenset[str]:
+    """The attributes of `Settings` that the environment sets."""
+    return frozenset(key for key, setting in SETTINGS.items() if setting.given(environ) is not None)
 
 
 def superseded(url: database_urls.DatabaseUrl | None) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ HEADER_VALUE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f]*$"
 RETRY_POLICY_PATTERN = "^[a-z0-9_-]{1,63}$"
 # Kafka's own rule, of org.apache.kafka.common.internals.Topic: "." and ".." would be directories.
 TOPIC_PATTERN = r"^(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}$"
+EXPECTED_TIME = "an RFC 3339 time with a zone, such as 2026-01-31T09:00:00Z"
 SHOWN_CHARS = 80
 MAX_FAULTS = 20
 
@@ -89,7 +90,7 @@ class SubmissionError(ValidationError):
 
 
 class OutOfRangeError(SubmissionError):
-    """A submission whose only fault is a time that is never kept; see `scheduled_at_fault`."""
+    """A submission whose only fault is a time that is never kept; see `scheduled_at_fault` and `expires_at_fault`."""
 
 
 class Wire(msgspec.Struct, forbid_unknown_fields=True):
@@ -107,6 +108,7 @@ class Wire(msgspec.Struct, forbid_unknown_fields=True):
     ordering_key: Name | None = None
     priority: Priority | None = None
     spread_seconds: SpreadSeconds | None = None
+    expires_at: ScheduledAt | None = None
 
 
 def shown(value: object) -> str:
@@ -119,6 +121,20 @@ def scheduled_at_fault(at: datetime) -> str | None:
     if EARLIEST <= at <= LATEST:
         return None
     return f"expected a time from 1970 to 2200, got {at.isoformat()}"
+
+
+def in_utc(at: datetime) -> datetime:
+    """The same time without its zone, which may be one that PostgreSQL does not know; at the ends of time, about."""
+    try:
+        return at.astimezone(UTC)
+    except OverflowError:
+        return EARLIEST if at.year == 1 else LATEST
+
+
+def expires_at_fault(expires_at: datetime, scheduled_at: datetime) -> str | None:
+    if expires_at > scheduled_at:
+        return scheduled_at_fault(expires_at)
+    return f"expected a time after scheduled_at, {scheduled_at.isoformat()}, got {expires_at.isoformat()}"
 
 
 def text_fault(text: str) -> str | None:
@@ -181,7 +197,7 @@ def priority_fault(priority: float) -> str | None:
 
 _EXPECTED: dict[str, tuple[Any, str]] = {
     "source": (Name, f"a string of 1 to {MAX_NAME_CHARS} characters"),
-    "scheduled_at": (ScheduledAt, "an RFC 3339 time with a zone, such as 2026-01-31T09:00:00Z"),
+    "scheduled_at": (ScheduledAt, EXPECTED_TIME),
     "destination": (str | None, "a URL, or the name of a Kafka topic"),
     "payload": (msgspec.Raw, "a JSON value"),
     "external_job_id": (Name | None, f"a string of 1 to {MAX_NAME_CHARS} characters, or null"),
@@ -192,6 +208,7 @@ _EXPECTED: dict[str, tuple[Any, str]] = {
     "ordering_key": (Name | None, f"a string of 1 to {MAX_NAME_CHARS} characters, or null"),
     "priority": (WholeNumber | None, f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"),
     "spread_seconds": (SpreadSeconds | None, f"more than 0 and at most {MAX_SPREAD_S} seconds"),
+    "expires_at": (ScheduledAt | None, f"{EXPECTED_TIME}, or null"),
 }
 _REQUIRED = ("source", "scheduled_at", "payload")
 _FAULTS: dict[str, Callable[[Any], str | None]] = {
@@ -213,6 +230,8 @@ def faults_of(text: bytes, limits: Limits, suspect: bool) -> list[tuple[str, str
     faults = [(name, f"required: {_EXPECTED[name][1]}") for name in _REQUIRED if name not in fields]
     if reason := _destination_fault(fields):
         faults.append(("destination", reason))
+    if reason := _expiry_fault(fields):
+        faults.append(("expires_at", reason))
     for name, raw in fields.items():
         if len(faults) == MAX_FAULTS:
             break
@@ -231,6 +250,16 @@ def _destination_fault(fields: dict[str, msgspec.Raw]) -> str | None:
     except msgspec.ValidationError:
         return None
     return destination_fault(kind, destination)
+
+
+def _expiry_fault(fields: dict[str, msgspec.Raw]) -> str | None:
+    """What is wrong with an expiry of the right form; nothing as long as scheduled_at is wrong."""
+    try:
+        at = msgspec.json.decode(fields.get("scheduled_at", b"null"), type=ScheduledAt)
+        expires_at = msgspec.json.decode(fields.get("expires_at", b"null"), type=ScheduledAt)
+    except msgspec.ValidationError:
+        return None
+    return expires_at_fault(expires_at, at)
 
 
 def _field_fault(name: str, raw: msgspec.Raw, limits: Limits, suspect: bool) -> str | None:

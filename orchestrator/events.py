@@ -21,6 +21,7 @@ from orchestrator.event_rules import (
     Wire,
     destination_fault,
     envelope_faults,
+    expires_at_fault,
     faults_of,
     headers_fault,
     payload_fault,
@@ -53,7 +54,7 @@ class Submission(msgspec.Struct, frozen=True):
     """A submission that keeps every rule: `scheduled_at` in UTC, `payload` and `headers` as JSON texts.
 
     `destination` is a URL, or a topic when `delivery_type` is KAFKA; None then stands for the ready topic.
-    `priority` is None for 0.
+    `priority` is None for 0. No attempt begins at `expires_at`, also in UTC, or later.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Submission(msgspec.Struct, frozen=True):
     ordering_key: str | None = None
     priority: int | None = None
     spread_seconds: float | None = None
+    expires_at: datetime | None = None
 
 
 class _Batch(msgspec.Struct, forbid_unknown_fields=True):
@@ -184,6 +186,11 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
         _refuse(text, limits, suspect)
     if not EARLIEST <= at <= LATEST:
         raise OutOfRangeError([("scheduled_at", scheduled_at_fault(at) or "")])
+    expires_at = wire.expires_at
+    if expires_at is not None:
+        if fault := expires_at_fault(expires_at, at):
+            raise OutOfRangeError([("expires_at", fault)])
+        expires_at = expires_at.astimezone(UTC)
     if at.tzinfo is not UTC:
         at = at.astimezone(UTC)
     return Submission(
@@ -200,6 +207,7 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
         key,
         int(wire.priority) if wire.priority else None,
         wire.spread_seconds,
+        expires_at,
     )
 
 
@@ -240,6 +248,7 @@ def encode_submission(s: Submission) -> bytes:
         "ordering_key": s.ordering_key,
         "priority": s.priority,
         "spread_seconds": s.spread_seconds,
+        "expires_at": s.expires_at,
     }
     return _encode({name: value for name, value in fields.items() if value is not None})
 
@@ -276,8 +285,10 @@ def copy_row(s: Submission, n: int) -> bytes:
     priority = s.priority or r"\N"
     # Not str(): that of a small number has an exponent.
     spread = r"\N" if s.spread_seconds is None else f"{s.spread_seconds:.6f} seconds"
+    expires_at = r"\N" if s.expires_at is None else s.expires_at.isoformat()
     last = (
-        f"\t{s.max_retries}\t{_optional(s.retry_policy)}\t{_optional(s.ordering_key)}\t{priority}\t{spread}\n"
+        f"\t{s.max_retries}\t{_optional(s.retry_policy)}\t{_optional(s.ordering_key)}\t{priority}\t{spread}"
+        f"\t{expires_at}\n"
     ).encode()
     return b"%b%b\t%b%b" % (first, _escaped(s.payload), headers, last)
 

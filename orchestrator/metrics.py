@@ -6,16 +6,21 @@ the series are read, so counting pays nothing for them.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from orchestrator.config import Settings
+
+if TYPE_CHECKING:
+    from orchestrator.database.maintenance import Condition
 
 PREFIX = "orchestrator"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -88,6 +93,12 @@ class Metrics:
             "ingest_halted_partitions", "Partitions that wait for an operator's decision; the log says which.", "topic"
         )
 
+        self.maintenance_problems_total: Callable[[str], Counter] = cache(
+            self._counter(
+                "maintenance_problems_total", "Steps of maintenance that failed in this process.", "step"
+            ).labels
+        )
+
         self.outbox_published_total = self._counter(
             "outbox_published_total", "Messages of the outbox that Kafka has acknowledged."
         )
@@ -130,6 +141,23 @@ class Metrics:
         self.paused = self._gauge("paused", "1 while everything is paused, else 0; NaN while the database is away.")
         self.destinations_paused = self._gauge("destinations_paused", "Destinations that are paused by themselves.")
         self.breakers_open = self._gauge("breakers_open", "Destinations whose breaker is open, or trying one event.")
+        self.maintenance_age_seconds = self._gauge(
+            "maintenance_age_seconds", "Time since maintenance last ran, wherever that was; NaN: unknown, or never."
+        )
+        self.maintenance_failing_steps = self._gauge(
+            "maintenance_failing_steps", "Steps of maintenance that failed when it last ran."
+        )
+        self.partition_days_ahead = self._gauge("partition_days_ahead", "Days ahead that have partitions.")
+        self.partitions_retired = self._gauge(
+            "partitions_retired", "Partitions past retention that wait to be archived and dropped."
+        )
+        self.horizon_events = self._gauge(
+            "horizon_events", "About how many events are due after the last partition, by PostgreSQL's estimate."
+        )
+        self.dead_letters = self._gauge("dead_letters", "Events that ran out of attempts, up to 10,000.")
+        self.dead_letters_expiring = self._gauge(
+            "dead_letters_expiring", "Those of them that retention drops within a day, up to 10,000."
+        )
         # Without the prefix, as alerts of older installations know it.
         self.outbox_event_pending_total = Gauge(
             "outbox_event_pending_total", "Messages that wait in the outbox, up to 10,000.", registry=self.registry
@@ -151,6 +179,17 @@ class Metrics:
         self.paused.set(paused)
         self.destinations_paused.set(destinations_paused)
         self.breakers_open.set(breakers_open)
+
+    def set_condition(self, found: Condition | None) -> None:
+        """Takes over how maintenance fares; None: unknown."""
+        unknown = math.nan
+        self.maintenance_age_seconds.set(unknown if found is None or found.age_s is None else found.age_s)
+        self.maintenance_failing_steps.set(unknown if found is None else len(found.problems))
+        self.partition_days_ahead.set(unknown if found is None else found.days_ahead)
+        self.partitions_retired.set(unknown if found is None else found.retired)
+        self.horizon_events.set(unknown if found is None else found.horizon)
+        self.dead_letters.set(unknown if found is None else found.dead_letters)
+        self.dead_letters_expiring.set(unknown if found is None else found.expiring)
 
     def exposition(self) -> tuple[bytes, str]:
         """All series as Prometheus reads them, and the content type to send them with."""

@@ -3,23 +3,55 @@
 ``sql/schema`` holds versioned files, applied once, in order; ``sql/functions``, ``sql/views`` and ``sql/roles.sql``
 are repeatable, applied again when their text has changed. All of it happens in one transaction under an
 advisory lock, so any number of replicas may migrate at once and a crash leaves nothing half done.
+
+Before tables change, all of them are locked, which waits for those who use them, and has everybody else wait behind. So
+a table is waited for only while no other is held, for no longer than two seconds, as PostgreSQL has its own autovacuum
+give way after one; the others are to be had at once. Else all is let go, and tried again with the busy table first.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
+from psycopg import sql
 from psycopg.rows import TupleRow
 
+from orchestrator.database.maintenance import CONFIGURE, Retention
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 
+_PATIENCE_S = 30.0
+_LONG = "set local lock_timeout = '2 s'"
+_SHORT = "set local lock_timeout = '100 ms'"  # a tenth of what makes a session look for deadlocks
+_TABLES = """
+select relname from pg_class
+where relnamespace = 'orchestrator'::regnamespace and relkind in ('r', 'p') and not relispartition
+  and relname <> 'migration'
+order by array_position(array['event', 'outcome', 'timer'], relname::text), relname
+"""
+_MAINTENANCE_TRIES = 100
+_MAINTENANCE_PAUSE_S = 0.1
 _LOCK = "select pg_advisory_xact_lock(hashtext('orchestrator.migrate'))"
 _RECORD = """
 insert into orchestrator.migration (file, checksum) values (%s, %s)
 on conflict (file) do update set checksum = excluded.checksum, applied_at = clock_timestamp()
+"""
+_HOLDERS = """
+select format('session %1$s (%2$s, %3$s) has a transaction open for %4$s s, now %5$s; end it: '
+    'select pg_terminate_backend(%1$s)', a.pid, coalesce(a.usename, '?'), coalesce(nullif(a.application_name, ''), '?')
+  , coalesce(extract(epoch from clock_timestamp() - a.xact_start)::bigint::text, '?'), coalesce(a.state, 'unknown'))
+from pg_stat_activity a
+where a.pid <> pg_backend_pid() and a.datname = current_database()
+  and coalesce(a.xact_start, '-infinity') < clock_timestamp() - interval '2 s'
+  and exists (select from pg_locks l join pg_class c on c.oid = l.relation
+    where l.pid = a.pid and l.granted and c.relnamespace = to_regnamespace('orchestrator'))
+union all
+select format('prepared transaction %1$L is open; end it: rollback prepared %1$L', p.gid)
+from pg_prepared_xacts p where p.database = current_database()
+limit 5
 """
 MINIMUM_VERSION = 180000
 
@@ -42,29 +74,79 @@ class _File:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def migrate(database_url: str, *, days_ahead: int = 30) -> Report:
-    """Applies what is pending and makes partitions up to `days_ahead` days from now.
+def migrate(database_url: str, *, days_ahead: int | None = None, retention: Retention | None = None) -> Report:
+    """Applies what is pending, and then makes partitions up to `days_ahead` days from now, None: as configured.
 
-    Raises DatabaseUnavailable when the server cannot be reached, OrchestratorError when the database is
-    newer than this program, was migrated with another text of a versioned file, or is too old a server.
+    A new schema is told of `retention` at once, before anybody could run its maintenance.
+
+    Raises DatabaseUnavailable when the server cannot be reached, OrchestratorError when the database is newer than
+    this program, was migrated with another text of a versioned file, or is too old a server, and when others did not
+    let go of a table for half a minute.
     """
     with _connect(database_url) as connection:
         if connection.info.server_version < MINIMUM_VERSION:
             raise OrchestratorError(
                 f"the server is PostgreSQL {connection.info.server_version // 10000}: expected 18 or newer; upgrade it"
             )
+        give_up = time.monotonic() + _PATIENCE_S
+        busy: list[str] = []
+        while True:
+            began = time.monotonic()
+            try:
+                applied = _apply_pending(connection, retention, busy)
+                break
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+                ended = time.monotonic()
+                if ended > give_up:
+                    raise OrchestratorError(f"nothing was changed: {_holders(connection)}") from error
+                time.sleep(ended - began)  # others have waited as long
+        return Report(applied, _make_partitions(connection, days_ahead))
+
+
+def _apply_pending(connection: psycopg.Connection[TupleRow], retention: Retention | None, busy: list[str]) -> list[str]:
+    """`busy` are tables that others did not let go of, the last one first; it is added to when there is another."""
+    with connection.transaction():
+        connection.execute(_LOCK)
+        _apply(connection, _bootstrap())
+        pending = _pending(_versioned(), _repeatable(), _recorded(connection))
+        if any(file.name.startswith("schema/") for file in pending):
+            _lock_tables(connection, busy)
+        connection.execute(_LONG)
+        connection.execute("set local check_function_bodies = off")
+        for file in pending:
+            _apply(connection, file)
+            connection.execute(_RECORD, (file.name, file.checksum))
+        if pending and retention is not None:
+            connection.execute(CONFIGURE, retention)
+    return [file.name for file in pending]
+
+
+def _lock_tables(connection: psycopg.Connection[TupleRow], busy: list[str]) -> None:
+    tables = [str(row[0]) for row in connection.execute(_TABLES)]
+    connection.execute(_LONG)
+    for table in sorted(tables, key=lambda table: busy.index(table) if table in busy else len(busy)):
+        try:
+            connection.execute(sql.SQL("lock table {}").format(sql.Identifier("orchestrator", table)))
+        except psycopg.errors.LockNotAvailable:
+            busy[:] = [table, *(other for other in busy if other != table)]
+            raise
+        connection.execute(_SHORT)
+
+
+def _holders(connection: psycopg.Connection[TupleRow]) -> str:
+    holders = [str(row[0]) for row in connection.execute(_HOLDERS)]
+    return "; ".join(holders) or "tables are in use by many short transactions; try again when there is less to do"
+
+
+def _make_partitions(connection: psycopg.Connection[TupleRow], days_ahead: int | None) -> int:
+    """In a transaction of its own, when no table is locked any more, and after a maintenance that runs just now."""
+    for _ in range(_MAINTENANCE_TRIES):
         with connection.transaction():
-            connection.execute(_LOCK)
-            _apply(connection, _bootstrap())
-            pending = _pending(_versioned(), _repeatable(), _recorded(connection))
-            connection.execute("set local check_function_bodies = off")
-            for file in pending:
-                _apply(connection, file)
-                connection.execute(_RECORD, (file.name, file.checksum))
-            row = connection.execute(
-                "select (orchestrator.run_maintenance(%s) ->> 'partitions_created')::integer", (days_ahead,)
-            ).fetchone()
-    return Report([file.name for file in pending], row[0] or 0 if row else 0)
+            row = connection.execute("select orchestrator.run_maintenance(%s)", (days_ahead,)).fetchone()
+        if row is not None and "skipped" not in row[0]:
+            return int(row[0]["partitions_created"])
+        time.sleep(_MAINTENANCE_PAUSE_S)
+    return 0
 
 
 def check(database_url: str) -> list[str]:
@@ -145,5 +227,7 @@ def _pending(versioned: list[_File], repeatable: list[_File], recorded: dict[str
 def _apply(connection: psycopg.Connection[TupleRow], file: _File) -> None:
     try:
         connection.execute(file.text.encode())
+    except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+        raise
     except psycopg.Error as error:
         raise OrchestratorError(f"sql/{file.name}: {error}".strip()) from error

@@ -25,13 +25,14 @@ from orchestrator.api.server import serve_management
 from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError
-from orchestrator.maintenance import maintain
+from orchestrator.maintenance import maintain, prepare
 from orchestrator.metrics import Metrics
 
-Role = Literal["run", "api", "ingest", "dispatch"]
+Role = Literal["run", "api", "ingest", "dispatch", "maintain"]
 Part = Callable[[asyncio.Event], Awaitable[None]]
 """Something that works until the event is set, and then ends by itself."""
 
+_WITHOUT_API = ("ingest", "dispatch", "maintain")
 _FIRST_BACKOFF_S = 0.2
 _LAST_BACKOFF_S = 5.0
 _AFTER_DEADLINE_S = 2.0  # the parts keep the deadline themselves; this is for one that does not
@@ -65,9 +66,8 @@ class _Process:
         _log.info("starting", extra={"database": database_url.masked(settings.database_url), "pid": os.getpid()})
         if self._role == "ingest" and settings.kafka_servers is None:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
-        # These two have connections of their own; their pool only answers health checks.
-        beside_api = self._role in ("ingest", "dispatch")
-        pool = replace(settings, pool_min_idle=0, pool_max_size=2) if beside_api else settings
+        # These have connections of their own; their pool only answers health checks.
+        pool = replace(settings, pool_min_idle=0, pool_max_size=2) if self._role in _WITHOUT_API else settings
         try:
             async with asyncio.timeout(None) as deadline, Database(pool, role=self._role) as database:
                 await self._run_parts(self._parts(database), beside, database, deadline)
@@ -91,8 +91,8 @@ class _Process:
                 parts.append(lambda stop: _publish(settings, metrics, stop))
         if self._role == "ingest" or (self._role == "run" and settings.kafka_servers is not None):
             parts.append(lambda stop: _ingest(settings, metrics, stop))
-        if self._role == "run":
-            parts.append(lambda stop: maintain(settings, database, stop))
+        if self._role in ("run", "maintain"):
+            parts.append(lambda stop: maintain(settings, metrics, stop))
         return parts
 
     async def _run_parts(
@@ -101,7 +101,7 @@ class _Process:
         settings = self._settings
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._limit(deadline))
-            if self._role in ("ingest", "dispatch") and settings.management_port is not None:
+            if self._role in _WITHOUT_API and settings.management_port is not None:
                 # From the start, so that a probe sees a process that lives and waits for its database.
                 management: Part = lambda stop: serve_management(  # noqa: E731
                     settings, database, self._metrics, stop=stop
@@ -173,8 +173,8 @@ async def _until_usable(settings: Settings, database: Database, role: Role, stop
     while not stop.is_set():
         try:
             await asyncio.to_thread(_require_schema, settings.database_url)
-            if role == "run":  # after a long pause there may be no partition for today
-                await database.run_maintenance(days_ahead=settings.partition_days_ahead)
+            if role in ("run", "maintain"):
+                await prepare(settings)
             await database.ready()
             if backoff_s > _FIRST_BACKOFF_S:
                 _log.info("the database is there")

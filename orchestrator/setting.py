@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -158,6 +159,17 @@ def _directory(raw: str) -> str:
 
 
 directory = Kind("a directory that exists", _directory)
+
+
+def _writable_directory(raw: str) -> str:
+    value = _directory(raw)
+    # Nothing is written to find out: a disk that is full just now is no reason not to start.
+    if not os.access(value, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ValueError
+    return value
+
+
+writable_directory = Kind("a directory that exists and can be written to", _writable_directory)
 
 
 def one_of(choices: Mapping[str, str], expects: str) -> Kind:

@@ -10,8 +10,6 @@ from difflib import get_close_matches
 _WITHOUT_EFFECT = {
     r"REDIS_\w+": "locks, limits and caches live in PostgreSQL",
     "KAFKA_STREAMS_APP_ID": "KAFKA_CONSUMER_GROUP names the group that reads submissions",
-    "CLEANUP_RETENTION_DAYS": "this version deletes nothing",
-    "MAX_SCHEDULE_AHEAD_DAYS": "PARTITION_DAYS_AHEAD says how far ahead events can be scheduled",
 }
 _OURS = ("SCHEDULER_", "HTTP_MAX_", "DB_", "KAFKA_", "OUTBOX_")
 # Kubernetes and Docker set these for every neighbouring service, also for one that is called "db".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 MARGIN_S = 5.0
@@ -52,6 +53,24 @@ def _body_holds_payload(v: Mapping[str, Any]) -> str | None:
     return f"MAX_BODY_BYTES: expected at least MAX_PAYLOAD_BYTES ({least}), got {v['max_body_bytes']}"
 
 
+def _partitions_within_reach(v: Mapping[str, Any]) -> str | None:
+    if v["max_schedule_ahead_days"] >= v["partition_days_ahead"]:
+        return None
+    least = v["partition_days_ahead"]
+    return (
+        f"MAX_SCHEDULE_AHEAD_DAYS: expected at least PARTITION_DAYS_AHEAD ({least}), got {v['max_schedule_ahead_days']}"
+    )
+
+
+def _parquet_can_be_written(v: Mapping[str, Any]) -> str | None:
+    if v["archive_format"] != "parquet" or find_spec("pyarrow") is not None:
+        return None
+    return (
+        "ARCHIVE_FORMAT: parquet needs pyarrow, which is not installed; install "
+        "scheduled-event-orchestrator[archive], or take csv"
+    )
+
+
 def _ports_differ(v: Mapping[str, Any]) -> str | None:
     if v["management_port"] != v["server_port"]:
         return None
@@ -94,6 +113,8 @@ _RULES = (
     _memory_holds_batch,
     _lease_outlasts_attempt,
     _body_holds_payload,
+    _partitions_within_reach,
+    _parquet_can_be_written,
     _ports_differ,
     _login_is_whole,
     _certificate_has_key,

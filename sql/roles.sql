@@ -23,24 +23,28 @@ grant execute on function orchestrator.now(), orchestrator.event_id(text, text, 
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
 grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_events(jsonb),
-  orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval)
+  orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval, timestamptz)
   to orchestrator_submit, orchestrator_ingest, orchestrator_ops;
-grant execute on function orchestrator.cancel_event(uuid, text), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()
+grant execute on function orchestrator.cancel_event(uuid, text), orchestrator.reschedule_event(uuid, timestamptz, text, timestamptz),
+  orchestrator.cancel_events(text, text, timestamptz, timestamptz, boolean, integer, uuid), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()
   to orchestrator_submit, orchestrator_ops;
 grant execute on function orchestrator.register_worker(text), orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer),
   orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
   orchestrator.release_events(uuid[], integer[]), orchestrator.own_lane(text, boolean), orchestrator.next_due_at(), orchestrator.backlog(),
   orchestrator.set_outbox(text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
-  orchestrator.outbox_pending()
+  orchestrator.outbox_pending(), orchestrator.raise_floors()
   to orchestrator_dispatch, orchestrator_ops;
 grant execute on function orchestrator.ingest_offsets(text), orchestrator.advance_offsets(text, integer[], bigint[], bigint[], bigint[], bigint[]),
   orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]), orchestrator.execute_commands(text, jsonb)
   to orchestrator_ingest, orchestrator_ops;
 grant execute on function orchestrator.set_ingest_offset(text, integer, bigint), orchestrator.get_reject(bigint), orchestrator.resubmitted_reject(bigint, uuid),
-  orchestrator.redrive_event(uuid), orchestrator.pass_dead_letter(uuid), orchestrator.retry_outbox_failures()
+  orchestrator.redrive_event(uuid), orchestrator.pass_dead_letter(uuid),
+  orchestrator.redrive_dead_letters(text, text, timestamptz, timestamptz, text, double precision, boolean, integer, uuid, timestamptz),
+  orchestrator.purge_dead_letters(text, text, timestamptz, timestamptz, text, boolean, integer, uuid), orchestrator.retry_outbox_failures()
   to orchestrator_ops;
 grant execute on function orchestrator.get_event(uuid), orchestrator.events_by_external_id(text, integer, timestamptz, uuid),
-  orchestrator.list_dead_letters(integer, timestamptz, uuid), orchestrator.list_rejects(integer, bigint), orchestrator.ingest_offsets(text),
+  orchestrator.list_dead_letters(integer, timestamptz, uuid, text, text, timestamptz, timestamptz, text),
+  orchestrator.statistics_by(timestamptz, timestamptz, text[], text, text), orchestrator.list_rejects(integer, bigint), orchestrator.ingest_offsets(text),
   orchestrator.outbox_pending(), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog(),
   orchestrator.get_destination(text), orchestrator.list_destinations(integer, text), orchestrator.destination_for(text),
   orchestrator.backlog_forecast(interval, interval, text), orchestrator.forecast(interval, interval, text, integer)
@@ -52,6 +56,8 @@ grant execute on function
   orchestrator.resume_all(), orchestrator.close_breaker(text), orchestrator.destination_json(text)
   to orchestrator_ops;
 grant execute on function orchestrator.run_maintenance(integer, integer), orchestrator.settle_lanes(integer), orchestrator.create_partitions(date, date),
+  orchestrator.configure_retention(integer, integer, integer, boolean), orchestrator.partitions_to_archive(), orchestrator.archived_partition(text),
+  orchestrator.hand_partitions_to(text),
   orchestrator.create_api_key(text, bytea, text[]), orchestrator.revoke_api_key(text), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()
   to orchestrator_ops;
 grant select on all tables in schema orchestrator to orchestrator_read, orchestrator_ops;

@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.api.auth import Guard
+from orchestrator.api.dead_letters import DeadLetterRoutes
 from orchestrator.api.destinations import DestinationRoutes
 from orchestrator.api.events import EventRoutes
 from orchestrator.api.health import Health
@@ -46,7 +47,7 @@ class _Segment(Convertor[str]):
 class _EventId(_Segment):
     """A segment that is not the name of another route, so that those answer 405 themselves."""
 
-    regex = "(?!(?:batch|statistics|external)$)[^/]+"
+    regex = "(?!(?:batch|cancel|statistics|external)(?:/|$))[^/]+"
 
 
 register_url_convertor("segment", _Segment())
@@ -101,7 +102,8 @@ def _method(scope: Scope) -> str:
 async def api_app(settings: Settings, database: Database, metrics: Metrics, health: Health) -> AsyncIterator[Edge]:
     """The API, with what runs behind it. Health and metrics are part of it unless they have their own port."""
     guard = Guard(settings, database)
-    events = EventRoutes(guard, database)
+    events = EventRoutes(settings, guard, database)
+    dead_letters = DeadLetterRoutes(settings, guard, database)
     destinations = DestinationRoutes(settings, guard, database)
     described = msgspec.json.encode(document(settings))
 
@@ -112,10 +114,16 @@ async def api_app(settings: Settings, database: Database, metrics: Metrics, heal
         routes = [
             Route("/api/v1/events", SubmitOne(settings, guard, taken, metrics), methods=["POST"]),
             Route("/api/v1/events/batch", SubmitBatch(settings, guard, taken, metrics), methods=["POST"]),
+            Route("/api/v1/events/cancel", events.cancel, methods=["POST"]),
             Route("/api/v1/events/statistics", events.statistics, methods=["GET"]),
             Route("/api/v1/events/external/{external_job_id:segment}", events.newest, methods=["GET", "DELETE"]),
             Route("/api/v1/events/external/{external_job_id:segment}/all", events.all, methods=["GET"]),
+            Route("/api/v1/events/external/{external_job_id:segment}/reschedule", events.reschedule, methods=["POST"]),
             Route("/api/v1/events/{id:event_id}", events.event, methods=["GET", "DELETE"]),
+            Route("/api/v1/events/{id:event_id}/reschedule", events.reschedule, methods=["POST"]),
+            Route("/api/v1/dead-letters", dead_letters.page, methods=["GET"]),
+            Route("/api/v1/dead-letters/redrive", dead_letters.redrive, methods=["POST"]),
+            Route("/api/v1/dead-letters/purge", dead_letters.purge, methods=["POST"]),
             Route("/api/v1/destinations", destinations.page, methods=["GET"]),
             Route("/api/v1/destinations/{name:segment}", destinations.destination, methods=["GET", "PUT", "DELETE"]),
             Route("/api/v1/destinations/{name:segment}/pause", destinations.pause, methods=["POST"]),

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 
-from orchestrator.api.schema_parts import Schema
+from orchestrator.api.fields import Field, number, whole
 from orchestrator.event_rules import HEADER_NAME_PATTERN, MAX_HEADERS, RETRY_POLICY_PATTERN, headers_fault, shown
 
 MAX_NAME_CHARS = 300
@@ -27,43 +27,16 @@ _FILE = re.compile(FILE_PATTERN.removesuffix("$"))
 _A_NAME = "the name of a secret, a file of SECRETS_DIRECTORY: 1 to 100 letters, digits, ., _ and -"
 
 
-class Setting(NamedTuple):
-    """`column` is what the database calls it; `schema` is what OpenAPI says, `wire` what is checked."""
-
-    column: str
-    expected: str
-    schema: Schema
-    wire: Any
-
-
-def _number(column: str, about: str, least: float, most: float) -> Setting:
-    schema = {"type": "number", "minimum": least, "maximum": most, "description": about}
-    return Setting(
-        column, f"{_plain(least)} to {_plain(most)}", schema, Annotated[float, msgspec.Meta(ge=least, le=most)]
-    )
-
-
-def _plain(number: float) -> str:
-    return f"{number:f}".rstrip("0").rstrip(".") or "0"
-
-
-def _whole(column: str, about: str, least: int, most: int) -> Setting:
-    bound = msgspec.Meta(ge=least, le=most)
-    wire = Annotated[int, bound] | Annotated[float, msgspec.Meta(ge=least, le=most, multiple_of=1)]
-    schema = {"type": "integer", "minimum": least, "maximum": most, "description": about}
-    return Setting(column, f"a whole number from {least} to {most}", schema, wire)
-
-
-SETTINGS: dict[str, Setting] = {
-    "rate_per_second": _number(
+SETTINGS: dict[str, Field] = {
+    "rate_per_second": number(
         "rate_per_second",
         "Attempts a second, by all dispatchers together. Without it there is no limit.",
         0.000001,
         100_000,
     ),
-    "burst": _whole("burst", "Attempts that may start at once after a pause, under the rate. Else 1.", 1, 1_000_000),
-    "max_parallel": _whole("max_parallel", "Attempts under way at once, by all dispatchers together.", 1, 100_000),
-    "adaptive": Setting(
+    "burst": whole("burst", "Attempts that may start at once after a pause, under the rate. Else 1.", 1, 1_000_000),
+    "max_parallel": whole("max_parallel", "Attempts under way at once, by all dispatchers together.", 1, 100_000),
+    "adaptive": Field(
         "adaptive",
         "true or false",
         {
@@ -72,14 +45,14 @@ SETTINGS: dict[str, Setting] = {
         },
         bool,
     ),
-    "timeout_seconds": _number("timeout", "Longest that an attempt may take.", 0.1, 600),
-    "retry_policy": Setting(
+    "timeout_seconds": number("timeout", "Longest that an attempt may take.", 0.1, 600),
+    "retry_policy": Field(
         "retry_policy",
         "a name of 1 to 63 characters from a-z, 0-9, _ and -",
         {"type": "string", "pattern": RETRY_POLICY_PATTERN, "description": "For events that name none."},
         Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_-]{1,63}\Z")],
     ),
-    "signing_secret": Setting(
+    "signing_secret": Field(
         "signing_secret",
         _A_NAME,
         {
@@ -89,7 +62,7 @@ SETTINGS: dict[str, Setting] = {
         },
         str,
     ),
-    "secret_headers": Setting(
+    "secret_headers": Field(
         "secret_headers",
         f"an object of header names, and for each {_A_NAME}",
         {
@@ -102,21 +75,21 @@ SETTINGS: dict[str, Setting] = {
         },
         dict[str, str],
     ),
-    "spread_seconds": _number("spread", "Window over which its events are spread.", 0.001, 604_800),
-    "breaker_failures": _whole(
+    "spread_seconds": number("spread", "Window over which its events are spread.", 0.001, 604_800),
+    "breaker_failures": whole(
         "breaker_failures", "Its breaker opens after so many failures in a row; 0: not by that. Else 10.", 0, 1_000_000
     ),
-    "breaker_ratio": _number(
+    "breaker_ratio": number(
         "breaker_ratio", "It opens when this share of attempts in its window failed; 0: not by that. Else 0.5.", 0, 1
     ),
-    "breaker_minimum": _whole(
+    "breaker_minimum": whole(
         "breaker_minimum", "Attempts in the window before the ratio counts. Else 20.", 1, 1_000_000
     ),
-    "breaker_window_seconds": _number("breaker_window", "The window of the ratio. Else 30.", 1, 3600),
-    "breaker_cooldown_seconds": _number(
+    "breaker_window_seconds": number("breaker_window", "The window of the ratio. Else 30.", 1, 3600),
+    "breaker_cooldown_seconds": number(
         "breaker_cooldown", "How long it stays open at first; doubles with each failed try. Else 5.", 0.1, 3600
     ),
-    "breaker_max_cooldown_seconds": _number(
+    "breaker_max_cooldown_seconds": number(
         "breaker_max_cooldown", "Longest that it stays open; at least breaker_cooldown_seconds. Else 300.", 0.1, 86_400
     ),
 }

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from orchestrator.api.auth import Guard
 from orchestrator.api.destination_rules import FIELDS, SETTINGS, name_fault, settings_of
+from orchestrator.api.fields import fields_of, unprocessable
 from orchestrator.api.http import read_json
 from orchestrator.api.problems import Problem
 from orchestrator.api.queries import as_json, invalid, page_limit, whole_number
@@ -18,7 +19,6 @@ from orchestrator.database import Database
 from orchestrator.database.destinations import Destinations
 from orchestrator.errors import ValidationError
 from orchestrator.event_rules import shown
-from orchestrator.json_text import utf8_fault
 
 # The last name of a page, in UTF-8. Opaque to clients, and no string of this form is wrong.
 CURSOR_PATTERN = "^([2-9a-f][0-9a-f]){1,1200}$"
@@ -93,9 +93,9 @@ class DestinationRoutes:
 
     async def _configure(self, request: Request, name: str) -> Response:
         raw = await read_json(request.scope, request.receive, self._settings.max_body_bytes)
-        given, faults = settings_of(_fields(raw))
+        given, faults = settings_of(fields_of(raw))
         if faults:
-            raise Problem("validation", "; ".join(": ".join(fault) for fault in faults[:3]), errors=faults[:20])
+            raise unprocessable(faults)
         # A PUT replaces what there was.
         clear = [setting.column for setting in SETTINGS.values() if setting.column not in given]
         try:
@@ -117,21 +117,6 @@ def _name(request: Request) -> str:
     if fault := name_fault(name):
         raise invalid("name", f"{fault}; got {shown(name)!r}")
     return name
-
-
-def _fields(raw: bytes) -> dict[str, msgspec.Raw]:
-    if utf8_fault(raw) is not None:
-        raise _malformed("expected UTF-8")
-    try:
-        return msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-    except msgspec.ValidationError:
-        raise invalid("body", f"expected a JSON object, got {shown(raw)}") from None
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise _malformed(str(error)) from None
-
-
-def _malformed(reason: str) -> Problem:
-    return Problem("malformed-json", reason, errors=[("body", reason)])
 
 
 def _cursor(destination: bytes) -> bytes:

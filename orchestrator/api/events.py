@@ -1,50 +1,70 @@
-"""Reading and cancelling events."""
+"""Reading, cancelling and rescheduling events."""
 
 from __future__ import annotations
 
 import re
-from datetime import datetime, timedelta
-from uuid import UUID
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from orchestrator.api.auth import Guard
+from orchestrator.api.fields import body_values, query_values
+from orchestrator.api.filters import (
+    CANCEL,
+    COUNTS,
+    NARROWING,
+    RESCHEDULE,
+    answer_of,
+    call_of,
+    filter_of,
+    require_some,
+    times_of,
+)
 from orchestrator.api.problems import Problem
-from orchestrator.api.queries import as_json, invalid, page_limit
-from orchestrator.database import Cancelled, Database
-from orchestrator.event_rules import EARLIEST, MAX_NAME_CHARS, shown
+from orchestrator.api.queries import as_json, invalid, page_of, page_place
+from orchestrator.config import Settings
+from orchestrator.database import Cancelled, Database, Rescheduled
+from orchestrator.database.sweeps import Sweeps
+from orchestrator.errors import ValidationError
+from orchestrator.event_rules import MAX_NAME_CHARS, shown
 
-# A place in a list: the microsecond and the id of an event. Opaque to clients, and no string of this form is wrong.
-CURSOR_PATTERN = "^[0-9a-f]{46}$"
+MAX_COUNTS = 50_000
 
-_CURSOR = re.compile(CURSOR_PATTERN.strip("^$"))
-_MICROSECOND = timedelta(microseconds=1)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _WHY = {
     "in_flight": "It is being delivered just now",
     "finished": "It has already ended",
 }
-
-
-class _Place(msgspec.Struct):
-    """Where an event stands in a list: what the next page starts after."""
-
-    scheduled_at: datetime
-    id: str
+_INSTEAD = {
+    "in_flight": "try again when this attempt has ended",
+    "finished": "submit a new event instead",
+}
 
 
 class EventRoutes:
     """The endpoints, by their names in the OpenAPI document."""
 
-    def __init__(self, guard: Guard, database: Database) -> None:
+    def __init__(self, settings: Settings, guard: Guard, database: Database) -> None:
+        self._max_bytes = settings.max_body_bytes
         self._guard = guard
         self._database = database
 
     async def statistics(self, request: Request) -> Response:
+        """GET of how things stand, or with any parameter of what happened in a range of time."""
         await self._guard.require(request.scope, "read")
-        return as_json(await self._database.statistics())
+        values = query_values(request, COUNTS)
+        if not values:
+            return as_json(await self._database.statistics())
+        by = values["by"].split(",") if "by" in values else []
+        which = filter_of(values)
+        try:
+            counts = await self._database.statistics_by(by, which, limit=MAX_COUNTS + 1)
+        except ValidationError as error:
+            raise Problem("empty-range", str(error), errors=[(error.field, error.reason)]) from error
+        if len(counts) > MAX_COUNTS:
+            raise invalid("by", f"gives more than {MAX_COUNTS} counts; name fewer, or narrow from, until or source")
+        return as_json(b'{"counts":[%b]}' % b",".join(counts))
 
     async def event(self, request: Request) -> Response:
         """GET or DELETE of one event by its id."""
@@ -55,7 +75,7 @@ class EventRoutes:
             return _cancelled(await self._database.cancel(event_id))
         found = await self._database.event(event_id)
         if found is None:
-            raise Problem("not-found", f"There is no event {event_id}.")
+            raise _no_event(event_id, None)
         return as_json(found)
 
     async def newest(self, request: Request) -> Response:
@@ -67,20 +87,39 @@ class EventRoutes:
             return _all_cancelled(job, await self._database.cancel_external(job))
         found = await self._database.events_by_external_id(job, limit=1, after=None)
         if not found:
-            raise Problem("not-found", f"There is no event with the external_job_id {shown(job)}.")
+            raise _no_event(None, job)
         return as_json(found[0])
 
     async def all(self, request: Request) -> Response:
         """GET of every event of an external id, newest first, a page at a time."""
         await self._guard.require(request.scope, "read")
         job = _external_job_id(request)
-        limit = page_limit(request)
-        cursor = request.query_params.get("cursor")
-        after = None if cursor is None else _place(cursor)
-        # One more than asked for tells whether there is a next page.
+        limit, after = page_place(request)
         events = await self._database.events_by_external_id(job, limit=limit + 1, after=after)
-        following = b'"%b"' % _cursor(events[limit - 1]) if len(events) > limit else b"null"
-        return as_json(b'{"events":[%b],"next":%b}' % (b",".join(events[:limit]), following))
+        return as_json(page_of("events", events, limit, "scheduled_at"))
+
+    async def cancel(self, request: Request) -> Response:
+        """POST that cancels what a filter names, as much of it as one call looks at."""
+        await self._guard.require(request.scope, "submit")
+        values = await body_values(request, CANCEL, self._max_bytes)
+        require_some(values, CANCEL, NARROWING)
+        swept = await Sweeps(self._database).cancel(filter_of(values), **call_of(values))
+        return answer_of(swept, cancelled=swept.done, in_flight=swept.in_flight)
+
+    async def reschedule(self, request: Request) -> Response:
+        """POST for an event by its id, or by its external id."""
+        await self._guard.require(request.scope, "submit")
+        event_id, job = None, None
+        if "id" in request.path_params:
+            event_id = _event_id(request)
+        else:
+            job = _external_job_id(request)
+        values = await body_values(request, RESCHEDULE, self._max_bytes, "scheduled_at")
+        scheduled_at, expires_at = times_of(values)
+        result = await self._database.reschedule(event_id, job, scheduled_at=scheduled_at, expires_at=expires_at)
+        if result is None:
+            raise _no_event(event_id, job)
+        return _rescheduled(result)
 
 
 def _event_id(request: Request) -> str:
@@ -98,23 +137,9 @@ def _external_job_id(request: Request) -> str:
     return job
 
 
-def _cursor(event: bytes) -> bytes:
-    place = msgspec.json.decode(event, type=_Place)
-    micros = (place.scheduled_at - EARLIEST) // _MICROSECOND
-    return b"%014x%b" % (micros, place.id.replace("-", "").encode())
-
-
-def _place(cursor: str) -> tuple[str, str]:
-    if _CURSOR.fullmatch(cursor) is None:
-        reason = f"expected the value of `next` of the page before, got {shown(cursor)!r}"
-        raise Problem("bad-cursor", f"cursor: {reason}", errors=[("cursor", reason)])
-    at = EARLIEST + int(cursor[:14], 16) * _MICROSECOND
-    return at.isoformat(), str(UUID(cursor[14:]))
-
-
 def _cancelled(result: Cancelled) -> Response:
     if result.result == "not_found":
-        raise Problem("not-found", f"There is no event {result.id}.")
+        raise _no_event(result.id, None)
     if result.result in _WHY:
         detail = f"{_WHY[result.result]}: its status is {result.status}."
         raise Problem("not-cancellable", detail, extra={"id": result.id, "event_status": result.status})
@@ -124,13 +149,30 @@ def _cancelled(result: Cancelled) -> Response:
 def _all_cancelled(job: str, results: list[Cancelled]) -> Response:
     found = [result for result in results if result.result != "not_found"]
     if not found:
-        raise Problem("not-found", f"There is no event with the external_job_id {shown(job)}.")
+        raise _no_event(None, job)
     events = [_told(result) for result in found]
     if all(result.result in _WHY for result in found):
         states = ", ".join(sorted({str(result.status) for result in found}))
         detail = f"None of its events can be cancelled any more: their status is {states}."
         raise Problem("not-cancellable", detail, extra={"events": events})
     return as_json(msgspec.json.encode({"events": events}))
+
+
+def _rescheduled(result: Rescheduled) -> Response:
+    if result.result == "refused":
+        field, reason = result.field or "body", result.reason or "refused by the database"
+        raise Problem("refused", f"{field}: {reason}", errors=[(field, reason)])
+    if result.result in _WHY:
+        instead = f"reschedule {result.successor} instead" if result.successor else _INSTEAD[result.result]
+        detail = f"{_WHY[result.result]}: its status is {result.status}; {instead}."
+        raise Problem("not-reschedulable", detail, extra={"id": result.id, "event_status": result.status})
+    told = {"id": result.id, "successor": result.successor, "result": result.result, "status": result.status}
+    return as_json(msgspec.json.encode(told))
+
+
+def _no_event(event_id: str | None, job: str | None) -> Problem:
+    name = event_id if job is None else f"with the external_job_id {shown(job)}"
+    return Problem("not-found", f"There is no event {name}.")
 
 
 def _told(result: Cancelled) -> dict[str, str | None]:

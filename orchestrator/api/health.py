@@ -15,12 +15,14 @@ from starlette.routing import Route
 
 from orchestrator.database import Database
 from orchestrator.database.destinations import Destinations
+from orchestrator.database.maintenance import condition
 from orchestrator.errors import OrchestratorError
 from orchestrator.metrics import Metrics
 
 CHECK_TIMEOUT_S = 2.0
 CACHE_S = 1.0
 STANDSTILLS_CACHE_S = 5.0
+CONDITION_CACHE_S = 15.0
 
 LIVENESS_PATHS = ("/health", "/actuator/health/liveness")
 READINESS_PATHS = ("/ready", "/actuator/health", "/actuator/health/readiness")
@@ -37,6 +39,7 @@ class Health:
         self._metrics = metrics
         self._destinations = Destinations(database)
         self._standstills_at = -STANDSTILLS_CACHE_S
+        self._condition_at = -CONDITION_CACHE_S
         self._lock = asyncio.Lock()
         self._checked_at = -CACHE_S
         self._reason: str | None = None
@@ -61,6 +64,7 @@ class Health:
     async def exposition(self, request: Request) -> Response:
         self._metrics.set_pool(self._database.pool_stats())
         await self._read_standstills()
+        await self._read_condition()
         text, content_type = self._metrics.exposition()
         return Response(text, headers={"content-type": content_type})
 
@@ -78,6 +82,20 @@ class Health:
         else:
             paused = found.paused_at is not None
             self._metrics.set_standstills(float(paused), found.destinations_paused, found.breakers_open)
+
+    async def _read_condition(self) -> None:
+        """Asks the database how its maintenance fares, at most once in CONDITION_CACHE_S, and never for long."""
+        if time.monotonic() - self._condition_at < CONDITION_CACHE_S:
+            return
+        self._condition_at = time.monotonic()
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                found = await condition(self._database)
+        except (TimeoutError, OrchestratorError) as error:
+            _log.debug("metrics: how maintenance fares is unknown", extra={"error": str(error)})
+            self._metrics.set_condition(None)
+        else:
+            self._metrics.set_condition(found)
 
     async def _database_fault(self) -> str | None:
         """Why the database cannot be used, or None. Asks it at most once in CACHE_S, however many ask."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.api.auth import SCOPES
+from orchestrator.api.dead_letter_schema import dead_letter_paths
 from orchestrator.api.destination_schema import destination_paths
-from orchestrator.api.events import CURSOR_PATTERN
+from orchestrator.api.filters import COUNTS, parameters
 from orchestrator.api.health import LIVENESS_PATHS, METRICS_PATHS, READINESS_PATHS
 from orchestrator.api.operations import BODY_PROBLEMS, READ_PROBLEMS, answer, header, operation, page_parameters
+from orchestrator.api.queries import CURSOR_PATTERN
 from orchestrator.api.schema_parts import NAME, UUID, Schema
 from orchestrator.api.schemas import schemas
 from orchestrator.config import Settings
@@ -19,7 +21,7 @@ API_VERSION = "1"
 def document(settings: Settings) -> dict[str, Any]:
     """The document for this configuration: its bounds, and whether a key is needed."""
     keys: list[dict[str, list[str]]] = [{"bearer": []}, {"header": []}]
-    paths = _PATHS | destination_paths() | _submit_paths(settings)
+    paths = _PATHS | dead_letter_paths() | destination_paths() | _submit_paths(settings)
     if settings.management_port is None:
         paths |= _health_paths()
     return {
@@ -33,7 +35,7 @@ def document(settings: Settings) -> dict[str, Any]:
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
-        "tags": [{"name": "events"}, {"name": "destinations"}, {"name": "operations"}],
+        "tags": [{"name": name} for name in ("events", "dead letters", "destinations", "operations")],
         "security": [{}, *keys] if settings.allow_anonymous else keys,
         "paths": paths,
         "components": {
@@ -57,9 +59,10 @@ _PATHS: dict[str, Any] = {
     "/api/v1/events/statistics": {
         "get": operation(
             "statistics",
-            "Count events by state",
-            {"200": answer("The counts.", "Statistics")},
-            READ_PROBLEMS,
+            "Count events by state; or, with any parameter, what happened in a range of time: an hour, unless said",
+            {"200": answer("The counts.", "StatisticsOrCounts")},
+            (*READ_PROBLEMS, 409, 422),
+            parameters=parameters(COUNTS),
             needs="read",
         )
     },
@@ -80,6 +83,38 @@ _PATHS: dict[str, Any] = {
             parameters=(_ID,),
             needs="submit",
         ),
+    },
+    "/api/v1/events/{id}/reschedule": {
+        "post": operation(
+            "rescheduleEvent",
+            "Have an event delivered at another time: it is cancelled and submitted anew, both or neither",
+            {"200": answer("Another event has taken its place, now or before.", "Rescheduled")},
+            (*BODY_PROBLEMS, 404, 409),
+            parameters=(_ID,),
+            body="Reschedule",
+            needs="submit",
+        )
+    },
+    "/api/v1/events/cancel": {
+        "post": operation(
+            "cancelMany",
+            "Cancel the events that a filter names, in bounded calls: repeat it with `after` until there is no next",
+            {"200": answer("What this call did.", "ManyCancelled")},
+            (*BODY_PROBLEMS, 409),
+            body="CancelFilter",
+            needs="submit",
+        )
+    },
+    "/api/v1/events/external/{external_job_id}/reschedule": {
+        "post": operation(
+            "rescheduleNamedEvent",
+            "The same for the only live event of an external id",
+            {"200": answer("Another event has taken its place, now or before.", "Rescheduled")},
+            (*BODY_PROBLEMS, 404, 409),
+            parameters=(_JOB,),
+            body="Reschedule",
+            needs="submit",
+        )
     },
     "/api/v1/events/external/{external_job_id}": {
         "get": operation(

@@ -28,6 +28,8 @@ KINDS: dict[str, tuple[int, str]] = {
     "method-not-allowed": (405, "The method is not allowed here"),
     "timeout": (408, "The request did not arrive in time"),
     "not-cancellable": (409, "The event can no longer be cancelled"),
+    "not-reschedulable": (409, "The event can no longer be rescheduled"),
+    "empty-range": (409, "The range of times holds none"),
     "refused": (409, "The event cannot be kept as things stand"),
     "not-configurable": (409, "The destination cannot be configured so"),
     "too-large": (413, "The body is too large"),

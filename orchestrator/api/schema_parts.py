@@ -13,7 +13,10 @@ NAME: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS, "
 UUID: Schema = {"type": "string", "format": "uuid"}
 TIME: Schema = {"type": "string", "format": "date-time"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
-STATUSES = ["scheduled", "in_flight", "retrying", "delivered", "dead", "cancelled", "lost"]
+STATUSES = [
+    *("scheduled", "in_flight", "retrying"),
+    *("delivered", "dead", "cancelled", "rescheduled", "expired", "lost"),
+]
 
 
 def ref(name: str) -> Schema:

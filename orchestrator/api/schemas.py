@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from orchestrator.api.dead_letter_schema import dead_letter_schemas
 from orchestrator.api.destination_schema import destination_schemas
+from orchestrator.api.events import MAX_COUNTS
+from orchestrator.api.filters import CANCEL, NARROWING, RESCHEDULE, body_schema, swept_schema
 from orchestrator.api.problems import KINDS, TYPE_PREFIX
 from orchestrator.api.schema_parts import COUNT, NAME, STATUSES, TIME, UUID, Schema, closed, nullable, ref
 from orchestrator.api.submission_schema import submission_schemas
@@ -20,6 +23,7 @@ def schemas(settings: Settings) -> dict[str, Schema]:
     return {
         **submission_schemas(settings),
         **destination_schemas(),
+        **dead_letter_schemas(),
         "Batch": closed(
             {
                 "events": {
@@ -70,8 +74,18 @@ def schemas(settings: Settings) -> dict[str, Schema]:
             }
         ),
         "Cancelled": _CANCELLED,
+        "Reschedule": body_schema(RESCHEDULE, "scheduled_at")
+        | {"examples": [{"scheduled_at": "2030-02-01T09:00:00Z"}]},
+        "Rescheduled": _RESCHEDULED,
+        "CancelFilter": body_schema(CANCEL, some_of=NARROWING)
+        | {"examples": [{"source": "orders", "destination": "example.com", "dry_run": True}]},
+        "ManyCancelled": swept_schema(
+            cancelled=COUNT, in_flight={**COUNT, "description": "Those that are being delivered, and go on."}
+        ),
         "AllCancelled": closed({"events": {"type": "array", "minItems": 1, "items": ref("Cancelled")}}),
         "Statistics": _STATISTICS,
+        "Counts": _COUNTS,
+        "StatisticsOrCounts": {"anyOf": [ref("Statistics"), ref("Counts")]},
         "Health": _HEALTH,
         "Fault": closed({"field": {"type": "string"}, "reason": {"type": "string"}}),
         "Problem": _PROBLEM,
@@ -83,7 +97,10 @@ _MILLISECONDS: Schema = {"type": "number", "minimum": 0}
 _OUTCOME = closed(
     {
         "attempt": {**COUNT, "description": "Which attempt; 0 when the event ended before any."},
-        "result": {"type": "string", "enum": ["delivered", "retried", "dead", "cancelled", "redriven"]},
+        "result": {
+            "type": "string",
+            "enum": ["delivered", "retried", "dead", "cancelled", "redriven", "rescheduled", "expired"],
+        },
         "status_code": nullable({"type": "integer"}),
         "error": nullable({"type": "string"}),
         "response": nullable({"type": "string", "description": "The beginning of the answer, of failures only."}),
@@ -98,6 +115,7 @@ _OUTCOME = closed(
             "description": "Milliseconds of it, by what it waited for at its destination; null: nothing.",
         },
         "worker": nullable({"type": "string"}),
+        "successor": {**nullable(UUID), "description": "Of `rescheduled`: the event that took its place."},
     }
 )
 
@@ -116,6 +134,9 @@ _EVENT = closed(
         "ordering_key": {"type": ["string", "null"]},
         "priority": {"type": "integer"},
         "spread_seconds": {"type": ["number", "null"]},
+        "expires_at": {**nullable(TIME), "description": "No attempt begins then or later; null: it never expires."},
+        "predecessor": {**nullable(UUID), "description": "The event that was rescheduled to this one; null: none."},
+        "successor": {**nullable(UUID), "description": "The event that it was rescheduled to; null: none."},
         "created_at": TIME,
         "status": {"type": "string", "enum": STATUSES},
         "attempt": {**COUNT, "description": "Attempts begun so far."},
@@ -137,8 +158,18 @@ _CANCELLED = closed(
     }
 )
 
+_RESCHEDULED = closed(
+    {
+        "id": UUID,
+        "successor": {**UUID, "description": "The event that took its place."},
+        "result": {"type": "string", "enum": ["rescheduled", "already_rescheduled"]},
+        "status": {"type": "string", "enum": STATUSES},
+    }
+)
+
 _STATISTICS = closed(
     {
+        "live": {**COUNT, "description": "Events that have not ended, those in flight included."},
         "scheduled": COUNT,
         "retrying": COUNT,
         "in_flight": COUNT,
@@ -155,6 +186,29 @@ _STATISTICS = closed(
         "destinations_paused": COUNT,
         "breakers_open": COUNT,
         "at": TIME,
+    }
+)
+
+_COUNTS = closed(
+    {
+        "counts": {
+            "type": "array",
+            "maxItems": MAX_COUNTS,
+            "items": closed(
+                {
+                    "minute": {**nullable(TIME), "description": "Its minute, or hour or day where it is long ago."},
+                    "name": {"type": "string", "description": "What happened, as in the totals of the statistics."},
+                    "source": {"type": ["string", "null"], "description": "Empty: not known yet, or not any more."},
+                    "destination": {
+                        "type": ["string", "null"],
+                        "description": "Empty as `source`; `*`: all beyond the first 1,000 pairs of the two.",
+                    },
+                    "value": {"type": "integer"},
+                }
+            ),
+            "description": "One for each that `by` tells apart; null where it does not. Maintenance, once a minute, "
+            "gives new ones their source and destination; after retention they have none.",
+        }
     }
 )
 
@@ -180,7 +234,7 @@ _PROBLEM: Schema = {
             "detail": {"type": "string"},
             "instance": {"type": "string"},
             "errors": {"type": "array", "minItems": 1, "items": ref("Fault")},
-            "id": {**UUID, "description": "The event that could not be cancelled."},
+            "id": {**UUID, "description": "The event that could not be cancelled or rescheduled."},
             "event_status": {"type": "string", "enum": STATUSES},
             "events": {"type": "array", "items": ref("Cancelled")},
         },

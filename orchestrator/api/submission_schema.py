@@ -45,7 +45,10 @@ _TO_TOPIC: dict[str, Schema] = {
         "description": "The topic to send the payload to; that of the installation when absent.",
     },
 }
-_OPTIONAL = ("external_job_id", "headers", "max_retries", "retry_policy", "ordering_key", "priority", "spread_seconds")
+_OPTIONAL = (
+    *("external_job_id", "headers", "max_retries", "retry_policy", "ordering_key", "priority", "spread_seconds"),
+    "expires_at",
+)
 _EXAMPLES = [
     {
         "source": "orders",
@@ -58,6 +61,7 @@ _EXAMPLES = [
         "source": "orders",
         "external_job_id": "order-17/expiry",
         "scheduled_at": "2030-02-28T09:00:00Z",
+        "expires_at": "2030-02-28T17:00:00Z",
         "delivery_type": "KAFKA",
         "destination": "orders.expiries",
         "ordering_key": "order-17",
@@ -127,6 +131,11 @@ def _submission(settings: Settings, target: dict[str, Schema], optional: str) ->
             "maximum": MAX_SPREAD_S,
             "description": "Spreads a crowd of events that are scheduled for one time: each is due at a point of its "
             "own in so many seconds after `scheduled_at`; kept to the microsecond.",
+        },
+        "expires_at": {
+            **nullable(TIME),
+            "description": "When it is worth nothing any more: no attempt begins then or later, and it ends as "
+            "`expired`. A time that is not after `scheduled_at` is answered with 409.",
         },
     }
     return closed(fields, optional, *_OPTIONAL)

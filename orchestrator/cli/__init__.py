@@ -25,14 +25,24 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Events": {
         "submit": ("orchestrator.cli.submit:submit", "Submit one event, or a file of them."),
         "get": ("orchestrator.cli.events:get", "Show an event and what happened to it."),
-        "cancel": ("orchestrator.cli.events:cancel", "Cancel an event that has not been claimed yet."),
-        "stats": ("orchestrator.cli.stats:stats", "Show how many events are in which state."),
+        "cancel": (
+            "orchestrator.cli.events:cancel",
+            "Cancel an event that has not been claimed yet, or all that a filter names.",
+        ),
+        "reschedule": ("orchestrator.cli.events:reschedule", "Have an event delivered at another time."),
+        "stats": (
+            "orchestrator.cli.stats:stats",
+            "Show how many events are in which state, or what happened when, whence and whither.",
+        ),
         "forecast": (
             "orchestrator.cli.forecast:forecast",
             "Draw what will be due when, against what is taken.",
         ),
         "rejects": ("orchestrator.cli.rejects:rejects", "List, show and resubmit what could not become events."),
-        "dead-letters": ("orchestrator.cli.stats:dead_letters", "List events that ran out of attempts."),
+        "dead-letters": (
+            "orchestrator.cli.dead_letters:dead_letters",
+            "List, show, redrive and purge events that ran out of attempts.",
+        ),
     },
     "Limit": {
         "destinations": (
@@ -47,7 +57,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Operate": {
         "migrate": ("orchestrator.cli.schema:migrate", "Bring the database up to this program's schema."),
-        "maintain": ("orchestrator.cli.schema:maintain", "Run the database's maintenance once."),
+        "maintain": ("orchestrator.cli.schema:maintain", "Maintain the database, and nothing else."),
         "topics": ("orchestrator.cli.topics:topics", "Make and list the topics of Kafka."),
         "config": ("orchestrator.cli.config:config", "Check and document the settings."),
         "keys": ("orchestrator.cli.keys:keys", "Manage the keys of the HTTP API."),

@@ -1,49 +1,48 @@
-"""``get`` and ``cancel``: one event, by its id or the client's own."""
+"""``get``, ``cancel`` and ``reschedule``: one event, by its id or the client's own; ``cancel`` many by a filter."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
 import click
 
-from orchestrator.cli.story import STYLES, timeline, why_held_back
-from orchestrator.cli.support import (
-    console,
-    duration,
-    exit_with,
-    json_option,
-    moment,
-    plain,
-    print_json,
-    target,
-    with_database,
-)
+from orchestrator.cli.story import show_event, why_held_back
+from orchestrator.cli.support import console, exit_with, json_option, moment, print_json, with_database
+from orchestrator.cli.sweeping import filter_of, narrowing, sweep, sweeping
+from orchestrator.cli.times import a_duration, a_time, iso
 from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from orchestrator.database import Cancelled, Database
+    from orchestrator.database import Cancelled, Database, Rescheduled
 
 F = TypeVar("F", bound=Callable[..., object])
 
 _PAGE = 1000
-_SHOWN_CHARS = 2000
 _WHY_NOT = {
     "in_flight": "it is being delivered just now",
     "finished": "it has ended already",
     "not_found": "there is no such event",
 }
+_INSTEAD = {
+    "in_flight": "try again when this attempt has ended",
+    "finished": "submit a new event instead",
+}
 
 
 def _which(command: F) -> F:
     """The argument ID or the option --external-id, exactly one of them."""
-    command = click.option("--external-id", metavar="X", help="The client's own name for it, instead of ID.")(command)
+    command = click.option(
+        "--external-id",
+        "--external-job-id",
+        "external_id",
+        metavar="X",
+        help="The client's own name for it, instead of ID.",
+    )(command)
     return click.argument("event_id", metavar="ID", required=False)(command)
 
 
@@ -88,16 +87,20 @@ def get(event_id: str | None, external_id: str | None, show_all: bool, as_json: 
 
     events, held_back = with_database(work)
     if not events:
-        name = f"the external id {external_id!r}" if by_id is None else f"the id {by_id}"
-        raise OrchestratorError(f"there is no event with {name}")
+        raise _no_event(by_id, external_id)
     if as_json:
         print_json(b"[" + b",".join(events) + b"]" if show_all else events[0])
         return
     out = console()
     for event in events if show_all else events[:1]:
-        _show(out, json.loads(event), held_back)
+        show_event(out, json.loads(event), held_back)
     if len(events) > 1 and not show_all:
         out.print("There are older events with this external id: --all shows them.")
+
+
+def _no_event(event_id: str | None, external_id: str | None) -> OrchestratorError:
+    name = f"the external id {external_id!r}" if event_id is None else f"the id {event_id}"
+    return OrchestratorError(f"there is no event with {name}")
 
 
 async def _by_external_id(database: Database, external_id: str, show_all: bool) -> list[bytes]:
@@ -112,59 +115,52 @@ async def _by_external_id(database: Database, external_id: str, show_all: bool) 
     return events
 
 
-def _show(out: Console, event: dict[str, Any], held_back: str | None) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    now = datetime.now(UTC)
-    status = event["status"]
-    out.print(Text.assemble("event ", (event["id"], "bold"), "  ", (status.replace("_", " "), STYLES.get(status, ""))))
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    facts.add_column(style="dim")
-    facts.add_column(overflow="fold")
-    attempts = str(event["attempt"])
-    if event["attempt"] <= event["max_retries"] + 1:  # a redriven event has more
-        attempts += f" of at most {event['max_retries'] + 1}"
-    for name, value in (
-        ("source", event["source"]),
-        ("external id", event["external_job_id"]),
-        ("delivery", event["delivery_type"]),
-        ("destination", target(event)),
-        ("ordering key", event["ordering_key"]),
-        ("priority", event["priority"] or None),
-        ("scheduled", moment(event["scheduled_at"], now=now)),
-        ("spread", event["spread_seconds"] and f"over {duration(event['spread_seconds'])}"),
-        ("attempts", attempts),
-        ("retry policy", event["retry_policy"]),
-        ("headers", event["headers"] and json.dumps(event["headers"], ensure_ascii=False)),
-        ("payload", _shortened(json.dumps(event["payload"], ensure_ascii=False))),
-    ):
-        if value is not None:
-            facts.add_row(name, Text(plain(value)))
-    out.print(facts)
-    lines = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    for justify in ("left", "right", "left"):
-        lines.add_column(no_wrap=True, justify=justify)
-    lines.add_column(overflow="fold")
-    for at, after, what, details in timeline(event, now, held_back):
-        style = STYLES.get(what.rpartition(" ")[2], "")
-        lines.add_row(Text(at), Text(after, style="dim"), Text(what, style=style), Text(plain(details)))
-    out.print(lines)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}… ({len(text):,} characters)"
-
-
 @click.command()
 @_which
+@narrowing("Events", "Scheduled")
+@sweeping("them")
 @json_option
-def cancel(event_id: str | None, external_id: str | None, as_json: bool) -> None:
-    """Cancel an event that has not been claimed yet.
+def cancel(
+    event_id: str | None,
+    external_id: str | None,
+    source: str | None,
+    destination: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Cancel an event that has not been claimed yet, or all that a filter names.
 
     With --external-id, every event of that name. Exits with 1 when there is none, or when one is being
     delivered or has ended already; an event that was cancelled before counts as cancelled.
+
+    With --source, --destination, --from and --until, every live event that is meant by all of them: they are
+    counted first, and cancelled when you say so. Exits with 1 when some were left because they are being delivered.
+
+    \b
+    orchestrator cancel --source shop --destination hooks.example.com --from now --until +1d
     """
+    if (event_id, external_id) == (None, None) and (source, destination, since, until) != (None,) * 4:
+        which = filter_of(source, destination, since, until)
+        exit_with(
+            sweep(
+                lambda sweeps, **bounds: sweeps.cancel(which, **bounds),
+                "Cancel {} events?",
+                "cancelled",
+                dry_run=dry_run,
+                yes=yes,
+                as_json=as_json,
+            )
+        )
+        return
+    if (source, destination, since, until, dry_run, yes) != (None, None, None, None, False, False):
+        raise click.UsageError(
+            "--source, --destination, --from, --until, --dry-run, --yes: for many events, without ID"
+        )
+    if (event_id, external_id) == (None, None):
+        raise click.UsageError("expected ID, --external-id, or a filter: --source, --destination, --from or --until")
     by_id = _checked(event_id, external_id)
 
     async def work(database: Database, _: Settings) -> list[Cancelled]:
@@ -187,3 +183,58 @@ def cancel(event_id: str | None, external_id: str | None, as_json: bool) -> None
             status = f" ({each.status})" if each.result == "finished" else ""
             click.echo(f"Error: {each.id} was not cancelled: {_WHY_NOT[each.result]}{status}", err=True)
     exit_with(bool(results) and not any(each.result in _WHY_NOT for each in results))
+
+
+@click.command()
+@_which
+@click.option(
+    "--at", callback=a_time, metavar="TIME", help="When instead: RFC 3339 with a zone, or relative: +10s, +1h30m."
+)
+@click.option("--in", "after", callback=a_duration, metavar="DURATION", help="How long from now: 10s, 1h30m, 2d.")
+@click.option(
+    "--expires-at", callback=a_time, metavar="TIME", help="No attempt begins then or later. [default: as before]"
+)
+@json_option
+def reschedule(
+    event_id: str | None,
+    external_id: str | None,
+    at: datetime | None,
+    after: timedelta | None,
+    expires_at: datetime | None,
+    as_json: bool,
+) -> None:
+    """Have an event delivered at another time.
+
+    It is cancelled and submitted anew, both or neither, and each of the two names the other. With --external-id, the
+    only live event of that name. Exits with 1 when there is none, or when it is being delivered or has ended already;
+    doing the same again changes nothing.
+    """
+    by_id = _checked(event_id, external_id)
+    if (at is None) == (after is None):
+        raise click.UsageError("expected either --at or --in")
+    scheduled_at = datetime.now(UTC) + after if after is not None else at
+    assert scheduled_at is not None
+
+    def work(database: Database, _: Settings) -> Awaitable[Rescheduled | None]:
+        return database.reschedule(
+            by_id,
+            external_id,
+            scheduled_at=scheduled_at.isoformat(),
+            expires_at=iso(expires_at),
+        )
+
+    result = with_database(work)
+    if result is None:
+        raise _no_event(by_id, external_id)
+    if as_json:
+        print_json(result._asdict())
+    elif result.result == "refused":
+        raise OrchestratorError(f"{result.field}: {result.reason}")
+    elif result.result in _INSTEAD:
+        instead = f"reschedule {result.successor} instead" if result.successor else _INSTEAD[result.result]
+        why = f"{_WHY_NOT[result.result]} ({result.status}); {instead}"
+        raise OrchestratorError(f"{result.id} was not rescheduled: {why}")
+    else:
+        due = moment(scheduled_at.isoformat(), now=datetime.now(UTC))
+        click.echo(f"{result.id}  {result.result.replace('_', ' ')} as {result.successor}, due {due}")
+    exit_with(result.result not in ("refused", *_INSTEAD))

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from orchestrator.cli.support import console, exit_with, json_option, print_json, settings, with_database
+from orchestrator.cli.support import (
+    console,
+    duration,
+    environ,
+    exit_with,
+    json_option,
+    plain,
+    print_json,
+    settings,
+)
+
+if TYPE_CHECKING:
+    from orchestrator.database.maintenance import Upkeep
 
 
 @click.command()
@@ -18,6 +32,7 @@ def migrate(check: bool, as_json: bool) -> None:
     """
     from orchestrator import migrate as migrations
     from orchestrator.database import translated
+    from orchestrator.database.maintenance import Retention
 
     ours = settings()
     with translated():
@@ -31,7 +46,8 @@ def migrate(check: bool, as_json: bool) -> None:
                 console().print("The database is up to date.")
             exit_with(not pending)
             return
-        report = migrations.migrate(ours.database_url, days_ahead=ours.partition_days_ahead)
+        told = Retention.given(ours, environ())
+        report = migrations.migrate(ours.database_url, days_ahead=told.partition_days_ahead, retention=told)
     if as_json:
         print_json({"applied": report.applied, "partitions_created": report.partitions_created})
     elif report.applied:
@@ -47,21 +63,66 @@ def _list(heading: str, files: list[str]) -> None:
 
 
 @click.command()
+@click.option("--once", is_flag=True, help="Do all that is to be done now, say what it was, and end.")
 @json_option
-def maintain(as_json: bool) -> None:
-    """Run the database's maintenance once.
+def maintain(once: bool, as_json: bool) -> None:
+    """Maintain the database, and nothing else.
 
-    It makes partitions PARTITION_DAYS_AHEAD and folds statistics. `orchestrator run` does this every minute by
-    itself; where only `api` and `dispatch` run, call this from cron, once an hour or more often.
+    Every minute, and at once again while there is more to do, it makes partitions, moves in events from beyond them,
+    archives and drops what is older than CLEANUP_RETENTION_DAYS, and folds statistics. `orchestrator run` does all of
+    that by itself. Start this beside `api` and `dispatch`, or have cron call it with --once, or pg_cron do the same
+    (ops/pg_cron.sql).
+
+    With --once or --json it exits with 1 when a step failed, and what is not set in its environment stays as the
+    database has it.
     """
-    done = with_database(lambda database, ours: database.run_maintenance(days_ahead=ours.partition_days_ahead))
-    if as_json:
-        print_json(done)
-        return
-    import json
+    if not once and not as_json:
+        from orchestrator.cli.serve import serve_role
 
-    did = json.loads(done)
-    if "skipped" in did:
-        console().print(f"Skipped: {did['skipped']}.")
+        serve_role("maintain")
+        return
+    import asyncio
+
+    from orchestrator.database.maintenance import Retention
+    from orchestrator.maintenance import maintain_once
+
+    ours = settings()
+    told, archived = asyncio.run(maintain_once(ours, Retention.given(ours, environ())))
+    if as_json:
+        print_json(
+            {"skipped": told.skipped}
+            if told.skipped is not None
+            else {
+                "runs": told.runs,
+                "took_ms": told.took_ms,
+                "more": told.more,
+                **told.did,
+                "archived": archived,
+                "problems": [problem._asdict() for problem in told.problems],
+            }
+        )
     else:
-        console().print(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in did.items()))
+        _show(told, archived)
+    exit_with(not told.problems)
+
+
+def _show(told: Upkeep, archived: list[str]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console()
+    if told.skipped is not None:
+        out.print(f"Skipped: {told.skipped}.")
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right", style="bold")
+    for name, count in sorted(told.did.items()):
+        table.add_row(name.replace("_", " "), f"{count:,}", style=None if count else "dim")
+    table.add_row("partitions archived", f"{len(archived):,}", style=None if archived else "dim")
+    out.print(table)
+    out.print(
+        f"Done in {duration(told.took_ms / 1000)}" + (", and there is more to do: run it again." if told.more else ".")
+    )
+    for step, problem in told.problems:
+        out.print(Text(f"✗ {step}: {plain(problem)}", style="bold red"))

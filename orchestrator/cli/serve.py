@@ -20,17 +20,17 @@ def run() -> None:
     SIGTERM or Ctrl-C stops it in order: requests and deliveries under way are finished within
     SHUTDOWN_TIMEOUT_SECONDS, claimed events are handed back. A second one stops it at once.
     """
-    _serve("run")
+    serve_role("run")
 
 
 @click.command()
 def api() -> None:
     """Serve the HTTP API alone.
 
-    Events are delivered by `orchestrator dispatch` or `run` elsewhere, and partitions are made by `run`,
+    Events are delivered by `orchestrator dispatch` or `run` elsewhere, and the database is maintained by `run`,
     `orchestrator maintain` or pg_cron. Start as many as you need, behind a load balancer.
     """
-    _serve("api")
+    serve_role("api")
 
 
 @click.command()
@@ -41,7 +41,7 @@ def ingest() -> None:
     KAFKA_CONSUMER_CONCURRENCY consumers. With MANAGEMENT_SERVER_PORT it answers health checks and serves
     metrics there.
     """
-    _serve("ingest")
+    serve_role("ingest")
 
 
 @click.command()
@@ -51,10 +51,11 @@ def dispatch() -> None:
     Start as many as you need; they share the work. With MANAGEMENT_SERVER_PORT it answers health checks
     and serves metrics there.
     """
-    _serve("dispatch")
+    serve_role("dispatch")
 
 
-def _serve(role: Role) -> None:
+def serve_role(role: Role) -> None:
+    """Serves until a signal, logging; exits with 1 when it fails."""
     from orchestrator import logs
 
     ours = settings()

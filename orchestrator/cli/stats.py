@@ -1,32 +1,27 @@
-"""``stats`` and ``dead-letters``: how the whole is doing."""
+"""``stats``: how the whole is doing, and what happened in a range of time."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli.support import (
-    console,
-    duration,
-    json_option,
-    moment,
-    plain,
-    print_json,
-    target,
-    with_database,
-)
+from orchestrator.cli.support import console, duration, json_option, moment, plain, print_json, with_database
+from orchestrator.cli.sweeping import filter_of, narrowing, with_filter
 from orchestrator.config import Settings
+from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from orchestrator.database import Database
+    from orchestrator.database import Database, Filter
 
 _WATCH_S = 1.0
+_GROUPS = ("minute", "source", "destination")
+_MOST_COUNTS = 50_000
 _STATES = (
     ("scheduled", "wait for their first attempt"),
     ("retrying", "failed, and wait for the next attempt"),
@@ -36,13 +31,40 @@ _STATES = (
 )
 
 
+def _groups(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    if value is None:
+        return None
+    groups = value.split(",")
+    for group in groups:
+        if group not in _GROUPS:
+            raise click.BadParameter(f"expected some of {','.join(_GROUPS)}, got {group!r}")
+    return sorted(set(groups), key=_GROUPS.index)
+
+
 @click.command()
 @click.option("--watch", is_flag=True, help="Show it anew every second, with rates, until Ctrl-C.")
+@click.option(
+    "--by", callback=_groups, metavar="GROUPS", help="Count apart by some of minute,source,destination: what happened."
+)
+@narrowing("What happened", "What happened")
 @json_option
-def stats(watch: bool, as_json: bool) -> None:
-    """Show how many events are in which state."""
+def stats(watch: bool, by: list[str] | None, as_json: bool, **filters: Any) -> None:
+    """Show how many events are in which state, or what happened when, whence and whither.
+
+    With --by or a filter, how many were accepted, delivered and so on within an hour, or from --from until --until.
+    Maintenance, once a minute, gives new counts their source and destination.
+
+    \b
+    orchestrator stats --by destination --from -1d
+    """
     if watch and as_json:
         raise click.UsageError("--watch and --json: one document is printed once; leave one of them out")
+    which = filter_of(**filters)
+    if by is not None or which != filter_of():
+        if watch:
+            raise click.UsageError("--watch: shows states; leave --by and the filter out")
+        _show_counts(by or [], which, as_json)
+        return
     if watch:
         with_database(_watch)
         return
@@ -51,6 +73,33 @@ def stats(watch: bool, as_json: bool) -> None:
         print_json(found)
     else:
         console().print(_table(json.loads(found), None))
+
+
+def _show_counts(by: list[str], which: Filter, as_json: bool) -> None:
+    found = with_filter(lambda database, _: database.statistics_by(by, which, limit=_MOST_COUNTS + 1))
+    if len(found) > _MOST_COUNTS:
+        raise OrchestratorError(f"--by: gives more than {_MOST_COUNTS:,} counts; name fewer groups, or narrow --from")
+    if as_json:
+        print_json(b"[" + b",".join(found) + b"]")
+        return
+    counts = [json.loads(each) for each in found]
+    if not counts:
+        console().print("Nothing happened then.")
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    names = sorted({each["name"] for each in counts})
+    rows: dict[tuple[str, ...], dict[str, int]] = {}
+    for each in counts:
+        rows.setdefault(tuple(each[group] for group in by), {})[each["name"]] = each["value"]
+    table = Table(*by, box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right")
+    for key, values in rows.items():
+        groups = (moment(text)[:16] if group == "minute" else plain(text) for group, text in zip(by, key, strict=True))
+        table.add_row(*map(Text, groups), *(f"{values[name]:,}" if name in values else "" for name in names))
+    console().print(table)
 
 
 async def _watch(database: Database, settings: Settings) -> None:
@@ -100,39 +149,3 @@ def _table(found: dict[str, Any], before: dict[str, Any] | None) -> Table:
             about += f", {(total - before['totals'][name]) / passed_s:,.0f} a second"
         table.add_row(name, f"{total:,}", about)
     return table
-
-
-@click.command("dead-letters")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="Most to list.")
-@json_option
-def dead_letters(limit: int, as_json: bool) -> None:
-    """List events that ran out of attempts.
-
-    Those that their receivers refused for good are among them. The latest come first.
-    """
-    # One more than asked for tells whether there are more.
-    found = with_database(lambda database, _: database.dead_letters(limit=limit + 1))
-    if as_json:
-        print_json(b"[" + b",".join(found[:limit]) + b"]")
-        return
-    if not found:
-        console().print("There are no dead letters.")
-        return
-    from rich.table import Table
-    from rich.text import Text
-
-    now = datetime.now(UTC)
-    table = Table("died", "id", "attempts", "destination", "reason", box=None, pad_edge=False)
-    for letter in map(json.loads, found[:limit]):
-        died_s = (now - datetime.fromisoformat(letter["died_at"])).total_seconds()
-        table.add_row(
-            f"{duration(max(0.0, died_s))} ago",
-            letter["id"],
-            str(letter["attempts"]),
-            Text(plain(target(letter))),
-            Text(plain(letter["reason"])),
-        )
-    out = console()
-    out.print(table)
-    if len(found) > limit:
-        out.print(f"There are more: --limit {limit * 5}")

@@ -7,19 +7,74 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orchestrator.cli.support import duration, moment
+from orchestrator.cli.support import duration, moment, plain, target
 from orchestrator.errors import ValidationError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from orchestrator.database import Database
 
-STYLES = {"delivered": "green", "dead": "red", "retrying": "yellow", "retried": "yellow", "cancelled": "magenta"}
+STYLES = {
+    **dict.fromkeys(("retrying", "retried", "expired"), "yellow"),
+    **dict.fromkeys(("cancelled", "rescheduled"), "magenta"),
+    "delivered": "green",
+    "dead": "red",
+}
+_SHOWN_CHARS = 2000
 _WAITS = {
     "rate": "for the rate of its destination",
     "parallel": "for others under way to its destination",
     "breaker": "for the breaker of its destination",
     "pause": "for the end of a pause",
 }
+
+
+def show_event(out: Console, event: dict[str, Any], held_back: str | None) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    now = datetime.now(UTC)
+    status = event["status"]
+    out.print(Text.assemble("event ", (event["id"], "bold"), "  ", (status.replace("_", " "), STYLES.get(status, ""))))
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    attempts = str(event["attempt"])
+    if event["attempt"] <= event["max_retries"] + 1:  # a redriven event has more
+        attempts += f" of at most {event['max_retries'] + 1}"
+    for name, value in (
+        ("source", event["source"]),
+        ("external id", event["external_job_id"]),
+        ("delivery", event["delivery_type"]),
+        ("destination", target(event)),
+        ("ordering key", event["ordering_key"]),
+        ("priority", event["priority"] or None),
+        ("scheduled", moment(event["scheduled_at"], now=now)),
+        ("spread", event["spread_seconds"] and f"over {duration(event['spread_seconds'])}"),
+        ("expires", event["expires_at"] and moment(event["expires_at"], now=now)),
+        ("rescheduled from", event["predecessor"]),
+        ("rescheduled to", event["successor"]),
+        ("attempts", attempts),
+        ("retry policy", event["retry_policy"]),
+        ("headers", event["headers"] and json.dumps(event["headers"], ensure_ascii=False)),
+        ("payload", _shortened(json.dumps(event["payload"], ensure_ascii=False))),
+    ):
+        if value is not None:
+            facts.add_row(name, Text(plain(value)))
+    out.print(facts)
+    lines = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    for justify in ("left", "right", "left"):
+        lines.add_column(no_wrap=True, justify=justify)
+    lines.add_column(overflow="fold")
+    for at, after, what, details in timeline(event, now, held_back):
+        style = STYLES.get(what.rpartition(" ")[2], "")
+        lines.add_row(Text(at), Text(after, style="dim"), Text(what, style=style), Text(plain(details)))
+    out.print(lines)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}… ({len(text):,} characters)"
 
 
 class _Step(NamedTuple):
@@ -59,9 +114,11 @@ def _attempted(
         yield _Step(_time(outcome["claimed_at"]), "claimed", _by(outcome))
     ended = [f"HTTP {outcome['status_code']}"] if outcome["status_code"] and not outcome["error"] else []
     ended += [str(outcome[key]) for key in ("error", "response") if outcome[key]]
+    ended += [f"as {outcome['successor']}"] if outcome["successor"] else []
     ended += [_by(outcome)] if outcome["worker"] and not outcome["claimed_at"] else []
     if outcome["started_at"] is None:
-        what = outcome["result"] if outcome["due_at"] is None else f"{name} {outcome['result']}"
+        begun = outcome["due_at"] is not None and outcome["result"] != "expired"
+        what = f"{name} {outcome['result']}" if begun else outcome["result"]
         yield _Step(_time(outcome["finished_at"]), what, ", ".join(ended))
         return
     late = [f"{duration(max(0.0, outcome['lateness_ms']) / 1000)} after it was due"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -14,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from orchestrator.cli.support import console, exit_with, json_option, moment, plain, print_json, with_database
+from orchestrator.cli.times import a_duration, relative
 from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError, ValidationError
 
@@ -23,23 +23,22 @@ if TYPE_CHECKING:
 
 _BATCH = 1000
 _SHOWN_REFUSALS = 20
-_RELATIVE = re.compile(r"\+(?=\d)(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,7})m)?(?:(\d{1,8}(?:\.\d{1,6})?)s)?")
 
 
-def _time(value: str | None) -> str:
+def _time(option: str, value: str) -> str:
     """RFC 3339 text of ``now``, of ``+10s``, ``+1h30m`` and the like; whatever else is given stays as it is."""
-    if value is None or value == "now":
-        return datetime.now(UTC).isoformat()
-    if not value.startswith("+"):
-        return value
-    relative = _RELATIVE.fullmatch(value)
-    if relative is None:
-        raise click.UsageError(f"--at: expected a time such as +10s, +5m, +1h30m or +2d, got {value!r}")
-    days, hours, minutes, seconds = (float(part or 0) for part in relative.groups())
+    at = relative(value)
+    if at is None and value.startswith("+"):
+        raise click.UsageError(f"{option}: expected a time such as +10s, +5m, +1h30m or +2d, got {value!r}")
+    return value if at is None else at.isoformat()
+
+
+def _after(scheduled_at: str, duration: timedelta) -> str | None:
+    """The time so long after another; None after what is no time, which is refused itself."""
     try:
-        return (datetime.now(UTC) + timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)).isoformat()
-    except OverflowError:
-        raise click.UsageError(f"--at: {value!r} is further ahead than there are dates") from None
+        return (datetime.fromisoformat(scheduled_at) + duration).isoformat()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _headers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
@@ -74,6 +73,10 @@ class Tally:
 )
 @click.option("--payload", metavar="JSON", help="What is delivered; @FILE reads it from a file.")
 @click.option("--at", metavar="TIME", help="When: RFC 3339 with a zone, or relative: +10s, +1h30m. [default: now]")
+@click.option("--expires-at", metavar="TIME", help="No attempt begins then or later; as --at. [default: never]")
+@click.option(
+    "--expires-in", callback=a_duration, metavar="DURATION", help="The same by how long after --at: 10m, 1h30m."
+)
 @click.option("--source", help="The system it comes from. [default: cli]")
 @click.option("--external-id", metavar="X", help="Your own name for it: the same name, source and time is one event.")
 @click.option(
@@ -102,6 +105,8 @@ def submit(
     delivery_type: str | None,
     payload: str | None,
     at: str | None,
+    expires_at: str | None,
+    expires_in: timedelta | None,
     source: str | None,
     external_id: str | None,
     headers: dict[str, str] | None,
@@ -125,7 +130,8 @@ def submit(
     have an external_job_id.
     """
     target = (destination, delivery_type, ordering_key)
-    options = (*target, payload, at, source, external_id, headers, max_retries, retry_policy, priority, spread)
+    expiry = (expires_at, expires_in)
+    options = (*target, *expiry, payload, at, source, external_id, headers, max_retries, retry_policy, priority, spread)
     if file is not None:
         if any(option is not None for option in options):
             raise click.UsageError("a file's lines say everything themselves: leave the other options out")
@@ -133,9 +139,15 @@ def submit(
         return
     if (destination is None and delivery_type != "KAFKA") or payload is None:
         raise click.UsageError("expected --destination and --payload, or a FILE (- for standard input)")
+    if None not in expiry:
+        raise click.UsageError("--expires-at and --expires-in: give one of them")
+    scheduled_at = _time("--at", at or "now")
     fields: dict[str, object] = {
         "source": source or "cli",
-        "scheduled_at": _time(at),
+        "scheduled_at": scheduled_at,
+        "expires_at": _after(scheduled_at, expires_in)
+        if expires_in
+        else expires_at and _time("--expires-at", expires_at),
         "destination": destination,
         "delivery_type": delivery_type,
         "external_job_id": external_id,

@@ -2,7 +2,16 @@
 
 from orchestrator.database.connection import Connection, connect, translated
 from orchestrator.database.leases import NOTIFY_CHANNEL, Claimed, Claims, Finished, Leases, NotDelivered
-from orchestrator.database.pool import COPY_SUBMISSIONS, ApiKey, Cancelled, Database, Submitted, submit_all
+from orchestrator.database.pool import (
+    COPY_SUBMISSIONS,
+    ApiKey,
+    Cancelled,
+    Database,
+    Filter,
+    Rescheduled,
+    Submitted,
+    submit_all,
+)
 
 __all__ = [
     "COPY_SUBMISSIONS",
@@ -13,9 +22,11 @@ __all__ = [
     "Claims",
     "Connection",
     "Database",
+    "Filter",
     "Finished",
     "Leases",
     "NotDelivered",
+    "Rescheduled",
     "Submitted",
     "connect",
     "submit_all",

@@ -50,6 +50,18 @@ def translated() -> Iterator[None]:
         raise ValidationError(error.diag.column_name or "value", _first_line(error)) from error
 
 
+@contextmanager
+def named() -> Iterator[None]:
+    """Raises the refusals of functions, which say what they refuse before a colon, with that as their field."""
+    try:
+        yield
+    except ValidationError as error:
+        if not isinstance(error.__cause__, errors.InvalidParameterValue):
+            raise
+        field, _, reason = error.reason.partition(": ")
+        raise ValidationError(field, reason) from error.__cause__
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

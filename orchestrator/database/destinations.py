@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 import msgspec
-from psycopg import errors
 from psycopg.types.json import Jsonb
 
+from orchestrator.database.connection import named
 from orchestrator.database.pool import Database
 from orchestrator.errors import ValidationError
 
@@ -59,7 +58,7 @@ class Destinations:
 
     async def governing(self, name: str) -> str | None:
         """The destination whose limits hold for a host or topic: itself, or a pattern; None when none do."""
-        with _named():
+        with named():
             found: str | None = await self._database._value("select orchestrator.destination_for(%s)", name)
         return found
 
@@ -69,7 +68,7 @@ class Destinations:
         Answers the destination, how many events wait for it, other destinations that overlap, and a note.
         """
         values = [_checked(name, settings.get(name)) for name in SETTINGS]
-        with _named():
+        with named():
             [(_, kept, waiting, overlaps, note)] = await self._database._all(_CONFIGURE, name, *values, list(clear))
         told = {"destination": msgspec.Raw(kept.encode()), "waiting": waiting, "overlaps": overlaps, "note": note}
         return msgspec.json.encode(told)
@@ -114,11 +113,11 @@ class Destinations:
         return Standstills(*row)
 
     async def _rows(self, query: LiteralString, *values: object) -> list[bytes]:
-        with _named():
+        with named():
             return [row[0].encode() for row in await self._database._all(query, *values)]
 
     async def _row(self, query: LiteralString, *values: object) -> bytes | None:
-        with _named():
+        with named():
             value: str | None = await self._database._value(query, *values)
         return None if value is None else value.encode()
 
@@ -133,15 +132,3 @@ def _checked(name: str, value: Any) -> Any:
     if is_time and value is not None and not math.fabs(value) <= _LONGEST_S:
         raise ValidationError(name, f"expected seconds, got {value}")
     return Jsonb(value) if isinstance(value, dict) else value
-
-
-@contextmanager
-def _named() -> Iterator[None]:
-    """The database's refusals say what is refused before the colon."""
-    try:
-        yield
-    except ValidationError as error:
-        if not isinstance(error.__cause__, errors.InvalidParameterValue):
-            raise
-        field, _, reason = error.reason.partition(": ")
-        raise ValidationError(field, reason) from error.__cause__

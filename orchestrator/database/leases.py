@@ -18,7 +18,8 @@ class Claimed(msgspec.Struct, gc=False):
     """A leased event. Times but `scheduled_at` are Unix seconds by the database's clock; JSON stays text.
 
     `key` is that of a record to Kafka: the event's ordering_key, or else its external_job_id. No attempt begins
-    before `start_at`, its slot under a rate. `lane` is the queue it came from, `waited` is handed back with the result.
+    before `start_at`, its slot under a rate, nor at `expires_at` or later. `lane` is the queue it came from, and
+    `waited` is handed back with the result.
     """
 
     claimed_at: float
@@ -36,6 +37,7 @@ class Claimed(msgspec.Struct, gc=False):
     lane: int
     options: str | None
     waited: str | None
+    expires_at: float | None = None
 
 
 class Finished(msgspec.Struct, gc=False):
@@ -135,6 +137,11 @@ class Leases:
             ).fetchone()
         return row[0] if row else None
 
+    async def raise_floors(self) -> None:
+        """Spares the next claims what has ended; on the connection that finishes, so that no claim waits for it."""
+        with translated():
+            await self._finishing.execute("select orchestrator.raise_floors()")
+
     async def backlog(self) -> int:
         """Events that are due and not claimed, counted up to 10,000 a lane."""
         with translated():
@@ -194,13 +201,13 @@ _CLAIM: LiteralString = """
 select date_part('epoch', n.at), c.event_id, c.attempt, date_part('epoch', c.due_at)
      , date_part('epoch', c.lease_until), c.scheduled_at, c.delivery_type, c.destination
      , coalesce(c.ordering_key, c.external_job_id), c.headers, c.payload
-     , date_part('epoch', c.start_at), c.lane, c.options, c.waited
+     , date_part('epoch', c.start_at), c.lane, c.options, c.waited, date_part('epoch', c.expires_at)
 from (select orchestrator.now() as at offset 0) n
 left join lateral orchestrator.claim_due_events(
   %s, %s, make_interval(secs => %s), make_interval(secs => %s), %s::integer[], %s::integer) c on true
 union all
 select nullif(current_setting('orchestrator.claim_again_at', true), '')::float8
-     , null, null, null, null, null, null, null, null, null, null, null, null, null, null
+     , null, null, null, null, null, null, null, null, null, null, null, null, null, null, null
 """
 _OWN_LANE: LiteralString = "select orchestrator.own_lane(orchestrator.destination_name(%s, %s), false)"
 _FINISH: LiteralString = """

@@ -11,7 +11,7 @@ from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from orchestrator.config import Settings
-from orchestrator.database.connection import Connection, connection_arguments, keep_text, translated
+from orchestrator.database.connection import Connection, connection_arguments, keep_text, named, translated
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, ValidationError
 from orchestrator.events import Submission, copy_row
 
@@ -21,7 +21,7 @@ _POOL_TIMEOUT_S = 5.0
 
 COPY_SUBMISSIONS: LiteralString = (
     "copy pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload,"
-    " headers, max_retries, retry_policy, ordering_key, priority, spread) from stdin"
+    " headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at) from stdin"
 )
 """For the lines of `copy_row`."""
 
@@ -41,6 +41,38 @@ class Cancelled(NamedTuple):
     id: str
     result: str
     status: str | None
+
+
+class Rescheduled(NamedTuple):
+    """What became of a reschedule, and the state that the event is in.
+
+    ``rescheduled`` or ``already_rescheduled``: `successor` took its place; ``in_flight`` or ``finished``: too late;
+    ``refused`` with field and reason.
+    """
+
+    id: str | None
+    result: str
+    status: str | None
+    successor: str | None
+    field: str | None
+    reason: str | None
+
+
+class Filter(NamedTuple):
+    """Which events are meant; None does not narrow.
+
+    `since`, inclusive, and `until`, exclusive, bound scheduled_at, or when a dead letter died: ISO 8601 with a zone.
+    `reason` is a part of that of a dead letter.
+    """
+
+    source: str | None = None
+    destination: str | None = None
+    since: str | None = None
+    until: str | None = None
+    reason: str | None = None
+
+
+ALL = Filter()
 
 
 class ApiKey(NamedTuple):
@@ -156,23 +188,71 @@ class Database:
         rows = await self._all("select * from orchestrator.cancel_event(p_external_job_id => %s)", external_job_id)
         return [Cancelled(*row) for row in rows]
 
+    async def reschedule(
+        self, event_id: str | None, external_job_id: str | None, *, scheduled_at: str, expires_at: str | None = None
+    ) -> Rescheduled | None:
+        """Cancels an event and submits it anew for another time, both or neither; None when there is none.
+
+        It is named by its id, or by its external id when it is the only live one of that name. Without `expires_at`
+        it keeps its own.
+        """
+        rows = await self._all(
+            """select event_id, result, status, successor, field, reason from orchestrator.reschedule_event(
+              %s::uuid, %s::timestamptz, %s, %s::timestamptz)""",
+            event_id,
+            scheduled_at,
+            external_job_id,
+            expires_at,
+        )
+        return Rescheduled(*rows[0]) if rows else None
+
+    async def redrive(self, event_id: str) -> str | None:
+        """Has a dead event tried again: ``redriven``, or ``expired``, which purged ones are too, or the status of one
+        that is not dead; None: there is no such event.
+        """
+        rows = await self._all("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)
+        return next((status if result == "not_dead" else result for result, status in rows), None)
+
     async def statistics(self) -> bytes:
         value: str = await self._value("select orchestrator.statistics()")
         return value.encode()
 
-    async def dead_letters(self, *, limit: int, after: tuple[str, str] | None = None) -> list[bytes]:
-        """Dead letters as JSON, newest first; `after` is (died_at, id) of the last one of the page before."""
-        rows = await self._all(
-            "select orchestrator.list_dead_letters(%s, %s::timestamptz, %s::uuid)",
-            limit,
-            *(after or (None, None)),
-        )
+    async def statistics_by(self, by: Sequence[str], which: Filter, *, limit: int) -> list[bytes]:
+        """Counts of what happened in the last hour, or in a range, by some of minute, source and destination; JSON.
+
+        Raises ValidationError as `Destinations` does, with the field ``from`` for a range that holds no time.
+        """
+        with named():
+            rows = await self._all(
+                """select row_to_json(s) from orchestrator.statistics_by(
+                  coalesce(%s::timestamptz, %s::timestamptz - interval '1 hour'), %s::timestamptz, %s::text[], %s, %s) s
+                order by s.minute, s.source, s.destination, s.name limit %s""",
+                which.since,
+                which.until,
+                which.until,
+                list(by),
+                which.source,
+                which.destination,
+                limit,
+            )
         return [row[0].encode() for row in rows]
 
-    async def run_maintenance(self, *, days_ahead: int) -> bytes:
-        """Makes partitions and folds statistics; says what it did, as JSON."""
-        value: str = await self._value("select orchestrator.run_maintenance(%s)", days_ahead)
-        return value.encode()
+    async def dead_letters(
+        self, which: Filter = ALL, *, limit: int, after: tuple[str, str] | None = None
+    ) -> list[bytes]:
+        """Dead letters as JSON, newest first; `after` is (died_at, id) of the last one of the page before.
+
+        Raises ValidationError for a destination that can be none, with the field ``name``.
+        """
+        with named():
+            rows = await self._all(
+                """select orchestrator.list_dead_letters(
+                  %s, %s::timestamptz, %s::uuid, %s, %s, %s::timestamptz, %s::timestamptz, %s)""",
+                limit,
+                *(after or (None, None)),
+                *which,
+            )
+        return [row[0].encode() for row in rows]
 
     async def api_key(self, key_hash: bytes) -> ApiKey | None:
         rows = await self._all("select name, scopes from orchestrator.find_api_key(%s)", key_hash)

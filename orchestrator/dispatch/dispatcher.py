@@ -36,6 +36,8 @@ _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
 _STOPPING_BACKOFF_S = 0.5
 _BACKLOG_EVERY_S = 5.0  # between counts of the backlog while claims come back full; else it is known to be nothing
+_FLOORS_EVERY_S = 1.0
+_FLOORS_AGAIN_S = 60.0  # after a failure
 _ENDING_S = 1.0  # for a claim or an attempt to end when it is no longer wanted
 
 _log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class Dispatcher:
         self._has_claimed = False
         self._backoff_s = 0.0
         self._backlog_read_s = 0.0
+        self._given = asyncio.Event()
         self._room = asyncio.Event()
         self._wake = asyncio.Event()
         self._wake_due = float("inf")
@@ -132,6 +135,7 @@ class Dispatcher:
             self._claiming = not self._stopping.is_set()
             claiming = asyncio.create_task(self._claim(leases), name="claim")
             finishing = asyncio.create_task(self._finisher.run(leases), name="finish")
+            raising = asyncio.create_task(self._raise_floors(leases), name="raise floors")
             try:
                 await asyncio.wait((claiming, finishing), return_when=asyncio.FIRST_EXCEPTION)
                 if not claiming.done():
@@ -139,7 +143,7 @@ class Dispatcher:
                     self._stop_claiming()
                     await asyncio.wait([claiming], timeout=_ENDING_S)
             finally:
-                await end(claiming, finishing)
+                await end(claiming, finishing, raising)
             failures = [task.exception() for task in (claiming, finishing) if not task.cancelled()]
             for failure in failures:
                 if failure is not None:
@@ -201,6 +205,8 @@ class Dispatcher:
 
     def _take_in(self, claims: Claims) -> None:
         self._metrics.events_claimed_total.inc(len(claims.events))
+        if claims.events:
+            self._given.set()
         if claims.again_at is not None:
             at_once = claims.again_at <= claims.database_s
             self._wake_at(claims.again_at if at_once else claims.again_at + random.uniform(0.0, _AGAIN_WITHIN_S))
@@ -212,6 +218,19 @@ class Dispatcher:
         self._kafka.due.put([event for event in events if event.delivery_type == "KAFKA"])
         self._http.stalls.sweep()
         self._kafka.stalls.sweep()
+
+    async def _raise_floors(self, leases: Leases) -> None:
+        """Once a second while claims give something. Claims that have to look further are slower, and no worse."""
+        while True:
+            await self._given.wait()
+            self._given.clear()
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    await leases.raise_floors()
+                await asyncio.sleep(_FLOORS_EVERY_S)
+            except (OrchestratorError, TimeoutError) as error:
+                _log.warning("floors cannot be raised, and claims may become slower", extra={"error": str(error)})
+                await asyncio.sleep(_FLOORS_AGAIN_S)
 
     async def _lanes_to_skip(self, leases: Leases) -> set[int]:
         """Lanes whose events would only fill the memory; stalled destinations get one of their own for this."""

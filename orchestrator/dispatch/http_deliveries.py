@@ -86,8 +86,8 @@ class HttpDeliveries:
             started_at = self._now()
             timeout_s = options.timeout_s or self._settings.http_timeout_s
             # It might end after somebody else had begun.
-            expires = started_at + timeout_s + RECORDING_S > event.lease_until
-            if expires or (options.rate and slot_missed(event, started_at, self._metrics)):
+            too_late = started_at + timeout_s + RECORDING_S > event.lease_until or has_expired(event, started_at)
+            if too_late or (options.rate and slot_missed(event, started_at, self._metrics)):
                 due.ended(event)
                 self._finisher.release([event])
                 continue
@@ -116,6 +116,11 @@ def slot_missed(event: Claimed, started_at: float, metrics: Metrics) -> bool:
         return False
     metrics.event_slots_missed_total.inc()
     return True
+
+
+def has_expired(event: Claimed, started_at: float) -> bool:
+    """Whether no attempt may begin any more; the next claim ends it."""
+    return event.expires_at is not None and started_at >= event.expires_at
 
 
 def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: float) -> Finished:

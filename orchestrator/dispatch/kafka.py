@@ -19,7 +19,7 @@ from orchestrator.database import Claimed
 from orchestrator.dispatch.attempt import DELIVERED, FAIL, RETRY, Attempted
 from orchestrator.dispatch.due_queue import DueQueue
 from orchestrator.dispatch.finisher import Finisher
-from orchestrator.dispatch.http_deliveries import RECORDING_S, finished, rfc3339, slot_missed
+from orchestrator.dispatch.http_deliveries import RECORDING_S, finished, has_expired, rfc3339, slot_missed
 from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
 from orchestrator.dispatch.secrets import SECRET_WAIT_S, SecretError, Secrets
 from orchestrator.dispatch.stalls import QUICK_S, Stalls
@@ -121,8 +121,8 @@ class KafkaDeliveries:
         for event in events:
             options = NO_OPTIONS if event.options is None else options_of(event.options)
             # It might end after somebody else had begun.
-            expires = started_at + self._needed_s > event.lease_until
-            if expires or (options.rate and slot_missed(event, started_at, self._metrics)):
+            too_late = started_at + self._needed_s > event.lease_until or has_expired(event, started_at)
+            if too_late or (options.rate and slot_missed(event, started_at, self._metrics)):
                 self._finisher.release([event])
                 continue
             self._metrics.event_lateness_seconds.observe(started_at - event.due_at)

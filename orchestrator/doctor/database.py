@@ -13,6 +13,7 @@ from orchestrator.config import Settings
 from orchestrator.doctor.finding import Finding, is_production, ok, problem, warning
 from orchestrator.doctor.server import server_findings
 from orchestrator.doctor.standstill import standstill_findings
+from orchestrator.doctor.upkeep import upkeep_findings
 from orchestrator.doctor.work import work_findings
 from orchestrator.errors import OrchestratorError
 
@@ -76,6 +77,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             yield from _guarded("rights", lambda: _rights(connection, settings))
             yield from _guarded("partitions", lambda: _partitions(connection, settings))
             yield from _guarded("API keys", lambda: _api_keys(connection, settings))
+            yield from upkeep_findings(connection, settings, _guarded)
             yield from work_findings(connection, _guarded)
             yield from standstill_findings(connection, _guarded)
 
@@ -180,11 +182,11 @@ def _partitions(connection: Connection, settings: Settings) -> Iterator[Finding]
     ).fetchone()
     assert row is not None
     today, days_ahead, end_day = row
-    mend = "run orchestrator maintain, and see to it that run, cron or pg_cron does so every hour"
+    mend = "run orchestrator maintain --once, and see to it that run, maintain, cron or pg_cron does so from now on"
     if not today:
-        yield problem("partitions", "there is none for today: no event can be kept", mend)
+        yield problem("partitions", "there is none for today: each is made by the first event of its day", mend)
     elif days_ahead < _LEAST_DAYS_AHEAD:
-        yield problem("partitions", f"they end before {end_day}: later events are refused", mend)
+        yield problem("partitions", f"they end before {end_day}: later events wait until there are more", mend)
     elif days_ahead < settings.partition_days_ahead / 2:
         yield warning(
             "partitions",

@@ -43,14 +43,6 @@ def _dispatchers(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
     else:
         yield ok("dispatchers", "none is connected, and there is nothing to deliver")
     yield _backlog(statistics, count)
-    if statistics["dead_letters"]:
-        yield warning(
-            "dead letters",
-            f"{counted(statistics['dead_letters'], 'event')} ran out of attempts",
-            "see why: orchestrator dead-letters",
-        )
-    else:
-        yield ok("dead letters", "there are none")
 
 
 def _backlog(statistics: dict[str, Any], dispatchers: int) -> Finding:

@@ -1,27 +1,29 @@
 """A batch of commands from the processing topic: ``{"id": "…", "command": "cancel", "event_id": "…"}``.
 
-A command names an event by its `event_id`, or all events of an `external_job_id`. It is carried out in the
-transaction that moves the offset, and answered in the outbox. One that cannot be read is answered with the problem,
-and kept as a reject.
+A command names an event by its `event_id`, or all events of an `external_job_id`; a reschedule, which has times as
+well, the only live one. It is carried out in the transaction that moves the offset, and answered in the outbox. One
+that cannot be read is answered with the problem, and kept as a reject.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 
 import msgspec
 
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
-from orchestrator.event_rules import shown
+from orchestrator.event_rules import EXPECTED_TIME, ScheduledAt, expires_at_fault, in_utc, scheduled_at_fault, shown
 from orchestrator.ingest.partition import Record
 from orchestrator.ingest.submissions import reject
 from orchestrator.json_text import has_forbidden_escape, utf8_fault
 from orchestrator.metrics import Metrics
 
-COMMANDS = ("cancel", "redrive")
-_FIELDS = ("id", "command", "event_id", "external_job_id")
+COMMANDS = ("cancel", "redrive", "reschedule")
+_TIMES = ("scheduled_at", "expires_at")
+_FIELDS = ("id", "command", "event_id", "external_job_id", *_TIMES)
 _MAX_CHARS = 200
 _MAX_RECORDS = 500
 _MAX_BYTES = 1 << 20
@@ -93,13 +95,38 @@ def read_command(value: bytes | None) -> dict[str, object]:
         if not isinstance(field, str) or not 1 <= len(field) <= _MAX_CHARS:
             raise ValidationError(name, f"expected a string of 1 to {_MAX_CHARS} characters, got {shown(field)!r}")
     if command.get("command") not in COMMANDS:
-        expected = " or ".join(COMMANDS)
+        expected = f"{', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}"
         raise ValidationError("command", f"expected {expected}, got {shown(command.get('command', 'none'))!r}")
     if ("event_id" in command) == ("external_job_id" in command):
         raise ValidationError("event_id", "expected either event_id or external_job_id")
     if "event_id" in command and not _UUID.fullmatch(str(command["event_id"])):
         raise ValidationError("event_id", f"expected a UUID, got {shown(command['event_id'])!r}")
-    return command
+    return command | _times(command)
+
+
+def _times(command: dict[str, object]) -> dict[str, object]:
+    """The times of a reschedule in a form that every reader takes; a command of another kind has none."""
+    given = {name: command[name] for name in _TIMES if name in command}
+    if command["command"] != "reschedule":
+        for name, text in given.items():
+            raise ValidationError(name, f"expected with the command reschedule alone, got {shown(text)!r}")
+        return {}
+    if "scheduled_at" not in given:
+        raise ValidationError("scheduled_at", f"required by reschedule: {EXPECTED_TIME}")
+    times = {name: _time(name, text) for name, text in given.items()}
+    if "expires_at" in times and (fault := expires_at_fault(times["expires_at"], times["scheduled_at"])):
+        raise ValidationError("expires_at", fault)
+    return {name: in_utc(at).isoformat() for name, at in times.items()}
+
+
+def _time(name: str, text: object) -> datetime:
+    try:
+        at = msgspec.convert(text, ScheduledAt)
+    except msgspec.ValidationError:
+        raise ValidationError(name, f"expected {EXPECTED_TIME}, got {shown(text)!r}") from None
+    if fault := scheduled_at_fault(at):
+        raise ValidationError(name, fault)
+    return at
 
 
 def _id_of(value: bytes | None) -> str | None:

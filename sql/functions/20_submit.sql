@@ -12,7 +12,7 @@ begin
   create temp table submission
   ( n integer not null, id uuid not null, scheduled_at timestamptz not null, source text not null, external_job_id text
   , delivery_type text not null, destination text, payload json not null, headers json
-  , max_retries integer not null, retry_policy text, ordering_key text, priority smallint, spread interval) on commit delete rows;
+  , max_retries integer not null, retry_policy text, ordering_key text, priority smallint, spread interval, expires_at timestamptz) on commit delete rows;
   -- Only this session can reach it, whatever role it has set.
   grant select, insert on pg_temp.submission to public;
 end $$;
@@ -28,32 +28,26 @@ begin
     raise exception 'pg_temp.submission is not the staging table'
       using hint = 'drop it, then: select orchestrator.open_staging()', errcode = 'object_not_in_prerequisite_state';
   end if;
+  if not exists (select from pg_attribute a where a.attrelid = 'pg_temp.submission'::regclass and a.attname = 'expires_at') then
+    alter table pg_temp.submission add column expires_at timestamptz;
+  end if;
 end $$;
-comment on function orchestrator.check_staging() is 'Refuses a staging table that open_staging() did not make';
-
-create or replace function orchestrator.partition_bounds(out first_day timestamptz, out end_day timestamptz)
-language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
-  select min(to_date(right(c.relname, 8), 'YYYYMMDD')), max(to_date(right(c.relname, 8), 'YYYYMMDD')) + 1
-  from pg_inherits i join pg_class c on c.oid = i.inhrelid
-  where i.inhparent = 'orchestrator.event'::regclass
-$$;
-comment on function orchestrator.partition_bounds() is 'First instant of the first day of event, and first instant after its last day';
+comment on function orchestrator.check_staging() is 'Refuses a staging table that open_staging() did not make; adds what one lacks that was made before a migration';
 
 -- Set-returning and without settings of its own, so that the planner inlines it.
 create or replace function orchestrator.check_submission(
   p_scheduled_at timestamptz, p_source text, p_external_job_id text, p_delivery_type text, p_destination text, p_headers json,
-  p_max_retries integer, p_retry_policy text, p_ordering_key text, p_priority smallint, p_spread interval,
-  p_first_day timestamptz, p_end_day timestamptz)
+  p_max_retries integer, p_retry_policy text, p_ordering_key text, p_priority smallint, p_spread interval, p_expires_at timestamptz,
+  p_first_at timestamptz, p_end_at timestamptz, p_days_ahead integer)
 returns table (field text, reason text)
 language sql stable parallel safe as $$
   select split_part(problem, ': ', 1), substr(problem, strpos(problem, ': ') + 2)
   from (values (case
-    when p_scheduled_at < p_first_day
-      then format('scheduled_at: %s is before the first day kept; send %s or later', to_json(p_scheduled_at) #>> '{}', to_json(p_first_day) #>> '{}')
-    when p_scheduled_at >= p_end_day or p_end_day is null
-      then format('scheduled_at: %s is beyond the last day that has a partition; send a time before %s', to_json(p_scheduled_at) #>> '{}', to_json(p_end_day) #>> '{}')
-    when to_regclass('orchestrator.event_p' || to_char(p_scheduled_at, 'YYYYMMDD')) is null
-      then format('scheduled_at: %s falls on a day that has no partition', to_json(p_scheduled_at) #>> '{}')
+    when p_scheduled_at < p_first_at
+      then format('scheduled_at: %s is before the first day kept; send %s or later', to_json(p_scheduled_at) #>> '{}', to_json(p_first_at) #>> '{}')
+    when p_scheduled_at >= p_end_at
+      then format('scheduled_at: %s is more than %s days ahead (MAX_SCHEDULE_AHEAD_DAYS); send a time before %s'
+        , to_json(p_scheduled_at) #>> '{}', p_days_ahead, to_json(p_end_at) #>> '{}')
     when length(p_source) not between 1 and 200
       then format('source: expected 1 to 200 characters, got %s', length(p_source))
     when length(p_external_job_id) not between 1 and 200
@@ -76,129 +70,217 @@ language sql stable parallel safe as $$
       then format('priority: expected -9 to 9, got %s', p_priority)
     when p_spread <= '0 s' or p_spread > '7 days'
       then format('spread_seconds: expected more than 0 and at most 604800 seconds, got %s', extract(epoch from p_spread)::double precision)
+    when p_expires_at <= p_scheduled_at
+      then format('expires_at: expected a time after scheduled_at %s, got %s', to_json(p_scheduled_at) #>> '{}', to_json(p_expires_at) #>> '{}')
   end)) as checked (problem)
 $$;
-comment on function orchestrator.check_submission(timestamptz, text, text, text, text, json, integer, text, text, smallint, interval, timestamptz, timestamptz) is
+comment on function orchestrator.check_submission(timestamptz, text, text, text, text, json, integer, text, text, smallint, interval, timestamptz, timestamptz, timestamptz, integer) is
   'The first rule that a submission breaks: field and reason; both null when it breaks none';
+
+-- By the key, in order of it; p_attempts: that they have had.
+create or replace function orchestrator.arm_events(p_ids uuid[], p_scheduled_at timestamptz[], p_due_at timestamptz[] default null, p_attempts integer[] default null)
+returns void
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_now timestamptz;
+begin
+  lock table orchestrator.timer in row exclusive mode;
+  v_now := orchestrator.now();
+  insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts, source, retrying, expires_at)
+  select e.id, e.scheduled_at
+    , greatest(v_now, coalesce(a.due_at, e.scheduled_at + coalesce(orchestrator.spread_shift(e.id, coalesce(e.spread, d.spread)), '0 s')))
+    , p.lane, hashtextextended(n.name, 0), coalesce(e.priority, 0), hashtextextended(e.ordering_key, 0)
+    , coalesce(a.attempts, 0), coalesce(a.attempts, 0) + e.max_retries + 1, hashtextextended(e.source, 0), case when a.attempts is not null then true end, e.expires_at
+  from unnest(p_ids, p_scheduled_at, p_due_at, p_attempts) as a (id, scheduled_at, due_at, attempts)
+  join orchestrator.event e on e.id = a.id and e.scheduled_at = a.scheduled_at
+  cross join lateral (select orchestrator.destination_name(e.delivery_type, e.destination) as name) n
+  cross join lateral (select orchestrator.lane_for(n.name) as lane) p
+  left join orchestrator.lane l on l.lane = p.lane and p.lane > 63
+  left join orchestrator.destination d on d.name = l.name
+  order by a.id;
+end $$;
+comment on function orchestrator.arm_events(uuid[], timestamptz[], timestamptz[], integer[]) is
+  'Makes the timers of events, one array element each, due when scheduled unless p_due_at says otherwise, and never before now';
 
 -- Takes no lock but those of its own rows, inserted in order of id so that two batches cannot deadlock.
 -- The plain insert is tried first: looking for duplicates beforehand, or on conflict, costs each row an index probe and a
--- WAL record more. Only a batch that breaks a constraint is classified row by row.
-create or replace function orchestrator.submit_staged()
+-- WAL record more. Only a batch that breaks a constraint, or reaches into the horizon, is classified row by row.
+-- The clock is read when timer is locked, on which raise_floors() relies.
+create or replace function orchestrator.keep_staged(p_predecessor uuid)
 returns table (n integer, id uuid, result text, field text, reason text)
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
-  v_now constant timestamptz := orchestrator.now();
-  v_staged bigint;
+  v_now timestamptz;
   v_first timestamptz;
+  v_last timestamptz;
   v_policies text[];
   v_priorities smallint[];
-  v_own_lanes constant boolean := exists (select from orchestrator.lane l where l.lane > 63 and l.name is not null);
+  v_horizon_at timestamptz;
+  v_own_lanes boolean;
   v_told constant boolean := exists (select from orchestrator.outbox_kind where kind = 'scheduled');
 begin
   perform orchestrator.check_staging();
-  select count(*), min(s.scheduled_at), array_agg(distinct s.retry_policy) filter (where s.retry_policy is not null)
+  lock table orchestrator.timer in row exclusive mode;
+  v_now := orchestrator.now();
+  -- With a transaction id, which settle_lanes() looks at, before lanes are read.
+  perform pg_current_xact_id();
+  v_own_lanes := exists (select from orchestrator.lane l where l.lane > 63 and l.name is not null);
+  select min(s.scheduled_at), max(s.scheduled_at), array_agg(distinct s.retry_policy) filter (where s.retry_policy is not null)
     , array_agg(distinct s.priority) filter (where s.priority between -9 and 9)
-  into v_staged, v_first, v_policies, v_priorities
+  into v_first, v_last, v_policies, v_priorities
   from pg_temp.submission s;
   -- Locks the row of control, once in the life of a priority.
   update orchestrator.control c
   set priorities = array(select distinct p from unnest(c.priorities || v_priorities) p order by p desc)
   where not c.priorities @> v_priorities;
+  select c.horizon_at into v_horizon_at from orchestrator.control c;
   begin
-    if v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy) then
+    if v_last >= v_horizon_at or v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy) then
       raise check_violation;
     end if;
     insert into orchestrator.event
-      (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, priority, spread, headers, payload)
-    select s.id, s.scheduled_at, v_now, s.max_retries, s.source, s.external_job_id, s.delivery_type, s.destination, s.retry_policy, s.ordering_key, nullif(s.priority, 0), s.spread, s.headers, s.payload
+      (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, priority, spread, expires_at, predecessor, headers, payload)
+    select s.id, s.scheduled_at, v_now, s.max_retries, s.source, s.external_job_id, s.delivery_type, s.destination, s.retry_policy, s.ordering_key, nullif(s.priority, 0), s.spread, s.expires_at, p_predecessor, s.headers, s.payload
     from pg_temp.submission s
     order by s.id;
-    if v_own_lanes then
-      with place as materialized (
-        select n.name, coalesce(own.lane, orchestrator.pattern_lane(n.name), (hashtextextended(n.name, 0) & 63)::integer) as lane
-        from (select distinct orchestrator.destination_name(s.delivery_type, s.destination) as name from pg_temp.submission s) n
-        left join orchestrator.lane own on own.hash = hashtextextended(n.name, 0)
-      )
-      insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts)
-      select s.id, s.scheduled_at, greatest(v_now, s.scheduled_at + coalesce(orchestrator.spread_shift(s.id, coalesce(s.spread, d.spread)), '0 s'))
-        , p.lane, hashtextextended(p.name, 0), coalesce(s.priority, 0), hashtextextended(s.ordering_key, 0), 0, s.max_retries + 1
+    with named as materialized (
+      select s.id, s.scheduled_at, s.spread, s.priority, s.ordering_key, s.max_retries, s.expires_at, s.source
+        , orchestrator.destination_name(s.delivery_type, s.destination) as name
       from pg_temp.submission s
-      join place p on p.name = orchestrator.destination_name(s.delivery_type, s.destination)
+      order by s.id
+    ), place as materialized (
+      select n.name, coalesce(own.lane, orchestrator.pattern_lane(n.name), (hashtextextended(n.name, 0) & 63)::integer) as lane
+      from (select distinct n.name from named n where v_own_lanes) n
+      left join orchestrator.lane own on own.hash = hashtextextended(n.name, 0)
+    ), armed_apart as (
+      insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts, source, expires_at)
+      select n.id, n.scheduled_at, greatest(v_now, n.scheduled_at + coalesce(orchestrator.spread_shift(n.id, coalesce(n.spread, d.spread)), '0 s'))
+        , p.lane, hashtextextended(n.name, 0), coalesce(n.priority, 0), hashtextextended(n.ordering_key, 0), 0, n.max_retries + 1, hashtextextended(n.source, 0), n.expires_at
+      from named n
+      join place p on p.name = n.name
       left join orchestrator.lane l on l.lane = p.lane and p.lane > 63
       left join orchestrator.destination d on d.name = l.name
-      order by s.id;
-    else
-      insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts)
-      select s.id, s.scheduled_at
-        , greatest(v_now, case when s.spread is null then s.scheduled_at else s.scheduled_at + orchestrator.spread_shift(s.id, s.spread) end)
-        , (s.hash & 63)::integer, s.hash, coalesce(s.priority, 0), hashtextextended(s.ordering_key, 0), 0, s.max_retries + 1
-      from (
-        select s.id, s.scheduled_at, s.spread, s.priority, s.ordering_key, s.max_retries
-          , hashtextextended(orchestrator.destination_name(s.delivery_type, s.destination), 0) as hash
-        from pg_temp.submission s
-        order by s.id offset 0) s;
-    end if;
-    insert into orchestrator.statistic select date_trunc('minute', v_now), 'accepted', v_staged where v_staged > 0;
+      where v_own_lanes
+      order by n.id
+    ), armed as (
+      insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts, source, expires_at)
+      select n.id, n.scheduled_at
+        , greatest(v_now, case when n.spread is null then n.scheduled_at else n.scheduled_at + orchestrator.spread_shift(n.id, n.spread) end)
+        , (h.hash & 63)::integer, h.hash, coalesce(n.priority, 0), hashtextextended(n.ordering_key, 0), 0, n.max_retries + 1, hashtextextended(n.source, 0), n.expires_at
+      from named n
+      cross join lateral (select hashtextextended(n.name, 0) as hash offset 0) h
+      where not v_own_lanes
+    )
+    insert into orchestrator.statistic (minute, name, source, destination, source_label, destination_label, value)
+    select date_trunc('minute', v_now), 'accepted', hashtextextended(n.source, 0), hashtextextended(n.name, 0), n.source, n.name, count(*)
+    from named n
+    group by n.source, n.name;
     insert into orchestrator.outbox (created_at, event_id, kind, key, value)
     select v_now, s.id, 'scheduled', orchestrator.record_key(s.ordering_key, s.external_job_id, s.id)
       , orchestrator.scheduled_message(s.id, s.source, s.external_job_id, s.scheduled_at, s.delivery_type, s.destination, v_now)
     from pg_temp.submission s
     where v_told;
   exception when unique_violation or check_violation or numeric_value_out_of_range then
-    return query
-    with checked as materialized (
-      select s.*, c.field, c.reason, row_number() over (partition by s.id, c.field is null order by s.n) as copy
-      from pg_temp.submission s
-      cross join orchestrator.partition_bounds() b
-      cross join lateral orchestrator.check_submission(
-        s.scheduled_at, s.source, s.external_job_id, s.delivery_type, s.destination, s.headers, s.max_retries, s.retry_policy,
-        s.ordering_key, s.priority, s.spread, b.first_day, b.end_day) c
-    ), kept as (
-      insert into orchestrator.event
-        (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, priority, spread, headers, payload)
-      select c.id, c.scheduled_at, v_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination, c.retry_policy, c.ordering_key, nullif(c.priority, 0), c.spread, c.headers, c.payload
-      from checked c
-      where c.field is null and c.copy = 1
-      order by c.id
-      on conflict do nothing
-      returning id, scheduled_at, source, external_job_id, delivery_type, destination, ordering_key, priority, spread, max_retries
-    ), place as materialized (
-      select n.name, orchestrator.lane_for(n.name) as lane
-      from (select distinct orchestrator.destination_name(k.delivery_type, k.destination) as name from kept k) n
-    ), armed as (
-      insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts)
-      select k.id, k.scheduled_at, greatest(v_now, k.scheduled_at + coalesce(orchestrator.spread_shift(k.id, coalesce(k.spread, d.spread)), '0 s'))
-        , p.lane, hashtextextended(p.name, 0), coalesce(k.priority, 0), hashtextextended(k.ordering_key, 0), 0, k.max_retries + 1
-      from kept k
-      join place p on p.name = orchestrator.destination_name(k.delivery_type, k.destination)
-      left join orchestrator.lane l on l.lane = p.lane and p.lane > 63
-      left join orchestrator.destination d on d.name = l.name
-    ), told as (
-      insert into orchestrator.outbox (created_at, event_id, kind, key, value)
-      select v_now, k.id, 'scheduled', orchestrator.record_key(k.ordering_key, k.external_job_id, k.id)
-        , orchestrator.scheduled_message(k.id, k.source, k.external_job_id, k.scheduled_at, k.delivery_type, k.destination, v_now)
-      from kept k
-      where v_told
-    ), answer as materialized (
-      select c.n, c.id, case when c.field is null then 'duplicate' else 'refused' end as result, c.field, c.reason
-      from checked c
-      where c.field is not null or c.copy > 1 or c.id not in (select k.id from kept k)
-    ), counted as (
-      insert into orchestrator.statistic
-      select date_trunc('minute', v_now), t.name, t.value
-      from (select 'accepted', count(*) from kept union all select 'duplicate', count(*) from answer where result = 'duplicate') t (name, value)
-      where t.value > 0
-    )
-    select * from answer;
+    return query select * from orchestrator.keep_each(v_now, v_told, p_predecessor);
   end;
   perform orchestrator.tell_due(v_first);
   perform orchestrator.tell_outbox() where v_told;
 end $$;
+comment on function orchestrator.keep_staged(uuid) is
+  'submit_staged(), with the predecessor of an event that is rescheduled; null: none';
+
+create or replace function orchestrator.submit_staged()
+returns table (n integer, id uuid, result text, field text, reason text)
+language sql security definer set search_path = orchestrator, pg_temp as $$
+  select * from orchestrator.keep_staged(null)
+$$;
 comment on function orchestrator.submit_staged() is
   'Turns the rows of pg_temp.submission into events and their timers. Answers only the rows that became no new event: result duplicate (the id is kept already; nothing changes) or refused (with field and reason)';
+
+-- The lock keeps days from getting their partition meanwhile: whoever gives a day one waits until all that went to the horizon is there to see.
+create or replace function orchestrator.keep_each(p_now timestamptz, p_told boolean, p_predecessor uuid)
+returns table (n integer, id uuid, result text, field text, reason text)
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+declare
+  v_control orchestrator.control;
+  v_days date[];
+  v_first_at timestamptz;
+  v_ids uuid[]; v_scheduled timestamptz[];
+  v_waiting_from timestamptz;
+  v_numbers integer[]; v_answered uuid[]; v_results text[]; v_fields text[]; v_reasons text[];
+begin
+  perform orchestrator.open_days(array(
+    select distinct (s.scheduled_at at time zone 'UTC')::date from pg_temp.submission s where isfinite(s.scheduled_at)), p_now);
+  perform pg_advisory_xact_lock_shared(hashtext('orchestrator.horizon'));
+  select * into v_control from orchestrator.control;
+  v_days := orchestrator.partition_days();
+  v_first_at := orchestrator.first_day_kept(p_now)::timestamptz;
+  with checked as materialized (
+    select s.*, c.field, c.reason, d.day is null as beyond, row_number() over (partition by s.id, c.field is null order by s.n) as copy
+    from pg_temp.submission s
+    left join unnest(v_days) as d (day) on d.day = (s.scheduled_at at time zone 'UTC')::date
+    cross join lateral orchestrator.check_submission(
+      s.scheduled_at, s.source, s.external_job_id, s.delivery_type, s.destination, s.headers, s.max_retries, s.retry_policy,
+      s.ordering_key, s.priority, s.spread, s.expires_at, case when d.day is null then v_first_at end
+      , p_now + make_interval(days => v_control.max_schedule_ahead_days), v_control.max_schedule_ahead_days) c
+  ), fresh as materialized (
+    select * from checked c
+    where c.field is null and c.copy = 1
+      and not exists (select from orchestrator.horizon h where h.id = c.id and h.scheduled_at = c.scheduled_at)
+  ), kept as (
+    insert into orchestrator.event
+      (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, priority, spread, expires_at, predecessor, headers, payload)
+    select c.id, c.scheduled_at, p_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination, c.retry_policy, c.ordering_key, nullif(c.priority, 0), c.spread, c.expires_at, p_predecessor, c.headers, c.payload
+    from fresh c
+    where not c.beyond
+    order by c.id
+    on conflict do nothing
+    returning id, scheduled_at
+  ), waiting as (
+    insert into orchestrator.horizon
+      (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, priority, spread, expires_at, predecessor, headers, payload)
+    select c.id, c.scheduled_at, p_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination, c.retry_policy, c.ordering_key, nullif(c.priority, 0), c.spread, c.expires_at, p_predecessor, c.headers, c.payload
+    from fresh c
+    where c.beyond
+    order by c.id
+    on conflict do nothing
+    returning id, scheduled_at
+  ), accepted as materialized (
+    select f.* from fresh f join (select k.id from kept k union all select w.id from waiting w) a on a.id = f.id
+  ), told as (
+    insert into orchestrator.outbox (created_at, event_id, kind, key, value)
+    select p_now, a.id, 'scheduled', orchestrator.record_key(a.ordering_key, a.external_job_id, a.id)
+      , orchestrator.scheduled_message(a.id, a.source, a.external_job_id, a.scheduled_at, a.delivery_type, a.destination, p_now)
+    from accepted a
+    where p_told
+  ), answer as materialized (
+    select c.n, c.id, case when c.field is null then 'duplicate' else 'refused' end as result, c.field, c.reason, c.source, c.delivery_type, c.destination
+    from checked c
+    where c.field is not null or c.copy > 1 or c.id not in (select a.id from accepted a)
+  ), counted as (
+    insert into orchestrator.statistic (minute, name, source, destination, source_label, destination_label, value)
+    select date_trunc('minute', p_now), r.name, hashtextextended(r.source, 0), hashtextextended(d.name, 0), r.source, d.name, count(*)
+    from (select 'accepted' as name, a.source, a.delivery_type, a.destination from accepted a
+          union all select r.result, r.source, r.delivery_type, r.destination from answer r where r.result = 'duplicate') r
+    cross join lateral (select orchestrator.destination_name(r.delivery_type, r.destination) as name) d
+    group by r.name, r.source, d.name
+  )
+  select (select array_agg(k.id) from kept k), (select array_agg(k.scheduled_at) from kept k), (select min(w.scheduled_at) from waiting w)
+    , array_agg(a.n), array_agg(a.id), array_agg(a.result), array_agg(a.field), array_agg(a.reason)
+  into v_ids, v_scheduled, v_waiting_from, v_numbers, v_answered, v_results, v_fields, v_reasons
+  from answer a;
+  perform orchestrator.arm_events(v_ids, v_scheduled) where v_ids is not null;
+  -- A day that lost its partition by hand.
+  update orchestrator.control c set horizon_at = v_waiting_from where c.horizon_at > v_waiting_from;
+  return query select * from unnest(v_numbers, v_answered, v_results, v_fields, v_reasons);
+end $$;
+comment on function orchestrator.keep_each(timestamptz, boolean, uuid) is
+  'keep_staged() row by row, for a batch with duplicates, with mistakes, or with events for the horizon';
 
 create or replace function orchestrator.scheduled_message(
   p_id uuid, p_source text, p_external_job_id text, p_scheduled_at timestamptz, p_delivery_type text, p_destination text, p_created_at timestamptz)
@@ -248,6 +330,11 @@ language sql immutable parallel safe as $$
 $$;
 comment on function orchestrator.check_headers(jsonb) is 'Why these cannot be the headers of an event; null: they can';
 
+create or replace function orchestrator.is_time(p_text text) returns boolean
+language sql stable strict parallel safe
+return p_text ~* '^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+-]\d\d(:?\d\d)?)$' and pg_input_is_valid(p_text, 'timestamptz');
+comment on function orchestrator.is_time(text) is 'Whether a text is an ISO 8601 time with a zone';
+
 create or replace function orchestrator.submit_events(p_events jsonb)
 returns table (n integer, id uuid, result text, field text, reason text)
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
@@ -262,11 +349,13 @@ begin
     select i.n::integer as n, i.event, e.*,
       case
         when jsonb_typeof(i.event) <> 'object' then 'event: expected an object'
-        when u.unknown is not null then left(u.unknown, 80) || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds'
+        when u.unknown is not null then left(u.unknown, 80) || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds, expires_at'
         when w.wrong is not null then w.wrong
         when e.scheduled_at is null then 'scheduled_at: required'
-        when e.scheduled_at !~* '^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+-]\d\d(:?\d\d)?)$' or not pg_input_is_valid(e.scheduled_at, 'timestamptz')
+        when not orchestrator.is_time(e.scheduled_at)
           then format('scheduled_at: expected an ISO 8601 time with zone such as 2030-01-31T08:00:00Z, got %s', left(e.scheduled_at, 50))
+        when not orchestrator.is_time(i.event ->> 'expires_at')
+          then format('expires_at: expected an ISO 8601 time with zone such as 2030-01-31T08:00:00Z, got %s', left(i.event ->> 'expires_at', 50))
         when e.source is null then 'source: required'
         when e.destination is null and e.delivery_type = 'HTTP' then 'destination: required'
         when not i.event ? 'payload' then 'payload: required'
@@ -284,16 +373,17 @@ begin
       , coalesce(i.event ->> 'delivery_type', 'HTTP') as delivery_type, i.event ->> 'destination' as destination
       , i.event ->> 'max_retries' as max_retries, i.event ->> 'retry_policy' as retry_policy, i.event ->> 'ordering_key' as ordering_key) e
     cross join lateral (select min(k) as unknown from jsonb_object_keys(case jsonb_typeof(i.event) when 'object' then i.event else '{}' end) k
-      where k <> all ('{source,external_job_id,scheduled_at,delivery_type,destination,payload,headers,max_retries,retry_policy,ordering_key,priority,spread_seconds}')) u
+      where k <> all ('{source,external_job_id,scheduled_at,delivery_type,destination,payload,headers,max_retries,retry_policy,ordering_key,priority,spread_seconds,expires_at}')) u
     cross join lateral (select min(format('%s: expected a string, got %s', f.key, jsonb_typeof(f.value))) as wrong
       from jsonb_each(case jsonb_typeof(i.event) when 'object' then i.event else '{}' end) f
-      where f.key = any ('{source,external_job_id,scheduled_at,delivery_type,destination,retry_policy,ordering_key}') and jsonb_typeof(f.value) not in ('string', 'null')) w
+      where f.key = any ('{source,external_job_id,scheduled_at,delivery_type,destination,retry_policy,ordering_key,expires_at}') and jsonb_typeof(f.value) not in ('string', 'null')) w
   ), staged as (
     insert into pg_temp.submission
+      (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at)
     select i.n, coalesce(orchestrator.event_id(i.source, i.external_job_id, i.scheduled_at::timestamptz), orchestrator.random_event_id(i.scheduled_at::timestamptz))
       , i.scheduled_at::timestamptz, i.source, i.external_job_id, i.delivery_type, i.destination, (i.event -> 'payload')::json
       , nullif(i.event -> 'headers', 'null')::json, coalesce(i.max_retries::integer, 3), i.retry_policy, i.ordering_key
-      , (i.event ->> 'priority')::smallint, make_interval(secs => (i.event ->> 'spread_seconds')::double precision)
+      , (i.event ->> 'priority')::smallint, make_interval(secs => (i.event ->> 'spread_seconds')::double precision), (i.event ->> 'expires_at')::timestamptz
     from item i
     where i.problem is null
   )
@@ -308,12 +398,12 @@ begin
   order by s.n;
 end $$;
 comment on function orchestrator.submit_events(jsonb) is
-  'Submits an array of events (source, scheduled_at, destination, payload; optional external_job_id, delivery_type, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds; KAFKA events may leave out destination). One row for each: accepted, duplicate or refused with field and reason; a refused one does not fail the others';
+  'Submits an array of events (source, scheduled_at, destination, payload; optional external_job_id, delivery_type, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds, expires_at; KAFKA events may leave out destination). One row for each: accepted, duplicate or refused with field and reason; a refused one does not fail the others';
 
 create or replace function orchestrator.schedule_event(
   p_destination text, p_payload jsonb, p_scheduled_at timestamptz default orchestrator.now(), p_source text default 'psql',
   p_external_job_id text default null, p_max_retries integer default 3, p_headers jsonb default null, p_retry_policy text default null,
-  p_delivery_type text default 'HTTP', p_ordering_key text default null, p_priority integer default null, p_spread interval default null)
+  p_delivery_type text default 'HTTP', p_ordering_key text default null, p_priority integer default null, p_spread interval default null, p_expires_at timestamptz default null)
 returns uuid
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
 declare
@@ -322,11 +412,11 @@ begin
   select * into v_answer from orchestrator.submit_events(jsonb_build_array(jsonb_build_object(
     'destination', p_destination, 'payload', p_payload, 'scheduled_at', p_scheduled_at, 'source', p_source,
     'external_job_id', p_external_job_id, 'max_retries', p_max_retries, 'headers', p_headers, 'retry_policy', p_retry_policy,
-    'delivery_type', p_delivery_type, 'ordering_key', p_ordering_key, 'priority', p_priority, 'spread_seconds', extract(epoch from p_spread))));
+    'delivery_type', p_delivery_type, 'ordering_key', p_ordering_key, 'priority', p_priority, 'spread_seconds', extract(epoch from p_spread), 'expires_at', p_expires_at)));
   if v_answer.result = 'refused' then
     raise exception '%: %', v_answer.field, v_answer.reason using errcode = 'invalid_parameter_value';
   end if;
   return v_answer.id;
 end $$;
-comment on function orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval) is
+comment on function orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval, timestamptz) is
   'Submits one event and returns its id; submitting the same (source, external_job_id, scheduled_at) again returns the same id and changes nothing';

@@ -71,7 +71,7 @@ begin
   select p_topic, r.* from (
     select r.partition, r."offset", v_now, r.key, r.value, r.field, r.reason
     from unnest(p_partitions, p_offsets, p_keys, p_values, p_fields, p_reasons) as r (partition, "offset", key, value, field, reason)) r;
-  insert into orchestrator.statistic select date_trunc('minute', v_now), 'rejected', cardinality(p_partitions) where cardinality(p_partitions) > 0;
+  insert into orchestrator.statistic (minute, name, value) select date_trunc('minute', v_now), 'rejected', cardinality(p_partitions) where cardinality(p_partitions) > 0;
   insert into orchestrator.outbox (created_at, kind, key, value, headers)
   select v_now, 'dlq', r.key, r.value
     , json_build_object('orchestrator-kind', 'reject', 'orchestrator-reason', r.field || ': ' || r.reason, 'orchestrator-topic', p_topic

@@ -220,7 +220,7 @@ end $$;
 comment on function orchestrator.watch_lanes(integer[], uuid[]) is
   'Gives the destinations of events that failed in shared lanes lanes of their own, for their breakers; answers the lanes by which to count, one for each event';
 
--- Ordering keys. Only the first live event of a key is in a lane that claims look at; claims put the others into lane -1
+-- Ordering keys. Only the first live event of a key is in a lane that claims look at; claims put the others of lane n into lane -1 - n
 -- when they come across them, and whoever ends or puts off the first one lets the next one in.
 
 create or replace function orchestrator.ordering_bucket(p_ordering bigint) returns integer
@@ -251,13 +251,13 @@ begin
     cross join lateral (
       select t.ctid as at, t.event_id, t.scheduled_at, t.lane from orchestrator.timer t
       where t.ordering = k.ordering order by t.scheduled_at, t.event_id limit 1) h
-    where h.lane = -1 and not orchestrator.ordering_held(k.ordering, h.event_id, h.scheduled_at, v_now));
+    where h.lane < 0 and not orchestrator.ordering_held(k.ordering, h.event_id, h.scheduled_at, v_now));
   with armed as (
     update orchestrator.timer t
     set lane = orchestrator.lane_for((
       select orchestrator.destination_name(e.delivery_type, e.destination) from orchestrator.event e where e.id = t.event_id and e.scheduled_at = t.scheduled_at))
     -- Whoever has it locked is about to end it, and comes here then. Negated, lane is not looked up in an index.
-    where t.ctid = any (array(select s.ctid from orchestrator.timer s where s.ctid = any (v_heads) and -s.lane = 1 for update skip locked))
+    where t.ctid = any (array(select s.ctid from orchestrator.timer s where s.ctid = any (v_heads) and -s.lane > 0 for update skip locked))
     returning t.due_at
   )
   select min(a.due_at) into v_first from armed a;
@@ -329,7 +329,7 @@ begin
     -- A new statement, and so a new snapshot: it sees what those did who had the locks before.
     with parked as (
       update orchestrator.timer t
-      set lane = -1
+      set lane = -1 - t.lane
       where t.ctid = any (v_ordered) and orchestrator.ordering_held(t.ordering, t.event_id, t.scheduled_at, v_now)
       returning old.ctid as at, t.ordering
     )

@@ -19,7 +19,7 @@ create or replace function orchestrator.claim_due_events(
   p_skip integer[] default '{}', p_max_parallel integer default null)
 returns table (event_id uuid, attempt smallint, due_at timestamptz, lease_until timestamptz, scheduled_at timestamptz, source text
   , external_job_id text, delivery_type text, destination text, ordering_key text, headers json, payload json
-  , start_at timestamptz, lane integer, options json, waited json)
+  , start_at timestamptz, lane integer, options json, waited json, expires_at timestamptz)
 language plpgsql security definer set search_path = orchestrator, pg_temp rows 100
 set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off
 set enable_bitmapscan = off set jit = off as $$
@@ -37,8 +37,11 @@ declare
   v_stopped_at integer;
   v_more boolean;
   v_control orchestrator.control;
+  v_floors timestamptz[];
+  v_floors_hold boolean;
+  v_own_floor timestamptz;
   v_again_at timestamptz;
-  v_lanes integer[]; v_priorities smallint[]; v_caps integer[]; v_untils timestamptz[];
+  v_lanes integer[]; v_priorities smallint[]; v_lane_floors timestamptz[]; v_caps integer[]; v_untils timestamptz[];
   v_queues integer[];
   v_full integer[]; v_asked integer[]; v_given bigint[];
   v_limited integer[]; v_allowed integer[]; v_kinds text[]; v_bounded integer[]; v_spread integer[]; v_deep integer[];
@@ -64,30 +67,33 @@ begin
     return;
   end if;
 
+  v_floors := orchestrator.floors(v_control, v_now);
+  v_floors_hold := orchestrator.floors_hold(v_control, v_now);
+  v_own_floor := case when v_floors_hold then v_control.own_floor else '-infinity' end;
   -- Where little is due in own lanes, that says which to look at; else this claim looks on from where the session's last one stopped.
-  v_own := array(select t.lane from orchestrator.timer t where t.lane > 63 and t.due_at <= v_until order by t.due_at limit c_few);
+  v_own := array(select t.lane from orchestrator.timer t where t.lane > 63 and t.due_at >= v_own_floor and t.due_at <= v_until order by t.due_at limit c_few);
   v_few := cardinality(v_own) < c_few;
   -- A queue is a lane and a priority. Lanes come at random, the queues of a lane together, the highest priority first.
   -- Of the own lanes that have work, which may be a thousand, each claim serves some: one row from each of many costs far more than many from each of some.
-  select array_agg(q.lane order by q.place, q.priority desc), array_agg(q.priority order by q.place, q.priority desc)
+  select array_agg(q.lane order by q.place, q.priority desc), array_agg(q.priority order by q.place, q.priority desc), array_agg(q.floor order by q.place, q.priority desc)
     , array_agg(q.lane) filter (where q.limited or q.first_due < q.held_until)
     , array_agg(q.lane) filter (where q.lane < 64 and q.first_due < v_now - interval '250 ms'), count(*) filter (where q.lane > 63) = v_own_at_most
     , coalesce(max(q.lane) filter (where q.lane between 64 and v_last), max(q.lane) filter (where q.lane > 63))
-  into v_lanes, v_priorities, v_limited, v_deep, v_more, v_stopped_at
+  into v_lanes, v_priorities, v_lane_floors, v_limited, v_deep, v_more, v_stopped_at
   from (
-    select l.lane, l.priority, l.place, false as limited, null::timestamptz as held_until, t.due_at as first_due
-    from (select l.lane, unnest(v_control.priorities) as priority, hashint8extended(l.lane, v_salt) as place
+    select l.lane, l.priority, l.place, false as limited, null::timestamptz as held_until, l.floor, t.due_at as first_due
+    from (select l.lane, unnest(v_control.priorities) as priority, hashint8extended(l.lane, v_salt) as place, v_floors[l.lane + 1] as floor
           from orchestrator.lane l
           where l.lane < 64 and l.lane <> all (p_skip)) l
     cross join lateral (
-      select t.due_at from orchestrator.timer t where t.lane = l.lane and t.priority = l.priority and t.due_at <= v_until order by t.due_at limit 1) t
+      select t.due_at from orchestrator.timer t where t.lane = l.lane and t.priority = l.priority and t.due_at >= l.floor and t.due_at <= v_until order by t.due_at limit 1) t
     union all
     select own.lane, own.priority, hashint8extended(own.lane, v_salt)
-      , own.limited or own.breaker <> 'closed' or p_max_parallel is not null, greatest(own.resumed_at, own.closed_at), own.due_at
+      , own.limited or own.breaker <> 'closed' or p_max_parallel is not null, greatest(own.resumed_at, own.closed_at), own.usable_floor, own.due_at
     from (
       select l.*, t.due_at
       from (
-        select l.*, unnest(v_control.priorities) as priority
+        select l.*, unnest(v_control.priorities) as priority, case when v_floors_hold then l.floor else '-infinity' end as usable_floor
         from (
           select l.* from orchestrator.lane l where v_few and l.lane = any (v_own)
           union all
@@ -97,7 +103,7 @@ begin
         where orchestrator.lane_open(l, v_now) and l.lane <> all (p_skip)) l
       cross join lateral (
         select t.due_at from orchestrator.timer t
-        where t.lane = l.lane and t.priority = l.priority and t.due_at <= v_until and (t.lease_until is null or t.lease_until <= v_now)
+        where t.lane = l.lane and t.priority = l.priority and t.due_at >= l.usable_floor and t.due_at <= v_until and (t.lease_until is null or t.lease_until <= v_now)
         order by t.due_at limit 1) t
       limit v_own_at_most) own) q;
   v_queues := array(select n from generate_subscripts(v_lanes, 1) n where v_lanes[n - 1] is distinct from v_lanes[n]);
@@ -112,7 +118,7 @@ begin
     v_odd_at := array(
       select y.at from (select v_deep[1] as lane) d
       cross join lateral (
-        select t.destination from orchestrator.timer t where t.lane = d.lane and t.priority = 0 and t.due_at <= v_until order by t.due_at limit 1) front
+        select t.destination from orchestrator.timer t where t.lane = d.lane and t.priority = 0 and t.due_at >= v_floors[d.lane + 1] and t.due_at <= v_until order by t.due_at limit 1) front
       cross join lateral (
         select t.ctid as at, t.destination, t.lease_until from orchestrator.timer t
         where t.lane = d.lane and t.priority = 0 and t.due_at <= v_until order by t.due_at desc limit least(64, 8 + p_batch / 4)) y
@@ -123,7 +129,7 @@ begin
       into v_at, v_odd_at
       from (
         select t.ctid as at, t.ordering is not null or v_control.rerouted_by is not null as odd from orchestrator.timer t
-        where t.ctid = any (v_odd_at) and (t.lease_until is null or t.lease_until <= v_now) and t.attempt < t.max_attempts
+        where t.ctid = any (v_odd_at) and (t.lease_until is null or t.lease_until <= v_now) and t.attempt < t.max_attempts and t.expires_at > v_now is not false
         for update skip locked) t;
       v_left := v_left - coalesce(cardinality(v_at), 0) - coalesce(cardinality(v_odd_at), 0);
     end if;
@@ -153,14 +159,14 @@ begin
     exit when v_left <= 0 or v_queues = '{}';
     with picked as materialized (
       select q.n, q.share, t.at, t.lost, t.odd
-      from (select u.n, v_lanes[u.n] as lane, v_priorities[u.n] as priority, coalesce(v_untils[u.n], v_until) as until
+      from (select u.n, v_lanes[u.n] as lane, v_priorities[u.n] as priority, v_lane_floors[u.n] as floor, coalesce(v_untils[u.n], v_until) as until
               , least(v_caps[u.n], v_left / cardinality(v_queues) + (u.place <= v_left % cardinality(v_queues))::integer) as share
             from unnest(v_queues) with ordinality as u (n, place)) q
       cross join lateral (
-        select t.ctid as at, t.attempt >= t.max_attempts + orchestrator.lost_leases_borne() as lost
+        select t.ctid as at, t.attempt >= t.max_attempts + orchestrator.lost_leases_borne() or t.expires_at <= v_now is true as lost
           , t.ordering is not null or v_control.rerouted_by is not null or t.lane = any (v_spread) is true as odd
         from orchestrator.timer t
-        where t.lane = q.lane and t.priority = q.priority and t.due_at <= q.until and (t.lease_until is null or t.lease_until <= v_now)
+        where t.lane = q.lane and t.priority = q.priority and t.due_at >= q.floor and t.due_at <= q.until and (t.lease_until is null or t.lease_until <= v_now)
         order by t.due_at
         limit q.share
         for update skip locked) t
@@ -181,8 +187,9 @@ begin
     from (select * from leased order by due_at, event_id) l;
     v_all_ids := v_all_ids || v_ids; v_all_scheduled := v_all_scheduled || v_scheduled; v_all_due := v_all_due || v_due;
     v_all_attempts := v_all_attempts || v_attempts; v_all_from := v_all_from || v_from;
-    if v_lost_at <> '{}' then
-      perform orchestrator.bury_lost(v_lost_at);
+    -- Those whose ordering key another has stay, and would be met again.
+    if v_lost_at <> '{}' and orchestrator.bury(v_lost_at) < cardinality(v_lost_at) then
+      v_full := '{}';
     end if;
     -- Those that were not asked, those that gave all they were asked for, and the next priority of those that did not.
     v_queues := v_queues[v_left + 1:] || v_full || case when cardinality(v_control.priorities) > 1 then array(
@@ -208,16 +215,17 @@ begin
     , e.ordering_key, e.headers, e.payload, coalesce(l.start_at, l.due_at), l.lane
     , l.options, case when l.waited is not null then l.waited
            when l.due_at < v_control.resumed_at then orchestrator.waits(l.due_at, v_now, v_control.last_paused_at, v_control.resumed_at, null, null, null) end
+    , e.expires_at
   from unnest(v_all_ids, v_all_scheduled, v_all_due, v_all_attempts, v_all_from, v_start, v_lease, v_options, v_waited)
     as l (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited)
   join orchestrator.event e on e.id = l.event_id and e.scheduled_at = l.scheduled_at
     and e.scheduled_at >= (select min(s) from unnest(v_all_scheduled) s) and e.scheduled_at <= (select max(s) from unnest(v_all_scheduled) s);
 end $$;
 comment on function orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer) is
-  'Leases up to p_batch events that are due within p_lookahead to p_worker, shared fairly among lanes, as far as limits, breakers and pauses allow; none of the lanes in p_skip; p_max_parallel bounds own lanes that have no max_parallel. lease_until is when they become due again unless finished or released. Finish each with its attempt number; begin none before its start_at. Afterwards current_setting(''orchestrator.claim_again_at'') says when a limit lets more through, in Unix seconds; empty: nothing waits for one';
+  'Leases up to p_batch events that are due within p_lookahead to p_worker, shared fairly among lanes, as far as limits, breakers and pauses allow; none of the lanes in p_skip; p_max_parallel bounds own lanes that have no max_parallel. lease_until is when they become due again unless finished or released; what has expired by now ends. Finish each with its attempt number; begin none before its start_at, nor from its expires_at on. Afterwards current_setting(''orchestrator.claim_again_at'') says when a limit lets more through, in Unix seconds; empty: nothing waits for one';
 
--- The caller has the timers locked, and lanes: it must not wait. Those whose ordering key another has are left for the next claim.
-create or replace function orchestrator.bury_lost(p_at tid[]) returns void
+-- The caller has the timers locked, and may have lanes: it must not wait. Those whose ordering key another has are left for the next claim.
+create or replace function orchestrator.bury(p_at tid[]) returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp set plan_cache_mode = force_generic_plan as $$
 declare
   v_now constant timestamptz := orchestrator.now();
@@ -229,16 +237,22 @@ begin
     delete from orchestrator.timer t
     where t.ctid = any (p_at)
       and (t.ordering is null or pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(t.ordering)))
-    returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.worker, t.lane, t.ordering
+    returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.worker, t.lane, t.ordering, t.source, t.destination, t.retrying
+      , case when t.expires_at <= v_now then 'expired' else 'dead' end as result
   ), logged as (
     insert into orchestrator.outcome (event_id, scheduled_at, due_at, finished_at, worker, attempt, result, error)
-    select b.event_id, b.scheduled_at, b.due_at, v_now, b.worker, b.attempt, 'dead', orchestrator.lost_lease() from buried b
+    select b.event_id, b.scheduled_at, b.due_at, v_now, case b.result when 'dead' then b.worker end, b.attempt, b.result, case b.result when 'dead' then orchestrator.lost_lease() end from buried b
   ), mourned as (
     insert into orchestrator.dead_letter (event_id, scheduled_at, died_at, attempts, reason, blocks)
-    select b.event_id, b.scheduled_at, v_now, b.attempt, orchestrator.lost_lease(), orchestrator.blocked_by_death(b.event_id, b.scheduled_at, b.lane, b.ordering) from buried b
+    select b.event_id, b.scheduled_at, v_now, b.attempt, orchestrator.lost_lease(), orchestrator.blocked_by_death(b.event_id, b.scheduled_at, b.lane, b.ordering)
+    from buried b where b.result = 'dead'
   ), counted as (
-    insert into orchestrator.statistic
-    select date_trunc('minute', v_now), 'dead', count(*) from buried having count(*) > 0
+    insert into orchestrator.statistic (minute, name, source, destination, value)
+    select date_trunc('minute', v_now), c.name, b.source, b.destination, c.value
+    from (select b.result, b.source, case when b.source is not null then b.destination end as destination, count(*) as ended, count(*) filter (where b.retrying) as retrying
+          from buried b group by 1, 2, 3) b
+    cross join lateral (values (b.result, b.ended), ('retrying', -b.retrying)) as c (name, value)
+    where c.value <> 0
   )
   select array_agg(b.event_id), array_agg(b.scheduled_at), array_agg(b.ordering) filter (where b.ordering is not null)
   into v_ids, v_scheduled, v_orderings from buried b;
@@ -246,8 +260,23 @@ begin
   if v_orderings is not null then
     perform orchestrator.advance_ordering(v_orderings);
   end if;
+  return coalesce(cardinality(v_ids), 0);
 end $$;
-comment on function orchestrator.bury_lost(tid[]) is 'Ends events whose workers vanished time after time';
+comment on function orchestrator.bury(tid[]) is 'Ends events that have expired, and those whose workers vanished time after time. Returns how many';
+
+create or replace function orchestrator.expire_events(p_limit integer default 10000) returns bigint
+language plpgsql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
+declare
+  v_now constant timestamptz := orchestrator.now();
+begin
+  return orchestrator.bury(array(
+    select t.ctid from orchestrator.timer t
+    where t.expires_at <= v_now and (t.lease_until is null or t.lease_until <= v_now)
+    order by t.expires_at
+    limit p_limit
+    for update skip locked));
+end $$;
+comment on function orchestrator.expire_events(integer) is 'Ends events that have expired where no claim comes across them: behind a pause, a limit, a retry or another of their ordering key. Returns how many';
 
 create or replace function orchestrator.lost_lease() returns text
 language sql immutable parallel safe
@@ -267,7 +296,7 @@ set enable_seqscan = off set enable_bitmapscan = off as $$
   select min(t.due_at) from orchestrator.control c cross join unnest(c.priorities) as p (priority) cross join orchestrator.lane l
   cross join lateral (
     select t.due_at from orchestrator.timer t
-    where t.lane = l.lane and t.priority = p.priority and (t.lease_until is null or t.lease_until <= orchestrator.now())
+    where t.lane = l.lane and t.priority = p.priority and t.due_at >= coalesce((orchestrator.floors(c, orchestrator.now()))[l.lane + 1], '-infinity') and (t.lease_until is null or t.lease_until <= orchestrator.now())
     order by t.due_at limit 1) t
   where c.paused_at is null and orchestrator.lane_open(l, orchestrator.now())
 $$;

@@ -49,7 +49,7 @@ set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_me
 set enable_bitmapscan = off set jit = off as $$
 #variable_conflict use_column
 declare
-  v_now constant timestamptz := orchestrator.now();
+  v_now timestamptz;
   v_finished bigint := 0;
   v_ids uuid[];
   v_scheduled timestamptz[];
@@ -72,18 +72,27 @@ begin
     raise exception 'p_event_ids, p_attempts, p_results: expected arrays of one length, got %, % and %',
       cardinality(p_event_ids), cardinality(p_attempts), cardinality(p_results) using errcode = 'invalid_parameter_value';
   end if;
+  -- raise_floors() relies on the clock being read after this, where a retry is put off.
+  lock table orchestrator.timer in row exclusive mode;
+  v_now := orchestrator.now();
   if p_results <@ array['delivered'] then
     with gone as (
       delete from orchestrator.timer t
       using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_claimed_at, p_waited)
         as r (event_id, attempt, status_code, started_at, finished_at, claimed_at, waited)
       where t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
-      returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane, t.ordering, r.status_code, r.started_at, r.finished_at, r.claimed_at, r.waited
+      returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane, t.ordering, t.source, t.destination, t.retrying, r.status_code, r.started_at, r.finished_at, r.claimed_at, r.waited
     ), logged as (
       insert into orchestrator.outcome (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result, claimed_at, waited)
       select g.event_id, g.scheduled_at, g.due_at, to_timestamp(g.started_at), coalesce(to_timestamp(g.finished_at), v_now)
         , p_worker, g.attempt, g.status_code, 'delivered', to_timestamp(g.claimed_at), g.waited::json
       from gone g
+    ), counted as (
+      insert into orchestrator.statistic (minute, name, source, destination, value)
+      select date_trunc('minute', v_now), 'delivered', g.source, case when g.source is not null then g.destination end, count(*) from gone g group by 3, 4
+    ), eased as (
+      insert into orchestrator.statistic (minute, name, source, destination, value)
+      select date_trunc('minute', v_now), 'retrying', g.source, case when g.source is not null then g.destination end, -count(*) from gone g where g.retrying group by 3, 4
     )
     select count(*), array_agg(g.event_id) filter (where v_told), array_agg(g.scheduled_at) filter (where v_told)
       , array_agg(g.claimed_at) filter (where v_told), array_agg(g.ordering) filter (where g.ordering is not null)
@@ -94,7 +103,6 @@ begin
     if v_told then
       perform orchestrator.announce_finished(v_ids, v_scheduled, v_claimed);
     end if;
-    insert into orchestrator.statistic select date_trunc('minute', v_now), 'delivered', v_finished where v_finished > 0;
   else
     with given as materialized (
       select distinct on (r.event_id, r.attempt) r.*
@@ -106,11 +114,11 @@ begin
       merge into orchestrator.timer t
       using given r on t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
       when matched and r.result = 'retry' and t.attempt < t.max_attempts then
-        update set worker = null, lease_until = null, slot = null, busy = null, due_at = greatest(t.scheduled_at, v_now + coalesce(orchestrator.retry_delay(
+        update set worker = null, lease_until = null, slot = null, busy = null, retrying = true, due_at = greatest(t.scheduled_at, v_now + coalesce(orchestrator.retry_delay(
           orchestrator.retry_policy_of(t.event_id, t.scheduled_at, t.lane), t.attempt,
           case when r.retry_after > 0 then make_interval(secs => least(r.retry_after, 1e9)) end), '1 min'))
       when matched then delete
-      returning r.event_id, old.scheduled_at, r.attempt, r.status_code, old.due_at, old.lane, old.ordering, r.started_at, r.finished_at, r.error, r.response
+      returning r.event_id, old.scheduled_at, r.attempt, r.status_code, old.due_at, old.lane, old.ordering, old.source, old.destination, old.retrying, r.started_at, r.finished_at, r.error, r.response
         , r.claimed_at, r.waited, r.result as verdict
         , case when new.event_id is not null then 'retried' when r.result = 'delivered' then 'delivered' else 'dead' end as result
         , new.due_at as next_due
@@ -126,8 +134,14 @@ begin
       from done d
       where d.result = 'dead'
     ), counted as (
-      insert into orchestrator.statistic
-      select date_trunc('minute', v_now), d.result, count(*) from done d group by d.result
+      insert into orchestrator.statistic (minute, name, source, destination, value)
+      select date_trunc('minute', v_now), d.result, d.source, case when d.source is not null then d.destination end, count(*) from done d group by 2, 3, 4
+    ), eased as (
+      insert into orchestrator.statistic (minute, name, source, destination, value)
+      select date_trunc('minute', v_now), 'retrying', d.source, case when d.source is not null then d.destination end, sum(case d.result when 'retried' then 1 else -1 end)
+      from done d
+      where (d.result = 'retried') = (d.retrying is null)
+      group by 3, 4
     )
     select count(*), array_agg(d.event_id), array_agg(d.scheduled_at), array_agg(d.result), array_agg(d.next_due), array_agg(d.claimed_at)
       , array_agg(d.ordering) filter (where d.ordering is not null)

@@ -44,8 +44,8 @@ begin
     and e.scheduled_at >= (select min(s) from unnest(p_scheduled_at) s) and e.scheduled_at <= (select max(s) from unnest(p_scheduled_at) s)
   cross join lateral (
     select * from orchestrator.outcome o
-    where o.event_id = f.event_id and o.scheduled_at = f.scheduled_at and o.result in ('delivered', 'dead', 'cancelled')
-    order by o.attempt desc, o.result = 'cancelled' desc
+    where o.event_id = f.event_id and o.scheduled_at = f.scheduled_at and o.result in ('delivered', 'dead', 'cancelled', 'rescheduled', 'expired')
+    order by o.attempt desc, o.result in ('cancelled', 'rescheduled', 'expired') desc
     limit 1) o
   join orchestrator.outbox_kind k on k.kind = 'timestamp' or k.kind = 'dlq' and o.result = 'dead'
   order by f.event_id;

@@ -1,4 +1,60 @@
--- Cancelling: by id, or every event of an external id. The timer's row lock decides between a cancel and a claim.
+-- Cancelling: by id, by external id, or by filter. The timer's row lock decides between a cancel and a claim.
+
+-- Waits for a claim or a finish that has a timer, and for whoever moves or ends an event in the horizon; ordered, so that two cannot deadlock.
+-- What it then sees of these events, the caller sees in a statement of its own, after all that they did.
+create or replace function orchestrator.lock_events(p_ids uuid[]) returns void
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+begin
+  perform from orchestrator.horizon h where h.id = any (p_ids) order by h.id for update;
+  perform from orchestrator.timer t where t.event_id = any (p_ids) order by t.event_id for update;
+end $$;
+comment on function orchestrator.lock_events(uuid[]) is 'Locks what may change of events, wherever they are kept';
+
+-- The caller has them locked.
+create or replace function orchestrator.end_events(p_ids uuid[], p_result text, p_successor uuid default null) returns uuid[]
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+declare
+  v_now constant timestamptz := orchestrator.now();
+  v_ended uuid[];
+  v_scheduled timestamptz[];
+  v_waiting uuid[];
+  v_orderings bigint[];
+begin
+  with gone as (
+    delete from orchestrator.timer t
+    where t.event_id = any (p_ids) and (t.lease_until is null or t.lease_until <= v_now)
+    returning t.event_id, t.scheduled_at, t.attempt, t.ordering, t.source, t.destination, t.retrying
+  ), logged as (
+    insert into orchestrator.outcome (event_id, scheduled_at, finished_at, attempt, result, successor)
+    select g.event_id, g.scheduled_at, v_now, g.attempt, p_result, p_successor from gone g
+  ), waiting as (
+    update orchestrator.horizon h
+    set ended_at = v_now, ended_as = p_result, successor = p_successor
+    where h.id = any (p_ids) and h.ended_at is null
+    returning h.id, hashtextextended(h.source, 0) as source, hashtextextended(orchestrator.destination_name(h.delivery_type, h.destination), 0) as destination
+  ), counted as (
+    insert into orchestrator.statistic (minute, name, source, destination, value)
+    select date_trunc('minute', v_now), c.name, e.source, e.destination, c.value
+    from (select e.source, case when e.source is not null then e.destination end as destination, count(*) as ended, count(*) filter (where e.retrying) as retrying
+          from (select g.source, g.destination, g.retrying from gone g union all select w.source, w.destination, false from waiting w) e group by 1, 2) e
+    cross join lateral (values (p_result, e.ended), ('retrying', -e.retrying)) as c (name, value)
+    where c.value <> 0
+  )
+  select array_agg(g.event_id), array_agg(g.scheduled_at), array_agg(g.ordering) filter (where g.ordering is not null), array(select w.id from waiting w)
+  into v_ended, v_scheduled, v_orderings, v_waiting
+  from gone g;
+  if v_orderings is not null then
+    perform orchestrator.advance_ordering(v_orderings);
+  end if;
+  if v_ended is not null and exists (select from orchestrator.outbox_kind where kind = 'timestamp') then
+    perform orchestrator.announce_finished(v_ended, v_scheduled);
+  end if;
+  return coalesce(v_ended, '{}') || v_waiting;
+end $$;
+comment on function orchestrator.end_events(uuid[], text, uuid) is
+  'Ends events that nobody is attempting, as cancelled or rescheduled; returns those it ended';
 
 create or replace function orchestrator.cancel_event(p_event_id uuid default null, p_external_job_id text default null)
 returns table (event_id uuid, result text, status text)
@@ -6,47 +62,16 @@ language plpgsql security definer set search_path = orchestrator, pg_temp
 set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
-  v_now timestamptz;
   v_ids uuid[];
   v_scheduled timestamptz[];
   v_cancelled uuid[];
-  v_cancelled_scheduled timestamptz[];
-  v_orderings bigint[];
 begin
   if num_nonnulls(p_event_id, p_external_job_id) <> 1 then
     raise exception 'cancel_event: give either p_event_id or p_external_job_id' using errcode = 'invalid_parameter_value';
   end if;
-  if p_event_id is not null then
-    select array_agg(e.id), array_agg(e.scheduled_at) into v_ids, v_scheduled from orchestrator.event e
-    where e.id = p_event_id and e.scheduled_at >= uuid_extract_timestamp(p_event_id) and e.scheduled_at < uuid_extract_timestamp(p_event_id) + interval '1 ms';
-  else
-    select array_agg(e.id), array_agg(e.scheduled_at) into v_ids, v_scheduled from orchestrator.event e
-    where hashtextextended(e.external_job_id, 0) = hashtextextended(p_external_job_id, 0) and e.external_job_id = p_external_job_id;
-  end if;
-  -- Waits here for a claim or a finish that has the row, then sees what it did; ordered, so that two cancels cannot deadlock.
-  perform from orchestrator.timer t
-  where t.event_id = any (v_ids)
-  order by t.event_id
-  for update;
-  v_now := orchestrator.now();
-  with gone as (
-    delete from orchestrator.timer t
-    where t.event_id = any (v_ids) and (t.lease_until is null or t.lease_until <= v_now)
-    returning t.event_id, t.scheduled_at, t.attempt, t.ordering
-  ), logged as (
-    insert into orchestrator.outcome (event_id, scheduled_at, finished_at, attempt, result)
-    select g.event_id, g.scheduled_at, v_now, g.attempt, 'cancelled' from gone g
-  ), counted as (
-    insert into orchestrator.statistic select date_trunc('minute', v_now), 'cancelled', count(*) from gone having count(*) > 0
-  )
-  select array_agg(g.event_id), array_agg(g.scheduled_at), array_agg(g.ordering) filter (where g.ordering is not null)
-  into v_cancelled, v_cancelled_scheduled, v_orderings from gone g;
-  if v_orderings is not null then
-    perform orchestrator.advance_ordering(v_orderings);
-  end if;
-  if v_cancelled is not null and exists (select from orchestrator.outbox_kind where kind = 'timestamp') then
-    perform orchestrator.announce_finished(v_cancelled, v_cancelled_scheduled);
-  end if;
+  select array_agg(e.id), array_agg(e.scheduled_at) into v_ids, v_scheduled from orchestrator.find_events(p_event_id, p_external_job_id) e;
+  perform orchestrator.lock_events(v_ids);
+  v_cancelled := orchestrator.end_events(v_ids, 'cancelled');
   -- The limit keeps the planner from joining all of timer to the view first.
   return query
   select s.id
@@ -60,3 +85,74 @@ begin
 end $$;
 comment on function orchestrator.cancel_event(uuid, text) is
   'Cancels one event, or every event with an external_job_id. One row an event: cancelled, already_cancelled, in_flight (an attempt has been claimed and goes on) or finished, and its status now; no row: there is no such event';
+
+create or replace function orchestrator.find_events(p_event_id uuid, p_external_job_id text) returns table (id uuid, scheduled_at timestamptz)
+language plpgsql stable security definer set search_path = orchestrator, pg_temp
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+begin
+  if p_event_id is not null then
+    return query
+    select e.id, e.scheduled_at from orchestrator.stored_event e
+    where e.id = p_event_id and e.scheduled_at >= uuid_extract_timestamp(p_event_id) and e.scheduled_at < uuid_extract_timestamp(p_event_id) + interval '1 ms';
+  else
+    return query
+    select e.id, e.scheduled_at from orchestrator.stored_event e
+    where hashtextextended(e.external_job_id, 0) = hashtextextended(p_external_job_id, 0) and e.external_job_id = p_external_job_id;
+  end if;
+end $$;
+comment on function orchestrator.find_events(uuid, text) is 'The event of an id, or all events of an external_job_id, wherever they are kept';
+
+-- Walks live events in order of id, which is that of scheduled_at; those that come or go behind it, or ahead of it, are met or not.
+create or replace function orchestrator.cancel_events(
+  p_source text default null, p_destination text default null, p_from timestamptz default null, p_until timestamptz default null,
+  p_dry_run boolean default false, p_limit integer default 10000, p_after uuid default null)
+returns table (seen bigint, matched bigint, cancelled bigint, in_flight bigint, examples uuid[], next_after uuid)
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_now constant timestamptz := orchestrator.now();
+  v_from constant uuid := greatest(orchestrator.first_id(p_from), p_after, '00000000-0000-0000-0000-000000000000');
+  v_until constant uuid := coalesce(orchestrator.first_id(p_until + interval '1 ms'), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+  v_name constant text := case when p_destination is not null then orchestrator.as_destination(p_destination) end;
+  v_last uuid;
+  v_ids uuid[];
+  v_cancelled uuid[];
+begin
+  if num_nonnulls(p_source, p_destination, p_from, p_until) = 0 then
+    raise exception 'cancel_events: give p_source, p_destination, p_from or p_until' using errcode = 'invalid_parameter_value';
+  end if;
+  if p_limit is null or p_limit not between 1 and 100000 then
+    raise exception 'p_limit: expected 1 to 100000, got %', coalesce(p_limit::text, 'null') using errcode = 'invalid_parameter_value';
+  end if;
+  with live as materialized (
+    select l.id, l.scheduled_at from (
+      (select t.event_id as id, t.scheduled_at from orchestrator.timer t
+       where t.event_id >= v_from and t.event_id <= v_until and (p_after is null or t.event_id > p_after) order by t.event_id limit p_limit)
+      union all
+      (select h.id, h.scheduled_at from orchestrator.horizon h
+       where h.id >= v_from and h.id <= v_until and (p_after is null or h.id > p_after) and h.ended_at is null order by h.id limit p_limit)) l
+    order by l.id
+    limit p_limit
+  )
+  select count(*), max(l.id::text)::uuid
+    , array_agg(e.id order by e.id) filter (where (p_source is null or e.source = p_source)
+        and (v_name is null or orchestrator.matches(orchestrator.destination_name(e.delivery_type, e.destination), v_name))
+        and (p_from is null or e.scheduled_at >= p_from) and (p_until is null or e.scheduled_at < p_until))
+  into seen, v_last, v_ids
+  from live l
+  left join lateral (select e.* from orchestrator.stored_event e where e.id = l.id and e.scheduled_at = l.scheduled_at limit 1) e on true;
+  matched := coalesce(cardinality(v_ids), 0);
+  cancelled := 0;
+  in_flight := (select count(*) from orchestrator.timer t where t.event_id = any (v_ids) and t.lease_until > v_now);
+  examples := coalesce(v_ids[:10], '{}');
+  next_after := case when seen >= p_limit then v_last end;
+  if matched > 0 and not p_dry_run then
+    perform orchestrator.lock_events(v_ids);
+    v_cancelled := orchestrator.end_events(v_ids, 'cancelled');
+    cancelled := cardinality(v_cancelled);
+    in_flight := (select count(*) from orchestrator.timer t where t.event_id = any (v_ids));
+  end if;
+  return next;
+end $$;
+comment on function orchestrator.cancel_events(text, text, timestamptz, timestamptz, boolean, integer, uuid) is
+  'Cancels the live events that have that source, go to that destination (host and port, or kafka: and topic; * for any characters) and are scheduled from p_from to before p_until; looks at no more than p_limit, from after p_after on. One row: how many it saw, how many of them match, were cancelled (none in a dry run), or are being attempted and go on, up to ten that match, and p_after of the next call; null: that was all';

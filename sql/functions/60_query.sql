@@ -7,17 +7,18 @@ language sql stable security definer set search_path = orchestrator, pg_temp set
     'id', s.id, 'source', s.source, 'external_job_id', s.external_job_id, 'scheduled_at', s.scheduled_at
   , 'delivery_type', s.delivery_type, 'destination', s.destination, 'ordering_key', s.ordering_key, 'payload', s.payload, 'headers', s.headers
   , 'max_retries', s.max_retries, 'retry_policy', s.retry_policy, 'priority', s.priority, 'spread_seconds', extract(epoch from s.spread)::double precision
+  , 'expires_at', s.expires_at, 'predecessor', s.predecessor, 'successor', s.successor
   , 'created_at', s.created_at, 'status', s.status, 'attempt', s.attempt, 'due_at', s.due_at
   , 'spread_ms', round(extract(epoch from case
       when s.spread is not null then orchestrator.spread_shift(s.id, s.spread)
       when f.due_at > greatest(s.scheduled_at, s.created_at) then f.due_at - s.scheduled_at end) * 1000, 3)
-  , 'waits_for', case when t.lane = -1 then orchestrator.waits_for(t.ordering, t.event_id, t.scheduled_at) end
+  , 'waits_for', case when t.lane < 0 then orchestrator.waits_for(t.ordering, t.event_id, t.scheduled_at) end
   , 'outcomes', coalesce((
       select json_agg(json_build_object('attempt', o.attempt, 'result', o.result, 'status_code', o.status_code, 'error', o.error
         , 'response', o.response, 'due_at', o.due_at, 'claimed_at', o.claimed_at, 'started_at', o.started_at, 'finished_at', o.finished_at
-        , 'lateness_ms', round(extract(epoch from o.started_at - o.due_at) * 1000, 3), 'waited', o.waited, 'worker', w.name)
-        order by o.attempt, array_position(array['retried', 'delivered', 'dead', 'redriven', 'cancelled'], o.result))
-      from orchestrator.outcome o left join orchestrator.worker w using (worker)
+        , 'lateness_ms', round(extract(epoch from o.started_at - o.due_at) * 1000, 3), 'waited', o.waited, 'worker', w.name, 'successor', o.successor)
+        order by o.attempt, array_position(array['retried', 'delivered', 'dead', 'redriven', 'cancelled', 'rescheduled', 'expired'], o.result), o.finished_at)
+      from orchestrator.outcomes o left join orchestrator.worker w using (worker)
       where o.event_id = s.id and o.scheduled_at = s.scheduled_at), '[]'))
   from orchestrator.event_status s
   left join orchestrator.timer t on t.event_id = s.id
@@ -46,7 +47,7 @@ comment on function orchestrator.waits_for(bigint, uuid, timestamptz) is
 
 create or replace function orchestrator.get_event(p_id uuid) returns json
 language sql stable security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
-  select orchestrator.event_json(e.id, e.scheduled_at) from orchestrator.event e
+  select orchestrator.event_json(e.id, e.scheduled_at) from orchestrator.stored_event e
   where e.id = p_id and e.scheduled_at >= uuid_extract_timestamp(p_id) and e.scheduled_at < uuid_extract_timestamp(p_id) + interval '1 ms'
 $$;
 comment on function orchestrator.get_event(uuid) is 'One event with its state and every outcome; null: there is none';
@@ -56,7 +57,7 @@ create or replace function orchestrator.events_by_external_id(
 returns setof json
 language sql stable security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
   select orchestrator.event_json(e.id, e.scheduled_at) from (
-    select e.id, e.scheduled_at from orchestrator.event e
+    select e.id, e.scheduled_at from orchestrator.stored_event e
     where hashtextextended(e.external_job_id, 0) = hashtextextended(p_external_job_id, 0) and e.external_job_id = p_external_job_id
       and (p_before_id is null or (e.scheduled_at, e.id) < (p_before_scheduled_at, p_before_id))
     order by e.scheduled_at desc, e.id desc
@@ -64,55 +65,3 @@ language sql stable security definer set search_path = orchestrator, pg_temp set
 $$;
 comment on function orchestrator.events_by_external_id(text, integer, timestamptz, uuid) is
   'Events of an external_job_id, newest scheduled_at first; the next page starts after the last (scheduled_at, id) seen';
-
-create or replace function orchestrator.list_dead_letters(p_limit integer default 100, p_before_died_at timestamptz default null, p_before_id uuid default null)
-returns setof json
-language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
-  select row_to_json(d) from orchestrator.dead_letters d
-  where p_before_id is null or (d.died_at, d.id) < (p_before_died_at, p_before_id)
-  order by d.died_at desc, d.id desc
-  limit p_limit
-$$;
-comment on function orchestrator.list_dead_letters(integer, timestamptz, uuid) is 'Dead letters, newest first; the next page starts after the last (died_at, id) seen';
-
-create or replace function orchestrator.statistics() returns json
-language sql volatile security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
-  select json_build_object(
-    'scheduled', t.scheduled, 'retrying', t.retrying, 'in_flight', t.in_flight, 'backlog', t.backlog
-  , 'oldest_due_at', t.oldest_due_at, 'next_due_at', orchestrator.next_due_at()
-  , 'dead_letters', (select count(*) from orchestrator.dead_letter)
-  , 'totals', coalesce((select json_object_agg(c.name, c.value order by c.name) from (
-      select n.name, coalesce(sum(s.value), 0) as value
-      from unnest(array['accepted', 'duplicate', 'rejected', 'delivered', 'retried', 'dead', 'cancelled', 'redriven']) as n (name)
-      left join orchestrator.statistic s using (name) group by n.name) c), '{}')
-  , 'paused_at', h.paused_at, 'destinations_paused', h.destinations_paused, 'breakers_open', h.breakers_open
-  , 'at', n.now)
-  from orchestrator.now() as n (now)
-  cross join orchestrator.standstills() h
-  cross join lateral (
-    select count(*) filter (where attempt = 0) as scheduled
-         , count(*) filter (where attempt > 0 and (lease_until is null or lease_until <= n.now)) as retrying
-         , count(*) filter (where lease_until > n.now) as in_flight
-         , count(*) filter (where due_at <= n.now and (lease_until is null or lease_until <= n.now)) as backlog
-         , min(due_at) filter (where due_at <= n.now and (lease_until is null or lease_until <= n.now)) as oldest_due_at
-    from orchestrator.timer) t
-$$;
-comment on function orchestrator.statistics() is
-  'Live events by state (a scan of timer, which is narrow), the backlog (due and not claimed, for whatever reason), dead letters, what stands still, and totals since installation';
-
--- Each priority of a lane is a stretch of the index of its own. Lane -1 holds those that wait for their ordering key.
-create or replace function orchestrator.backlog() returns bigint
-language sql volatile security definer set search_path = orchestrator, pg_temp set enable_seqscan = off set enable_bitmapscan = off as $$
-  select count(*)
-  from orchestrator.now() n (now)
-  cross join (select l.lane from orchestrator.lane l union all select -1) l
-  cross join lateral (
-    select from orchestrator.control c
-    cross join unnest(c.priorities) p (priority)
-    cross join lateral (
-      select from orchestrator.timer t
-      where t.lane = l.lane and t.priority = p.priority and t.due_at <= n.now and (t.lease_until is null or t.lease_until <= n.now)
-      limit 10000) t
-    limit 10000) t
-$$;
-comment on function orchestrator.backlog() is 'Events due and not claimed, for whatever reason, counted up to 10,000 a lane';

@@ -13,6 +13,7 @@ import httpx
 import psycopg
 import pytest
 
+from orchestrator.api import events
 from orchestrator.database import Database
 from orchestrator.events import event_id
 from tests.conftest import MakeSettings
@@ -341,10 +342,65 @@ async def test_statistics_count_the_events_by_state(client: httpx.AsyncClient) -
     await client.delete(f"/api/v1/events/{await submit(client)}")
     statistics = (await client.get("/api/v1/events/statistics")).json()
     assert statistics["scheduled"] == 1
-    assert (statistics["totals"]["accepted"], statistics["totals"]["cancelled"]) == (2, 1)
+    assert (statistics["totals"]["accepted"], statistics["totals"]["cancelled"], statistics["live"]) == (2, 1, 1)
 
 
-@pytest.mark.parametrize("path", ["/", "/api/v1/events/", "/api/v1/event", "/api/v1/events/external", "/%00"])
+async def test_statistics_count_what_happened_apart(client: httpx.AsyncClient) -> None:
+    for source, target in (("a", "http://one.example/"), ("a", "http://two.example:81/"), ("b", "http://one.example/")):
+        await submit(client, source=source, destination=target)
+
+    async def counts(**query: str) -> list[tuple[Any, ...]]:
+        response = await client.get("/api/v1/events/statistics", params=query)
+        assert response.status_code == 200, response.text
+        found = response.json()["counts"]
+        return sorted((each["source"], each["destination"], each["value"]) for each in found if not each["minute"])
+
+    assert await counts(by="source,destination") == [
+        ("a", "one.example", 1),
+        ("a", "two.example:81", 1),
+        ("b", "one.example", 1),
+    ]
+    assert await counts(by="source,source", destination="one.example") == [("a", None, 1), ("b", None, 1)]
+    assert await counts(source="a") == [(None, None, 2)]
+    assert await counts(source="%", by="source") == []
+    assert await counts(until="2000-01-01T00:00:00Z") == []
+    assert await counts(**{"from": "0001-01-01T00:00:00+01:00", "until": "9999-12-31T23:59:59-01:00"}) == [
+        (None, None, 3)
+    ]
+    minutes = (await client.get("/api/v1/events/statistics?by=minute")).json()["counts"]
+    assert sum(each["value"] for each in minutes) == 3
+    assert all(each["minute"].endswith(":00+00:00") and each["name"] == "accepted" for each in minutes)
+
+
+async def test_counts_beyond_all_bounds_are_refused(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "MAX_COUNTS", 1)
+    for source in "ab":
+        await submit(client, source=source)
+    response = await client.get("/api/v1/events/statistics?by=source")
+    assert "more than 1 counts" in assert_problem(response, 422, "validation")["detail"]
+
+
+async def test_a_parameter_of_the_statistics_that_is_wrong_is_named(client: httpx.AsyncClient) -> None:
+    for query, status, kind, field in (
+        ("by=", 422, "validation", "by"),
+        ("by=hour", 422, "validation", "by"),
+        ("by=minute,", 422, "validation", "by"),
+        ("by=minute%0A", 422, "validation", "by"),
+        ("from=yesterday", 422, "validation", "from"),
+        ("until=2030-01-01T00:00:00", 422, "validation", "until"),
+        ("source=", 422, "validation", "source"),
+        ("destination=*.example", 422, "validation", "destination"),
+        ("from=2030-01-01T00:00:00Z&until=2029-01-01T00:00:00Z", 409, "empty-range", "until"),
+        ("from=2150-01-01T00:00:00Z", 409, "empty-range", "from"),
+    ):
+        response = await client.get(f"/api/v1/events/statistics?{query}")
+        assert fields(assert_problem(response, status, kind)) == {field}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/api/v1/events/", "/api/v1/event", "/api/v1/events/external", "/api/v1/events/batch/reschedule", "/%00"],
+)
 async def test_an_unknown_path_is_a_404_problem(client: httpx.AsyncClient, path: str) -> None:
     assert_problem(await client.get(path), 404, "not-found")
 
@@ -354,6 +410,8 @@ async def test_an_unknown_path_is_a_404_problem(client: httpx.AsyncClient, path:
     [
         ("GET", "/api/v1/events", {"POST"}),
         ("GET", "/api/v1/events/batch", {"POST"}),
+        ("GET", "/api/v1/events/cancel", {"POST"}),
+        ("GET", "/api/v1/events/019c1347-d2fb-705e-a717-2a27dd38d28f/reschedule", {"POST"}),
         ("DELETE", "/api/v1/events/statistics", {"GET", "HEAD"}),
         ("PATCH", "/api/v1/events/019c1347-d2fb-705e-a717-2a27dd38d28f", {"GET", "HEAD", "DELETE"}),
         ("POST", "/api/v1/events/external/j", {"GET", "HEAD", "DELETE"}),

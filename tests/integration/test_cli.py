@@ -143,7 +143,8 @@ def test_migrate_check_tells_pending_from_up_to_date_and_migrate_makes_the_diffe
 
 def test_maintain_makes_the_partitions_that_the_settings_ask_for(cli: Cli) -> None:
     assert document(cli("maintain", "--json", PARTITION_DAYS_AHEAD="32"))["partitions_created"] > 0
-    assert "partitions created: 0" in cli("maintain", PARTITION_DAYS_AHEAD="32").stdout
+    shown = cli("maintain", "--once").stdout
+    assert re.search(r"partitions created +0\n", shown), shown
 
 
 # submit, get, cancel
@@ -179,9 +180,10 @@ def test_submitting_the_same_again_is_a_duplicate_of_the_same_id(cli: Cli) -> No
     assert again.stdout == f"{kept['id']}  was kept before, and is unchanged\n"
 
 
-def test_an_event_for_a_day_without_a_partition_is_refused(cli: Cli) -> None:
+def test_an_event_for_a_day_that_is_too_far_is_refused(cli: Cli) -> None:
     event = ("submit", "--destination", HOOK, "--payload", "1", "--at")
-    assert "beyond the last day" in error_of(cli(*event, "+400d"), 1)
+    assert cli(*event, "+399d").exit_code == 0
+    assert "more than 400 days ahead (MAX_SCHEDULE_AHEAD_DAYS)" in error_of(cli(*event, "+401d"), 1)
     assert "before the first day" in error_of(cli(*event, "2000-01-01T00:00:00Z"), 1)
 
 
@@ -281,13 +283,44 @@ def test_stats_count_events_by_state(cli: Cli) -> None:
     assert re.search(r"scheduled +1 ", cli("stats").stdout)
 
 
+def test_stats_by_count_what_happened_in_a_range(cli: Cli) -> None:
+    for source, target in (("a", HOOK), ("a", HOOK), ("b\x1b[31m", "https://shop.example/x")):
+        submitted(cli, "--at", "+1h", "--source", source, "--destination", target)
+    by = document(cli("stats", "--by", "destination,source", "--json"))
+    assert [(each["name"], each["minute"], each["source"], each["destination"], each["value"]) for each in by] == [
+        ("accepted", None, "a", "127.0.0.1:9", 2),
+        ("accepted", None, "b\x1b[31m", "shop.example", 1),
+    ]
+    assert document(cli("stats", "--source", "a", "--json"))[0]["value"] == 2
+    assert document(cli("stats", "--destination", "shop.example", "--by", "minute", "--json"))[0]["value"] == 1
+    shown = cli("stats", "--by", "minute,source", "--from", "-1d").stdout
+    assert re.search(r"minute +source +accepted\n", shown)
+    assert re.search(r"\d\d:\d\d +a +2\n", shown)
+    assert "\x1b" not in shown
+    assert "Nothing happened then." in cli("stats", "--until", "-1d").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "complaint"),
+    [
+        (["--by", "hour"], 2, "expected some of minute,source,destination, got 'hour'"),
+        (["--by", ""], 2, "expected some of minute,source,destination, got ''"),
+        (["--by", "minute", "--watch"], 2, "--watch: shows states; leave --by and the filter out"),
+        (["--from", "+1h"], 1, "--from: expected a time before until"),
+        (["--from", "now", "--until", "-1h"], 2, "--until: expected a time after --from"),
+    ],
+)
+def test_counts_that_cannot_be_say_why(cli: Cli, options: list[str], exit_code: int, complaint: str) -> None:
+    assert complaint in error_of(cli("stats", *options), exit_code)
+
+
 async def test_a_dead_letter_is_listed_and_its_attempts_are_in_the_timeline(cli: Cli, spawn: Spawn) -> None:
     identity = submitted(cli, "--max-retries", "0")
-    assert "no dead letters" in cli("dead-letters").stdout
+    assert "no dead letters" in cli("dead-letters", "list").stdout
     spawn("dispatch")
-    await eventually(lambda: document(cli("dead-letters", "--json")))
-    assert document(cli("dead-letters", "--limit", "1", "--json"))[0]["id"] == identity
-    assert "connection refused" in cli("dead-letters").stdout
+    await eventually(lambda: document(cli("dead-letters", "list", "--json")))
+    assert document(cli("dead-letters", "list", "--limit", "1", "--json"))[0]["id"] == identity
+    assert "connection refused" in cli("dead-letters", "list").stdout
     assert "attempt 1 dead" in cli("get", identity).stdout
     assert "it has ended already (dead)" in error_of(cli("cancel", identity), 1)
 
@@ -462,7 +495,7 @@ async def test_each_role_of_the_database_suffices_for_what_it_is_named_after(
     reader = login("orchestrator_read")
     await eventually(lambda: document(cli("stats", "--json", DATABASE_URL=reader))["totals"]["delivered"] == 1)
     assert "permission denied" in error_of(cli(*event, DATABASE_URL=reader), 1)
-    assert cli("maintain", DATABASE_URL=login("orchestrator_ops")).exit_code == 0
+    assert cli("maintain", "--once", DATABASE_URL=login("orchestrator_ops")).exit_code == 0
     assert await process.stop() == 0
     api = spawn("api", DATABASE_URL=login("orchestrator_submit"), SERVER_PORT=str(free_port()))
     await api.wait_for_log("listening")

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from orchestrator.cli import main
 from orchestrator.doctor import diagnose
+from tests.integration.cli_support import Call, answer, refused, told
 from tests.support.sql_client import Client, results
 
-Call = Callable[..., Result]
 API = "https://api.example/hook"
-
-
-@pytest.fixture
-def call(environ: Callable[..., dict[str, str]]) -> Call:
-    """Runs ``orchestrator …`` in a wide terminal."""
-
-    def run(*arguments: str) -> Result:
-        return CliRunner().invoke(main, arguments, env=environ() | {"COLUMNS": "160"}, prog_name="orchestrator")
-
-    return run
-
-
-def answer(result: Result) -> Any:
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("\n") == 1
-    return json.loads(result.stdout)
-
-
-def told(result: Result) -> str:
-    assert (result.exit_code, result.stderr) == (0, ""), result.output
-    return result.stdout
-
-
-def refused(result: Result, exit_code: int = 1) -> str:
-    """The one line on standard error of a command that printed nothing else."""
-    assert (result.exit_code, result.stdout) == (exit_code, ""), result.output
-    assert result.stderr.count("\n") == 1
-    return result.stderr.removeprefix("Error: ").rstrip("\n")
 
 
 def submit(client: Client, count: int = 1, destination: str = API, *, after_s: float = 0, **more: Any) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -66,17 +66,53 @@ async def test_a_redrive_has_a_dead_event_tried_again(client: Client, topic: Top
 
 
 @pytest.mark.usefixtures("ingester")
+async def test_a_reschedule_is_carried_out_once_and_answered_with_the_successor(client: Client, topic: Topic) -> None:
+    at, expires_at = NOON + timedelta(days=1, microseconds=1), NOON + timedelta(days=2)
+    first, other = client.schedule(), client.schedule(external_job_id="job", scheduled_at=NOON + timedelta(hours=13))
+    command = {"id": "r", "command": "reschedule", "scheduled_at": at.isoformat()}
+    by_id, again, by_job, refused = await commanded(
+        client,
+        topic,
+        command | {"event_id": first, "expires_at": expires_at.isoformat()},
+        command | {"event_id": first},
+        command | {"external_job_id": "job", "scheduled_at": f"{at:%Y-%m-%dt%H:%M:%S.%fz}"},
+        command | {"external_job_id": "job", "scheduled_at": "2150-01-31T09:00:00Z"},
+    )
+    (result,) = by_id["results"]
+    assert (result["event_id"], result["result"], result["status"]) == (first, "rescheduled", "rescheduled")
+    successor = client.get(result["successor"])
+    assert (successor["predecessor"], successor["status"]) == (first, "scheduled")
+    assert datetime.fromisoformat(successor["scheduled_at"]) == at
+    assert datetime.fromisoformat(successor["expires_at"]) == expires_at
+    assert again["results"] == [result | {"result": "already_rescheduled"}]
+    (result,) = by_job["results"]
+    assert (result["event_id"], result["result"]) == (other, "rescheduled")
+    (result,) = refused["results"]
+    assert (result["result"], result["field"], result["successor"]) == ("refused", "scheduled_at", None)
+    assert "400 days ahead" in result["reason"]
+    assert client.value("select count(*) from orchestrator.reject") == 0
+
+
+@pytest.mark.usefixtures("ingester")
 async def test_a_command_that_is_wrong_is_answered_with_the_problem_and_kept_as_a_reject(
     client: Client, topic: Topic
 ) -> None:
     event_id = client.schedule()
+    reschedule = {"id": "r", "command": "reschedule", "event_id": event_id, "scheduled_at": "2030-01-31T09:00:00Z"}
     wrong: list[tuple[Any, str | None, str, str]] = [
-        ({"id": "w1", "command": "reschedule", "event_id": event_id}, "w1", "command", "expected cancel or redrive"),
+        ({"id": "w1", "command": "signal", "event_id": event_id}, "w1", "command", "cancel, redrive or reschedule"),
         ({"id": "w2", "command": "cancel"}, "w2", "event_id", "either"),
         ({"id": "w3", "command": "cancel", "event_id": event_id, "external_job_id": "x"}, "w3", "event_id", "either"),
         ({"id": "w4", "command": "cancel", "event_id": "7"}, "w4", "event_id", "UUID"),
         ({"id": "w5", "command": "cancel", "event_id": event_id, "when": "now"}, "w5", "when", "unknown field"),
         ({"id": 6, "command": "cancel", "event_id": event_id}, None, "id", "a string"),
+        (reschedule | {"scheduled_at": None}, "r", "scheduled_at", "required by reschedule"),
+        (reschedule | {"scheduled_at": "tomorrow"}, "r", "scheduled_at", "an RFC 3339 time with a zone"),
+        (reschedule | {"scheduled_at": "2026-01-31T09:00:00"}, "r", "scheduled_at", "an RFC 3339 time with a zone"),
+        (reschedule | {"scheduled_at": 1769850000}, "r", "scheduled_at", "a string"),
+        (reschedule | {"scheduled_at": "9999-12-31T23:59:59-01:00"}, "r", "scheduled_at", "from 1970 to 2200"),
+        (reschedule | {"expires_at": reschedule["scheduled_at"]}, "r", "expires_at", "after scheduled_at"),
+        ({"id": "c", "command": "cancel", "event_id": event_id, "expires_at": "x"}, "c", "expires_at", "alone"),
         (b'{"id": "w7"', None, "body", "JSON"),
         (b"\xff", None, "body", "UTF-8"),
         (b"\x00", None, "body", "JSON"),

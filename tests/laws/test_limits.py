@@ -75,6 +75,7 @@ class Event(Leased):
     blocking: bool
     attempt: int = 0
     released: int = 0
+    retrying: bool = False
     lease_until: datetime | None = None
     bound_lane: int | None = None
     end: str | None = None
@@ -244,9 +245,10 @@ class Histories(RuleBasedStateMachine):
     @initialize(**SETTINGS)
     def start(self, **limits: Any) -> None:
         self.client.rows(
-            """truncate orchestrator.event, orchestrator.timer, orchestrator.outcome, orchestrator.dead_letter,
-            orchestrator.statistic"""
+            """truncate orchestrator.event, orchestrator.horizon, orchestrator.timer, orchestrator.outcome,
+            orchestrator.dead_letter, orchestrator.statistic, orchestrator.statistic_folded"""
         )
+        self.client.forget_floors()
         self.client.forget_destinations()
         self.client.rows("select setseed(0)")  # claims shuffle the lanes
         self.client.at(self.now)
@@ -344,6 +346,7 @@ class Histories(RuleBasedStateMachine):
                 continue
             if result.result == "retry" and not event.exhausted:
                 event.due_at = max(self.now + seconds(RETRY_S), event.scheduled_at)
+                event.retrying = True
             else:
                 event.end = "delivered" if result.result == "delivered" else "dead"
                 event.blocks = event.end == "dead" and event.key is not None and event.blocking
@@ -401,7 +404,7 @@ class Histories(RuleBasedStateMachine):
     def end_or_raise(self, n: int, does: str) -> None:
         dead = [each for each in self.events.values() if each.end == "dead"]
         if does == "cancel":
-            parked = [uid for uid, lane in self._lanes_of(self.events).items() if lane == -1]
+            parked = [uid for uid, lane in self._lanes_of(self.events).items() if lane < 0]
             ahead = [each for each in self.live() if each.key in {self.events[uid].key for uid in parked}]
             some = sorted(ahead, key=lambda each: each.rank)[:2] or list(self.events.values())
             self._cancel(some[n % len(some)])
@@ -422,6 +425,7 @@ class Histories(RuleBasedStateMachine):
         if redrive:
             self.client.rows("select orchestrator.redrive_event(%s)", event.id)
             event.end, event.due_at, event.released = None, max(self.now, event.scheduled_at), event.attempt
+            event.retrying = True
         else:
             assert self.client.value("select orchestrator.pass_dead_letter(%s)", event.id) is event.blocks
         event.blocks = False
@@ -528,6 +532,10 @@ class Histories(RuleBasedStateMachine):
     def _set_clock(self, moment: datetime) -> None:
         self.now = moment
         self.client.at(moment)
+
+    @rule()
+    def raise_floors(self) -> None:
+        self.client.rows("select orchestrator.raise_floors()")
 
     @rule()
     def maintain(self) -> None:
@@ -733,7 +741,7 @@ class Histories(RuleBasedStateMachine):
     def the_database_agrees_on_events(self) -> None:
         shown = Counter(self.client.column("select status from orchestrator.event_status"))
         expected = Counter(
-            each.end or ("in_flight" if each.held(self.now) else "retrying" if each.attempt else "scheduled")
+            each.end or ("in_flight" if each.held(self.now) else "retrying" if each.retrying else "scheduled")
             for each in self.events.values()
         )
         assert shown == expected

@@ -212,9 +212,9 @@ def test_a_lease_that_ran_out_is_no_longer_in_flight(client: Client) -> None:
     uid = client.schedule()
     client.claim()
     assert client.status(uid) == "in_flight"
-    assert client.at(NOON + seconds(60)).status(uid) == "retrying"
+    assert client.at(NOON + seconds(60)).status(uid) == "scheduled"
     statistics = client.statistics()
-    assert (statistics["in_flight"], statistics["retrying"], statistics["backlog"]) == (0, 1, 1)
+    assert (statistics["in_flight"], statistics["scheduled"], statistics["backlog"]) == (0, 1, 1)
 
 
 # next_due_at and backlog

@@ -54,6 +54,7 @@ def test_a_delivered_event_is_done(client: Client) -> None:
             "lateness_ms": 1.5,
             "waited": None,
             "worker": "by hand",
+            "successor": None,
         }
     ]
     assert client.at(NOON + seconds(3600)).claim() == []
@@ -324,7 +325,7 @@ def test_an_event_that_nobody_holds_cannot_be_finished(client: Client, kind: str
     lease = client.claim()
     client.release(lease)
     assert client.finish(results(lease, kind)) == [Finish(uid, "stale", None)]
-    assert client.status(uid) == "retrying"
+    assert client.status(uid) == "scheduled"
     assert client.outcomes(uid) == []
 
 

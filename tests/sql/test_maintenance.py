@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg import sql
 
 from tests.sql.conftest import Connect
 from tests.support.sql_client import NOON, Client, event, results
+from tests.support.upkeep import detach, drop, maintain
 
 TODAY = NOON.date()
 PARTITIONS = """
@@ -19,7 +21,17 @@ from pg_inherits i join pg_class parent on parent.oid = i.inhparent join pg_clas
 where parent.relkind = 'p' and parent.relname = any ('{event,outcome}') order by 1, 2
 """
 
-NOTHING = {"partitions_created": 0, "statistics_folded": 0, "destinations_forgotten": 0, "timers_moved": 0}
+NOTHING = {
+    "statistics_folded": 0, "events_expired": 0, "orderings_advanced": 0, "destinations_forgotten": 0,
+    "timers_moved": 0, "floors_lowered": 0, "partitions_dropped": 0, "horizon_moved": 0, "runs_forgotten": 0,
+    "partitions_attached": 0, "partitions_created": 0, "partitions_detached": 0, "dead_letters_dropped": 0,
+}  # fmt: skip
+
+
+def did(report: dict[str, Any]) -> dict[str, int]:
+    """What a maintenance did, which must have met with no problem."""
+    assert report["problems"] == []
+    return {name: count for name, count in report.items() if name in NOTHING and count}
 
 
 def expected(first: date, last: date) -> list[tuple[str, str, str]]:
@@ -59,7 +71,8 @@ def bare(connect: Connect) -> Client:
 def test_partitions_are_utc_days_wherever_the_session_is(bare: Client, timezone: str, datestyle: str) -> None:
     bare.rows("select set_config('timezone', %s, false), set_config('datestyle', %s, false)", timezone, datestyle)
     report = bare.value("select orchestrator.run_maintenance(3, 2)")
-    assert report == NOTHING | {"partitions_created": 12}
+    assert did(report) == {"partitions_created": 12}
+    assert report["more"] is True
     assert partitions(bare) == expected(TODAY - timedelta(days=2), TODAY + timedelta(days=3))
 
 
@@ -76,11 +89,14 @@ def test_maintenance_by_default_keeps_a_month_ahead_and_a_week_behind(bare: Clie
 
 
 def test_maintenance_again_does_nothing_and_a_day_later_makes_that_day(bare: Client) -> None:
-    bare.rows("select orchestrator.run_maintenance(5, 0)")
-    report = bare.value("select orchestrator.run_maintenance(5, 0)")
-    assert report == NOTHING
+    bare.rows("select orchestrator.run_maintenance(5, 1)")
+    report = bare.value("select orchestrator.run_maintenance()")
+    assert (did(report), report["more"]) == ({}, False)
+    assert set(report) == set(NOTHING) | {"run", "took_ms", "more", "problems"}
     bare.at(NOON + timedelta(days=1))
-    assert bare.value("select orchestrator.run_maintenance(5, 0)")["partitions_created"] == 2
+    assert did(bare.value("select orchestrator.run_maintenance()")) == {"partitions_created": 2}
+    assert did(bare.value("select orchestrator.run_maintenance()")) == {"partitions_detached": 2}
+    assert did(bare.value("select orchestrator.run_maintenance()")) == {}
     assert partitions(bare) == expected(TODAY, TODAY + timedelta(days=6))
 
 
@@ -121,9 +137,9 @@ def test_many_maintenances_at_once_make_each_partition_once(
     bare: Client, connect: Connect, threads: ThreadPoolExecutor
 ) -> None:
     sessions = [connect() for _ in range(6)]
-    reports = list(threads.map(lambda session: session.value("select orchestrator.run_maintenance(10, 0)"), sessions))
-    assert [report["partitions_created"] for report in reports if report.get("partitions_created")] == [22]
-    assert partitions(bare) == expected(TODAY, TODAY + timedelta(days=10))
+    reports = list(threads.map(lambda session: session.value("select orchestrator.run_maintenance(10, 1)"), sessions))
+    assert [report["partitions_created"] for report in reports if report.get("partitions_created")] == [24]
+    assert partitions(bare) == expected(TODAY - timedelta(days=1), TODAY + timedelta(days=10))
 
 
 def test_maintenance_does_not_wait_for_submits_and_claims_nor_they_for_it(connect: Connect) -> None:
@@ -153,13 +169,6 @@ def test_maintenance_does_not_wait_for_submits_and_claims_nor_they_for_it(connec
     assert answer.result == "accepted"
 
 
-def test_a_day_that_got_its_partition_takes_the_events_refused_before(client: Client) -> None:
-    far = event(scheduled_at=NOON + timedelta(days=31), external_job_id="j")
-    assert [answer.result for answer in client.submit(far)] == ["refused"]
-    client.rows("select orchestrator.create_partitions(%s, %s)", TODAY + timedelta(days=31), TODAY + timedelta(days=31))
-    assert [answer.result for answer in client.submit(far)] == ["accepted"]
-
-
 def test_folding_beside_new_statistics_loses_none(connect: Connect) -> None:
     folder, other = connect(), connect()
     for n in range(4):
@@ -177,12 +186,11 @@ def test_maintenance_that_is_rolled_back_leaves_nothing(bare: Client) -> None:
     bare.rows("select orchestrator.run_maintenance()")
     bare.rows("rollback")
     assert partitions(bare) == []
-    [answer] = bare.submit(event())
-    assert (answer.result, answer.field) == ("refused", "scheduled_at")
+    assert bare.value("select count(*) from orchestrator.maintenance_run where did ? 'partitions_created'") == 1
 
 
 def test_dropping_a_day_takes_its_events_and_outcomes_and_leaves_the_others(client: Client) -> None:
-    """What retention will do: whole partitions go, and nothing trips over what is gone."""
+    """What retention does: whole partitions go, and nothing trips over what is gone."""
     old = client.schedule(scheduled_at=NOON - timedelta(days=3), external_job_id="j")
     client.finish(results(client.claim()))
     new = client.schedule(external_job_id="j")
@@ -194,3 +202,152 @@ def test_dropping_a_day_takes_its_events_and_outcomes_and_leaves_the_others(clie
     assert client.get(old) is None
     assert client.cancel(old) == []
     assert [row["id"] for row in client.column("select orchestrator.events_by_external_id('j')")] == [new]
+
+
+# Killed, failing, and recorded
+
+
+def expiring(client: Client, connect: Connect) -> None:
+    client.schedule(expires_at=(NOON + timedelta(seconds=1)).isoformat())
+
+
+def waiting_behind(client: Client, connect: Connect) -> None:
+    client.schedule_many(2, ordering_key="k")
+    client.claim_on()
+    client.rows("delete from orchestrator.timer where lane >= 0")
+
+
+def rerouted(client: Client, connect: Connect) -> None:
+    client.rows("select orchestrator.configure_destination('receiver.example')")
+
+
+def hidden(client: Client, connect: Connect) -> None:
+    client.schedule()
+    client.rows("update orchestrator.control set floors = array_fill('2100-01-01'::timestamptz, array[64])")
+
+
+def retired(client: Client, connect: Connect) -> None:
+    client.rows("select orchestrator.configure_retention(1)")
+    for _ in range(2):
+        client.at(NOON - timedelta(hours=2)).rows("select orchestrator.run_maintenance()")
+
+
+def detached(client: Client, connect: Connect) -> None:
+    detach(client, "event", NOON)
+
+
+def lacking(client: Client, connect: Connect) -> None:
+    drop(client, "event", NOON + timedelta(days=3))
+
+
+def nothing(client: Client, connect: Connect) -> None:
+    client.schedule(scheduled_at=NOON + timedelta(days=50))
+
+
+ORDERINGS = """select pg_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(t.ordering))
+from orchestrator.timer t where t.lane < 0"""
+RETIRED = """do $$ begin execute format('lock table orchestrator.%I in access share mode',
+(select min(name) from orchestrator.retired_partition)); end $$"""
+HORIZON = "select pg_advisory_xact_lock_shared(hashtext('orchestrator.horizon'))"
+
+
+@pytest.mark.parametrize(
+    ("step", "prepare", "hold"),
+    [
+        ("statistics_folded", nothing, "lock table orchestrator.statistic_label in share mode"),
+        ("events_expired", expiring, "lock table orchestrator.outcome in share mode"),
+        ("orderings_advanced", waiting_behind, ORDERINGS),
+        ("destinations_forgotten", nothing, "lock table orchestrator.destination in access exclusive mode"),
+        ("timers_moved", rerouted, "select 1 from orchestrator.control for update"),
+        ("floors_lowered", hidden, "select pg_advisory_xact_lock(hashtext('orchestrator.floors'))"),
+        ("partitions_dropped", retired, RETIRED),
+        ("horizon_moved", nothing, "lock table orchestrator.horizon in share mode"),
+        ("runs_forgotten", nothing, "lock table orchestrator.maintenance_run in share mode"),
+        ("partitions_attached", detached, HORIZON),
+        ("partitions_created", lacking, HORIZON),
+    ],
+)
+def test_maintenance_that_is_killed_in_a_step_leaves_nothing_behind_and_can_run_again(
+    connect: Connect, observer: Client, threads: ThreadPoolExecutor, step: str, prepare: Any, hold: Any
+) -> None:
+    client, holder, maintainer = connect(), connect(), connect()
+    prepare(client, connect)
+    for session in (client, maintainer):
+        session.at(NOON + timedelta(seconds=2))
+    kept = """select (select count(*) from orchestrator.maintenance_run), (select count(*) from orchestrator.timer)
+    , (select count(*) from orchestrator.horizon), (select count(*) from orchestrator.retired_partition)
+    , (select count(*) from pg_inherits), (select sum(value) from orchestrator.statistic)"""
+    before = client.rows(kept)
+    holder.rows("begin")
+    holder.rows(hold)
+    running = threads.submit(maintainer.value, "select orchestrator.run_maintenance()")
+    observer.wait_until_blocked(maintainer)
+    assert observer.value("select pg_terminate_backend(%s, 10000)", maintainer.pid)
+    with pytest.raises(psycopg.OperationalError):
+        running.result(10)
+    holder.rows("rollback")
+    assert client.rows(kept) == before
+    report = client.value("select orchestrator.run_maintenance()")
+    assert report["problems"] == []
+    if prepare not in (nothing, rerouted):
+        assert report[step] > 0
+    maintain(client)
+    assert maintain(client) in ({}, {"orderings_advanced": 1})
+
+
+def test_a_step_that_fails_is_told_and_the_others_are_done(client: Client) -> None:
+    client.schedule()
+    lacking(client, lambda: client)
+    client.rows(
+        """create function public.refuse() returns trigger language plpgsql
+        as $$ begin raise exception 'no more room'; end $$"""
+    )
+    client.rows(
+        """create trigger refuse before insert on orchestrator.statistic_folded
+        for each row execute function public.refuse()"""
+    )
+    report = client.value("select orchestrator.run_maintenance()")
+    assert report["problems"] == [{"step": "statistics_folded", "problem": "no more room"}]
+    assert (report["statistics_folded"], report["partitions_created"]) == (0, 1)
+    assert client.totals() == {"accepted": 1}
+    [problems] = client.column("select problems from orchestrator.maintenance_run where run = %s", report["run"])
+    assert problems == report["problems"]
+    client.rows("drop trigger refuse on orchestrator.statistic_folded")
+    assert did(client.value("select orchestrator.run_maintenance()")) == {"statistics_folded": 1}
+    assert client.totals() == {"accepted": 1}
+
+
+def test_a_step_that_waits_for_a_lock_gives_up_and_leaves_the_others_time(connect: Connect) -> None:
+    client, holder = connect(), connect()
+    lacking(client, connect)
+    holder.rows("begin")
+    holder.rows("lock table orchestrator.destination in access exclusive mode")
+    report = client.value("select orchestrator.run_maintenance()")
+    assert "destinations_forgotten" in {problem["step"] for problem in report["problems"]}
+    assert all("lock timeout" in problem["problem"] for problem in report["problems"])
+    assert report["partitions_created"] == 1
+
+
+def test_each_run_leaves_a_row(client: Client) -> None:
+    client.rows("delete from orchestrator.maintenance_run")
+    client.schedule()
+    report = client.value("select orchestrator.run_maintenance()")
+    [(run, started_at, took, done, problems)] = client.rows(
+        "select run, started_at, took, did, problems from orchestrator.maintenance_run"
+    )
+    assert (run, started_at, problems) == (report["run"], NOON, [])
+    assert timedelta(0) < took <= timedelta(milliseconds=report["took_ms"] + 1)
+    assert done == {name: report[name] for name in NOTHING if name in report}
+    client.at(NOON + timedelta(days=6)).rows("select orchestrator.run_maintenance()")
+    assert client.value("select count(*) from orchestrator.maintenance_run") == 2
+    client.at(NOON + timedelta(days=7, seconds=1))
+    assert client.value("select orchestrator.run_maintenance()")["runs_forgotten"] == 1
+
+
+def test_work_is_bounded_and_more_says_when_to_call_again(client: Client) -> None:
+    client.rows("select orchestrator.configure_retention(1)")
+    client.at(NOON + timedelta(days=3))
+    reports = [client.value("select orchestrator.run_maintenance()") for _ in range(12)]
+    assert [report["more"] for report in reports] == [True] * 10 + [False] * 2
+    assert [report["partitions_created"] for report in reports] == [6] + [0] * 11
+    assert [report["partitions_detached"] for report in reports] == [0] + [2] * 9 + [0] * 2

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import psycopg
 import pytest
 from psycopg import sql
 
 from orchestrator import migrate as module
+from orchestrator.database.maintenance import Retention
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.migrate import Report, check, migrate, sql_directory
 from tests.support.databases import sibling
-from tests.support.sql_client import Client, event, results
+from tests.support.sql_client import Client, event, results, wait_for
 
 
 def names(pattern: str) -> list[str]:
@@ -93,7 +98,8 @@ def test_each_file_is_recorded_with_its_checksum(empty_database_url: str, client
 def test_twenty_replicas_at_once_migrate_once(empty_database_url: str, client: Client) -> None:
     with ThreadPoolExecutor(20) as replicas:
         reports = list(replicas.map(lambda _: migrate(empty_database_url, days_ahead=2), range(20)))
-    assert sorted(reports, key=lambda report: len(report.applied)) == [Report([], 0)] * 19 + [Report(FILES, 20)]
+    assert sorted(report.applied for report in reports) == [[]] * 19 + [FILES]
+    assert sum(report.partitions_created for report in reports) == 20
     assert check(empty_database_url) == []
     assert client.value("select count(*) from orchestrator.migration") == len(FILES)
 
@@ -161,6 +167,82 @@ def test_a_new_versioned_file_is_applied_after_those_before_it(
     assert check(empty_database_url) == ["schema/9999_more.sql"]
     assert migrate(empty_database_url).applied == ["schema/9999_more.sql"]
     assert client.column("select note from orchestrator.lane limit 1") == [None]
+
+
+@pytest.fixture
+def altering(empty_database_url: str, directory: Path) -> str:
+    """A migrated database for which there is one more file, which alters the tables that everybody uses."""
+    migrate(empty_database_url)
+    changes = "".join(f"alter table orchestrator.{table} add column note text;\n" for table in ("event", "timer"))
+    (directory / "schema" / "9999_more.sql").write_text(changes)
+    return empty_database_url
+
+
+def test_migrating_lets_others_work_while_a_table_is_held_and_goes_on_when_it_is_let_go(
+    altering: str, client: Client
+) -> None:
+    with Client(altering) as holder, Client(altering) as other, ThreadPoolExecutor(1) as thread:
+        holder.rows("begin")
+        holder.rows("select count(*) from orchestrator.timer")
+        migrating = thread.submit(migrate, altering)
+        wait_for(lambda: client.value("select count(*) from pg_locks where not granted") == 1)
+        began = time.monotonic()
+        other.submit(event())  # behind the migration, which gives up
+        assert time.monotonic() - began < 4
+        assert not migrating.done()
+        holder.rows("commit")
+        assert migrating.result(20).applied == ["schema/9999_more.sql"]
+
+
+def test_migrating_says_who_does_not_let_go_and_changes_nothing(
+    altering: str, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PATIENCE_S", 0)
+    before = catalogue(client)
+    with psycopg.connect(altering, application_name="a report") as holder:
+        holder.execute("select count(*) from orchestrator.event")
+        pid = holder.info.backend_pid
+        with pytest.raises(OrchestratorError) as raised:
+            migrate(altering)
+    assert re.fullmatch(
+        rf"nothing was changed: session {pid} \(\w+, a report\) has a transaction open for \d+ s, now idle in"
+        rf" transaction; end it: select pg_terminate_backend\({pid}\)",
+        str(raised.value),
+    )
+    assert catalogue(client) == before
+
+
+def test_migrating_under_load_fails_nobody_by_a_deadlock(altering: str, client: Client) -> None:
+    """Sessions that have rows of timer and then want event, as those that finish attempts have."""
+    stop = Event()
+
+    def work() -> int:
+        with Client(altering) as session:
+            for n in itertools.count(1):
+                with session.transaction():
+                    session.rows("select from orchestrator.timer for update")
+                    session.rows("select from orchestrator.outcome, pg_sleep(0.005) limit 1")
+                    session.rows("select from orchestrator.event limit 1")
+                if stop.is_set():
+                    return n
+        raise AssertionError
+
+    with ThreadPoolExecutor(8) as sessions:
+        working = [sessions.submit(work) for _ in range(8)]
+        try:
+            assert migrate(altering).applied == ["schema/9999_more.sql"]
+        finally:
+            stop.set()
+        assert all(each.result(10) > 0 for each in working)
+    assert client.value("select deadlocks from pg_stat_database where datname = current_database()") == 0
+
+
+def test_a_new_schema_is_told_at_once_what_to_keep(empty_database_url: str, client: Client) -> None:
+    told = "select retention_days, partition_days_ahead, max_schedule_ahead_days, archive from orchestrator.control"
+    migrate(empty_database_url, retention=Retention(90, None, 500, True))
+    assert client.rows(told) == [(90, 30, 500, True)]
+    migrate(empty_database_url, retention=Retention(1, None, None, None))
+    assert client.rows(told) == [(90, 30, 500, True)]
 
 
 def test_a_versioned_file_that_changed_after_it_was_applied_is_refused(

@@ -16,13 +16,14 @@ ROLES = ["orchestrator_submit", "orchestrator_dispatch", "orchestrator_ingest", 
 SHARED = {"now", "event_id", "random_event_id", "destination_name", "spread_shift", "partition_bounds", "standstills"}
 SUBMITTING = {"open_staging", "submit_staged", "submit_events", "schedule_event"}
 KEYS = {"find_api_key", "count_api_keys"}
+CHANGING = {"cancel_event", "cancel_events", "reschedule_event"}
 DISPATCHING = {
     "register_worker", "claim_due_events", "finish_events", "release_events", "next_due_at", "backlog",
-    "own_lane", "set_outbox", "outbox_batch", "outbox_published", "outbox_failed", "outbox_pending",
+    "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published", "outbox_failed", "outbox_pending",
 }  # fmt: skip
 INGESTING = {"ingest_offsets", "advance_offsets", "keep_rejects", "execute_commands"}
 READING = {
-    "get_event", "events_by_external_id", "list_dead_letters", "statistics", "next_due_at", "backlog",
+    "get_event", "events_by_external_id", "list_dead_letters", "statistics", "statistics_by", "next_due_at", "backlog",
     "list_rejects", "ingest_offsets", "outbox_pending", "get_destination", "list_destinations", "destination_for",
     "backlog_forecast", "forecast",
 }  # fmt: skip
@@ -31,13 +32,15 @@ OPERATING = {
     "delete_destination", "pause_destination", "resume_destination", "pause_all", "resume_all", "close_breaker",
     "destination_json", "create_api_key", "revoke_api_key",
     "set_ingest_offset", "get_reject", "resubmitted_reject", "redrive_event", "retry_outbox_failures",
+    "redrive_dead_letters", "purge_dead_letters", "configure_retention", "partitions_to_archive", "archived_partition",
+    "hand_partitions_to",
 }  # fmt: skip
 ALLOWED = {
-    "orchestrator_submit": SHARED | SUBMITTING | KEYS | {"cancel_event"},
+    "orchestrator_submit": SHARED | SUBMITTING | KEYS | CHANGING,
     "orchestrator_ingest": SHARED | SUBMITTING | INGESTING,
     "orchestrator_dispatch": SHARED | DISPATCHING,
     "orchestrator_read": SHARED | READING,
-    "orchestrator_ops": SHARED | SUBMITTING | INGESTING | KEYS | {"cancel_event"} | DISPATCHING | READING | OPERATING,
+    "orchestrator_ops": SHARED | SUBMITTING | INGESTING | KEYS | CHANGING | DISPATCHING | READING | OPERATING,
 }
 
 
@@ -189,7 +192,7 @@ def test_a_submitter_submits_in_every_way(connect: Connect, role: str) -> None:
     with client.transaction():
         with client.connection.cursor().copy("copy pg_temp.submission from stdin") as copy:
             copy.write_row(
-                (0, answer.id, NOON, "tests", "a", "HTTP", "https://receiver.example", "1", None, 3, *[None] * 4)
+                (0, answer.id, NOON, "tests", "a", "HTTP", "https://receiver.example", "1", None, 3, *[None] * 5)
             )
         assert client.rows("select n, result from orchestrator.submit_staged()") == [(0, "duplicate")]
 
@@ -208,7 +211,7 @@ def test_a_user_who_is_only_a_member_of_a_role_submits_by_copy(connect: Connect,
                 with client.connection.cursor().copy("copy pg_temp.submission from stdin") as copy:
                     uid = owner.value("select orchestrator.random_event_id(%s)", NOON)
                     copy.write_row(
-                        (0, uid, NOON, "tests", None, "HTTP", "https://receiver.example", "1", None, 3, *[None] * 4)
+                        (0, uid, NOON, "tests", None, "HTTP", "https://receiver.example", "1", None, 3, *[None] * 5)
                     )
                 assert client.rows("select * from orchestrator.submit_staged()") == []
             with pytest.raises(psycopg.errors.InsufficientPrivilege):

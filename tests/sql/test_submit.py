@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -249,7 +249,7 @@ def test_null_is_the_same_as_absent_where_a_field_may_be_absent(client: Client) 
     ],
 )
 def test_every_way_to_write_a_time_with_its_zone_means_the_same(client: Client, at: str) -> None:
-    client.rows("select orchestrator.create_partitions('2030-01-31', '2030-01-31')")
+    client.at(datetime(2030, 1, 1, tzinfo=UTC))
     [answer] = client.submit(event(scheduled_at=at, external_job_id="j"))
     assert answer.id == event_id("tests", "j", datetime.fromisoformat("2030-01-31T08:00:00+00:00"))
 
@@ -266,24 +266,32 @@ def test_an_event_of_the_past_is_due_at_once_and_keeps_its_time(client: Client) 
     assert (lease.event_id, lease.due_at, lease.scheduled_at) == (uid, NOON, NOON - timedelta(days=2))
 
 
-def test_the_first_and_the_last_instant_of_the_partitions_are_inside(client: Client) -> None:
-    [(first, end)] = client.rows("select first_day, end_day from orchestrator.partition_bounds()")
+def test_the_first_instant_kept_and_the_last_that_can_be_scheduled_are_inside(client: Client) -> None:
+    first = NOON.replace(hour=0) - timedelta(days=7)
+    end = NOON + timedelta(days=400)
     instant = timedelta(microseconds=1)
     answers = client.submit(*[event(scheduled_at=at) for at in (first - instant, first, end - instant, end)])
     assert [answer.result for answer in sorted(answers)] == ["refused", "accepted", "accepted", "refused"]
+    before, _, _, beyond = sorted(answers)
+    assert (before.field, beyond.field) == ("scheduled_at", "scheduled_at")
+    assert f"send {first.isoformat()} or later" in str(before.reason)
+    assert "more than 400 days ahead (MAX_SCHEDULE_AHEAD_DAYS)" in str(beyond.reason)
+    assert f"send a time before {end.isoformat()}" in str(beyond.reason)
 
 
-def test_a_day_without_a_partition_amid_the_others_refuses_its_events_only(client: Client) -> None:
+def test_a_day_without_a_partition_amid_the_others_puts_its_events_into_the_horizon(client: Client) -> None:
     client.rows(
         "select orchestrator.create_partitions(%s, %s)",
         (NOON + timedelta(days=60)).date(),
         (NOON + timedelta(days=61)).date(),
     )
-    answers = client.submit(event(scheduled_at=NOON + timedelta(days=50)), event())
-    assert [(answer.result, answer.field) for answer in sorted(answers)] == [
-        ("refused", "scheduled_at"),
-        ("accepted", None),
-    ]
+    days = [50, 60, 61, 62, 0]
+    answers = client.submit(*[event(scheduled_at=NOON + timedelta(days=day)) for day in days])
+    assert {answer.result for answer in answers} == {"accepted"}
+    waiting = client.column("select scheduled_at from orchestrator.horizon order by 1")
+    assert waiting == [NOON + timedelta(days=day) for day in (50, 62)]
+    placed = client.column("select scheduled_at from orchestrator.event order by 1")
+    assert placed == [NOON + timedelta(days=day) for day in (0, 60, 61)]
 
 
 @pytest.mark.parametrize("document", [{}, "x", 1, None, True])
@@ -422,7 +430,7 @@ def test_a_staged_batch_answers_duplicates_and_refusals_by_number(client: Client
             submission("kept"),
             submission("new"),
             submission(destination="nowhere"),
-            submission(scheduled_at=NOON + timedelta(days=365)),
+            submission(scheduled_at=NOON + timedelta(days=401)),
             submission(scheduled_at=NOON - timedelta(days=365)),
             submission(max_retries=70_000),
             submission(max_retries=-70_000),
@@ -522,8 +530,8 @@ def test_the_session_s_time_zone_and_date_style_do_not_matter(client: Client) ->
     uid = client.schedule(external_job_id="j")
     assert uid == event_id("tests", "j", NOON)
     assert client.get(uid)["scheduled_at"] == NOON.isoformat()
-    [answer] = client.submit(event(scheduled_at=NOON + timedelta(days=365)))
-    assert "+00:00 is beyond" in str(answer.reason)
+    [answer] = client.submit(event(scheduled_at=NOON + timedelta(days=401)))
+    assert "+00:00 is more than" in str(answer.reason)
 
 
 def test_a_staging_table_of_somebody_else_s_is_refused(connect: Connect) -> None:

@@ -3,13 +3,14 @@
 `violations` reads the tables alone and calls none of the product's functions: it must not share their mistakes.
 Numbers are those of the design; the fifth concerns ingestion from Kafka.
 
-1. Every acknowledged submission has exactly one end or is still waiting, never both, and none vanishes.
+1. Every acknowledged submission has exactly one end or is still waiting, never both, and none vanishes. It is kept in
+   one place, event or horizon; one that was rescheduled and the event that took its place name each other.
 2. No event has more attempts than its max_retries + 1, and as many again each time it was redriven.
 3. No attempt starts before the event is due, and the first is due by the end of its spread.
-4. None starts after its cancel.
+4. None starts after the event was cancelled, rescheduled or had expired.
 6. No attempt has two outcomes, and no outcome is of a lease that had not been given.
 7. An event waits for others of its ordering key only while one of them is in its way.
-8. Whatever waits is where claims look for it, and what is counted as under way is leased.
+8. Whatever waits is where claims look for it, not below a floor, and what is counted as under way is leased.
 """
 
 from __future__ import annotations
@@ -35,12 +36,43 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
         """select id, timers, ends, redriven
         from (
           select e.id, count(distinct t.event_id) as timers, count(*) filter (where o.result = 'redriven') as redriven
-            , count(*) filter (where o.result in ('delivered', 'dead', 'cancelled')) as ends
+            , count(*) filter (where o.result in ('delivered', 'dead', 'cancelled', 'rescheduled', 'expired')) as ends
           from orchestrator.event e
           left join orchestrator.timer t on t.event_id = e.id
           left join orchestrator.outcome o on o.event_id = e.id
           group by e.id) n
         where timers + ends - redriven <> 1""",
+    ),
+    (
+        "law 1: event {} is in event and in horizon",
+        "select id from orchestrator.event join orchestrator.horizon using (id, scheduled_at)",
+    ),
+    (
+        "law 1: event {} was rescheduled to {}, which does not come from it",
+        """select r.id, r.successor
+        from (
+          select event_id as id, successor from orchestrator.outcome where result = 'rescheduled'
+          union all select id, successor from orchestrator.horizon where ended_as = 'rescheduled') r
+        where not exists (select from orchestrator.event n where n.id = r.successor and n.predecessor = r.id)
+          and not exists (select from orchestrator.horizon n where n.id = r.successor and n.predecessor = r.id)
+          -- unless retention took its day
+          and to_char(uuid_extract_timestamp(r.successor) at time zone 'UTC', 'YYYYMMDD') in (
+            select right(c.relname, 8) from pg_inherits i join pg_class c on c.oid = i.inhrelid
+            where i.inhparent = 'orchestrator.event'::regclass)""",
+    ),
+    (
+        "law 1: event {} comes from {}, which was not rescheduled to it",
+        """select n.id, n.predecessor
+        from (
+          select id, predecessor from orchestrator.event union all select id, predecessor from orchestrator.horizon) n
+        where n.predecessor is not null
+          and not exists (
+            select from orchestrator.outcome o where o.event_id = n.predecessor and o.successor = n.id)
+          and not exists (
+            select from orchestrator.horizon h where h.id = n.predecessor and h.successor = n.id)
+          and to_char(uuid_extract_timestamp(n.predecessor) at time zone 'UTC', 'YYYYMMDD') in (
+            select right(c.relname, 8) from pg_inherits i join pg_class c on c.oid = i.inhrelid
+            where i.inhparent = 'orchestrator.outcome'::regclass)""",
     ),
     (
         "law 1: timer {} belongs to no event",
@@ -69,7 +101,7 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
     (
         "law 2: event {} has {} attempts; its max_retries is {}",
         """select e.id, count(*), e.max_retries from orchestrator.event e
-        join orchestrator.outcome o on o.event_id = e.id and o.result <> 'cancelled'
+        join orchestrator.outcome o on o.event_id = e.id and o.result not in ('cancelled', 'rescheduled', 'expired')
         group by e.id, e.max_retries
         having count(*) filter (where o.result <> 'redriven')
           > (e.max_retries + 1) * (1 + count(*) filter (where o.result = 'redriven'))""",
@@ -91,13 +123,15 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
           and t.due_at > greatest(e.created_at, e.scheduled_at + e.spread)""",
     ),
     (
-        "law 4: attempt {1} of event {0} was made after its cancel",
-        """select o.event_id, o.attempt from orchestrator.outcome o join orchestrator.outcome c using (event_id)
-        where c.result = 'cancelled' and o.result <> 'cancelled' and o.attempt > c.attempt""",
+        "law 4: attempt {1} of event {0} was made after it was {2}",
+        """select o.event_id, o.attempt, c.result
+        from orchestrator.outcome o join orchestrator.outcome c using (event_id)
+        where c.result in ('cancelled', 'rescheduled', 'expired') and o.attempt > c.attempt""",
     ),
     (
         "law 6: attempt {1} of event {0} has {2} outcomes",
-        """select event_id, attempt, count(*) from orchestrator.outcome where result not in ('cancelled', 'redriven')
+        """select event_id, attempt, count(*) from orchestrator.outcome
+        where result not in ('cancelled', 'rescheduled', 'expired', 'redriven')
         group by 1, 2 having count(*) > 1""",
     ),
     (
@@ -119,18 +153,26 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
     (
         "law 7: event {} waits for others of its ordering key, and none is in its way",
         """select t.event_id from orchestrator.timer t
-        where t.lane = -1
+        where t.lane < 0
           and not exists (
             select from orchestrator.timer b
             where b.ordering = t.ordering and b.event_id <> t.event_id
-              and ((b.scheduled_at, b.event_id) < (t.scheduled_at, t.event_id) or b.lane <> -1))
+              and ((b.scheduled_at, b.event_id) < (t.scheduled_at, t.event_id) or b.lane >= 0))
           and not exists (select from orchestrator.dead_letter d where d.blocks = t.ordering)""",
     ),
     (
         "law 8: event {} waits in lane {} with priority {}, where no claim looks",
         """select t.event_id, t.lane, t.priority from orchestrator.timer t cross join orchestrator.control c
-        where t.lane <> -1 and not exists (select from orchestrator.lane l where l.lane = t.lane)
-          or t.lane = -1 and t.ordering is null or t.priority <> all (c.priorities)""",
+        where t.lane not in (
+            select l.lane from orchestrator.lane l union all select -1 - l.lane from orchestrator.lane l)
+          or t.lane < 0 and t.ordering is null or t.priority <> all (c.priorities)""",
+    ),
+    (
+        "law 8: event {} is due at {}, below the floor of lane {}",
+        """select t.event_id, t.due_at, t.lane from orchestrator.timer t cross join orchestrator.control c
+        join orchestrator.lane l on t.lane in (l.lane, -1 - l.lane)
+        where c.rerouted_by is null
+          and t.due_at < case when l.lane < 64 then c.floors[l.lane + 1] else greatest(l.floor, c.own_floor) end""",
     ),
     (
         "law 8: event {} is counted as under way in lane {} or for key {}, and is not leased",
@@ -141,9 +183,10 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
 
 _LAWS_OF_TIME: Sequence[tuple[str, LiteralString]] = (
     (
-        "law 4: attempt {1} of event {0} started after its cancel",
-        """select o.event_id, o.attempt from orchestrator.outcome o join orchestrator.outcome c using (event_id)
-        where c.result = 'cancelled' and o.result not in ('cancelled', 'redriven') and o.started_at > c.finished_at""",
+        "law 4: attempt {1} of event {0} started after it was {2}",
+        """select o.event_id, o.attempt, c.result
+        from orchestrator.outcome o join orchestrator.outcome c using (event_id)
+        where c.result in ('cancelled', 'rescheduled', 'expired') and o.started_at > c.finished_at""",
     ),
 )
 """These compare times of different calls: they hold while the clock only goes forward."""
@@ -165,10 +208,18 @@ def violations(
     """
     laws = [*_LAWS, *_LAWS_OF_TIME] if clock_goes_forward else _LAWS
     found = [law.format(*row) for law, query in laws for row in connection.execute(query).fetchall()]
-    kept = {str(uid) for (uid,) in connection.execute("select id from orchestrator.event").fetchall()}
+    kept = {
+        str(uid)
+        for (uid,) in connection.execute(
+            "select id from orchestrator.event union all select id from orchestrator.horizon"
+        ).fetchall()
+    }
     found += [f"law 1: event {uid} was acknowledged and does not exist" for uid in acknowledged if str(uid) not in kept]
     if finished:
-        waiting = connection.execute("select event_id from orchestrator.timer").fetchall()
+        waiting = connection.execute(
+            """select event_id from orchestrator.timer
+            union all select id from orchestrator.horizon where ended_at is null"""
+        ).fetchall()
         found += [f"law 1: event {uid} has come to no end" for (uid,) in waiting]
     if arrivals is not None:
         found += _of_arrivals(connection, arrivals, clock_slack)
@@ -185,7 +236,8 @@ def _of_arrivals(connection: psycopg.Connection[Any], arrivals: Sequence[Arrival
     ends = {
         str(uid): (result, at)
         for uid, result, at in connection.execute(
-            "select event_id, result, finished_at from orchestrator.outcome where result in ('delivered', 'cancelled')"
+            """select event_id, result, finished_at from orchestrator.outcome
+            where result in ('delivered', 'cancelled', 'rescheduled', 'expired')"""
         ).fetchall()
     }
     found = []
@@ -201,8 +253,8 @@ def _of_arrivals(connection: psycopg.Connection[Any], arrivals: Sequence[Arrival
             found.append(f"law 6: attempt {arrival.attempt} of {arrival.event_id} arrived twice")
         seen.add((arrival.event_id, arrival.attempt))
         result, ended_at = ends.get(arrival.event_id, ("", datetime.max.replace(tzinfo=UTC) - slack))
-        if result == "cancelled" and arrival.at > ended_at + slack:
-            found.append(f"law 4: {arrival.event_id} arrived {arrival.at - ended_at} after its cancel")
+        if result not in ("", "delivered") and arrival.at > ended_at + slack:
+            found.append(f"law 4: {arrival.event_id} arrived {arrival.at - ended_at} after it was {result}")
     arrived = {uid for uid, _ in seen}
     for uid, (result, _) in ends.items():
         if result == "delivered" and uid not in arrived:

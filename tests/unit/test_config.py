@@ -4,6 +4,8 @@ import base64
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import fields
 from ipaddress import ip_network
 from pathlib import Path
@@ -11,11 +13,11 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given as examples
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator.config import DATABASE_PARTS, SETTINGS, Settings
+from orchestrator.config import DATABASE_PARTS, SETTINGS, Settings, given
 from orchestrator.errors import OrchestratorError, SettingsError
 from orchestrator.settings_rules import MARGIN_S
 from orchestrator.settings_table import BEGIN, END, render_markdown_table, settings_table, with_table
@@ -183,7 +185,7 @@ def test_seconds_may_have_fractions() -> None:
     assert Settings.from_env({"HTTP_TIMEOUT_SECONDS": "2.5"}).http_timeout_s == 2.5
 
 
-@given(st.integers(-100_000, 100_000))
+@examples(st.integers(-100_000, 100_000))
 def test_a_batch_size_is_taken_exactly_when_it_is_in_bounds(size: int) -> None:
     environ = {"BATCH_SIZE": str(size), "SCHEDULER_PREFETCH": "10000"}
     if 1 <= size <= 10_000:
@@ -198,7 +200,7 @@ def test_two_names_of_a_setting_may_agree_but_not_differ() -> None:
     assert line == "SCHEDULER_BATCH_SIZE and BATCH_SIZE: both are set and differ; keep SCHEDULER_BATCH_SIZE"
 
 
-@given(st.integers(0, 10_000), st.integers(1, 600), st.integers(1, 3600))
+@examples(st.integers(0, 10_000), st.integers(1, 600), st.integers(1, 3600))
 def test_a_lease_outlasts_look_ahead_and_time_out(lookahead_ms: int, timeout_s: int, lease_s: int) -> None:
     environ = {
         "SCHEDULER_LOOKAHEAD_MS": str(lookahead_ms),
@@ -280,7 +282,7 @@ class TestDatabaseUrl:
     def test_a_port_in_the_host_is_refused(self) -> None:
         assert problem(DB_HOST="db:5432").startswith("DB_HOST: expected a host name, an address without its port")
 
-    @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n")).filter(str.strip))
+    @examples(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n")).filter(str.strip))
     def test_any_password_reaches_libpq_intact(self, password: str) -> None:
         for environ in (
             {"DB_PASSWORD": password, "DB_USER": "u"},
@@ -357,7 +359,7 @@ class TestDatabaseUrl:
         if "mysql" in url:
             assert line.endswith("mysql://…'")
 
-    @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+    @examples(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
     def test_any_other_text_is_an_address_for_libpq_or_a_settings_error(self, rest: str) -> None:
         try:
             settings = Settings.from_env({"DATABASE_URL": f"postgresql://{rest}"})
@@ -399,6 +401,64 @@ def test_the_directory_of_secrets_must_be_there(tmp_path: Path) -> None:
         assert problem(SECRETS_DIRECTORY=str(wrong)).startswith(
             "SECRETS_DIRECTORY: expected a directory that exists, got"
         )
+
+
+@pytest.mark.parametrize("raw", ["0", "-1", "1.5", "36501", "forever"])
+def test_retention_is_whole_days_from_one_on(raw: str) -> None:
+    assert problem(CLEANUP_RETENTION_DAYS=raw).startswith(
+        "CLEANUP_RETENTION_DAYS: expected a whole number from 1 to 36500, got"
+    )
+    assert Settings.from_env({}).retention_days == 7
+
+
+def test_events_can_be_scheduled_at_least_as_far_ahead_as_there_are_partitions() -> None:
+    assert problem(MAX_SCHEDULE_AHEAD_DAYS="29") == (
+        "MAX_SCHEDULE_AHEAD_DAYS: expected at least PARTITION_DAYS_AHEAD (30), got 29"
+    )
+    assert Settings.from_env({"MAX_SCHEDULE_AHEAD_DAYS": "30"}).max_schedule_ahead_days == 30
+    assert Settings.from_env({"PARTITION_DAYS_AHEAD": "400"}).max_schedule_ahead_days == 400
+
+
+@pytest.fixture
+def a_directory() -> Iterator[Path]:
+    """One that everybody reaches, since root may write anywhere."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def test_the_directory_of_archives_must_be_there_and_take_files(a_directory: Path) -> None:
+    complaint = "ARCHIVE_DIRECTORY: expected a directory that exists and can be written to, got"
+    (a_directory / "file").write_text("")
+    for wrong in (a_directory / "absent", a_directory / "file"):
+        assert problem(ARCHIVE_DIRECTORY=str(wrong)).startswith(complaint)
+    chosen = {"ARCHIVE_DIRECTORY": str(a_directory)}
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        else:
+            a_directory.chmod(0o500)
+        assert problem(**chosen).startswith(complaint)
+    finally:
+        os.seteuid(user)
+    a_directory.chmod(0o700)
+    assert Settings.from_env(chosen).archive_directory == str(a_directory)
+    assert Settings.from_env({}).archive_directory is None
+
+
+def test_a_format_of_archives_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.from_env({"ARCHIVE_FORMAT": "Parquet"}).archive_format == "parquet"
+    assert problem(ARCHIVE_FORMAT="zip") == "ARCHIVE_FORMAT: expected csv or parquet, got 'zip'"
+    monkeypatch.setattr("orchestrator.settings_rules.find_spec", lambda name: None)
+    assert problem(ARCHIVE_FORMAT="parquet").startswith("ARCHIVE_FORMAT: parquet needs pyarrow, which is not installed")
+    assert Settings.from_env({"ARCHIVE_FORMAT": "csv"}).archive_format == "csv"
+
+
+def test_what_the_environment_itself_sets_is_told() -> None:
+    assert given({"BATCH_SIZE": "5", "CLEANUP_RETENTION_DAYS": "7", "LOG_LEVEL": "", "HOME": "/"}) == {
+        "batch_size",
+        "retention_days",
+    }
 
 
 @pytest.mark.parametrize("raw", ["0", "-1", "100001", "many"])

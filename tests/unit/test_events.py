@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import ValidationError
 from orchestrator.events import (
     JsonError,
+    OutOfRangeError,
     Submission,
     SubmissionError,
     copy_row,
@@ -74,6 +75,7 @@ def test_the_least_submission_gets_the_defaults() -> None:
     assert (submission.source, submission.delivery_type, submission.max_retries) == ("orders", "HTTP", 3)
     assert (submission.external_job_id, submission.headers, submission.retry_policy) == (None, None, None)
     assert (submission.ordering_key, submission.priority, submission.spread_seconds) == (None, None, None)
+    assert submission.expires_at is None
 
 
 def test_every_field_is_kept() -> None:
@@ -87,6 +89,7 @@ def test_every_field_is_kept() -> None:
             ordering_key="tenant-7",
             priority=-9,
             spread_seconds=12.5,
+            expires_at="2026-01-31T10:00:01+01:00",
         ),
         BOUNDS,
     )
@@ -94,13 +97,16 @@ def test_every_field_is_kept() -> None:
     assert submission.headers == b'{"X-Tenant":"a"}'
     assert (submission.max_retries, submission.retry_policy) == (0, "fast_1")
     assert (submission.ordering_key, submission.priority, submission.spread_seconds) == ("tenant-7", -9, 12.5)
+    assert submission.expires_at == datetime(2026, 1, 31, 9, 0, 1, tzinfo=UTC)
+    assert submission.expires_at.tzinfo is UTC
 
 
 def test_null_is_the_same_as_absent_for_optional_fields() -> None:
     optional = ("external_job_id", "delivery_type", "headers", "max_retries", "retry_policy", "ordering_key")
-    submission = parse_submission(body(**dict.fromkeys((*optional, "priority", "spread_seconds"))), BOUNDS)
+    more = ("priority", "spread_seconds", "expires_at")
+    submission = parse_submission(body(**dict.fromkeys((*optional, *more))), BOUNDS)
     assert (submission.external_job_id, submission.max_retries) == (None, 3)
-    assert (submission.priority, submission.spread_seconds) == (None, None)
+    assert (submission.priority, submission.spread_seconds, submission.expires_at) == (None, None, None)
 
 
 @pytest.mark.parametrize("topic", ["a", "orders.reminders_2-x", "...", "t" * 249, None])
@@ -187,7 +193,7 @@ def test_what_is_no_number_in_json_is_no_priority_and_no_spread(field: str, sent
 )
 def test_a_spread_is_staged_to_the_microsecond_and_without_an_exponent(sent: str, staged: str) -> None:
     raw = body()[:-1] + f',"spread_seconds":{sent}}}'.encode()
-    assert submission_row(raw, BOUNDS, 0).endswith(f"\t\\N\t{staged}\n".encode())
+    assert submission_row(raw, BOUNDS, 0).endswith(f"\t\\N\t{staged}\t\\N\n".encode())
 
 
 def test_the_payload_keeps_the_bytes_that_were_sent() -> None:
@@ -242,6 +248,33 @@ def test_times_are_kept_to_the_microsecond_in_utc(text: str, kept: datetime) -> 
 )
 def test_a_time_that_is_not_clear_or_not_in_range_is_refused(at: Any) -> None:
     assert list(errors_of(body(scheduled_at=at))) == ["scheduled_at"]
+
+
+@pytest.mark.parametrize("at", ["2026-01-31T09:00:00.123456Z", "2026-01-31T10:00:00+01:00", "1970-01-01T00:00:00Z"])
+def test_an_expiry_that_does_not_come_after_the_time_is_refused_with_both(at: str) -> None:
+    with pytest.raises(OutOfRangeError) as caught:
+        parse_submission(body(expires_at=at), BOUNDS)
+    ((field, reason),) = caught.value.errors
+    assert field == "expires_at"
+    assert reason.startswith("expected a time after scheduled_at, 2026-01-31T09:00:00.123456+00:00, got ")
+    assert errors_of(body(expires_at=at, source=""))["expires_at"] == reason
+
+
+@pytest.mark.parametrize("at", ["2201-01-01T00:00:00Z", "9999-12-31T23:59:59-01:00"])
+def test_an_expiry_beyond_all_times_is_refused(at: str) -> None:
+    assert "from 1970 to 2200" in errors_of(body(expires_at=at))["expires_at"]
+
+
+@pytest.mark.parametrize("at", ["", "2026-01-31", "2026-01-31T10:00:00", "+1h", 1769850000, True, [], "9" * 5000])
+def test_an_expiry_that_is_no_time_is_refused_with_an_example(at: Any) -> None:
+    errors = errors_of(body(expires_at=at))
+    assert list(errors) == ["expires_at"]
+    assert "such as 2026-01-31T09:00:00Z, or null, got " in errors["expires_at"]
+    assert len(errors["expires_at"]) < 300
+
+
+def test_an_expiry_is_not_judged_by_a_time_that_is_none() -> None:
+    assert list(errors_of(body(scheduled_at="soon", expires_at="1999-01-01T00:00:00Z"))) == ["scheduled_at"]
 
 
 @pytest.mark.parametrize(
@@ -491,6 +524,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_siz
     priority=st.none() | st.integers(-9, 9),
     spread=st.none() | spreads,
     at=times,
+    lasts=st.none() | st.timedeltas(timedelta(microseconds=1), timedelta(days=1)),
 )
 def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
     source: str,
@@ -502,6 +536,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
     priority: int | None,
     spread: float | None,
     at: datetime,
+    lasts: timedelta | None,
 ) -> None:
     raw_headers = None if headers is None else headers.encode()
     submission = Submission(
@@ -518,6 +553,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
         key,
         priority,
         spread,
+        None if lasts is None else at + lasts,
     )
     line = copy_row(submission, 41)
     assert line.count(b"\n") == 1
@@ -538,6 +574,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
         None if key is None else key.encode(),
         f"{priority}".encode() if priority else None,
         None if spread is None else f"{Decimal(spread):.6f} seconds".encode(),
+        None if lasts is None else (at + lasts).isoformat().encode(),
     ]
 
 
@@ -555,6 +592,7 @@ kafka_submissions = st.fixed_dictionaries(
         "ordering_key": names,
         "priority": st.integers(-9, 9),
         "spread_seconds": spreads,
+        "expires_at": st.just("2200-12-31T23:59:59.999999+00:00"),
     },
 )
 

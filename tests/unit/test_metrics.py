@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from hypothesis import given
+import math
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from orchestrator.config import Settings
+from orchestrator.database.maintenance import Condition
 from orchestrator.metrics import LATENESS_BUCKETS_S, Metrics
 
 SETTINGS = Settings.from_env({"DEPLOYMENT_NAME": "event-scheduler-ocean", "CUSTOMER_NAME": "ocean"})
@@ -32,6 +35,7 @@ def feed_everything(metrics: Metrics) -> None:
     metrics.events_received_total("http").inc()
     metrics.event_delivery_seconds("HTTP", "delivered").observe(0.1)
     metrics.http_request_seconds("/api/v1/events", "POST", "202").observe(0.1)
+    metrics.maintenance_problems_total("horizon_moved").inc()
 
 
 def test_every_series_says_whose_it_is_the_process_included() -> None:
@@ -63,6 +67,7 @@ def test_what_is_counted_can_be_read() -> None:
     assert value(metrics, "orchestrator_events_in_flight") == 7
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 100), max_size=20))
 def test_the_buckets_of_lateness_count_what_is_at_most_their_bound(lateness_s: list[float]) -> None:
     metrics = Metrics(SETTINGS)
@@ -93,6 +98,27 @@ def test_the_pool_is_told_in_connections_open_used_and_waited_for() -> None:
     assert value(metrics, "orchestrator_database_pool_waiting") == 3
     metrics.set_pool({"pool_size": 2, "pool_available": 2})
     assert value(metrics, "orchestrator_database_pool_waiting") == 0
+
+
+def test_how_maintenance_fares_is_told_and_that_it_is_unknown() -> None:
+    metrics = Metrics(SETTINGS)
+    problems = [{"step": "horizon_moved", "problem": "disk full"}]
+    metrics.set_condition(Condition(12.5, problems, 29.5, 1_000_000, 4, 3, 2))
+    found = {
+        "maintenance_age_seconds": 12.5,
+        "maintenance_failing_steps": 1,
+        "partition_days_ahead": 29.5,
+        "horizon_events": 1_000_000,
+        "partitions_retired": 4,
+        "dead_letters": 3,
+        "dead_letters_expiring": 2,
+    }
+    assert {name: value(metrics, f"orchestrator_{name}") for name in found} == found
+    metrics.set_condition(Condition(None, [], 29.5, 0, 0, 0, 0))
+    assert math.isnan(value(metrics, "orchestrator_maintenance_age_seconds"))
+    assert value(metrics, "orchestrator_dead_letters") == 0
+    metrics.set_condition(None)
+    assert all(math.isnan(value(metrics, f"orchestrator_{name}")) for name in found)
 
 
 def test_two_instances_in_a_process_keep_their_counts_apart() -> None:

@@ -1,0 +1,175 @@
+"""``dead-letters``: events that ran out of attempts, or failed for good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from orchestrator.cli.story import show_event
+from orchestrator.cli.support import (
+    console,
+    duration,
+    json_option,
+    plain,
+    print_json,
+    target,
+    with_database,
+)
+from orchestrator.cli.sweeping import filter_of, narrowing, sweep, sweeping, with_filter
+from orchestrator.errors import OrchestratorError
+
+if TYPE_CHECKING:
+    from orchestrator.database import Filter
+
+F = TypeVar("F", bound=Callable[..., object])
+
+_MAX_RATE = 100_000
+
+
+def _filtered(command: F) -> F:
+    command = click.option("--reason", metavar="TEXT", help="Those whose reason holds TEXT, in any case.")(command)
+    return narrowing("Dead letters", "Died")(command)
+
+
+@click.group("dead-letters")
+def dead_letters() -> None:
+    """List, show, redrive and purge events that ran out of attempts.
+
+    Those that their receivers refused for good are among them.
+    """
+
+
+@dead_letters.command("list")
+@_filtered
+@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="Most to list.")
+@json_option
+def list_dead_letters(limit: int, as_json: bool, **filters: Any) -> None:
+    """List dead letters, those that died last first."""
+    which = filter_of(**filters)
+    # One more than asked for tells whether there are more.
+    found = with_filter(lambda database, _: database.dead_letters(which, limit=limit + 1))
+    if as_json:
+        print_json(b"[" + b",".join(found[:limit]) + b"]")
+        return
+    if not found:
+        console().print("There are no dead letters." if which == filter_of() else "There are none such.")
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    now = datetime.now(UTC)
+    table = Table("died", "id", "source", "attempts", "destination", "reason", box=None, pad_edge=False)
+    for letter in map(json.loads, found[:limit]):
+        died_s = (now - datetime.fromisoformat(letter["died_at"])).total_seconds()
+        table.add_row(
+            f"{duration(max(0.0, died_s))} ago",
+            letter["id"],
+            Text(plain(letter["source"])),
+            str(letter["attempts"]),
+            Text(plain(target(letter))),
+            Text(plain(letter["reason"])),
+        )
+    out = console()
+    out.print(table)
+    if len(found) > limit:
+        out.print(f"There are more: --limit {min(10_000, limit * 5)}")
+
+
+@dead_letters.command()
+@click.argument("event_id", metavar="ID", type=click.UUID)
+@json_option
+def show(event_id: object, as_json: bool) -> None:
+    """Show a dead event and every attempt."""
+    found = with_database(lambda database, _: database.event(str(event_id)))
+    if found is None:
+        raise OrchestratorError(f"there is no event with the id {event_id}")
+    event = json.loads(found)
+    if event["status"] != "dead":
+        raise OrchestratorError(f"{event_id} is not dead: its status is {event['status']}; see orchestrator get")
+    if as_json:
+        print_json(found)
+    else:
+        show_event(console(), event, None)
+
+
+@dead_letters.command()
+@click.argument("event_id", metavar="[ID]", type=click.UUID, required=False)
+@_filtered
+@click.option("--rate", type=float, metavar="N", help="How many attempts begin a second. [default: all at once]")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="N of them at most. [default: all]")
+@sweeping("them")
+@json_option
+def redrive(
+    event_id: object | None,
+    rate: float | None,
+    limit: int | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+    **filters: Any,
+) -> None:
+    """Have dead events tried again: one, those that a filter names, or all.
+
+    Each has as many attempts as it had at first, by the same limits as any other, and keeps its history.
+
+    \b
+    orchestrator dead-letters redrive --destination hooks.example.com --from -1h --rate 50
+    """
+    which = filter_of(**filters)
+    if event_id is not None:
+        if which != filter_of() or (rate, limit, dry_run) != (None, None, False):
+            raise click.UsageError("ID: names one event; leave --rate, --limit, --dry-run and the filter out")
+        _redrive_one(str(event_id), as_json)
+        return
+    if rate is not None and not 0 < rate <= _MAX_RATE:
+        raise click.UsageError(f"--rate: expected more than 0 and at most {_MAX_RATE:,} a second, got {rate}")
+    sweep(
+        lambda sweeps, **bounds: sweeps.redrive(which, rate=rate, **bounds),
+        "Have {} dead events tried again?",
+        "redriven",
+        dry_run=dry_run,
+        yes=yes,
+        as_json=as_json,
+        limit=limit,
+    )
+
+
+def _redrive_one(event_id: str, as_json: bool) -> None:
+    result = with_database(lambda database, _: database.redrive(event_id))
+    if result is None:
+        raise OrchestratorError(f"there is no event with the id {event_id}")
+    if result != "redriven":
+        why = {"expired": "it has expired", "purged": "it was purged"}.get(result, f"it is not dead ({result})")
+        raise OrchestratorError(f"{event_id} was not redriven: {why}")
+    if as_json:
+        print_json({"id": event_id, "result": result})
+    else:
+        click.echo(f"{event_id}  redriven")
+
+
+@dead_letters.command()
+@_filtered
+@sweeping("them")
+@json_option
+def purge(dry_run: bool, yes: bool, as_json: bool, **filters: Any) -> None:
+    """Forget the dead letters that a filter names.
+
+    They can be neither listed nor redriven any more. The events stay, and stay dead, until retention drops them.
+    """
+    which: Filter = filter_of(**filters)
+    if which == filter_of():
+        raise click.UsageError(
+            "expected a filter: --source, --destination, --from, --until or --reason; for all, --until now"
+        )
+    sweep(
+        lambda sweeps, **bounds: sweeps.purge(which, **bounds),
+        "Forget {} dead letters?",
+        "purged",
+        dry_run=dry_run,
+        yes=yes,
+        as_json=as_json,
+    )

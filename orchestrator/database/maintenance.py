@@ -1,0 +1,230 @@
+"""What keeps the database fit: its maintenance, the state it is in, and partitions on their way out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, LiteralString, NamedTuple
+
+import msgspec
+import psycopg
+from psycopg import sql
+from psycopg.rows import TupleRow
+
+from orchestrator.config import Settings, given
+from orchestrator.database.connection import Connection, connect, connection_arguments, translated
+from orchestrator.database.pool import Database
+
+Buffer = bytes | bytearray | memoryview
+
+_RUNS = 100
+
+
+class Retention(NamedTuple):
+    """What the database is told to keep and to make; None: what it was told before."""
+
+    retention_days: int | None
+    partition_days_ahead: int | None
+    max_schedule_ahead_days: int | None
+    archive: bool | None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Retention:
+        """All that the settings say, defaults included."""
+        return cls(
+            settings.retention_days,
+            settings.partition_days_ahead,
+            settings.max_schedule_ahead_days,
+            settings.archive_directory is not None,
+        )
+
+    @classmethod
+    def given(cls, settings: Settings, environ: Mapping[str, str]) -> Retention:
+        """What the environment says itself: a command that runs once must not undo what a service was told."""
+        named = given(environ)
+        return cls(
+            settings.retention_days if "retention_days" in named else None,
+            settings.partition_days_ahead if "partition_days_ahead" in named else None,
+            settings.max_schedule_ahead_days if "max_schedule_ahead_days" in named else None,
+            True if settings.archive_directory is not None else None,
+        )
+
+
+CONFIGURE: LiteralString = "select orchestrator.configure_retention(%s, %s, %s, %s)"
+"""Takes a `Retention`."""
+
+
+class Problem(NamedTuple):
+    """A step of maintenance that failed, and was undone by itself."""
+
+    step: str
+    problem: str
+
+
+@dataclass(slots=True)
+class Upkeep:
+    """What run_maintenance() did, in one run or several; `did` counts it by what it is.
+
+    `skipped` says why nothing was done. `more`: there is more to do at once.
+    """
+
+    runs: int = 0
+    took_ms: float = 0.0
+    more: bool = False
+    skipped: str | None = None
+    did: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, later: Upkeep) -> None:
+        """Counts a later run in."""
+        self.runs += later.runs
+        self.took_ms += later.took_ms
+        self.more = later.more
+        self.skipped = later.skipped
+        for name, count in later.did.items():
+            self.did[name] = self.did.get(name, 0) + count
+        self.problems += later.problems
+
+
+class Condition(NamedTuple):
+    """How maintenance fares: how long ago it last ran, None if never, and what failed then.
+
+    `horizon` is an estimate; `retired` are detached partitions that are not dropped yet; `expiring` dead letters that
+    retention drops within a day. Dead letters are counted up to 10,000.
+    """
+
+    age_s: float | None
+    problems: list[dict[str, str]]
+    days_ahead: float
+    horizon: int
+    retired: int
+    dead_letters: int
+    expiring: int
+
+
+class Maintenance:
+    """One connection, outside any transaction. Methods raise DatabaseUnavailable."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: Settings) -> AsyncGenerator[Maintenance, None]:
+        async with await connect(settings, "maintain") as connection:
+            yield cls(connection)
+
+    async def configure(self, retention: Retention) -> None:
+        """Says what is kept and made from now on. Raises ValidationError when the database refuses."""
+        with translated():
+            await self._connection.execute(CONFIGURE, retention)
+
+    async def run(self) -> Upkeep:
+        """Runs maintenance once: bounded work, unless another is at it."""
+        with translated():
+            cursor = await self._connection.execute("select orchestrator.run_maintenance()")
+            row = await cursor.fetchone()
+        assert row is not None
+        return upkeep_of(msgspec.json.decode(row[0], type=dict[str, Any]))
+
+    async def run_on(self) -> Upkeep:
+        """Runs it until there is nothing more to do at once, a step fails, or it was run a hundred times."""
+        told = await self.run()
+        while told.more and not told.problems and told.runs < _RUNS:
+            told.add(await self.run())
+        return told
+
+
+def upkeep_of(told: dict[str, Any]) -> Upkeep:
+    """What run_maintenance() answers, as an `Upkeep`."""
+    if "skipped" in told:
+        return Upkeep(skipped=str(told["skipped"]))
+    counts = {name: value for name, value in told.items() if type(value) is int and name not in ("run", "took_ms")}
+    problems = [Problem(each["step"], each["problem"]) for each in told["problems"]]
+    return Upkeep(1, told["took_ms"], told["more"], None, counts, problems)
+
+
+async def condition(database: Database) -> Condition:
+    """Raises DatabaseUnavailable, and OrchestratorError when the login may not look."""
+    [row] = await database._all(CONDITION)
+    return Condition(*row)
+
+
+# Ids begin with the time an event is scheduled for: what retention takes next stands first in dead_letter's index.
+CONDITION: LiteralString = """
+select extract(epoch from n.now - (r.started_at + r.took))::float8
+     , coalesce(r.problems, '[]')
+     , extract(epoch from b.end_day - n.now)::float8 / 86400
+     , (select greatest(0, c.reltuples)::bigint from pg_class c where c.oid = 'orchestrator.horizon'::regclass)
+     , (select count(*) from orchestrator.retired_partition)
+     , (select count(*) from (select from orchestrator.dead_letter limit 10000) d)
+     , (select count(*) from (
+         select from orchestrator.dead_letter d
+         where d.event_id < orchestrator.first_id(
+           (orchestrator.first_day_kept(n.now) + 1)::timestamp at time zone 'UTC')
+         limit 10000) d)
+from orchestrator.now() n (now)
+cross join orchestrator.partition_bounds() b
+left join lateral (select r.* from orchestrator.maintenance_run r order by r.run desc limit 1) r on true
+"""
+
+
+class Retired:
+    """Detached partitions that are to be archived. It blocks: for a thread of its own.
+
+    All methods raise DatabaseUnavailable.
+    """
+
+    def __init__(self, connection: psycopg.Connection[TupleRow]) -> None:
+        self._connection = connection
+
+    @classmethod
+    @contextmanager
+    def open(cls, settings: Settings) -> Iterator[Retired]:
+        with translated():
+            connection = psycopg.connect(settings.database_url, **connection_arguments("archive"))
+        with connection:
+            yield cls(connection)
+
+    def take(self) -> bool:
+        """Whether nobody else is archiving: then none will be, until this connection ends."""
+        with translated():
+            row = self._connection.execute("select pg_try_advisory_lock(hashtext('orchestrator.archive'))").fetchone()
+            # The same rows in the same order each time, so that a file that is there already can be told.
+            self._connection.execute("set synchronize_seqscans = off")
+            self._connection.execute("set max_parallel_workers_per_gather = 0")
+        return row == (True,)
+
+    def names(self) -> list[str]:
+        """Names of the tables."""
+        with translated():
+            return [row[0] for row in self._connection.execute("select name from orchestrator.partitions_to_archive()")]
+
+    def columns(self, name: str) -> list[tuple[str, str]]:
+        """Names and types of the columns, in order: ``("scheduled_at", "timestamp with time zone")``."""
+        with translated():
+            return self._connection.execute(
+                "select attname, format_type(atttypid, atttypmod) from pg_attribute"
+                " where attrelid = format('orchestrator.%%I', %s::text)::regclass and attnum > 0 and not attisdropped"
+                " order by attnum",
+                (name,),
+            ).fetchall()
+
+    def rows(self, name: str, *, header: bool) -> Generator[Buffer, None, None]:
+        """The table as COPY writes CSV, in UTF-8, a whole row at a time."""
+        statement = sql.SQL("copy (select * from {}) to stdout (format csv, header {}, encoding 'UTF8')").format(
+            sql.Identifier("orchestrator", name), sql.Literal(header)
+        )
+        with translated(), self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+            yield from copy
+
+    def archived(self, name: str) -> bool:
+        """Gives the table up; False: it is not there any more, or somebody did so before."""
+        with translated():
+            row = self._connection.execute("select orchestrator.archived_partition(%s)", (name,)).fetchone()
+        return row == (True,)
+
+    def cancel(self) -> None:
+        """Ends the query that runs; from another thread."""
+        self._connection.cancel_safe(timeout=2.0)

@@ -1,0 +1,76 @@
+"""What is done to many events at once, by bounded calls: the caller repeats one until nothing is left to look at."""
+
+from __future__ import annotations
+
+from typing import LiteralString, NamedTuple
+
+from orchestrator.database.connection import named
+from orchestrator.database.pool import Database, Filter
+
+
+class Swept(NamedTuple):
+    """What one call has looked at, what of that was meant, and what it changed; with a dry run that is nothing.
+
+    `next_after`, and for a redrive `next_start_at`, go into the next call; None: that was the last one. `in_flight`
+    were meant but cannot be cancelled. `examples` are ids of some that were meant.
+    """
+
+    seen: int
+    matched: int
+    done: int
+    in_flight: int
+    examples: list[str]
+    next_after: str | None
+    next_start_at: str | None = None
+
+
+class Sweeps:
+    """Each call looks at no more than `limit`.
+
+    Raises DatabaseUnavailable, and ValidationError for what cannot be: a destination's field is ``name``.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def cancel(self, which: Filter, *, limit: int, dry_run: bool = False, after: str | None = None) -> Swept:
+        """Cancels live events, in order of scheduled_at; the filter must not be empty."""
+        narrowing = which.source, which.destination, which.since, which.until
+        return await self._one(_CANCEL, *narrowing, dry_run, limit, after)
+
+    async def redrive(
+        self,
+        which: Filter,
+        *,
+        limit: int,
+        dry_run: bool = False,
+        after: str | None = None,
+        rate: float | None = None,
+        start_at: str | None = None,
+    ) -> Swept:
+        """Has dead events tried again, `rate` of them a second from `start_at` on; without them all at once."""
+        return await self._one(_REDRIVE, *which, rate, dry_run, limit, after, start_at)
+
+    async def purge(self, which: Filter, *, limit: int, dry_run: bool = False, after: str | None = None) -> Swept:
+        """Forgets dead letters; the filter must not be empty. The events stay, and stay dead."""
+        return await self._one(_PURGE, *which, dry_run, limit, after)
+
+    async def _one(self, query: LiteralString, *values: object) -> Swept:
+        with named():
+            [row] = await self._database._all(query, *values)
+        return Swept(*row)
+
+
+_CANCEL: LiteralString = """
+select seen, matched, cancelled, in_flight, examples, next_after from orchestrator.cancel_events(
+  %s, %s, %s::timestamptz, %s::timestamptz, %s, %s, %s::uuid)
+"""
+_REDRIVE: LiteralString = """
+select seen, matched, redriven, 0, examples, next_after, to_json(next_start_at) #>> '{}'
+from orchestrator.redrive_dead_letters(
+  %s, %s, %s::timestamptz, %s::timestamptz, %s, %s::float8, %s, %s, %s::uuid, %s::timestamptz)
+"""
+_PURGE: LiteralString = """
+select seen, matched, purged, 0, examples, next_after from orchestrator.purge_dead_letters(
+  %s, %s, %s::timestamptz, %s::timestamptz, %s, %s, %s, %s::uuid)
+"""

@@ -1,0 +1,101 @@
+"""Whether the database is maintained: its last run, what waits to be dropped, and what goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from orchestrator.config import Settings
+from orchestrator.database.maintenance import CONDITION, Condition
+from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
+
+Connection = psycopg.Connection[TupleRow]
+_Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
+_RARE_S = 2 * 3600.0
+_FORGOTTEN_S = 86_400.0
+_SHOWN = 3
+_COUNTED = 10_000
+_EVERY = "see to it that orchestrator run or maintain is running, or that cron or pg_cron (ops/pg_cron.sql) does it"
+
+
+def upkeep_findings(connection: Connection, settings: Settings, guarded: _Guarded) -> Iterator[Finding]:
+    yield from guarded("maintenance", lambda: _maintenance(connection))
+    yield from guarded("retention", lambda: _retention(connection, settings))
+    yield from guarded("archive", lambda: _archive(connection))
+
+
+def _maintenance(connection: Connection) -> Iterator[Finding]:
+    row = connection.execute(CONDITION).fetchone()
+    assert row is not None
+    found = Condition(*row)
+    if found.age_s is None:
+        yield problem("maintenance", "it has never run", _EVERY)
+    elif found.age_s > _RARE_S:
+        level = problem if found.age_s > _FORGOTTEN_S else warning
+        yield level("maintenance", f"it last ran {found.age_s / 3600:.0f} hours ago", _EVERY)
+    else:
+        yield ok("maintenance", f"it last ran {max(0.0, found.age_s):.0f} s ago")
+    for each in found.problems:
+        yield warning(
+            "maintenance",
+            f"step {each['step']} failed then: {each['problem']}",
+            "it is tried again with each run; see table maintenance_run for how often it has failed",
+        )
+    yield ok("horizon", f"about {counted(found.horizon, 'event')} due after the last partition")
+    yield _dead_letters(found)
+
+
+def _dead_letters(found: Condition) -> Finding:
+    if not found.dead_letters:
+        return ok("dead letters", "there are none")
+    what = f"{_at_least(found.dead_letters)} ran out of attempts"
+    if found.expiring:
+        what += f"; retention drops {_at_least(found.expiring)} of them within a day"
+    return warning("dead letters", what, "see why: orchestrator dead-letters list; then redrive or purge them")
+
+
+def _at_least(count: int) -> str:
+    return counted(count, "event") if count < _COUNTED else f"{_COUNTED:,} events or more"
+
+
+def _retention(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    row = connection.execute(
+        "select retention_days, partition_days_ahead, max_schedule_ahead_days, partitioned_by from orchestrator.control"
+    ).fetchone()
+    assert row is not None
+    *told, partitioned_by = row
+    names = ("CLEANUP_RETENTION_DAYS", "PARTITION_DAYS_AHEAD", "MAX_SCHEDULE_AHEAD_DAYS")
+    ours = (settings.retention_days, settings.partition_days_ahead, settings.max_schedule_ahead_days)
+    other = [
+        f"{name} is {here} here, {there} there"
+        for name, here, there in zip(names, ours, told, strict=True)
+        if here != there
+    ]
+    if other:
+        yield warning(
+            "retention",
+            f"the database was told otherwise: {', '.join(other)}",
+            "set the same everywhere; what maintains the database tells it when it starts",
+        )
+    else:
+        yield ok("retention", f"events are kept for {counted(told[0], 'day')}; partitions are made by {partitioned_by}")
+
+
+def _archive(connection: Connection) -> Iterator[Finding]:
+    rows = connection.execute(
+        "select r.name, count(*) over () from orchestrator.retired_partition r, orchestrator.control c"
+        " where c.archive and r.archived_at is null and r.detached_at < orchestrator.now() - interval '1 day'"
+        " order by r.name limit %s",
+        (_SHOWN,),
+    ).fetchall()
+    if not rows:
+        yield ok("archive", "no partition has waited for it for more than a day")
+        return
+    names = ", ".join(name for name, _ in rows) + (", …" if rows[0][1] > len(rows) else "")
+    yield warning(
+        "archive",
+        f"{counted(rows[0][1], 'partition')} past retention wait to be archived: {names}",
+        "see the log of what maintains the database; ARCHIVE_DIRECTORY must be set there, and have room",
+    )

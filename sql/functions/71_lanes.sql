@@ -1,0 +1,58 @@
+-- Lanes: what run_maintenance() does for those that destinations gained or lost.
+
+-- Timers are in a wrong lane when their destination was given a lane, or lost one, after they were submitted. Claims move those they
+-- come across; this moves the rest, so that claims need not look any more. Whoever was submitting when the lanes changed must have ended.
+create or replace function orchestrator.settle_lanes(p_limit integer default 50000) returns bigint
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+declare
+  v_rerouted_by xid8;
+  v_ended boolean;
+  v_moved bigint;
+begin
+  select c.rerouted_by, c.rerouted_by < pg_snapshot_xmin(pg_current_snapshot()) into v_rerouted_by, v_ended from orchestrator.control c;
+  if v_rerouted_by is null then
+    return 0;
+  end if;
+  with kind as materialized (
+    select t.lane, t.destination, (array_agg(t.event_id))[1] as event_id, (array_agg(t.scheduled_at))[1] as scheduled_at
+    from orchestrator.timer t group by t.lane, t.destination
+  ), wrong as materialized (
+    select k.lane, k.destination, case when k.lane < 0 then -1 - r.lane else r.lane end as right_lane
+    from kind k
+    join orchestrator.event e on e.id = k.event_id and e.scheduled_at = k.scheduled_at
+    cross join lateral (select orchestrator.lane_for(orchestrator.destination_name(e.delivery_type, e.destination)) as lane) r
+    where k.lane <> case when k.lane < 0 then -1 - r.lane else r.lane end
+  ), moved as (
+    update orchestrator.timer t
+    set lane = w.right_lane
+    from wrong w
+    where t.lane = w.lane and t.destination = w.destination
+      and t.ctid = any (array(
+        select t.ctid from orchestrator.timer t join wrong w on t.lane = w.lane and t.destination = w.destination
+        where t.lease_until is null or t.lease_until <= orchestrator.now()
+        limit p_limit for update of t skip locked))
+    returning 1
+  )
+  select (select count(*) from moved), v_ended and not exists (select from wrong) into v_moved, v_ended;
+  -- Floors are used again from here on, and those of before the lanes changed may be too high.
+  if v_ended and pg_try_advisory_xact_lock(hashtext('orchestrator.floors')) then
+    perform orchestrator.reset_floors();
+    -- Nobody can put a timer into a lane that has had no name since before the oldest transaction began.
+    delete from orchestrator.lane l
+    where l.lane > 63 and l.name is null and not exists (select from orchestrator.timer t where t.lane in (l.lane, -1 - l.lane));
+    update orchestrator.control c set rerouted_by = null where c.rerouted_by = v_rerouted_by;
+  end if;
+  return v_moved;
+end $$;
+comment on function orchestrator.settle_lanes(integer) is 'Moves up to p_limit timers to the lanes where they belong; once there are none left, claims stop looking for them, and lanes of deleted destinations go. Returns how many it moved';
+
+create or replace function orchestrator.forget_well_destinations() returns bigint
+language sql security definer set search_path = orchestrator, pg_temp as $$
+  select count(*) from orchestrator.destination d join orchestrator.lane l on l.name = d.name cross join orchestrator.now() as n (now)
+  where not d.configured
+    and case when case l.breaker
+        when 'closed' then greatest(d.changed_at, l.failed_at, l.closed_at) < n.now - interval '10 min'
+        else l.open_until < n.now - interval '1 hour' and not exists (select from orchestrator.timer t where t.lane = l.lane)
+      end then orchestrator.forget_destination(d.name) end
+$$;
+comment on function orchestrator.forget_well_destinations() is 'Gives up the lanes of destinations that were never configured and have not failed for ten minutes. Returns how many';
