@@ -15,15 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Spawned:
-    """``python -m orchestrator <arguments>``; what it prints goes to a file."""
+    """``python -m orchestrator <arguments>`` of the checkout at `root`; what it prints goes to a file."""
 
-    def __init__(self, arguments: tuple[str, ...], env: Mapping[str, str], log_file: Path) -> None:
+    def __init__(
+        self, arguments: tuple[str, ...], env: Mapping[str, str], log_file: Path, *, root: Path = ROOT
+    ) -> None:
         self.name = " ".join(arguments)
         self._log_file = log_file
         with log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "orchestrator", *arguments],
-                cwd=ROOT,
+                cwd=root,
                 env=_inherited() | {"PYTHONUNBUFFERED": "1"} | dict(env),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -91,5 +93,5 @@ class Spawned:
 
 def _inherited() -> dict[str, str]:
     """What a process needs of our environment, without settings that the developer happens to have."""
-    names = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONPATH", "SYSTEMROOT")
+    names = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONPATH", "SYSTEMROOT", "JDK_JAVA_OPTIONS")
     return {name: os.environ[name] for name in names if name in os.environ}
