@@ -15,7 +15,7 @@ help:
 	@echo 'make test     the whole test suite'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   put the code into its form'
-	@echo 'make bench    every benchmark, one JSON object each'
+	@echo 'make bench    every benchmark, one JSON object each; takes about an hour'
 	@echo 'make clean    remove .venv and caches; data of `make run` stays'
 
 setup: $(STAMP)
@@ -36,7 +36,7 @@ demo: setup
 	$(VENV)/bin/orchestrator demo
 
 test: setup
-	$(VENV)/bin/pytest -n 2
+	$(VENV)/bin/pytest -n 3 --dist loadgroup
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -48,7 +48,8 @@ format: setup
 	$(VENV)/bin/ruff format .
 
 bench: setup
-	@for scenario in lifecycle deliver-http steady herd api ingest deliver-kafka pipeline rate parallel fairness claim; do \
+	@for scenario in lifecycle deliver-http steady herd api ingest deliver-kafka pipeline rate parallel fairness claim \
+		backlog held-snapshot soak; do \
 		$(VENV)/bin/orchestrator bench $$scenario --json || exit 1; done
 
 clean:

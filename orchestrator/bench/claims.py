@@ -7,15 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
-from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
-from psycopg import sql
 
 from orchestrator.bench.delivery import submit
 from orchestrator.bench.limits import configure
+from orchestrator.bench.processes import another_database
 from orchestrator.bench.workload import lateness, new_run, spread, submissions
-from orchestrator.migrate import migrate
 
 _SIZES = (100, 100, 1000)
 """Claims of a round."""
@@ -50,7 +48,7 @@ def run(database_url: str, events: int) -> dict[str, object]:
         for _ in range(_ROUNDS):
             for name, client in clients.items():
                 for batch in _SIZES:
-                    taken[name][str(batch)].append(_claim(client, batch))
+                    taken[name][str(batch)].append(claim(client, batch))
     times = {name: {batch: lateness(seconds) for batch, seconds in sizes.items()} for name, sizes in taken.items()}
     return {
         **times,
@@ -76,26 +74,18 @@ def _backlog(
     database_url: str, name: str, events: int, destinations: int, prepare: Callable[[str], None]
 ) -> Iterator[psycopg.Connection]:
     """A client of a new database, where the events of so many destinations are due."""
-    parts = urlsplit(database_url)
-    database = f"{parts.path.lstrip('/')}_{name}"
-    url = urlunsplit(parts._replace(path=f"/{database}"))
-    with psycopg.connect(database_url, autocommit=True) as server:
-        server.execute(sql.SQL("create database {}").format(sql.Identifier(database)))
-        try:
-            migrate(url)
-            prepare(url)
-            due = spread(datetime.now(UTC) - timedelta(minutes=10), 300, events)
-            made = submissions(events, lambda n: f"https://{_name(n % destinations)}/hooks", due, new_run())
-            asyncio.run(submit(url, made))
-            with psycopg.connect(url, autocommit=True) as client:
-                client.execute("select orchestrator.run_maintenance()")  # claims need not look for timers to move
-                client.execute("vacuum (analyze) orchestrator.timer")
-                yield client
-        finally:
-            server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(database)))
+    with another_database(database_url, name) as url:
+        prepare(url)
+        due = spread(datetime.now(UTC) - timedelta(minutes=10), 300, events)
+        made = submissions(events, lambda n: f"https://{_name(n % destinations)}/hooks", due, new_run())
+        asyncio.run(submit(url, made))
+        with psycopg.connect(url, autocommit=True) as client:
+            client.execute("select orchestrator.run_maintenance()")  # claims need not look for timers to move
+            client.execute("vacuum (analyze) orchestrator.timer")
+            yield client
 
 
-def _claim(client: psycopg.Connection, batch: int) -> float:
+def claim(client: psycopg.Connection, batch: int) -> float:
     """Claims, and finishes: how long the claim took."""
     began_s = time.perf_counter()
     row = client.execute(

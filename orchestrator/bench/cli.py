@@ -14,19 +14,22 @@ from rich.table import Table
 
 from orchestrator.bench import (
     api,
+    backlog,
     claims,
     delivery,
     fairness,
+    held_snapshot,
     ingest,
     kafka_delivery,
     lifecycle,
     limits,
     pipeline,
+    soak,
 )
 from orchestrator.bench.processes import database
 from orchestrator.dev.postgres_tuning import memory_bytes
 
-_EVENTS = {
+_EVENTS: dict[str, int | None] = {
     "lifecycle": 300_000,
     "deliver-http": 50_000,
     "steady": 60_000,
@@ -39,7 +42,13 @@ _EVENTS = {
     "parallel": 12_000,
     "fairness": 1_000_000,
     "claim": 250_000,
+    "backlog": 10_000_000,
+    "held-snapshot": None,
+    "soak": None,
 }
+
+_RATE_PER_S = 400.0
+_FLOW_PER_S = 2000.0
 
 
 @click.command()
@@ -61,9 +70,17 @@ _EVENTS = {
 @click.option("--null", is_flag=True, help="herd: deliveries that do nothing.")
 @click.option("--bare", is_flag=True, help="herd: with --null, another one for the clients of lifecycle.")
 @click.option(
-    "--rate", type=click.FloatRange(1, 1e6), default=400.0, show_default=True, help="rate: events a second allowed."
+    "--rate",
+    type=click.FloatRange(1, 1e6),
+    help="rate: events a second allowed, 400 by default; held-snapshot and soak: events a second, 2,000.",
 )
 @click.option("--burst", type=click.IntRange(1, 10**6), default=40, show_default=True, help="rate: burst allowed.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0.1, 10_000),
+    help="How long; 10 by default for held-snapshot, 30 for soak.",
+)
+@click.option("--no-floors", is_flag=True, help="held-snapshot: without what keeps claims fast.")
 @click.option(
     "--database-url", help="An empty database to use, instead of an embedded server that is removed afterwards."
 )
@@ -78,8 +95,10 @@ def bench(
     batch: int,
     null: bool,
     bare: bool,
-    rate: float,
+    rate: float | None,
     burst: int,
+    minutes: float | None,
+    no_floors: bool,
     database_url: str | None,
     as_json: bool,
 ) -> None:
@@ -98,10 +117,14 @@ def bench(
     parallel      a backlog for one with a bound of 20; most under way, after a SIGKILL too
     fairness      the lateness of 50 others beside a herd; throughput beside one that hangs
     claim         how long claims take, by the number of destinations
+    backlog       how long claims take, by the number of live timers
+    held-snapshot 2,000 events a second while another transaction keeps vacuum from its work
+    soak          2,000 events a second with retries and cancels; what tables and indexes grow to
 
     Those that use Kafka use the broker of KAFKA_BOOTSTRAP_SERVERS, or else start one.
     """
-    count = events or _EVENTS[scenario]
+    count = events or _EVENTS[scenario] or 0
+    flow_per_s = rate or _FLOW_PER_S
     fleet = dispatchers or 2
     runs: dict[str, Callable[[str], dict[str, object]]] = {
         "lifecycle": lambda url: lifecycle.run(url, count, batch),
@@ -114,10 +137,15 @@ def bench(
         "ingest": lambda url: ingest.run(url, count, ingesters, bad_every, duplicate_every),
         "deliver-kafka": lambda url: kafka_delivery.run(url, count, fleet),
         "pipeline": lambda url: pipeline.run(url, count, ingesters, fleet),
-        "rate": lambda url: limits.rate(url, count, [dispatchers] if dispatchers else limits.FLEETS, rate, burst),
+        "rate": lambda url: limits.rate(
+            url, count, [dispatchers] if dispatchers else limits.FLEETS, rate or _RATE_PER_S, burst
+        ),
         "parallel": lambda url: limits.parallel(url, count, dispatchers or 4),
         "fairness": lambda url: fairness.run(url, count, fleet),
         "claim": lambda url: claims.run(url, count),
+        "backlog": lambda url: backlog.run(url, count),
+        "held-snapshot": lambda url: held_snapshot.run(url, minutes or 10.0, flow_per_s, fleet, floors=not no_floors),
+        "soak": lambda url: soak.run(url, minutes or 30.0, flow_per_s, fleet),
     }
     with database(database_url) as url:
         result = {"scenario": scenario, "events": count, **runs[scenario](url), "machine": machine()}

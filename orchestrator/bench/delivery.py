@@ -16,7 +16,7 @@ import psycopg
 
 from orchestrator.bench import lifecycle
 from orchestrator.bench.processes import Receiver, product, receiver, rss_mib, wait_until
-from orchestrator.bench.workload import chunks, judged, new_run, spread, submissions
+from orchestrator.bench.workload import chunks, judged, new_run, paced, spread, submissions
 from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.events import Submission
@@ -28,7 +28,6 @@ _DRAIN_S = 300.0
 _DRAIN_PER_S = 1000
 _HERD_LEAD_S = 4.0
 _STEADY_PER_S = 1000
-_STEADY_EVERY_S = 0.05
 
 
 def deliver_http(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
@@ -156,21 +155,15 @@ async def _flow(database_url: str, target: Receiver, events: int) -> dict[str, f
     """Submits on time whatever the database does meanwhile; fails when it cannot keep up."""
     due_s: dict[str, float] = {}
     run = new_run()
-    share = int(_STEADY_PER_S * _STEADY_EVERY_S)
     async with Database(Settings.from_env({"DATABASE_URL": database_url}), role="bench") as database:
-        began_s = time.monotonic()
-        async with asyncio.TaskGroup() as submitting:
-            for n in range(0, events, share):
-                await asyncio.sleep(max(0.0, began_s + n / _STEADY_PER_S - time.monotonic()))
-                batch = submissions(
-                    min(share, events - n),
-                    lambda k: f"{target.url}/{k % DESTINATIONS}",
-                    _soon_after(datetime.now(UTC)),
-                    f"{run}-{n}",
-                )
-                made = list(batch)
-                due_s.update((each.id, each.scheduled_at.timestamp()) for each in made)
-                submitting.create_task(database.submit(made))
+
+        async def send(first: int, count: int) -> None:
+            soon = _soon_after(datetime.now(UTC))
+            made = list(submissions(count, lambda n: f"{target.url}/{n % DESTINATIONS}", soon, f"{run}-{first}"))
+            due_s.update((each.id, each.scheduled_at.timestamp()) for each in made)
+            await database.submit(made)
+
+        await paced(_STEADY_PER_S, events, send)
     return due_s
 
 

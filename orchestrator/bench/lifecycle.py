@@ -1,14 +1,16 @@
-"""SQL alone: submit by COPY, claim, finish."""
+"""SQL alone: submit by COPY, claim, finish; and what is left of it."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import multiprocessing
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime, timedelta
 from multiprocessing.synchronize import Barrier
+from typing import LiteralString
 
 import psycopg
 
@@ -16,18 +18,24 @@ from orchestrator.bench.workload import chunks, new_run, spread, submissions
 from orchestrator.config import Settings
 from orchestrator.database import COPY_SUBMISSIONS, Finished, Leases, connect
 from orchestrator.errors import OrchestratorError
-from orchestrator.events import copy_row
+from orchestrator.events import Submission, copy_row
 
 DESTINATIONS = 50
 BATCH = 1000
 """Size of a claim."""
 _STAGED = 5000
+_STAGED_AT_ONCE = 100
+_MOST_DAYS = 100
 _CLIENTS = 2
 _START_S = 30.0
 
 
 def run(database_url: str, events: int, batch: int) -> dict[str, object]:
-    """The whole life of `events` events with two clients, in rates, and WAL bytes an event."""
+    """The whole life of `events` events with two clients, in rates, WAL bytes an event, and sizes at the end.
+
+    The lines of COPY are made beforehand, outside of the time, half a million at once. At last the day that all of it
+    is in is retired and dropped; ``retire_ms`` and ``drop_ms`` are what those steps of maintenance take.
+    """
     started = datetime.now(UTC) - timedelta(minutes=10)
     made = submissions(
         events,
@@ -35,30 +43,90 @@ def run(database_url: str, events: int, batch: int) -> dict[str, object]:
         spread(started, 300, events),
         new_run(),
     )
-    texts = [b"".join(copy_row(submission, n) for n, submission in enumerate(chunk)) for chunk in chunks(made, _STAGED)]
     settings = Settings.from_env({"DATABASE_URL": database_url})
     with psycopg.connect(database_url, autocommit=True) as watching:
         before = _wal(watching)
-        submit_s = asyncio.run(_submit(settings, texts))
+        submit_s = sum(asyncio.run(_submit(settings, texts)) for texts in _texts(made))
         between = _wal(watching)
         finish_s = claim_and_finish(settings, batch)
         after = _wal(watching)
         left = watching.execute("select count(*) from orchestrator.timer").fetchone()
-    submit_per_s, finish_per_s = events / submit_s, events / finish_s
-    return {
-        "seconds": round(submit_s + finish_s, 3),
-        "events_per_s": round(1 / (1 / submit_per_s + 1 / finish_per_s)),
-        "submit_per_s": round(submit_per_s),
-        "claim_finish_per_s": round(finish_per_s),
-        "wal_bytes_per_event": round((after - before) / events),
-        "wal_bytes_per_event_submit": round((between - before) / events),
-        "lost": left[0] if left else events,
-    }
+        submit_per_s, finish_per_s = events / submit_s, events / finish_s
+        return {
+            "seconds": round(submit_s + finish_s, 3),
+            "events_per_s": round(1 / (1 / submit_per_s + 1 / finish_per_s)),
+            "submit_per_s": round(submit_per_s),
+            "claim_finish_per_s": round(finish_per_s),
+            "wal_bytes_per_event": round((after - before) / events),
+            "wal_bytes_per_event_submit": round((between - before) / events),
+            "lost": left[0] if left else events,
+            "bytes": {name: _size(watching, name) for name in ("event", "timer", "outcome")},
+            **_dropped(watching, started),
+        }
+
+
+def _texts(made: Iterator[Submission]) -> Iterator[list[bytes]]:
+    """The lines of COPY, some transactions' worth at a time, so that memory stays bounded."""
+    staged = chunks(made, _STAGED)
+    while texts := [
+        b"".join(copy_row(submission, n) for n, submission in enumerate(chunk))
+        for chunk in itertools.islice(staged, _STAGED_AT_ONCE)
+    ]:
+        yield texts
 
 
 def _wal(connection: psycopg.Connection) -> int:
     row = connection.execute("select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')").fetchone()
     return int(row[0]) if row else 0
+
+
+def _size(connection: psycopg.Connection, table: str) -> dict[str, int]:
+    """Bytes of a table with all its partitions, and of their indexes."""
+    row = connection.execute(
+        "select sum(pg_table_size(relid)), sum(pg_indexes_size(relid)) from pg_partition_tree(%s::regclass)",
+        (f"orchestrator.{table}",),
+    ).fetchone()
+    if row is None or row[0] is None:  # it has no partitions
+        row = connection.execute(
+            "select pg_table_size(t), pg_indexes_size(t) from (select %s::regclass as t) t", (f"orchestrator.{table}",)
+        ).fetchone()
+    return {"table": int(row[0]), "indexes": int(row[1])} if row else {}
+
+
+def _dropped(connection: psycopg.Connection, scheduled: datetime) -> dict[str, float | None]:
+    """Milliseconds that it takes to retire the events' day, and to drop it, once retention is over."""
+    name = f"event_p{scheduled:%Y%m%d}"
+    retention = connection.execute("select retention_days from orchestrator.control").fetchone()
+    over = scheduled + timedelta(days=retention[0] + 2 if retention else 0)
+    retire_ms = _until(
+        connection,
+        "select * from orchestrator.retire_partition(%s)",
+        over,
+        "select exists (select from orchestrator.retired_partition where name = %s)",
+        name,
+    )
+    drop_ms = _until(
+        connection,
+        "select * from orchestrator.drop_partitions(%s)",
+        over + timedelta(hours=2),
+        "select to_regclass('orchestrator.' || %s) is null",
+        name,
+    )
+    return {"retire_ms": retire_ms, "drop_ms": drop_ms}
+
+
+def _until(
+    connection: psycopg.Connection, step: LiteralString, at: datetime, done: LiteralString, name: str
+) -> float | None:
+    """Repeats a step of maintenance as at that time until it has done what is wanted: how long that call took."""
+    for _ in range(_MOST_DAYS):
+        began_s = time.perf_counter()
+        connection.execute(step, (at,))
+        took_s = time.perf_counter() - began_s
+        row = connection.execute(done, (name,)).fetchone()
+        if row and row[0]:
+            return round(1000 * took_s, 1)
+    return None
 
 
 async def _submit(settings: Settings, texts: list[bytes]) -> float:

@@ -86,7 +86,5 @@ def _due_times(connection: psycopg.Connection) -> dict[str, float]:
 
 
 def _finished(connection: psycopg.Connection) -> int:
-    row = connection.execute(
-        "select coalesce(sum(value), 0) from orchestrator.statistic where name = 'delivered'"
-    ).fetchone()
+    row = connection.execute("select (orchestrator.statistics() #>> '{totals,delivered}')::bigint").fetchone()
     return int(row[0]) if row else 0

@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+from psycopg import sql
 
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.errors import OrchestratorError
@@ -33,6 +37,21 @@ def database(given_url: str | None) -> Iterator[str]:
         url = server.ensure_database("bench")
         migrate(url)
         yield url
+
+
+@contextmanager
+def another_database(database_url: str, name: str) -> Iterator[str]:
+    """A migrated database on the same server, which is dropped afterwards."""
+    parts = urlsplit(database_url)
+    database = f"{parts.path.lstrip('/')}_{name}"
+    url = urlunsplit(parts._replace(path=f"/{database}"))
+    with psycopg.connect(database_url, autocommit=True) as server:
+        server.execute(sql.SQL("create database {}").format(sql.Identifier(database)))
+        try:
+            migrate(url)
+            yield url
+        finally:
+            server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(database)))
 
 
 @contextmanager

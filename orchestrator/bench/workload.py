@@ -1,18 +1,22 @@
-"""What the benchmarks submit, and how its deliveries are judged."""
+"""What the benchmarks submit and when, and how its deliveries are judged."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import random
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TypeVar
 
 from orchestrator.events import Submission, event_id
 
 T = TypeVar("T")
+
+_EVERY_S = 0.05
 
 # 261 bytes, as in the measurements that the targets were set by.
 PAYLOAD = (
@@ -34,6 +38,23 @@ def submissions(
         at, external_job_id = scheduled_at(n), f"{run}-{n}"
         identity = event_id("bench", external_job_id, at)
         yield Submission(identity, at, "bench", external_job_id, delivery_type, destination(n), PAYLOAD, None, 3, None)
+
+
+async def paced(per_s: float, events: int, send: Callable[[int, int], Awaitable[object]]) -> None:
+    """Calls `send` with a first number and how many, on time whatever earlier calls do meanwhile.
+
+    Returns when all have; the first error of one ends them all.
+    """
+    share = max(1, round(per_s * _EVERY_S))
+    began_s = time.monotonic()
+
+    async def call(first: int, count: int) -> None:
+        await send(first, count)
+
+    async with asyncio.TaskGroup() as sending:
+        for n in range(0, events, share):
+            await asyncio.sleep(max(0.0, began_s + n / per_s - time.monotonic()))
+            sending.create_task(call(n, min(share, events - n)))
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

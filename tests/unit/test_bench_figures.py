@@ -1,10 +1,14 @@
-"""How benchmarks count what a receiver saw."""
+"""How benchmarks count what they saw, and that they submit what they say."""
 
 from __future__ import annotations
 
+import pytest
+
+from orchestrator.bench.flow import Claim, by_period, period_s
 from orchestrator.bench.limits import mean_under_way, most_under_way, most_within
 from orchestrator.bench.processes import Request
-from orchestrator.bench.workload import judged
+from orchestrator.bench.soak import drift
+from orchestrator.bench.workload import judged, paced
 
 
 def test_a_window_ends_just_before_its_length_is_over() -> None:
@@ -26,3 +30,49 @@ def test_arrivals_are_judged_by_what_was_due() -> None:
     assert {name: judgement[name] for name in ("delivered", "lost", "duplicated", "early")} == {
         "delivered": 2, "lost": 1, "duplicated": 1, "early": 1,
     }  # fmt: skip
+
+
+def test_claims_count_in_the_period_in_which_they_ended() -> None:
+    claims = [Claim(99.9, 9.0), Claim(100.0, 0.001), Claim(159.9, 0.003), Claim(160.0, 0.002), Claim(400.0, 9.0)]
+    assert by_period(claims, 100.0, 300.0) == [
+        {"claims": 2, "p50": 1.0, "p99": 3.0, "max": 3.0},
+        {"claims": 1, "p50": 2.0, "p99": 2.0, "max": 2.0},
+        *[{"claims": 0, "p50": None, "p99": None, "max": None}] * 3,
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "length_s"), [(3600.0, 60.0), (300.0, 60.0), (60.0, 12.0)])
+def test_a_short_run_has_five_periods_too(seconds: float, length_s: float) -> None:
+    assert period_s(seconds) == length_s
+
+
+def test_a_drift_is_from_the_first_few_to_the_last_few() -> None:
+    assert drift([1.0, 1.0, 9.0, 1.0, 1.0, 5.0, 1.2, 1.2, 0.1, 1.2, 1.2]) == 0.2
+    assert drift([2.0, 1.0]) == -0.5
+    assert drift([1.0]) == 0.0
+    assert drift([None, 2.0, None, 3.0]) == 0.5
+    assert drift([]) is None
+
+
+async def test_a_flow_is_all_that_was_asked_for_each_once() -> None:
+    sent: list[int] = []
+
+    async def send(first: int, count: int) -> None:
+        sent.extend(range(first, first + count))
+
+    await paced(100_000.0, 12_345, send)
+    assert sorted(sent) == list(range(12_345))
+
+
+async def test_a_flow_ends_by_the_first_error() -> None:
+    sent: list[int] = []
+
+    async def send(first: int, count: int) -> None:
+        sent.append(first)
+        if first == count:
+            raise ValueError("the second")
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await paced(1e6, 10_000_000, send)
+    assert [str(error) for error in raised.value.exceptions] == ["the second"]
+    assert len(sent) < 10
