@@ -18,6 +18,17 @@ language sql immutable parallel safe
 return convert_to(coalesce(p_ordering_key, p_external_job_id, p_id::text), 'UTF8');
 comment on function orchestrator.record_key(text, text, uuid) is 'Key of the messages about an event: all of them go to one partition';
 
+create or replace function orchestrator.timestamp_message(
+  p_id uuid, p_source text, p_external_job_id text, p_scheduled_at timestamptz, p_due_at timestamptz, p_claimed_at timestamptz, p_started_at timestamptz
+, p_finished_at timestamptz, p_result text, p_attempt integer)
+returns bytea
+language sql stable parallel safe
+return convert_to(json_build_object('id', p_id, 'source', p_source, 'external_job_id', p_external_job_id, 'scheduled_at', p_scheduled_at
+  , 'due_at', p_due_at, 'claimed_at', p_claimed_at, 'started_at', p_started_at, 'finished_at', p_finished_at, 'result', p_result, 'attempt', p_attempt
+  , 'lateness_ms', round(extract(epoch from p_started_at - p_due_at) * 1000, 3))::text, 'UTF8');
+comment on function orchestrator.timestamp_message(uuid, text, text, timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, text, integer) is
+  'What the timestamp topic is told of an event that has ended';
+
 -- Looks the events up, which costs nothing while nobody listens: the callers ask outbox_kind first.
 create or replace function orchestrator.announce_finished(
   p_event_ids uuid[], p_scheduled_at timestamptz[], p_claimed_at double precision[] default null)
@@ -31,14 +42,12 @@ begin
   select v_now, e.id, k.kind
     , case k.kind when 'dlq' then json_build_object('orchestrator-kind', 'dead', 'orchestrator-reason', o.error) end
     , orchestrator.record_key(e.ordering_key, e.external_job_id, e.id)
-    , convert_to(case k.kind
-        when 'dlq' then json_build_object('id', e.id, 'source', e.source, 'external_job_id', e.external_job_id, 'scheduled_at', e.scheduled_at
+    , case k.kind
+        when 'dlq' then convert_to(json_build_object('id', e.id, 'source', e.source, 'external_job_id', e.external_job_id, 'scheduled_at', e.scheduled_at
           , 'delivery_type', e.delivery_type, 'destination', e.destination, 'payload', e.payload, 'headers', e.headers, 'max_retries', e.max_retries
-          , 'retry_policy', e.retry_policy, 'ordering_key', e.ordering_key, 'attempts', o.attempt, 'reason', o.error, 'died_at', o.finished_at)
-        else json_build_object('id', e.id, 'source', e.source, 'external_job_id', e.external_job_id, 'scheduled_at', e.scheduled_at
-          , 'due_at', o.due_at, 'claimed_at', to_timestamp(f.claimed_at), 'started_at', o.started_at, 'finished_at', o.finished_at
-          , 'result', o.result, 'attempt', o.attempt, 'lateness_ms', round(extract(epoch from o.started_at - o.due_at) * 1000, 3))
-        end::text, 'UTF8')
+          , 'retry_policy', e.retry_policy, 'ordering_key', e.ordering_key, 'attempts', o.attempt, 'reason', o.error, 'died_at', o.finished_at)::text, 'UTF8')
+        else orchestrator.timestamp_message(e.id, e.source, e.external_job_id, e.scheduled_at, o.due_at, to_timestamp(f.claimed_at), o.started_at, o.finished_at, o.result, o.attempt)
+        end
   from unnest(p_event_ids, p_scheduled_at, p_claimed_at) as f (event_id, scheduled_at, claimed_at)
   join orchestrator.event e on e.id = f.event_id and e.scheduled_at = f.scheduled_at
     and e.scheduled_at >= (select min(s) from unnest(p_scheduled_at) s) and e.scheduled_at <= (select max(s) from unnest(p_scheduled_at) s)

@@ -13,7 +13,7 @@ comment on function orchestrator.lock_events(uuid[]) is 'Locks what may change o
 
 -- The caller has them locked.
 create or replace function orchestrator.end_events(p_ids uuid[], p_result text, p_successor uuid default null) returns uuid[]
-language plpgsql security definer set search_path = orchestrator, pg_temp
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
 set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
@@ -48,8 +48,15 @@ begin
   if v_orderings is not null then
     perform orchestrator.advance_ordering(v_orderings);
   end if;
-  if v_ended is not null and exists (select from orchestrator.outbox_kind where kind = 'timestamp') then
-    perform orchestrator.announce_finished(v_ended, v_scheduled);
+  if exists (select from orchestrator.outbox_kind where kind = 'timestamp') then
+    perform orchestrator.announce_finished(v_ended, v_scheduled) where v_ended is not null;
+    insert into orchestrator.outbox (created_at, event_id, kind, key, value)
+    select v_now, h.id, 'timestamp', orchestrator.record_key(h.ordering_key, h.external_job_id, h.id)
+      , orchestrator.timestamp_message(h.id, h.source, h.external_job_id, h.scheduled_at, null, null, null, h.ended_at, h.ended_as, 0)
+    from orchestrator.horizon h
+    where h.id = any (v_waiting)
+    order by h.id;
+    perform orchestrator.tell_outbox() where found;
   end if;
   return coalesce(v_ended, '{}') || v_waiting;
 end $$;

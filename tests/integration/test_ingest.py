@@ -237,7 +237,7 @@ async def test_a_compacted_topic_is_read_across_its_gaps(settings: MakeSettings,
             await read_to(client, topic.name, [(0, end.offset)])
             assert running.value("ingest_halted_partitions") == 0
     assert {"job-99", "job-999", "job-1000"} <= jobs(client)
-    assert len(jobs(client)) < 110
+    assert "job-150" not in jobs(client)
 
 
 async def test_a_record_larger_than_a_fetch_is_read(settings: MakeSettings, client: Client, kafka: Kafka) -> None:

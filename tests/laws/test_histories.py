@@ -416,6 +416,7 @@ class Histories(RuleBasedStateMachine):
         }  # fmt: skip
 
 
+@pytest.mark.timeout(300)
 def test_every_history_keeps_the_laws(databases: Databases) -> None:
     with databases.migrated() as url, Client(url) as client:
         # Breakers have a model of their own, see test_limits.py.
@@ -429,7 +430,7 @@ def test_every_history_keeps_the_laws(databases: Databases) -> None:
         run_state_machine_as_test(
             type("Machine", (Histories,), {"client": client}),
             settings=settings(
-                max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+                max_examples=20, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
             ),
         )
 

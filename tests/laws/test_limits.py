@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, LiteralString, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -771,6 +772,7 @@ class Histories(RuleBasedStateMachine):
         return min((at for at in moments if at is not None and at > self.now), default=self.now + seconds(LEASE_S))
 
 
+@pytest.mark.timeout(300)
 def test_every_history_keeps_the_limits(databases: Databases) -> None:
     with databases.migrated() as url, Client(url) as client:
         client.keep_three_days()

@@ -132,13 +132,15 @@ def test_a_result_that_is_sent_twice_is_told_once(client: Client) -> None:
     assert sorted(message.kind for message in batch(client)) == ["dlq", "timestamp", "timestamp"]
 
 
-def test_a_cancel_tells_its_time(client: Client) -> None:
+@pytest.mark.parametrize("days", [0, 60], ids=["in event", "in the horizon"])
+def test_a_cancel_tells_its_time(client: Client, days: int) -> None:
     switch_on(client, "timestamp")
-    event_id = client.schedule(scheduled_at=NOON + timedelta(hours=1))
+    event_id = client.schedule(scheduled_at=NOON + timedelta(days=days, hours=1))
     client.cancel(event_id)
     client.cancel(event_id)
     [message] = batch(client)
     assert (message.body["id"], message.body["result"], message.body["started_at"]) == (event_id, "cancelled", None)
+    assert moment(message.body["finished_at"]) == NOON
 
 
 def test_a_dead_event_goes_to_the_dlq_whole_and_with_its_reason(client: Client) -> None:
