@@ -5,11 +5,35 @@ language sql immutable parallel safe
 return 1000;
 comment on function orchestrator.pairs_kept() is 'Pairs of source and destination that statistic_folded tells apart in a minute or hour; the others are summed by source under destination *';
 
+create or replace function orchestrator.add_statistics(p_minutes timestamptz[], p_names text[], p_sources text[], p_destinations text[], p_values bigint[]) returns void
+language sql security definer set search_path = orchestrator, pg_temp as $$
+  with given as (
+    select g.*, exists (
+        select from orchestrator.statistic_folded t
+        where t.minute = g.minute and t.name = g.name and t.source = g.source and t.destination = g.destination) as known
+    from unnest(p_minutes, p_names, p_sources, p_destinations, p_values) as g (minute, name, source, destination, value)
+  ), ranked as (
+    select g.*, row_number() over (partition by g.minute, g.name, g.known order by g.value desc, g.source, g.destination) as place from given g
+  ), room as materialized (
+    select g.minute, g.name
+      , orchestrator.pairs_kept() - (select count(*) from orchestrator.statistic_folded t where t.minute = g.minute and t.name = g.name) as pairs
+    from (select distinct g.minute, g.name from given g) g
+  ), placed as (
+    select r.*, r.known or r.place <= m.pairs as kept from ranked r join room m on m.minute = r.minute and m.name = r.name
+  )
+  insert into orchestrator.statistic_folded as t (minute, name, source, destination, value)
+  select p.minute, p.name, p.source, case when p.kept then p.destination else '*' end, sum(p.value) from placed p group by 1, 2, 3, 4
+  on conflict (minute, name, source, destination) do update set value = t.value + excluded.value
+$$;
+comment on function orchestrator.add_statistics(timestamptz[], text[], text[], text[], bigint[]) is
+  'Adds counts to statistic_folded, one array element each; once a minute and name has pairs_kept() pairs, new ones go under destination *';
+
 create or replace function orchestrator.fold_statistics(p_now timestamptz) returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
 declare
   v_folded bigint;
   v_kept_from constant timestamptz := orchestrator.first_day_kept(p_now)::timestamptz;
+  v_minutes timestamptz[]; v_names text[]; v_sources text[]; v_destinations text[]; v_values bigint[];
 begin
   with gone as (
     delete from orchestrator.statistic d
@@ -21,24 +45,19 @@ begin
     where l.label is not null
     on conflict do nothing
     returning hash, label
+  ), known as materialized (
+    select l.hash, l.label from orchestrator.statistic_label l union all select l.hash, l.label from learnt l
   ), named as (
-    select g.minute, g.name, coalesce(s.label, sn.label, '') as source, coalesce(d.label, dn.label, '') as destination, sum(g.value) as value
+    select g.minute, g.name, coalesce(s.label, '') as source, coalesce(d.label, '') as destination, sum(g.value)::bigint as value
     from gone g
-    left join orchestrator.statistic_label s on s.hash = g.source
-    left join learnt sn on sn.hash = g.source
-    left join orchestrator.statistic_label d on d.hash = g.destination
-    left join learnt dn on dn.hash = g.destination
+    left join known s on s.hash = g.source
+    left join known d on d.hash = g.destination
     group by 1, 2, 3, 4
-  ), ranked as (
-    select n.*, row_number() over (partition by n.minute, n.name order by n.value desc, n.source, n.destination) as place from named n
-  ), folded as (
-    insert into orchestrator.statistic_folded as t (minute, name, source, destination, value)
-    select r.minute, r.name, r.source, case when r.place <= orchestrator.pairs_kept() then r.destination else '*' end, sum(r.value)
-    from ranked r
-    group by 1, 2, 3, 4
-    on conflict (minute, name, source, destination) do update set value = t.value + excluded.value
   )
-  select count(*) into v_folded from gone;
+  select (select count(*) from gone), array_agg(n.minute), array_agg(n.name), array_agg(n.source), array_agg(n.destination), array_agg(n.value)
+  into v_folded, v_minutes, v_names, v_sources, v_destinations, v_values
+  from named n;
+  perform orchestrator.add_statistics(v_minutes, v_names, v_sources, v_destinations, v_values) where v_folded > 0;
   perform orchestrator.coarsen_statistics('hour', p_now - interval '2 days', p_now - interval '3 hours');
   perform orchestrator.coarsen_statistics('day', '-infinity', v_kept_from);
   return v_folded;
@@ -47,6 +66,8 @@ comment on function orchestrator.fold_statistics(timestamptz) is 'Folds deltas i
 
 create or replace function orchestrator.coarsen_statistics(p_unit text, p_from timestamptz, p_until timestamptz) returns void
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+declare
+  v_minutes timestamptz[]; v_names text[]; v_sources text[]; v_destinations text[]; v_values bigint[];
 begin
   with gone as (
     delete from orchestrator.statistic_folded s
@@ -55,15 +76,14 @@ begin
     returning s.*
   ), summed as (
     select date_trunc(p_unit, g.minute) as minute, g.name, case when p_unit = 'day' then '' else g.source end as source
-      , case when p_unit = 'day' then '' else g.destination end as destination, sum(g.value) as value
+      , case when p_unit = 'day' then '' else g.destination end as destination, sum(g.value)::bigint as value
     from gone g
     group by 1, 2, 3, 4
-  ), ranked as (
-    select s.*, row_number() over (partition by s.minute, s.name order by s.value desc, s.source, s.destination) as place from summed s
   )
-  insert into orchestrator.statistic_folded as t (minute, name, source, destination, value)
-  select r.minute, r.name, r.source, case when r.place <= orchestrator.pairs_kept() then r.destination else '*' end, sum(r.value) from ranked r group by 1, 2, 3, 4
-  on conflict (minute, name, source, destination) do update set value = t.value + excluded.value;
+  select array_agg(s.minute), array_agg(s.name), array_agg(s.source), array_agg(s.destination), array_agg(s.value)
+  into v_minutes, v_names, v_sources, v_destinations, v_values
+  from summed s;
+  perform orchestrator.add_statistics(v_minutes, v_names, v_sources, v_destinations, v_values) where v_minutes is not null;
 end $$;
 comment on function orchestrator.coarsen_statistics(text, timestamptz, timestamptz) is
   'Sums counts of that time up to whole hours, or to whole days without source and destination';
