@@ -123,7 +123,6 @@ declare
   v_name constant text := case when p_destination is not null then orchestrator.as_destination(p_destination) end;
   v_last uuid;
   v_ids uuid[];
-  v_cancelled uuid[];
 begin
   if num_nonnulls(p_source, p_destination, p_from, p_until) = 0 then
     raise exception 'cancel_events: give p_source, p_destination, p_from or p_until' using errcode = 'invalid_parameter_value';
@@ -150,15 +149,13 @@ begin
   left join lateral (select e.* from orchestrator.stored_event e where e.id = l.id and e.scheduled_at = l.scheduled_at limit 1) e on true;
   matched := coalesce(cardinality(v_ids), 0);
   cancelled := 0;
-  in_flight := (select count(*) from orchestrator.timer t where t.event_id = any (v_ids) and t.lease_until > v_now);
   examples := coalesce(v_ids[:10], '{}');
   next_after := case when seen >= p_limit then v_last end;
   if matched > 0 and not p_dry_run then
     perform orchestrator.lock_events(v_ids);
-    v_cancelled := orchestrator.end_events(v_ids, 'cancelled');
-    cancelled := cardinality(v_cancelled);
-    in_flight := (select count(*) from orchestrator.timer t where t.event_id = any (v_ids));
+    cancelled := cardinality(orchestrator.end_events(v_ids, 'cancelled'));
   end if;
+  in_flight := (select count(*) from orchestrator.timer t where t.event_id = any (v_ids) and t.lease_until > v_now);
   return next;
 end $$;
 comment on function orchestrator.cancel_events(text, text, timestamptz, timestamptz, boolean, integer, uuid) is
