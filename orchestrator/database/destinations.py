@@ -59,7 +59,7 @@ class Destinations:
     async def governing(self, name: str) -> str | None:
         """The destination whose limits hold for a host or topic: itself, or a pattern; None when none do."""
         with named():
-            found: str | None = await self._database._value("select orchestrator.destination_for(%s)", name)
+            found: str | None = await self._database.value("select orchestrator.destination_for(%s)", name)
         return found
 
     async def configure(self, name: str, settings: Mapping[str, Any], clear: Sequence[str] = ()) -> bytes:
@@ -69,7 +69,7 @@ class Destinations:
         """
         values = [_checked(name, settings.get(name)) for name in SETTINGS]
         with named():
-            [(_, kept, waiting, overlaps, note)] = await self._database._all(_CONFIGURE, name, *values, list(clear))
+            [(_, kept, waiting, overlaps, note)] = await self._database.rows(_CONFIGURE, name, *values, list(clear))
         told = {"destination": msgspec.Raw(kept.encode()), "waiting": waiting, "overlaps": overlaps, "note": note}
         return msgspec.json.encode(told)
 
@@ -107,18 +107,18 @@ class Destinations:
         return told
 
     async def standstills(self) -> Standstills:
-        [row] = await self._database._all(
+        [row] = await self._database.rows(
             "select paused_at, destinations_paused, breakers_open from orchestrator.standstills()"
         )
         return Standstills(*row)
 
     async def _rows(self, query: LiteralString, *values: object) -> list[bytes]:
         with named():
-            return [row[0].encode() for row in await self._database._all(query, *values)]
+            return [row[0].encode() for row in await self._database.rows(query, *values)]
 
     async def _row(self, query: LiteralString, *values: object) -> bytes | None:
         with named():
-            value: str | None = await self._database._value(query, *values)
+            value: str | None = await self._database.value(query, *values)
         return None if value is None else value.encode()
 
 

@@ -147,7 +147,7 @@ def upkeep_of(told: dict[str, Any]) -> Upkeep:
 
 async def condition(database: Database) -> Condition:
     """Raises DatabaseUnavailable, and OrchestratorError when the login may not look."""
-    [row] = await database._all(CONDITION)
+    [row] = await database.rows(CONDITION)
     return Condition(*row)
 
 

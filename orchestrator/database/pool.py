@@ -127,14 +127,17 @@ class Database:
             async with self._pool.connection() as connection:
                 return await work(connection)
 
-    async def _all(self, query: LiteralString, *values: object) -> list[TupleRow]:
+    async def rows(self, query: LiteralString, *values: object) -> list[TupleRow]:
+        """What a query of this package's modules answers."""
+
         async def work(connection: Connection) -> list[TupleRow]:
             return await (await connection.execute(query, values)).fetchall()
 
         return await self._run(work)
 
-    async def _value(self, query: LiteralString, *values: object) -> Any:
-        rows = await self._all(query, *values)
+    async def value(self, query: LiteralString, *values: object) -> Any:
+        """The first column of its first row; None: it has none."""
+        rows = await self.rows(query, *values)
         return rows[0][0] if rows else None
 
     async def submit(self, submissions: Sequence[Submission]) -> list[Submitted]:
@@ -164,14 +167,14 @@ class Database:
 
     async def event(self, event_id: str) -> bytes | None:
         """The event as JSON, with its state and outcomes."""
-        value = await self._value("select orchestrator.get_event(%s::uuid)", event_id)
+        value = await self.value("select orchestrator.get_event(%s::uuid)", event_id)
         return None if value is None else value.encode()
 
     async def events_by_external_id(
         self, external_job_id: str, *, limit: int, after: tuple[str, str] | None = None
     ) -> list[bytes]:
         """Events as JSON, newest first; `after` is (scheduled_at, id) of the last one of the page before."""
-        rows = await self._all(
+        rows = await self.rows(
             "select orchestrator.events_by_external_id(%s, %s, %s::timestamptz, %s::uuid)",
             external_job_id,
             limit,
@@ -180,12 +183,12 @@ class Database:
         return [row[0].encode() for row in rows]
 
     async def cancel(self, event_id: str) -> Cancelled:
-        rows = await self._all("select * from orchestrator.cancel_event(%s::uuid)", event_id)
+        rows = await self.rows("select * from orchestrator.cancel_event(%s::uuid)", event_id)
         return Cancelled(*rows[0]) if rows else Cancelled(event_id, "not_found", None)
 
     async def cancel_external(self, external_job_id: str) -> list[Cancelled]:
         """Cancels every event with this external id; empty when there is none."""
-        rows = await self._all("select * from orchestrator.cancel_event(p_external_job_id => %s)", external_job_id)
+        rows = await self.rows("select * from orchestrator.cancel_event(p_external_job_id => %s)", external_job_id)
         return [Cancelled(*row) for row in rows]
 
     async def reschedule(
@@ -196,7 +199,7 @@ class Database:
         It is named by its id, or by its external id when it is the only live one of that name. Without `expires_at`
         it keeps its own.
         """
-        rows = await self._all(
+        rows = await self.rows(
             """select event_id, result, status, successor, field, reason from orchestrator.reschedule_event(
               %s::uuid, %s::timestamptz, %s, %s::timestamptz)""",
             event_id,
@@ -210,11 +213,11 @@ class Database:
         """Has a dead event tried again: ``redriven``, or ``expired``, which purged ones are too, or the status of one
         that is not dead; None: there is no such event.
         """
-        rows = await self._all("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)
+        rows = await self.rows("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)
         return next((status if result == "not_dead" else result for result, status in rows), None)
 
     async def statistics(self) -> bytes:
-        value: str = await self._value("select orchestrator.statistics()")
+        value: str = await self.value("select orchestrator.statistics()")
         return value.encode()
 
     async def statistics_by(self, by: Sequence[str], which: Filter, *, limit: int) -> list[bytes]:
@@ -223,7 +226,7 @@ class Database:
         Raises ValidationError as `Destinations` does, with the field ``from`` for a range that holds no time.
         """
         with named():
-            rows = await self._all(
+            rows = await self.rows(
                 """select row_to_json(s) from orchestrator.statistics_by(
                   coalesce(%s::timestamptz, %s::timestamptz - interval '1 hour'), %s::timestamptz, %s::text[], %s, %s) s
                 order by s.minute, s.source, s.destination, s.name limit %s""",
@@ -245,7 +248,7 @@ class Database:
         Raises ValidationError for a destination that can be none, with the field ``name``.
         """
         with named():
-            rows = await self._all(
+            rows = await self.rows(
                 """select orchestrator.list_dead_letters(
                   %s, %s::timestamptz, %s::uuid, %s, %s, %s::timestamptz, %s::timestamptz, %s)""",
                 limit,
@@ -255,29 +258,29 @@ class Database:
         return [row[0].encode() for row in rows]
 
     async def api_key(self, key_hash: bytes) -> ApiKey | None:
-        rows = await self._all("select name, scopes from orchestrator.find_api_key(%s)", key_hash)
+        rows = await self.rows("select name, scopes from orchestrator.find_api_key(%s)", key_hash)
         return ApiKey(rows[0][0], frozenset(rows[0][1])) if rows else None
 
     async def count_api_keys(self) -> int:
-        return int(await self._value("select orchestrator.count_api_keys()"))
+        return int(await self.value("select orchestrator.count_api_keys()"))
 
     async def create_api_key(self, name: str, key_hash: bytes, scopes: Sequence[str]) -> None:
         """Raises ValidationError when the name is taken or a scope unknown."""
-        await self._all("select orchestrator.create_api_key(%s, %s, %s)", name, key_hash, list(scopes))
+        await self.rows("select orchestrator.create_api_key(%s, %s, %s)", name, key_hash, list(scopes))
 
     async def list_api_keys(self) -> list[bytes]:
-        rows = await self._all(
+        rows = await self.rows(
             """select json_build_object('name', name, 'scopes', scopes, 'created_at', created_at)
             from orchestrator.api_key order by name"""
         )
         return [row[0].encode() for row in rows]
 
     async def revoke_api_key(self, name: str) -> bool:
-        return bool(await self._value("select orchestrator.revoke_api_key(%s)", name))
+        return bool(await self.value("select orchestrator.revoke_api_key(%s)", name))
 
     async def ready(self) -> None:
         """Raises DatabaseUnavailable, or OrchestratorError when the schema, or a partition for today, is missing."""
-        today = await self._value(
+        today = await self.value(
             "select orchestrator.now() between first_day and end_day from orchestrator.partition_bounds()"
         )
         if not today:

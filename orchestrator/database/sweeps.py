@@ -57,7 +57,7 @@ class Sweeps:
 
     async def _one(self, query: LiteralString, *values: object) -> Swept:
         with named():
-            [row] = await self._database._all(query, *values)
+            [row] = await self._database.rows(query, *values)
         return Swept(*row)
 
 
