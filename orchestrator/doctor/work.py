@@ -28,7 +28,7 @@ def _dispatchers(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
     statistics = json.loads(row[0])
     listening = connection.execute(
         "select count(*) from pg_stat_activity where datname = current_database()"
-        " and application_name = 'orchestrator listen'"
+        " and application_name ~ '(^| )orchestrator listen$'"
     ).fetchone()
     count = listening[0] if listening else 0
     live = statistics["scheduled"] + statistics["retrying"] + statistics["in_flight"]
