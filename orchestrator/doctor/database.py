@@ -65,6 +65,12 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             )
             return
         yield ok("database", f"PostgreSQL {version // 10000}.{version % 10000} at {masked}")
+        if connection.pooled:
+            yield ok(
+                "pooler",
+                "a pooler is between: each transaction sets what it relies on, and due events are found by polling "
+                "alone, every SCHEDULER_POLL_INTERVAL_MS",
+            )
         yield from _guarded("server", lambda: server_findings(connection, settings))
         yield from _guarded("clock", lambda: _clock(connection))
         yield from _guarded("roles", lambda: _roles(connection))
