@@ -15,11 +15,14 @@ begin
   end loop;
 end $$;
 
-revoke all on all tables in schema orchestrator from public;
-revoke all on all functions in schema orchestrator from public;
+-- Exactly what follows, whatever was granted, or came with a dump, before.
+revoke all on schema orchestrator from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
+revoke all on all tables in schema orchestrator from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
+revoke all on all sequences in schema orchestrator from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
+revoke all on all functions in schema orchestrator from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz), orchestrator.random_event_id(timestamptz), orchestrator.destination_name(text, text), orchestrator.spread_shift(uuid, interval),
-  orchestrator.partition_bounds(), orchestrator.standstills()
+  orchestrator.partition_bounds(), orchestrator.standstills(), orchestrator.staging_problem()
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
 grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_events(jsonb),
@@ -32,7 +35,7 @@ grant execute on function orchestrator.register_worker(text), orchestrator.claim
   orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
   orchestrator.release_events(uuid[], integer[]), orchestrator.own_lane(text, boolean), orchestrator.next_due_at(), orchestrator.backlog(),
   orchestrator.set_outbox(text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
-  orchestrator.outbox_pending(), orchestrator.raise_floors()
+  orchestrator.outbox_pending(), orchestrator.raise_floors(), orchestrator.settle_restored()
   to orchestrator_dispatch, orchestrator_ops;
 grant execute on function orchestrator.ingest_offsets(text), orchestrator.advance_offsets(text, integer[], bigint[], bigint[], bigint[], bigint[]),
   orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]), orchestrator.execute_commands(text, jsonb)
@@ -46,7 +49,7 @@ grant execute on function orchestrator.get_event(uuid), orchestrator.events_by_e
   orchestrator.list_dead_letters(integer, timestamptz, uuid, text, text, timestamptz, timestamptz, text),
   orchestrator.statistics_by(timestamptz, timestamptz, text[], text, text), orchestrator.list_rejects(integer, bigint), orchestrator.ingest_offsets(text),
   orchestrator.outbox_pending(), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog(),
-  orchestrator.get_destination(text), orchestrator.list_destinations(integer, text), orchestrator.destination_for(text),
+  orchestrator.get_destination(text), orchestrator.list_destinations(integer, text), orchestrator.destination_for(text), orchestrator.changed_rights(),
   orchestrator.backlog_forecast(interval, interval, text), orchestrator.forecast(interval, interval, text, integer)
   to orchestrator_read, orchestrator_ops;
 grant execute on function
@@ -75,9 +78,13 @@ begin
     select p.oid from pg_proc p
     where p.pronamespace = 'orchestrator'::regnamespace and p.prosecdef and exists (select from aclexplode(p.proacl) a where a.grantee <> p.proowner)
       and p.proname not in ('open_staging', 'submit_staged', 'claim_due_events', 'finish_events', 'release_events', 'raise_floors', 'next_due_at', 'backlog'
-        , 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending')
+        , 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending', 'staging_problem')
   loop
     execute format('alter function %s set timezone = ''UTC'' set datestyle = ISO set intervalstyle = postgres set extra_float_digits = 1', v_function);
     execute format('alter function %s set standard_conforming_strings = on', v_function);
   end loop;
 end $$;
+
+-- For migrate and doctor to compare with: a dump brings this table over, and may leave the rights behind.
+delete from orchestrator.granted;
+insert into orchestrator.granted (object, rights) select r.object, r.rights from orchestrator.rights() r;

@@ -283,9 +283,12 @@ class Database:
 
     async def ready(self) -> None:
         """Raises DatabaseUnavailable, or OrchestratorError when the schema, or a partition for today, is missing."""
-        today = await self.value(
-            "select orchestrator.now() between first_day and end_day from orchestrator.partition_bounds()"
+        [(today, staging)] = await self.rows(
+            """select orchestrator.now() between first_day and end_day, orchestrator.staging_problem()
+            from orchestrator.partition_bounds()"""
         )
+        if staging is not None:
+            raise OrchestratorError(staging)
         if not today:
             raise OrchestratorError("no partition for today; run: orchestrator migrate")
 

@@ -37,6 +37,16 @@ _ABILITIES = {
     "maintain": ("orchestrator_ops", "orchestrator.run_maintenance(integer, integer)"),
 }
 _LEAST_DAYS_AHEAD = 2
+_OTHERS = """
+select o.name, pg_get_userbyid(o.owner), pg_get_userbyid(n.nspowner)
+from pg_namespace n
+cross join lateral (
+  select relname::text as name, relowner as owner from pg_class
+  where relnamespace = n.oid and relkind in ('r', 'p', 'v', 'S')
+  union all select proname::text, proowner from pg_proc where pronamespace = n.oid) o
+where n.nspname = 'orchestrator' and o.owner <> n.nspowner
+order by 1
+"""
 
 
 def database_findings(settings: Settings) -> Iterator[Finding]:
@@ -75,10 +85,11 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
         yield from _guarded("clock", lambda: _clock(connection))
         yield from _guarded("roles", lambda: _roles(connection))
         migrated = True
-        for finding in _guarded("migrations", lambda: _migrations(settings)):
+        for finding in _guarded("migrations", lambda: _migrations(connection, settings)):
             migrated = migrated and finding.level != "problem"
             yield finding
         if migrated:
+            yield from _guarded("owner", lambda: _owner(connection))
             yield from _guarded("rights", lambda: _rights(connection, settings))
             yield from _guarded("partitions", lambda: _partitions(connection, settings))
             yield from _guarded("API keys", lambda: _api_keys(connection, settings))
@@ -135,18 +146,46 @@ def _roles(connection: Connection) -> Iterator[Finding]:
         yield ok("roles", "all are there")
 
 
-def _migrations(settings: Settings) -> Iterator[Finding]:
+def _migrations(connection: Connection, settings: Settings) -> Iterator[Finding]:
     try:
         pending = migrate.check(settings.database_url)
     except OrchestratorError as error:
         what, _, mend = str(error).partition("; ")
         yield problem("migrations", what, mend or "see the server's log")
         return
-    if pending:
+    if pending == ["roles.sql"]:
+        yield from _grants(connection)
+    elif pending:
         shown = ", ".join(pending[:3]) + (f" and {len(pending) - 3} more" if len(pending) > 3 else "")
         yield problem("migrations", f"{len(pending)} pending: {shown}", "run orchestrator migrate")
     else:
         yield ok("migrations", "the schema is up to date")
+
+
+def _grants(connection: Connection) -> Iterator[Finding]:
+    rows = connection.execute("select object, lacking, foreign_rights from orchestrator.changed_rights()").fetchall()
+    changes = [
+        f"{each}: {what} {', '.join(rights)}"
+        for each, lacking, foreign in rows
+        for what, rights in (("without", lacking), ("with", foreign))
+        if rights
+    ]
+    shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+    what = f"rights are not as migrate left them, as after pg_restore --no-acl: {shown or 'roles.sql is new'}"
+    yield problem("grants", what, "run orchestrator migrate")
+
+
+def _owner(connection: Connection) -> Iterator[Finding]:
+    rows = connection.execute(_OTHERS).fetchall()
+    if rows:
+        shown = ", ".join(f"{name} ({owner})" for name, owner, _ in rows[:3])
+        yield problem(
+            "owner",
+            f"{len(rows)} objects do not belong to who owns the schema, as whom functions run: {shown}",
+            f"as a superuser: reassign owned by {rows[0][1]} to {rows[0][2]}, in this database",
+        )
+    else:
+        yield ok("owner", "the schema and all in it belong to one user")
 
 
 def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:

@@ -51,11 +51,12 @@ begin
   end if;
   perform orchestrator.configure_retention(p_retention_days, p_days_ahead, null, null) where num_nonnulls(p_retention_days, p_days_ahead) > 0;
   foreach v_step in array array[
-    'statistics_folded', 'events_expired', 'orderings_advanced', 'destinations_forgotten', 'timers_moved', 'floors_lowered', 'partitions_dropped', 'horizon_moved'
+    'restore_settled', 'statistics_folded', 'events_expired', 'orderings_advanced', 'destinations_forgotten', 'timers_moved', 'floors_lowered', 'partitions_dropped', 'horizon_moved'
   , 'runs_forgotten', 'partitions_attached', 'partitions_created', 'partitions_detached']
   loop
     begin
       v_count := case v_step
+        when 'restore_settled' then orchestrator.settle_restored()
         when 'statistics_folded' then orchestrator.fold_statistics(v_now)
         when 'events_expired' then orchestrator.expire_events()
         -- A net below finish_events() and the others, which do this at once.
