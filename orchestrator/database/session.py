@@ -53,6 +53,7 @@ SESSION: Mapping[str, str] = {
     # Errors and messages.
     "exit_on_error": "off",
     "client_min_messages": "warning",
+    "orchestrator.now": "",  # the clock, which tests set
     # What the plans of functions rest on, which pin what differs from this.
     "enable_bitmapscan": "on",
     "enable_hashagg": "on",

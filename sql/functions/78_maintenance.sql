@@ -46,6 +46,11 @@ declare
   v_more boolean := false;
   v_run bigint;
 begin
+  -- A snapshot of before a lock was had would not show what those did that had it.
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    raise exception 'run_maintenance: expected the isolation level read committed, got %', current_setting('transaction_isolation')
+      using errcode = 'invalid_transaction_state', hint = format('alter role %I set default_transaction_isolation = ''read committed''', session_user);
+  end if;
   if not pg_try_advisory_xact_lock(hashtext('orchestrator.run_maintenance')) then
     return json_build_object('skipped', 'another run_maintenance is at work');
   end if;

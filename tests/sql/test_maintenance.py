@@ -352,3 +352,12 @@ def test_work_is_bounded_and_more_says_when_to_call_again(client: Client) -> Non
     assert [report["more"] for report in reports] == [True] * 10 + [False] * 2
     assert [report["partitions_created"] for report in reports] == [6] + [0] * 11
     assert [report["partitions_detached"] for report in reports] == [0] + [2] * 9 + [0] * 2
+
+
+def test_maintenance_refuses_a_snapshot_and_names_the_remedy(client: Client) -> None:
+    client.rows("set default_transaction_isolation = serializable")
+    with pytest.raises(
+        psycopg.errors.InvalidTransactionState, match="expected the isolation level read committed"
+    ) as told:
+        client.rows("select orchestrator.run_maintenance()")
+    assert "set default_transaction_isolation = 'read committed'" in str(told.value.diag.message_hint)

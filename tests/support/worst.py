@@ -38,6 +38,7 @@ WORST = {
     "idle_session_timeout": "1",
     "exit_on_error": "on",
     "client_min_messages": "debug5",
+    "orchestrator.now": "2031-01-01T00:00:00Z",
     "enable_bitmapscan": "off",
     "enable_hashagg": "off",
     "enable_hashjoin": "off",
@@ -63,7 +64,14 @@ WORST_IN_PSQL = {
     for name, value in WORST.items()
     if not name.startswith(("enable_", "default_transaction"))
     and not name.endswith(("timeout", "_limit"))
-    and name not in ("client_encoding", "client_min_messages", "restrict_nonsystem_relation_kind", "exit_on_error")
+    and name
+    not in (
+        "orchestrator.now",
+        "client_encoding",
+        "client_min_messages",
+        "restrict_nonsystem_relation_kind",
+        "exit_on_error",
+    )
 }
 
 
