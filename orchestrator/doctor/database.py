@@ -10,7 +10,7 @@ from psycopg.rows import TupleRow
 
 from orchestrator import database_url, migrate
 from orchestrator.config import Settings
-from orchestrator.database.connection import connect_blocking
+from orchestrator.database.connection import BlockingConnection, connect_blocking
 from orchestrator.doctor.finding import Finding, is_production, ok, problem, warning
 from orchestrator.doctor.server import server_findings
 from orchestrator.doctor.standstill import standstill_findings
@@ -75,12 +75,13 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             )
             return
         yield ok("database", f"PostgreSQL {version // 10000}.{version % 10000} at {masked}")
-        if connection.pooled:
-            yield ok(
-                "pooler",
-                "a pooler is between: each transaction sets what it relies on, and due events are found by polling "
-                "alone, every SCHEDULER_POLL_INTERVAL_MS",
-            )
+        try:
+            if connection.pooled:
+                yield _pooler(connection)
+        except UnusableDatabase as error:
+            what, _, mend = str(error).partition("; ")
+            yield problem("pooler", what, mend)
+            return
         yield from _guarded("server", lambda: server_findings(connection, settings))
         yield from _guarded("clock", lambda: _clock(connection))
         yield from _guarded("roles", lambda: _roles(connection))
@@ -96,6 +97,15 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             yield from upkeep_findings(connection, settings, _guarded)
             yield from work_findings(connection, _guarded)
             yield from standstill_findings(connection, _guarded)
+
+
+def _pooler(connection: BlockingConnection) -> Finding:
+    with connection.transaction():
+        return ok(
+            "pooler",
+            "a pooler is between: each transaction sets what it relies on, and due events are found by polling alone, "
+            "every SCHEDULER_POLL_INTERVAL_MS",
+        )
 
 
 def _guarded(check: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

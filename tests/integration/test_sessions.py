@@ -171,6 +171,17 @@ def test_functions_answer_the_same_whatever_a_session_of_psql_is_set_to(database
     assert told[1] == told[0]
 
 
+def test_texts_inside_functions_do_not_depend_on_escape_rules(client: Client) -> None:
+    rows = client.rows(
+        """select proname::text, prosrc from pg_proc
+        where pronamespace = 'orchestrator'::regnamespace and prosqlbody is null and prosrc ~ '[\\\\]'"""
+    )
+    assert rows
+    for name, source in rows:
+        texts = re.findall(r"(E?)'((?:[^']|'')*)'", re.sub(r"--.*", "", source))
+        assert [text for escaped, text in texts if "\\" in text and not escaped] == [], name
+
+
 def _in_psql(client: Client) -> Any:
     tomorrow = (datetime.now(UTC) + timedelta(days=1)).replace(microsecond=0).isoformat()
 
