@@ -39,9 +39,15 @@ def translated() -> Iterator[None]:
             f"the database lacks this program's schema ({_first_line(error)}); run: orchestrator migrate"
         ) from error
     except errors.InsufficientPrivilege as error:
-        raise OrchestratorError(f"{_first_line(error)}; grant the user one of the roles in sql/roles.sql") from error
+        raise OrchestratorError(f"{_first_line(error)}; {_remedy(error)}") from error
     except (psycopg.DataError, psycopg.IntegrityError) as error:
         raise ValidationError(error.diag.column_name or "value", _first_line(error)) from error
+
+
+def _remedy(error: errors.InsufficientPrivilege) -> str:
+    if "create temporary tables" in str(error):
+        return "grant temporary on the database to who owns the schema: submissions go through one"
+    return "grant the user one of the roles in sql/roles.sql; after a restore without rights, run: orchestrator migrate"
 
 
 @contextmanager

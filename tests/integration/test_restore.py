@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,11 +17,13 @@ from orchestrator.database import Database
 from orchestrator.database.outbox import Outbox
 from orchestrator.dev.postgres_install import find_installation
 from orchestrator.errors import OrchestratorError
+from orchestrator.events import parse_submission
 from orchestrator.migrate import check, migrate
 from tests.conftest import MakeSettings
 from tests.integration.cli_support import invoke
 from tests.support.databases import temporary_server
 from tests.support.dispatching import dispatching, finished, statuses
+from tests.support.ingesting import submission
 from tests.support.receiver import Receiver
 from tests.support.sql_client import Client
 from tests.support.waiting import eventually
@@ -200,6 +203,10 @@ async def test_a_schema_whose_owner_may_not_make_temporary_tables_is_refused_by_
         async with Database(settings(DATABASE_URL=owned), role="api") as database:
             with pytest.raises(OrchestratorError, match=remedy):
                 await database.ready()
+            with pytest.raises(OrchestratorError, match="grant temporary on the database"):
+                await database.submit([parse_submission(submission(1), settings(DATABASE_URL=owned))])
+        told = await asyncio.to_thread(invoke, "doctor", env={"DATABASE_URL": owned, "COLUMNS": "300"})
+        assert remedy in told.stdout
         admin.execute(grant)
         assert check(owned) == []
         async with Database(settings(DATABASE_URL=owned), role="api") as database:
