@@ -15,6 +15,29 @@ begin
   end loop;
 end $$;
 
+-- Functions run as their owner, and must find all of it theirs, whoever migrated, or restored a dump, before.
+do $$
+declare
+  v_change text;
+begin
+  for v_change in
+    select format('alter %s orchestrator.%s owner to %I', o.kind, o.name, pg_get_userbyid(n.nspowner))
+    from pg_namespace n
+    cross join lateral (
+      select case c.relkind when 'v' then 'view' else 'table' end as kind, quote_ident(c.relname) as name, c.relowner as owner
+      from pg_class c where c.relnamespace = n.oid and c.relkind in ('r', 'p', 'v')
+      union all
+      select 'sequence', quote_ident(c.relname), c.relowner
+      from pg_class c where c.relnamespace = n.oid and c.relkind = 'S' and not exists (select from pg_depend d where d.objid = c.oid and d.deptype in ('a', 'i'))
+      union all
+      select 'function', format('%I(%s)', p.proname, pg_get_function_identity_arguments(p.oid)), p.proowner
+      from pg_proc p where p.pronamespace = n.oid) o
+    where n.nspname = 'orchestrator' and o.owner <> n.nspowner
+  loop
+    execute v_change;
+  end loop;
+end $$;
+
 -- Exactly what follows, whatever was granted, or came with a dump, before.
 revoke all on schema orchestrator from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 revoke all on all tables in schema orchestrator from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;

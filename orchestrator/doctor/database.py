@@ -37,16 +37,6 @@ _ABILITIES = {
     "maintain": ("orchestrator_ops", "orchestrator.run_maintenance(integer, integer)"),
 }
 _LEAST_DAYS_AHEAD = 2
-_OTHERS = """
-select o.name, pg_get_userbyid(o.owner), pg_get_userbyid(n.nspowner)
-from pg_namespace n
-cross join lateral (
-  select relname::text as name, relowner as owner from pg_class
-  where relnamespace = n.oid and relkind in ('r', 'p', 'v', 'S')
-  union all select proname::text, proowner from pg_proc where pronamespace = n.oid) o
-where n.nspname = 'orchestrator' and o.owner <> n.nspowner
-order by 1
-"""
 
 
 def database_findings(settings: Settings) -> Iterator[Finding]:
@@ -90,7 +80,6 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             migrated = migrated and finding.level != "problem"
             yield finding
         if migrated:
-            yield from _guarded("owner", lambda: _owner(connection))
             yield from _guarded("rights", lambda: _rights(connection, settings))
             yield from _guarded("partitions", lambda: _partitions(connection, settings))
             yield from _guarded("API keys", lambda: _api_keys(connection, settings))
@@ -183,19 +172,6 @@ def _grants(connection: Connection) -> Iterator[Finding]:
     shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
     what = f"rights are not as migrate left them, as after pg_restore --no-acl: {shown or 'roles.sql is new'}"
     yield problem("grants", what, "run orchestrator migrate")
-
-
-def _owner(connection: Connection) -> Iterator[Finding]:
-    rows = connection.execute(_OTHERS).fetchall()
-    if rows:
-        shown = ", ".join(f"{name} ({owner})" for name, owner, _ in rows[:3])
-        yield problem(
-            "owner",
-            f"{len(rows)} objects do not belong to who owns the schema, as whom functions run: {shown}",
-            f"as a superuser: reassign owned by {rows[0][1]} to {rows[0][2]}, in this database",
-        )
-    else:
-        yield ok("owner", "the schema and all in it belong to one user")
 
 
 def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:

@@ -4,29 +4,31 @@
 create or replace function orchestrator.rights() returns table (object text, rights text[])
 language sql stable security definer set search_path = orchestrator, pg_temp as $$
   with held as (
-    select 'schema ' || n.nspname as object, coalesce(n.nspacl, acldefault('n', n.nspowner)) as acl
+    select 'schema ' || n.nspname as object, n.nspowner as owner, coalesce(n.nspacl, acldefault('n', n.nspowner)) as acl
     from pg_namespace n where n.nspname = 'orchestrator'
     union all
-    select format('function %s(%s)', p.proname, pg_get_function_identity_arguments(p.oid)), coalesce(p.proacl, acldefault('f', p.proowner))
+    select format('function %s(%s)', p.proname, pg_get_function_identity_arguments(p.oid)), p.proowner, coalesce(p.proacl, acldefault('f', p.proowner))
     from pg_proc p where p.pronamespace = 'orchestrator'::regnamespace
     union all
     select case c.relkind when 'S' then 'sequence ' when 'v' then 'view ' else 'table ' end || c.relname
-      , coalesce(c.relacl, acldefault(case c.relkind when 'S' then 's' else 'r' end::"char", c.relowner))
+      , c.relowner, coalesce(c.relacl, acldefault(case c.relkind when 'S' then 's' else 'r' end::"char", c.relowner))
     from pg_class c
     where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'p', 'v', 'S') and c.relname !~ '^(event|outcome)_p[0-9]{8}$'
     union all
-    select format('column %s.%s', c.relname, a.attname), a.attacl
+    select format('column %s.%s', c.relname, a.attname), c.relowner, a.attacl
     from pg_class c join pg_attribute a on a.attrelid = c.oid
     where c.relnamespace = 'orchestrator'::regnamespace and a.attacl is not null and not a.attisdropped
   )
   select h.object, array(
-    select distinct coalesce(r.rolname, 'public') || ' ' || a.privilege_type
+    select coalesce(r.rolname, 'public') || ' ' || a.privilege_type
     from aclexplode(h.acl) a left join pg_roles r on r.oid = a.grantee
     where a.grantee = 0 or r.rolname in ('orchestrator_submit', 'orchestrator_dispatch', 'orchestrator_ingest', 'orchestrator_ops', 'orchestrator_read')
+    union
+    select 'owner ' || pg_get_userbyid(h.owner) where h.owner <> n.nspowner
     order by 1)
-  from held h
+  from held h join pg_namespace n on n.nspname = 'orchestrator'
 $$;
-comment on function orchestrator.rights() is 'What everybody, and each role of this product, may do with each object of the schema';
+comment on function orchestrator.rights() is 'What everybody, and each role of this product, may do with each object of the schema; and whose it is, where it does not belong to who owns the schema';
 
 create or replace function orchestrator.changed_rights() returns table (object text, lacking text[], foreign_rights text[])
 language sql stable security definer set search_path = orchestrator, pg_temp as $$
@@ -49,7 +51,7 @@ comment on function orchestrator.staging_problem() is 'Why nobody can submit, an
 -- Numbers of transactions rise for ever within a cluster, and begin anew in the next one: those that a dump brought along may lie far ahead.
 -- The messages of before become the oldest, in the order of their own numbers: no transaction that is under way can write below the oldest one.
 create or replace function orchestrator.settle_restored() returns bigint
-language plpgsql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off set lock_timeout = '80 ms' as $$
 declare
   v_snapshot constant pg_snapshot := pg_current_snapshot();
   v_control orchestrator.control;

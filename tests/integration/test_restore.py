@@ -126,13 +126,16 @@ def test_rights_of_other_users_are_their_own_affair(database_url: str, client: C
     client.connection.execute(sql.SQL("revoke select on orchestrator.event from {}").format(sql.Identifier(clerk)))
 
 
-def test_the_doctor_names_what_belongs_to_somebody_else(database_url: str, client: Client, clerk: str) -> None:
-    client.connection.execute(
-        sql.SQL("alter function orchestrator.pause_all() owner to {}").format(sql.Identifier(clerk))
-    )
+def test_what_belongs_to_somebody_else_is_named_and_given_back(database_url: str, client: Client, clerk: str) -> None:
+    other = sql.Identifier(clerk)
+    client.connection.execute(sql.SQL("alter function orchestrator.pause_all() owner to {}").format(other))
+    client.connection.execute(sql.SQL("alter table orchestrator.worker owner to {}").format(other))
+    assert check(database_url) == ["roles.sql"]
     told = invoke("doctor", env={"DATABASE_URL": database_url, "COLUMNS": "300"}).stdout
-    client.connection.execute("alter function orchestrator.pause_all() owner to current_user")
-    assert f"do not belong to who owns the schema, as whom functions run: pause_all ({clerk})" in told
+    assert f"function pause_all(): with owner {clerk}" in told
+    assert f"table worker: with owner {clerk}" in told
+    assert migrate(database_url).applied == ["roles.sql"]
+    assert check(database_url) == []
 
 
 _SPEND: LiteralString = """
