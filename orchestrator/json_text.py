@@ -12,7 +12,7 @@ import re
 MAX_DEPTH = 64
 
 # Looked for in texts without escaped backslashes, where every backslash begins an escape. No pattern here is possessive
-# or atomic, for those match wrongly before Python 3.11.5; nothing in them can be matched in two ways, so all are linear.
+# or atomic, which match wrongly before Python 3.11.5; none can match the same in two ways, so all are linear.
 _SUSPECT = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 _FORBIDDEN = re.compile(
     rb"\\u(?:0000"
@@ -58,7 +58,7 @@ def deeper_than(text: bytes, depth: int = MAX_DEPTH) -> bool:
     """Whether arrays and objects are nested deeper than `depth`. The text must be well-formed."""
     if len(text) <= 2 * depth or text.count(b"[") + text.count(b"{") <= depth:
         return False
-    plain = text.replace(rb"\\", b"").replace(rb'\"', b"")
+    plain = text.replace(rb"\\", b"").replace(rb"\"", b"")
     brackets = _STRING.sub(b"", plain).translate(_TO_SQUARE, _NOT_BRACKETS)
     for _ in range(depth):  # each pass removes the innermost level everywhere
         brackets = brackets.replace(b"[]", b"")
@@ -75,7 +75,7 @@ def pruned(text: bytes, depth: int = 4 * MAX_DEPTH) -> bytes:
     """
     kept: list[bytes] = []
     level = start = 0
-    plain = text.replace(rb"\\", b"--").replace(rb'\"', b"--")  # as long, so that positions are the same
+    plain = text.replace(rb"\\", b"--").replace(rb"\"", b"--")  # as long, so that positions are the same
     for token in _TOKEN.finditer(plain):
         first = text[token.start()]
         if first in b"[{":
