@@ -1,4 +1,4 @@
-"""What is shared by processes that start at once: locks of a directory, and ports."""
+"""What is shared by processes that start at once: locks of a directory, ports, and a secret."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
+from orchestrator.dev.environment import kept_webhook_secret
 from orchestrator.dev.system import exclusive, free_port
 from orchestrator.errors import OrchestratorError
 
@@ -85,3 +88,17 @@ def test_a_fork_has_ports_of_its_own() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
     assert len(set(printed.split(b", ")[:-1])) == 198
+
+
+def test_all_who_make_the_webhook_secret_at_one_instant_keep_the_same(tmp_path: Path) -> None:
+    together = Barrier(6)
+
+    def keep(directory: Path) -> str:
+        together.wait()
+        return kept_webhook_secret(directory)
+
+    with ThreadPoolExecutor(6) as threads:
+        for n in range(20):
+            directory = tmp_path / str(n)
+            assert len(set(threads.map(keep, [directory] * 6))) == 1
+            assert [kept.stat().st_mode & 0o777 for kept in directory.iterdir()] == [0o600]
