@@ -48,12 +48,35 @@ async def test_a_submission_is_kept_and_can_be_read_where_location_says(client: 
         "scheduled_at": at.isoformat(),
         "status": "scheduled",
         "duplicate": False,
+        "event_status": "scheduled",
     }
     event = (await client.get(response.headers["location"])).json()
     assert event["id"] == expected_id
     assert event["status"] == "scheduled"
     assert (event["payload"], event["headers"], event["max_retries"]) == ({"a": 1}, {"X-A": "é"}, 7)
     assert event["outcomes"] == []
+
+
+async def test_submitting_again_what_was_cancelled_or_moved_says_that(client: httpx.AsyncClient) -> None:
+    cancelled, moved = (submission(external_job_id=f"job-{n}") for n in range(2))
+    first, second = [(await client.post("/api/v1/events", json=each)).json()["id"] for each in (cancelled, moved)]
+    assert (await client.delete(f"/api/v1/events/{first}")).status_code == 200
+    later = {"scheduled_at": (tomorrow() + timedelta(hours=3)).isoformat()}
+    response = await client.post(f"/api/v1/events/{second}/reschedule", json=later)
+    successor = response.json()["successor"]
+    again = await client.post("/api/v1/events", json=cancelled)
+    assert (again.status_code, again.json()["id"]) == (200, first)
+    assert (again.json()["status"], again.json()["event_status"]) == ("duplicate", "cancelled")
+    answer = (await client.post("/api/v1/events/batch", json={"events": [cancelled, moved]})).json()
+    assert [result["event_status"] for result in answer["results"]] == ["cancelled", "rescheduled"]
+
+    # Back to where it was, and the same again.
+    back = {"scheduled_at": moved["scheduled_at"]}
+    answers = [(await client.post(f"/api/v1/events/{successor}/reschedule", json=back)).json() for _ in range(2)]
+    assert [answer["result"] for answer in answers] == ["rescheduled", "already_rescheduled"]
+    assert answers[0]["successor"] == answers[1]["successor"] not in (second, successor)
+    again = await client.post("/api/v1/events", json=moved)
+    assert (again.json()["id"], again.json()["event_status"]) == (second, "rescheduled")
 
 
 async def test_submitting_again_changes_nothing_and_says_so(client: httpx.AsyncClient) -> None:
@@ -202,7 +225,8 @@ async def test_a_batch_has_a_result_for_each_item_and_a_bad_one_fails_no_other(c
         "scheduled_at",
         None,
     ]
-    assert results[2] == {"index": 2, "id": kept_id, "status": "duplicate", "duplicate": True}
+    duplicate = {"status": "duplicate", "duplicate": True, "event_status": "scheduled"}
+    assert results[2] == {"index": 2, "id": kept_id, **duplicate}
     for index in (0, 5):
         assert (await client.get(f"/api/v1/events/{results[index]['id']}")).status_code == 200
 
