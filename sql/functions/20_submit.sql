@@ -209,7 +209,7 @@ begin
       , orchestrator.former_event_id(s.source, s.external_job_id, s.scheduled_at) as former
       , orchestrator.event_id(s.source, s.external_job_id, s.scheduled_at, s.ordering_key) as present
     from pg_temp.submission s
-    where s.external_job_id is not null and isfinite(s.scheduled_at)
+    where s.external_job_id is not null and s.scheduled_at between '1970-01-01 00:00:00+00' and '2200-12-31 23:59:59.999999+00'
   ), other as (
     update pg_temp.submission s
     set id = k.id

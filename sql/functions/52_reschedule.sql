@@ -58,10 +58,10 @@ begin
     return next;
     return;
   end if;
-  if not isfinite(p_scheduled_at) then
+  if p_scheduled_at not between '1970-01-01 00:00:00+00' and '2200-12-31 23:59:59.999999+00' then
     result := 'refused';
     field := 'scheduled_at';
-    reason := format('expected a time, got %s', p_scheduled_at);
+    reason := format('expected a time from 1970 to 2200, got %s', p_scheduled_at);
     return next;
     return;
   end if;
