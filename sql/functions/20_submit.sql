@@ -12,7 +12,7 @@ begin
   create temp table submission
   ( n integer not null, id uuid not null, scheduled_at timestamptz not null, source text not null, external_job_id text
   , delivery_type text not null, destination text, payload json not null, headers json
-  , max_retries integer not null, retry_policy text, ordering_key text, priority smallint, spread interval, expires_at timestamptz) on commit delete rows;
+  , max_retries integer not null, retry_policy text, ordering_key text, priority smallint, spread interval, expires_at timestamptz) using heap on commit delete rows;
   -- Only this session can reach it, whatever role it has set.
   grant select, insert on pg_temp.submission to public;
 end $$;
@@ -56,7 +56,7 @@ language sql stable parallel safe as $$
       then format('delivery_type: expected HTTP or KAFKA, got %s', left(p_delivery_type, 40))
     when p_delivery_type = 'HTTP' and (p_destination is null or length(p_destination) > 2048 or p_destination !~ '^https?://[^/]')
       then format('destination: expected an http:// or https:// URL of at most 2048 characters, got %s', coalesce(left(p_destination, 100), 'null'))
-    when p_delivery_type = 'KAFKA' and p_destination !~ '^(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}$'
+    when p_delivery_type = 'KAFKA' and p_destination !~ '^(?![.]{1,2}$)[A-Za-z0-9._-]{1,249}$'
       then format('destination: expected a topic of 1 to 249 letters, digits, dots, underscores and hyphens, or none, got %s', left(p_destination, 100))
     when json_typeof(p_headers) <> 'object'
       then 'headers: expected an object of strings'
@@ -375,8 +375,8 @@ language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 declare
   v_now constant timestamptz := orchestrator.now();
 begin
-  if p_due_at < least(v_now + orchestrator.notify_horizon(), nullif(current_setting('orchestrator.told', true), '')::timestamptz) then
-    perform set_config('orchestrator.told', greatest(p_due_at, v_now)::text, true);
+  if p_due_at < least(v_now + orchestrator.notify_horizon(), to_timestamp(nullif(current_setting('orchestrator.told', true), '')::double precision)) then
+    perform set_config('orchestrator.told', extract(epoch from greatest(p_due_at, v_now))::text, true);
     perform pg_notify('orchestrator_due', extract(epoch from greatest(p_due_at, v_now))::text);
   end if;
 end $$;
@@ -401,7 +401,7 @@ language sql immutable parallel safe as $$
       when h.key !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]{1,100}$' then format('expected a header name of 1 to 100 token characters, got %s', left(h.key, 80))
       when lower(h.key) ~ '^(connection|content-length|content-type|expect|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade|webhook-.*|orchestrator-.*)$'
         then format('expected no %s header: it is set on delivery', left(h.key, 80))
-      when length(h.value #>> '{}') > 4096 or h.value #>> '{}' ~ '[\x01-\x08\x0a-\x1f\x7f]'
+      when length(h.value #>> '{}') > 4096 or h.value #>> '{}' ~ E'[\\x01-\\x08\\x0a-\\x1f\\x7f]'
         then format('expected at most 4096 characters, none of them control, in %s', left(h.key, 80))
     end)
   end
