@@ -27,12 +27,16 @@ COPY_SUBMISSIONS: LiteralString = (
 
 
 class Submitted(NamedTuple):
-    """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason."""
+    """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason.
+
+    `id` is the one that the event is kept under, `status` the state that a duplicate is in.
+    """
 
     id: str
     result: str
     field: str | None = None
     reason: str | None = None
+    status: str | None = None
 
 
 class Cancelled(NamedTuple):
@@ -157,14 +161,14 @@ class Database:
                     await cursor.execute("select orchestrator.open_staging()")
                 async with cursor.copy(COPY_SUBMISSIONS) as copy:
                     await copy.write(text)
-                await cursor.execute("select n, result, field, reason from orchestrator.submit_staged()")
+                await cursor.execute(
+                    "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
+                )
                 return await cursor.fetchall()
 
-        exceptions = {n: (result, field, reason) for n, result, field, reason in await self._run(work)}
-        if not exceptions:
-            return [Submitted(submission.id, "accepted") for submission in submissions]
+        exceptions = {row[0]: Submitted(*row[1:]) for row in await self._run(work)}
         return [
-            Submitted(submission.id, *exceptions.get(n, ("accepted", None, None)))
+            exceptions.get(n) or Submitted(submission.id, "accepted", status="scheduled")
             for n, submission in enumerate(submissions)
         ]
 
