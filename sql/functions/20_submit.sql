@@ -416,7 +416,7 @@ language sql stable strict parallel safe as $$
     ((m[1] || ' ' || m[2] || coalesce(m[3], ''))::timestamp at time zone 'UTC')
     + (round(('0.' || rpad(left(coalesce(m[4], ''), 7), 7, '0'))::numeric, 6) * 1000000)::integer * interval '1 microsecond'
     - coalesce((m[5] || m[6] || ':' || coalesce(m[7], '00'))::interval, '0 s') end
-  from regexp_match(p_text, '^([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9])(?:(:[0-5][0-9])(?:\.([0-9]+))?)?(?:[Zz]|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)$') m
+  from regexp_match(p_text, '^([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9])(?:(:[0-5][0-9])(?:[.]([0-9]+))?)?(?:[Zz]|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)$') m
 $$;
 comment on function orchestrator.as_time(text) is
   'The time that an RFC 3339 text with a zone names, rounded to the microsecond; null: it is none. The same texts as the API, the command line and Kafka take';
