@@ -38,9 +38,9 @@ from tests.support.worst import WORST, WORST_IN_PSQL, worst_login
 # they are kept, not what comes of them.
 LEFT_ALONE = r"""
 application_name|(transaction|default_transaction)_(isolation|read_only|deferrable)|synchronous_commit|commit_siblings
-|default_tablespace|temp_tablespaces|default_toast_compression|createrole_self_grant|local_preload_libraries
+|escape_string_warning|default_tablespace|temp_tablespaces|default_toast_compression|createrole_self_grant|local_preload_libraries
 |(work|maintenance_work|logical_decoding_work)_mem|hash_mem_multiplier|temp_buffers|gin_.*|vacuum_.*|wal_.*
-|.*_cost|.*_flush_after|effective_.*|(jit|geqo|icu|lc|log|md5|min|tcp|trace|max_parallel)_.*|jit|geqo|xmloption
+|.*_cost|.*_flush_after|effective_.*|(jit|geqo|icu|lc|log|md5|min|tcp|trace|max_parallel)_.*|geqo|xmloption
 |debug_(logical|pretty|print)_.*
 |enable_(async_append|distinct_reordering|gathermerge|group_by_reordering|incremental_sort|parallel_.*|partitionwise_.*)
 |enable_(presorted_aggregate|self_join_elimination)|parallel_leader_participation|constraint_exclusion|cursor_tuple_fraction
