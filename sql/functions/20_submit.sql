@@ -119,6 +119,7 @@ declare
   v_policies text[];
   v_priorities smallint[];
   v_horizon_at timestamptz;
+  v_new_priority boolean;
   v_own_lanes boolean;
   v_told constant boolean := exists (select from orchestrator.outbox_kind where kind = 'scheduled');
 begin
@@ -132,11 +133,10 @@ begin
     , array_agg(distinct s.priority) filter (where s.priority between -9 and 9)
   into v_first, v_last, v_policies, v_priorities
   from pg_temp.submission s;
-  -- Locks the row of control, once in the life of a priority.
-  update orchestrator.control c
-  set priorities = array(select distinct p from unnest(c.priorities || v_priorities) p order by p desc)
-  where not c.priorities @> v_priorities;
-  select c.horizon_at into v_horizon_at from orchestrator.control c;
+  select c.horizon_at, not c.priorities @> v_priorities into v_horizon_at, v_new_priority from orchestrator.control c;
+  if v_new_priority then
+    perform orchestrator.note_control('priorities', v_priorities);
+  end if;
   begin
     if v_last >= v_horizon_at or v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy) then
       raise check_violation;

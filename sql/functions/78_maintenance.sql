@@ -7,6 +7,14 @@ language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 declare
   v_new orchestrator.control;
 begin
+  select * into v_new from orchestrator.control;
+  -- A process that starts says what the database was told before, and must not wait for it.
+  if (p_retention_days, p_partition_days_ahead, p_max_schedule_ahead_days, p_archive) is distinct from (null, null, null, null)
+    and (coalesce(p_retention_days, v_new.retention_days), coalesce(p_partition_days_ahead, v_new.partition_days_ahead)
+      , coalesce(p_max_schedule_ahead_days, v_new.max_schedule_ahead_days), coalesce(p_archive, v_new.archive))
+    is not distinct from (v_new.retention_days, v_new.partition_days_ahead, v_new.max_schedule_ahead_days, v_new.archive) then
+    return;
+  end if;
   select * into v_new from orchestrator.control for update;
   v_new.retention_days := coalesce(p_retention_days, v_new.retention_days);
   v_new.partition_days_ahead := coalesce(p_partition_days_ahead, v_new.partition_days_ahead);
@@ -96,12 +104,14 @@ comment on function orchestrator.run_maintenance(integer, integer) is
 create or replace function orchestrator.advance_waiting() returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 declare
-  v_orderings constant bigint[] := array(select distinct t.ordering from orchestrator.timer t where t.lane < 0);
+  v_orderings constant bigint[] := array(
+    select o.ordering from (select distinct t.ordering from orchestrator.timer t where t.lane < 0) o
+    where pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(o.ordering)));
 begin
   perform orchestrator.advance_ordering(v_orderings) where v_orderings <> '{}';
   return cardinality(v_orderings);
 end $$;
-comment on function orchestrator.advance_waiting() is 'Lets the first waiting event of every ordering key be claimed, where nothing holds it any more; returns how many keys have any that wait';
+comment on function orchestrator.advance_waiting() is 'Lets the first waiting event of every ordering key be claimed, where nothing holds it any more, but for keys whose lock another session has; returns how many keys have any that wait';
 
 create or replace function orchestrator.forget_runs(p_now timestamptz) returns bigint
 language sql security definer set search_path = orchestrator, pg_temp as $$
