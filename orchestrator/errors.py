@@ -33,5 +33,9 @@ class DatabaseUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mi
     """PostgreSQL cannot be reached just now; the same call may succeed later."""
 
 
+class Blocked(DatabaseUnavailable):
+    """Another session's open transaction holds what a call needs, which has waited for its time; nothing was done."""
+
+
 class KafkaUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
     """No broker can be reached just now; the same call may succeed later."""

@@ -12,7 +12,7 @@ from psycopg.rows import TupleRow
 from psycopg.types.string import TextLoader
 
 from orchestrator.config import Settings
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError, ValidationError
 
 Connection = AsyncConnection[TupleRow]
 
@@ -38,6 +38,8 @@ def translated() -> Iterator[None]:
     """Raises what psycopg raises as this product's errors."""
     try:
         yield
+    except errors.LockNotAvailable as error:
+        raise Blocked(f"another session's open transaction holds what is needed: {_first_line(error)}") from error
     except _AWAY as error:
         raise DatabaseUnavailable(f"the database is away: {_first_line(error)}") from error
     except _NOT_MIGRATED as error:

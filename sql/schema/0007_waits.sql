@@ -1,13 +1,13 @@
 -- Waits: what somebody wants noted while another session's open transaction has the row where it belongs.
 
 create table orchestrator.control_note
-( note bigint generated always as identity
+( note bigint generated always as identity primary key
 , noted_at timestamptz not null
 , kind text not null check (kind in ('pause', 'resume', 'close_breaker', 'reroute', 'priorities'))
 , name text
 , priorities smallint[]
 );
-comment on table orchestrator.control_note is 'Changes of control, and of lanes, that hold already and are carried over as soon as nobody has the row locked. Append-only and without an index: nobody waits to write it, and empty, as it is nearly always, reading it costs nothing';
+comment on table orchestrator.control_note is 'Changes of control, and of lanes, that hold already and are carried over as soon as nobody has the row locked. Append-only: nobody waits to write it, and nearly always it is empty';
 comment on column orchestrator.control_note.note is 'Its number: the later one decides';
 comment on column orchestrator.control_note.noted_at is 'When it was made';
 comment on column orchestrator.control_note.kind is 'pause, resume, close_breaker: what an operator asked for; reroute: destinations changed lanes; priorities: some that events have';
