@@ -19,10 +19,11 @@ revoke all on all tables in schema orchestrator from public;
 revoke all on all functions in schema orchestrator from public;
 grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz), orchestrator.random_event_id(timestamptz), orchestrator.destination_name(text, text), orchestrator.spread_shift(uuid, interval),
-  orchestrator.partition_bounds(), orchestrator.standstills(), orchestrator.lock_holders(interval), orchestrator.holder_text(orchestrator.lock_holder)
+  orchestrator.partition_bounds(), orchestrator.standstills(), orchestrator.lock_holders(interval), orchestrator.holder_text(orchestrator.lock_holder),
+  orchestrator.holders_text()
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
-grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_events(jsonb),
+grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.try_submit_staged(), orchestrator.submit_events(jsonb),
   orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval, timestamptz)
   to orchestrator_submit, orchestrator_ingest, orchestrator_ops;
 grant execute on function orchestrator.cancel_event(uuid, text), orchestrator.reschedule_event(uuid, timestamptz, text, timestamptz),

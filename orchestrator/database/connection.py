@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import AsyncConnection, errors
@@ -15,6 +15,9 @@ from orchestrator.config import Settings
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError, ValidationError
 
 Connection = AsyncConnection[TupleRow]
+
+HOLDERS: LiteralString = "select coalesce(orchestrator.holders_text(), 'it has ended by now')"
+"""Names the sessions whose open transactions may be in the way."""
 
 _CONNECT_TIMEOUT_S = 5
 _AWAY = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)

@@ -10,11 +10,9 @@ import msgspec
 from psycopg.rows import TupleRow
 
 from orchestrator.config import Settings
-from orchestrator.database.connection import Connection, connect, translated
+from orchestrator.database.connection import HOLDERS, Connection, connect, translated
 
 NOTIFY_CHANNEL = "orchestrator_due"
-PATIENCE_MS = 100
-"""How long recording results waits for another session's lock: claims and other finishes hold theirs for less."""
 
 
 class Claimed(msgspec.Struct, gc=False):
@@ -206,10 +204,11 @@ class Leases:
         with translated():
             return await (await self._finishing.execute(query, (_array(ids), _array(attempts)))).fetchall()
 
-    async def holders(self) -> list[str]:
+    async def holders(self) -> str:
         """The sessions whose open transactions may be in the way, for an operator."""
         with translated():
-            return [row[0] for row in await (await self._finishing.execute(_HOLDERS, (PATIENCE_MS,))).fetchall()]
+            row = await (await self._finishing.execute(HOLDERS)).fetchone()
+        return row[0] if row else ""
 
 
 def _event_id(item: Claimed | Finished) -> str:
@@ -250,7 +249,5 @@ _RELEASE: LiteralString = "select orchestrator.release_events(%s::uuid[], %s::in
 _RELEASE_FREE: LiteralString = """
 select coalesce(released, 0), blocked::text[] from orchestrator.release_free_events(%s::uuid[], %s::integer[])
 """
-_PATIENCE: LiteralString = f"set lock_timeout = '{PATIENCE_MS} ms'"
-_HOLDERS: LiteralString = """
-select orchestrator.holder_text(h) from orchestrator.lock_holders(%s * interval '1 ms') h limit 3
-"""
+# Claims and other finishes hold their locks for less.
+_PATIENCE: LiteralString = "set lock_timeout = '100 ms'"

@@ -178,7 +178,7 @@ class Finisher:
             holders = await leases.holders()
         _log.warning(
             "results are set aside, and tried again, while another session's open transaction holds their events",
-            extra={"results": len(self._aside) + len(self._unused_aside), "holders": "; ".join(holders) or "unknown"},
+            extra={"results": len(self._aside) + len(self._unused_aside), "holders": holders},
         )
 
     def _take_up(self) -> None:

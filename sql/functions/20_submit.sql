@@ -200,6 +200,14 @@ $$;
 comment on function orchestrator.submit_staged() is
   'Turns the rows of pg_temp.submission into events and their timers. Answers only the rows that became no new event: result duplicate (the id is kept already; nothing changes) or refused (with field and reason)';
 
+create or replace function orchestrator.try_submit_staged()
+returns table (n integer, id uuid, result text, field text, reason text)
+language sql security definer set search_path = orchestrator, pg_temp set lock_timeout = '250 ms' as $$
+  select * from orchestrator.keep_staged(null)
+$$;
+comment on function orchestrator.try_submit_staged() is
+  'submit_staged() for a batch of many clients: fails after 250 ms behind another session, as one with an uncommitted event of the same id, so that the rest can go without that one';
+
 -- The lock keeps days from getting their partition meanwhile: whoever gives a day one waits until all that went to the horizon is there to see.
 create or replace function orchestrator.keep_each(p_now timestamptz, p_told boolean, p_predecessor uuid)
 returns table (n integer, id uuid, result text, field text, reason text)

@@ -89,10 +89,7 @@ create or replace function orchestrator.note_destination(p_name text, p_kind tex
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 begin
   insert into orchestrator.control_note (noted_at, kind, name) values (orchestrator.now(), p_kind, p_name);
-  return coalesce(
-    (select format('another session''s open transaction holds the destination, and settings wait for its end: %s', orchestrator.holder_text(h))
-     from orchestrator.lock_holders('0 s') h limit 1)
-  , 'another session''s open transaction holds the destination, and settings wait for its end');
+  return concat_ws(': ', 'another session''s open transaction holds the destination', orchestrator.holders_text());
 end $$;
 comment on function orchestrator.note_destination(text, text) is 'Notes pause, resume or close_breaker of a destination that another session has locked; says who';
 

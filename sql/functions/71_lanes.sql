@@ -36,14 +36,16 @@ begin
   )
   select (select count(*) from moved), v_ended and not exists (select from wrong) into v_moved, v_ended;
   -- Floors are used again from here on, and those of before the lanes changed may be too high.
-  if v_ended and pg_try_advisory_xact_lock(hashtext('orchestrator.floors')) and orchestrator.fold_control() then
+  if v_ended and pg_try_advisory_xact_lock(hashtext('orchestrator.floors')) then
     begin
+      perform from orchestrator.control for update;
       perform orchestrator.reset_floors();
       -- Nobody can put a timer into a lane that has had no name since before the oldest transaction began.
       delete from orchestrator.lane l
       where l.lane > 63 and l.name is null and not exists (select from orchestrator.timer t where t.lane in (l.lane, -1 - l.lane));
       update orchestrator.control c set rerouted_by = null where c.rerouted_by = v_rerouted_by;
-    exception when lock_not_available then null;  -- what was moved stays moved
+    exception when lock_not_available then
+      perform set_config('orchestrator.problem', 'timers were moved, but claims go on looking for others while another session has a lane or control', true);
     end;
   end if;
   return v_moved;

@@ -86,11 +86,16 @@ begin
         end if;
       end if;
       v_did := v_did || jsonb_build_object(v_step, coalesce(v_count, 0));
+      if current_setting('orchestrator.problem', true) <> '' then
+        v_problems := v_problems || jsonb_build_object('step', v_step, 'problem', concat_ws('; ', current_setting('orchestrator.problem'), orchestrator.holders_text()));
+        perform set_config('orchestrator.problem', '', true);
+      end if;
       v_more := v_more or v_step = 'horizon_moved' and v_count > 0 or v_step = 'statistics_folded' and v_count >= 500000 or v_step = 'events_expired' and v_count >= 10000
         or v_step in ('partitions_attached', 'partitions_created', 'partitions_detached') and v_count > 0;
     exception when others then
       v_did := v_did || jsonb_build_object(v_step, 0);
-      v_problems := v_problems || jsonb_build_object('step', v_step, 'problem', sqlerrm);
+      v_problems := v_problems || jsonb_build_object('step', v_step
+        , 'problem', concat_ws('; ', sqlerrm, case when sqlstate = '55P03' then orchestrator.holders_text() end));
     end;
   end loop;
   insert into orchestrator.maintenance_run (started_at, took, did, problems)
@@ -107,9 +112,17 @@ declare
   v_orderings constant bigint[] := array(
     select o.ordering from (select distinct t.ordering from orchestrator.timer t where t.lane < 0) o
     where pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(o.ordering)));
+  v_others constant bigint[] := array(select distinct t.ordering from orchestrator.timer t where t.lane < 0 and t.ordering <> all (v_orderings));
 begin
   perform orchestrator.advance_ordering(v_orderings) where v_orderings <> '{}';
-  return cardinality(v_orderings);
+  if v_others <> '{}' then
+    begin
+      perform orchestrator.advance_ordering(v_others);
+    exception when lock_not_available then
+      perform set_config('orchestrator.problem', format('%s ordering keys are left out, whose lock another session has', cardinality(v_others)), true);
+    end;
+  end if;
+  return cardinality(v_orderings || v_others);
 end $$;
 comment on function orchestrator.advance_waiting() is 'Lets the first waiting event of every ordering key be claimed, where nothing holds it any more, but for keys whose lock another session has; returns how many keys have any that wait';
 
