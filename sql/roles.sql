@@ -20,7 +20,7 @@ revoke all on all functions in schema orchestrator from public;
 grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz), orchestrator.random_event_id(timestamptz), orchestrator.destination_name(text, text), orchestrator.spread_shift(uuid, interval),
   orchestrator.partition_bounds(), orchestrator.standstills(), orchestrator.lock_holders(interval), orchestrator.holder_text(orchestrator.lock_holder),
-  orchestrator.holders_text()
+  orchestrator.holders_text(interval)
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
 grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.try_submit_staged(), orchestrator.submit_events(jsonb),
@@ -37,7 +37,8 @@ grant execute on function orchestrator.register_worker(text), orchestrator.claim
   orchestrator.outbox_pending(), orchestrator.raise_floors()
   to orchestrator_dispatch, orchestrator_ops;
 grant execute on function orchestrator.ingest_offsets(text), orchestrator.advance_offsets(text, integer[], bigint[], bigint[], bigint[], bigint[]),
-  orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]), orchestrator.execute_commands(text, jsonb)
+  orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]), orchestrator.execute_commands(text, jsonb),
+  orchestrator.set_aside_staged(text, integer[], integer[], bigint[], bytea[], bytea[]), orchestrator.keep_aside(integer)
   to orchestrator_ingest, orchestrator_ops;
 grant execute on function orchestrator.set_ingest_offset(text, integer, bigint), orchestrator.get_reject(bigint), orchestrator.resubmitted_reject(bigint, uuid),
   orchestrator.redrive_event(uuid), orchestrator.pass_dead_letter(uuid),

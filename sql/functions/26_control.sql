@@ -89,7 +89,7 @@ create or replace function orchestrator.note_destination(p_name text, p_kind tex
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 begin
   insert into orchestrator.control_note (noted_at, kind, name) values (orchestrator.now(), p_kind, p_name);
-  return concat_ws(': ', 'another session''s open transaction holds the destination', orchestrator.holders_text());
+  return concat_ws(': ', 'another session''s open transaction holds the destination', orchestrator.holders_text('0 s'));
 end $$;
 comment on function orchestrator.note_destination(text, text) is 'Notes pause, resume or close_breaker of a destination that another session has locked; says who';
 

@@ -29,8 +29,8 @@ $$;
 comment on function orchestrator.lock_holders(interval) is
   'Sessions of this database that have had a transaction open for longer than p_older with locks that others may wait for, those that are idle first: what can be seen of each by this schema''s owner, its last query without its literals, and how many sessions wait for it at this moment';
 
-create or replace function orchestrator.holders_text() returns text
+create or replace function orchestrator.holders_text(p_older interval default '100 ms') returns text
 language sql volatile security definer set search_path = orchestrator, pg_temp as $$
-  select string_agg(h.text, '; ') from (select orchestrator.holder_text(h) as text from orchestrator.lock_holders('100 ms') h limit 3) h
+  select string_agg(h.text, '; ') from (select orchestrator.holder_text(h) as text from orchestrator.lock_holders(p_older) h limit 3) h
 $$;
-comment on function orchestrator.holders_text() is 'The first sessions of lock_holders(), for a log line; null: there are none';
+comment on function orchestrator.holders_text(interval) is 'The first sessions of lock_holders(), for a log line; null: there are none';

@@ -50,6 +50,7 @@ declare
   v_did jsonb := '{}';
   v_problems jsonb := '[]';
   v_count bigint;
+  v_waiting bigint;
   v_retired record;
   v_more boolean := false;
   v_run bigint;
@@ -98,6 +99,15 @@ begin
         , 'problem', concat_ws('; ', sqlerrm, case when sqlstate = '55P03' then orchestrator.holders_text() end));
     end;
   end loop;
+  begin
+    select a.kept, a.waiting into v_count, v_waiting from orchestrator.keep_aside(1000) a where exists (select from orchestrator.submission_aside);
+    v_did := v_did || jsonb_strip_nulls(jsonb_build_object('submissions_kept', v_count));
+    if v_waiting > 0 then
+      v_problems := v_problems || jsonb_build_object('step', 'submissions_kept', 'problem', concat_ws('; ', format('%s records still wait for another session', v_waiting), orchestrator.holders_text()));
+    end if;
+  exception when others then
+    v_problems := v_problems || jsonb_build_object('step', 'submissions_kept', 'problem', sqlerrm);
+  end;
   insert into orchestrator.maintenance_run (started_at, took, did, problems)
   values (v_now, clock_timestamp() - v_began, v_did, v_problems)
   returning run into v_run;
