@@ -151,7 +151,7 @@ class Metrics:
         self.paused = self._gauge("paused", "1 while everything is paused, else 0; NaN while the database is away.")
         self.destinations_paused = self._gauge("destinations_paused", "Destinations that are paused by themselves.")
         self.lock_holders = self._gauge(
-            "lock_holders", "Sessions that have held locks in a transaction for longer than 5 seconds; NaN: unknown."
+            "lock_holders", "Sessions that have held locks in a transaction for longer than 2 seconds; NaN: unknown."
         )
         self.breakers_open = self._gauge("breakers_open", "Destinations whose breaker is open, or trying one event.")
         self.maintenance_age_seconds = self._gauge(

@@ -22,7 +22,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _POOL_TIMEOUT_S = 5.0
-_PATIENCE: LiteralString = "set lock_timeout = '5 s'"
+_PATIENCE: LiteralString = "set lock_timeout = '3 s'"
 _HASTE: LiteralString = "set local lock_timeout = '20 ms'"
 _APART_S = 2.0  # for finding out which submissions of a batch are blocked
 
@@ -97,7 +97,7 @@ class Database:
 
     Every method raises DatabaseUnavailable when the database is away, after one more try on fresh connections:
     all of them may be repeated safely. They raise Blocked when another session's open transaction holds what they
-    need for longer than 5 seconds.
+    need for longer than 3 seconds.
     """
 
     def __init__(self, settings: Settings, *, role: str) -> None:

@@ -114,7 +114,9 @@ class Writer:
     async def _back_off(self, failures: int, error: Exception, holders: str | None = None) -> None:
         wait_s = backoff_s(failures)
         away = isinstance(error, DatabaseUnavailable | TimeoutError)
-        message = "a batch is blocked" if holders else "the database is away" if away else "the database refuses to serve"
+        message = "the database is away" if away else "the database refuses to serve"
+        if holders:
+            message = "another session holds a batch up"
         extra = {
             "topic": self._topic,
             "error": str(error) or f"no answer within {_ANSWER_S:g} s",

@@ -7,7 +7,7 @@ language sql stable set search_path = orchestrator, pg_temp set timezone = 'UTC'
 $$;
 comment on function orchestrator.holder_text(orchestrator.lock_holder) is 'A session that holds others up, for a log line';
 
-create or replace function orchestrator.lock_holders(p_older interval default '5 s') returns setof orchestrator.lock_holder
+create or replace function orchestrator.lock_holders(p_older interval default '2 s') returns setof orchestrator.lock_holder
 language sql volatile security definer set search_path = orchestrator, pg_temp as $$
   with waiting as materialized (
     select unnest(pg_blocking_pids(w.pid)) as pid from pg_stat_activity w

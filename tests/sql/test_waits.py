@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, LiteralString, NamedTuple
 
 import psycopg
 import pytest
@@ -42,8 +42,8 @@ def prepared(client: Client) -> Case:
     return Case(leases[ids[0]], free, leases[keyed], dead, horizon)
 
 
-def call(statement: str) -> Callable[[Client, Case], None]:
-    return lambda holder, case: None if holder.connection.execute(statement.encode()) else None
+def call(statement: LiteralString) -> Callable[[Client, Case], Any]:
+    return lambda holder, case: holder.rows(statement)
 
 
 HOLDERS: dict[str, Callable[[Client, Case], Any]] = {
@@ -99,8 +99,9 @@ def finish_as_a_dispatcher(client: Client, leases: Sequence[Lease]) -> set[str]:
     except psycopg.errors.LockNotAvailable:
         columns = [list(column) for column in zip(*given, strict=True)]
         rows = client.rows(
-            """select event_id::text from orchestrator.finish_free_events(%s::uuid[], %s::integer[], %s::text[], %s::integer[],
-              %s::float8[], %s::float8[], %s::text[], %s::text[], %s::float8[]) where result = 'blocked'""",
+            """select event_id::text from orchestrator.finish_free_events(
+              %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[],
+              %s::text[], %s::text[], %s::float8[]) where result = 'blocked'""",
             *columns,
         )
         return {row[0] for row in rows}
@@ -305,14 +306,15 @@ def test_a_record_that_was_set_aside_is_kept_once_the_other_session_has_ended(co
     client.rows("select orchestrator.open_staging()")
     with client.transaction():
         client.rows(
-            """insert into pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, max_retries)
+            """insert into pg_temp.submission
+              (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, max_retries)
             select 7, %s, %s, 'tests', 'held', 'HTTP', %s, '{}', 3""",
             answer.id,
             NOON,
             f"{HOST}/hook",
         )
         client.rows(
-            "select orchestrator.set_aside_staged('topic', '{7}', '{0}', '{41}', array[null::bytea], array['{}'::bytea])"
+            "select orchestrator.set_aside_staged('topic', '{7}', '{0}', '{41}', array[null::bytea], '{x}'::bytea[])"
         )
     assert client.rows("select kept, waiting from orchestrator.keep_aside()") == [(0, 1)]
     [problem] = client.value("select orchestrator.run_maintenance()")["problems"]
