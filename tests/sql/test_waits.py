@@ -269,14 +269,17 @@ def test_who_holds_others_up_is_named(connect: Connect, observer: Client, thread
     holder.rows("begin")
     holder.connection.execute(f"select * from orchestrator.cancel_event('{event_id}')".encode())
     waiting = threads.submit(client.cancel, event_id)
-    observer.wait_until_blocked(client)
-    [(pid, name, state, query, blocks)] = observer.rows(
-        "select pid, application_name, state, query, blocks from orchestrator.lock_holders('0 s') where blocks > 0"
-    )
+    try:
+        observer.wait_until_blocked(client)
+        [(pid, name, state, query, blocks)] = observer.rows(
+            "select pid, application_name, state, query, blocks from orchestrator.lock_holders('0 s') where blocks > 0"
+        )
+        text = observer.value("select orchestrator.holders_text('0 s')")
+    finally:
+        holder.rows("rollback")
     assert (pid, name, state, blocks) == (holder.pid, "psql of an operator", "idle in transaction", 1)
     assert query == "select * from orchestrator.cancel_event(…)"
-    assert f"pid {holder.pid} (psql of an operator, user " in observer.value("select orchestrator.holders_text()")
-    holder.rows("rollback")
+    assert f"pid {holder.pid} (psql of an operator, user " in text
     assert waiting.result(10)[0].result == "cancelled"
     wait_for(lambda: observer.rows("select * from orchestrator.lock_holders('0 s')") == [])
 
