@@ -149,15 +149,15 @@ class Gatherer:
         except Exception as error:
             self._fail(firsts, as_problem(error))
         else:
-            for result in results:
+            for (submission, _, _), result in zip(firsts, results, strict=True):
                 if result.result != "blocked":
-                    self._settle(result)
+                    self._settle(self._aside.pop(submission.id), result)
 
-    def _settle(self, result: Submitted) -> None:
-        for n, (_, done, _) in enumerate(self._aside.pop(result.id)):
+    def _settle(self, several: Sequence[_Waiting], result: Submitted) -> None:
+        for n, (_, done, _) in enumerate(several):
             if not done.done():
                 again = n > 0 and result.result == "accepted"
-                done.set_result(Submitted(result.id, "duplicate") if again else result)
+                done.set_result(result._replace(result="duplicate") if again else result)
 
     def _give_up(self) -> None:
         oldest = time.monotonic() - BLOCKED_S

@@ -13,6 +13,7 @@ from orchestrator.config import Settings
 from orchestrator.database.connection import HOLDERS, Connection, connect, translated
 
 NOTIFY_CHANNEL = "orchestrator_due"
+_PATIENCE = "100ms"  # claims and other finishes hold their locks for less
 
 
 class Claimed(msgspec.Struct, gc=False):
@@ -94,10 +95,8 @@ class Leases:
         """Connects; registers the process as a worker unless it has a number already."""
         async with (
             await connect(settings, "dispatch") as claiming,
-            await connect(settings, "dispatch") as finishing,
+            await connect(settings, "dispatch", lock_timeout=_PATIENCE) as finishing,
         ):
-            with translated():
-                await finishing.execute(_PATIENCE)
             if worker is None:
                 with translated():
                     row = await (
@@ -249,5 +248,3 @@ _RELEASE: LiteralString = "select orchestrator.release_events(%s::uuid[], %s::in
 _RELEASE_FREE: LiteralString = """
 select coalesce(released, 0), blocked::text[] from orchestrator.release_free_events(%s::uuid[], %s::integer[])
 """
-# Claims and other finishes hold their locks for less.
-_PATIENCE: LiteralString = "set lock_timeout = '100 ms'"

@@ -22,12 +22,16 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _POOL_TIMEOUT_S = 5.0
-_PATIENCE: LiteralString = "set lock_timeout = '3 s'"
+_PATIENCE = "3s"
 _HASTE: LiteralString = "set local lock_timeout = '20 ms'"
 _APART_S = 2.0  # for finding out which submissions of a batch are blocked
 
-_SUBMIT: LiteralString = "select n, result, field, reason from orchestrator.try_submit_staged()"
-_SUBMIT_HASTILY: LiteralString = "select n, result, field, reason from orchestrator.submit_staged()"
+_SUBMIT: LiteralString = (
+    "select n, id::text, result, field, reason, status from orchestrator.try_submit_staged_with_status()"
+)
+_SUBMIT_HASTILY: LiteralString = (
+    "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
+)
 COPY_SUBMISSIONS: LiteralString = (
     "copy pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload,"
     " headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at) from stdin"
@@ -38,13 +42,15 @@ COPY_SUBMISSIONS: LiteralString = (
 class Submitted(NamedTuple):
     """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason.
 
-    ``blocked``, by `submit_all` alone: another session has an uncommitted event of that id, and nothing was kept.
+    `id` is the one that the event is kept under, `status` the state that a duplicate is in. ``blocked``, by `submit_all`
+    alone: another session has an uncommitted event of that id, and nothing was kept.
     """
 
     id: str
     result: str
     field: str | None = None
     reason: str | None = None
+    status: str | None = None
 
 
 class Cancelled(NamedTuple):
@@ -104,7 +110,8 @@ class Database:
         self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._pool = AsyncConnectionPool(
             settings.database_url,
-            kwargs=connection_arguments(role),
+            connection_class=Connection,
+            kwargs=connection_arguments(settings.database_url, role, lock_timeout=_PATIENCE),
             min_size=settings.pool_min_idle,
             max_size=settings.pool_max_size,
             timeout=_POOL_TIMEOUT_S,
@@ -116,7 +123,6 @@ class Database:
 
     async def _configure(self, connection: Connection) -> None:
         keep_text(connection)
-        await connection.execute(_PATIENCE)
 
     async def __aenter__(self) -> Self:
         await self._pool.open()
@@ -181,21 +187,21 @@ class Database:
         self, connection: Connection, submissions: Sequence[Submission], *, hasty: bool = False
     ) -> list[Submitted]:
         text = b"".join([copy_row(submission, n) for n, submission in enumerate(submissions)])
-        if connection not in self._staged:
+        if connection not in self._staged and not connection.pooled:
             await connection.execute("select orchestrator.open_staging()")
             self._staged.add(connection)
         async with connection.transaction(), connection.cursor() as cursor:
+            if connection.pooled:
+                await cursor.execute("select orchestrator.open_staging()")
             if hasty:
                 await cursor.execute(_HASTE)
             async with cursor.copy(COPY_SUBMISSIONS) as copy:
                 await copy.write(text)
             await cursor.execute(_SUBMIT_HASTILY if hasty else _SUBMIT)
             rows = await cursor.fetchall()
-        exceptions = {n: (result, field, reason) for n, result, field, reason in rows}
-        if not exceptions:
-            return [Submitted(submission.id, "accepted") for submission in submissions]
+        exceptions = {row[0]: Submitted(*row[1:]) for row in rows}
         return [
-            Submitted(submission.id, *exceptions.get(n, ("accepted", None, None)))
+            exceptions.get(n) or Submitted(submission.id, "accepted", status="scheduled")
             for n, submission in enumerate(submissions)
         ]
 

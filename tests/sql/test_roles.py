@@ -14,10 +14,13 @@ from tests.support.sql_client import NOON, Client, event, results
 
 ROLES = ["orchestrator_submit", "orchestrator_dispatch", "orchestrator_ingest", "orchestrator_ops", "orchestrator_read"]
 SHARED = {
-    "now", "event_id", "random_event_id", "destination_name", "spread_shift", "partition_bounds", "standstills",
-    "lock_holders", "holder_text", "holders_text",
+    "now", "event_id", "random_event_id", "bucket", "bucket_of_key", "destination_name", "spread_shift",
+    "partition_bounds", "standstills", "lock_holders", "holder_text", "holders_text",
 }  # fmt: skip
-SUBMITTING = {"open_staging", "submit_staged", "try_submit_staged", "submit_events", "schedule_event"}
+SUBMITTING = {
+    "open_staging", "submit_staged", "submit_staged_with_status", "submit_events", "schedule_event",
+    "try_submit_staged", "try_submit_staged_with_status",
+}  # fmt: skip
 KEYS = {"find_api_key", "count_api_keys"}
 CHANGING = {"cancel_event", "cancel_events", "reschedule_event"}
 DISPATCHING = {
