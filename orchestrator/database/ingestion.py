@@ -63,13 +63,12 @@ class Reject(NamedTuple):
 class Kept(NamedTuple):
     """How many events of a batch were new, kept before, or refused by a rule that only the database knows.
 
-    `aside`: how many wait for another session's open transaction.
+    All others wait for another session's open transaction.
     """
 
     accepted: int
     duplicates: int
     refused: int
-    aside: int = 0
 
 
 Refused = tuple[int, str, str]
@@ -126,7 +125,7 @@ class Ingestion:
             if aside:
                 await self._set_aside(topic, [rows[n] for n in aside], [rejected(n, "id", "") for n in aside])
         self.has_aside |= bool(aside)
-        return Kept(len(rows) - duplicates - len(refused) - len(aside), duplicates, len(refused), len(aside))
+        return Kept(len(rows) - duplicates - len(refused) - len(aside), duplicates, len(refused))
 
     async def keep_aside(self) -> None:
         """Keeps what was set aside, as far as nobody is in its way any more."""

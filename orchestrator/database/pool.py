@@ -42,8 +42,8 @@ COPY_SUBMISSIONS: LiteralString = (
 class Submitted(NamedTuple):
     """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason.
 
-    `id` is the one that the event is kept under, `status` the state that a duplicate is in. ``blocked``, by `submit_all`
-    alone: another session has an uncommitted event of that id, and nothing was kept.
+    `id` is the one that the event is kept under, `status` the state that a duplicate is in. ``blocked``, by
+    `submit_all` alone: another session has an uncommitted event of that id, and nothing was kept.
     """
 
     id: str

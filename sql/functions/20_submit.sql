@@ -300,8 +300,11 @@ declare
   v_waiting_from timestamptz;
   v_numbers integer[]; v_answered uuid[]; v_results text[]; v_fields text[]; v_reasons text[];
 begin
-  perform orchestrator.open_days(array(
-    select distinct (s.scheduled_at at time zone 'UTC')::date from pg_temp.submission s where isfinite(s.scheduled_at)), p_now);
+  begin
+    perform orchestrator.open_days(array(
+      select distinct (s.scheduled_at at time zone 'UTC')::date from pg_temp.submission s where isfinite(s.scheduled_at)), p_now);
+  exception when lock_not_available then null;  -- a session that stays in the horizon: they wait there for maintenance
+  end;
   perform pg_advisory_xact_lock_shared(hashtext('orchestrator.horizon'));
   select * into v_control from orchestrator.control;
   v_days := orchestrator.partition_days();

@@ -326,3 +326,50 @@ def test_a_record_that_was_set_aside_is_kept_once_the_other_session_has_ended(co
     assert client.value("select orchestrator.run_maintenance()")["submissions_kept"] == 1
     assert client.status(str(answer.id)) == "scheduled"
     assert client.value("select count(*) from orchestrator.submission_aside") == 0
+
+
+def test_a_cancel_by_filter_leaves_out_what_another_session_has(connect: Connect) -> None:
+    client, holder = connect(), connect()
+    ids = client.schedule_many(5)
+    beyond = client.schedule(scheduled_at=NOON + seconds(86_400 * 60))
+    also_beyond = client.schedule(scheduled_at=NOON + seconds(86_400 * 60))
+    holder.rows("begin")
+    holder.cancel(ids[2])
+    holder.cancel(beyond)
+    [(matched, cancelled, in_flight)] = client.rows(
+        "select matched, cancelled, in_flight from orchestrator.cancel_events(p_source => 'tests')"
+    )
+    assert (matched, cancelled, in_flight) == (7, 5, 0)
+    assert client.status(also_beyond) == "cancelled"
+    holder.rows("rollback")
+    assert client.value("select cancelled from orchestrator.cancel_events(p_source => 'tests')") == 2
+
+
+@pytest.mark.parametrize("how", ["redriven from orchestrator.redrive", "purged from orchestrator.purge"])
+def test_a_sweep_of_dead_letters_leaves_out_what_another_session_has(connect: Connect, how: str) -> None:
+    client, holder = connect(), connect()
+    ids = client.schedule_many(3, max_retries=0)
+    client.finish(results(client.claim(), "fail", error="no"))
+    holder.rows("begin")
+    holder.rows("select * from orchestrator.redrive_event(%s)", ids[1])
+    client.rows("set statement_timeout = '2 s'")
+    query = f"select matched, {how}_dead_letters(p_source => 'tests')"
+    assert client.connection.execute(query.encode()).fetchall() == [(3, 2)]
+
+
+def test_a_day_that_cannot_be_opened_for_a_session_in_the_horizon_is_kept_there(connect: Connect) -> None:
+    client, holder = connect(), connect()
+    client.keep_three_days()
+    for table in ("event", "outcome"):
+        client.connection.execute(f"drop table orchestrator.{table}_p{NOON:%Y%m%d}".encode())
+    client.rows("select orchestrator.settle_horizon()")
+    holder.rows("begin")
+    holder.submit(event(scheduled_at=NOON + seconds(86_400 * 60)))
+    client.rows("set lock_timeout = '50 ms'")
+    event_id = client.schedule()
+    assert client.value("select count(*) from orchestrator.horizon where id = %s", event_id) == 1
+    holder.rows("rollback")
+    client.rows("reset lock_timeout")
+    for _ in range(3):
+        client.rows("select orchestrator.run_maintenance()")
+    assert [lease.event_id for lease in client.claim_on()] == [event_id]
