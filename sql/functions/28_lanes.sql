@@ -382,7 +382,7 @@ comment on function orchestrator.next_slot(timestamptz, timestamptz, interval, i
   'lane.next_slot_at, if claims can have booked as far as that; null, and so anew, when the clock was set back since';
 
 -- Locks in order of lane; what it then reads, it reads in a new snapshot. A lane that an open transaction has gives nothing: another claim
--- has it for milliseconds, which are waited for, but not again while claims of this session fail to get it.
+-- has it for milliseconds, which are waited for, but not any more once three claims of this session in turn have failed to get it.
 create or replace function orchestrator.lane_limits(
   p_queues integer[], p_limited integer[], p_now timestamptz, p_until timestamptz, p_max_parallel integer,
   out caps integer[], out untils timestamptz[], out lanes integer[], out allowed integer[], out kinds text[], out bounded integer[], out spread integer[], out again_at timestamptz)
@@ -391,9 +391,9 @@ declare
   v_patience constant text := current_setting('lock_timeout');
   v_locked integer[] := array(select l.lane from orchestrator.lane l where l.lane = any (p_limited) order by l.lane for update skip locked);
 begin
-  if not p_limited <@ v_locked and coalesce(current_setting('orchestrator.locked_out', true), '') in ('', '0') then
+  if not p_limited <@ v_locked and coalesce(current_setting('orchestrator.locked_out', true), '') in ('', '0', '1', '2') then
     begin
-      perform set_config('lock_timeout', '20ms', true);
+      perform set_config('lock_timeout', '50ms', true);
       perform from orchestrator.lane l where l.lane = any (p_limited) and l.lane <> all (v_locked) order by l.lane for update;
       v_locked := p_limited;
       perform set_config('lock_timeout', v_patience, true);

@@ -56,7 +56,7 @@ declare
   v_run bigint;
 begin
   if not pg_try_advisory_xact_lock(hashtext('orchestrator.run_maintenance')) then
-    return json_build_object('skipped', 'another run_maintenance is at work');
+    return json_build_object('skipped', concat_ws('; ', 'another run_maintenance is at work', orchestrator.holders_text('10 s')));
   end if;
   perform orchestrator.configure_retention(p_retention_days, p_days_ahead, null, null) where num_nonnulls(p_retention_days, p_days_ahead) > 0;
   foreach v_step in array array[

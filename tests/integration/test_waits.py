@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Iterator
 
@@ -171,3 +172,19 @@ async def test_doctor_names_who_has_left_a_transaction_open(call: Call, client: 
     found = call("doctor", "--json").output
     assert f"pid {holder.pid} (left open, user " in found
     assert f"select pg_terminate_backend({holder.pid})" in found
+
+
+async def test_a_command_for_an_event_that_is_held_is_answered_and_the_others_are_carried_out(
+    settings: MakeSettings, client: Client, holder: Client, topic: Topic
+) -> None:
+    held, other = client.schedule_many(2, scheduled_at=soon(3600))
+    holder.cancel(held)
+    commands = [json.dumps({"command": "cancel", "event_id": each}).encode() for each in (held, other)]
+    async with ingesting(settings(**topic.environ)):
+        places = await feed(Topic(topic.kafka, topic.commands, ""), commands, partition=0)
+        await read_to(client, topic.commands, places)
+    answers = client.column("select value from orchestrator.outbox where kind = 'answer' order by message")
+    done, refused = (json.loads(answer) for answer in answers)
+    assert done["results"] == [{"event_id": other, "result": "cancelled", "status": "cancelled"}]
+    assert refused["event_id"] == held
+    assert "another session holds the event" in refused["problem"]["reason"]

@@ -35,9 +35,10 @@ def prepared(client: Client) -> Case:
     horizon = client.schedule(scheduled_at=NOON + seconds(86_400 * 60))
     ids = client.schedule_many(3)
     limited = client.schedule(destination="https://slow.example/hook")
+    failing = client.schedule(destination="https://new.example/hook")
     keyed = client.schedule(destination="https://keyed.example/hook", ordering_key=KEY)
     leases = {lease.event_id: lease for lease in client.claim_on(100)}
-    free = [leases[each] for each in (*ids[1:], limited)]
+    free = [leases[each] for each in (*ids[1:], limited, failing)]
     client.rows("delete from orchestrator.outbox")
     return Case(leases[ids[0]], free, leases[keyed], dead, horizon)
 
@@ -122,7 +123,7 @@ def test_whatever_is_left_open_all_else_goes_on(case: tuple[Client, Case]) -> No
     # Results
     blocked = finish_as_a_dispatcher(client, [*given.free, given.keyed, given.held, *(claimed[each] for each in new)])
     assert blocked <= {given.held.event_id, given.keyed.event_id}
-    assert client.value("select count(*) from orchestrator.outcome where result = 'retried'") >= 6
+    assert client.value("select count(*) from orchestrator.outcome where result = 'retried'") >= 7
     # Cancelling others
     assert client.cancel(later)[0].result == "cancelled"
     # The brakes, all of them, and on a destination that is in the way
