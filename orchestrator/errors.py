@@ -33,6 +33,10 @@ class DatabaseUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mi
     """PostgreSQL cannot be reached just now; the same call may succeed later."""
 
 
+class Blocked(DatabaseUnavailable):
+    """Another session's open transaction holds what a call needs, which has waited for its time; nothing was done."""
+
+
 class UnusableDatabase(OrchestratorError):  # noqa: N818  # a state, not a mistake
     """The database is there, but this product can never work on it as it is made."""
 

@@ -67,6 +67,16 @@ class Metrics:
         self.events_released_total = self._counter(
             "events_released_total", "Events given back unattempted, as a stopping dispatcher does."
         )
+        self.results_set_aside = self._gauge(
+            "results_set_aside", "Results that wait for the end of another session's open transaction."
+        )
+        self.submissions_set_aside_total: Callable[[str], Counter] = cache(
+            self._counter(
+                "submissions_set_aside_total",
+                "Submissions that had to wait for the end of another session's open transaction.",
+                "channel",
+            ).labels
+        )
         self.event_slots_missed_total = self._counter(
             "event_slots_missed_total", "Slots under a rate that passed before their attempt could begin."
         )
@@ -140,6 +150,9 @@ class Metrics:
         )
         self.paused = self._gauge("paused", "1 while everything is paused, else 0; NaN while the database is away.")
         self.destinations_paused = self._gauge("destinations_paused", "Destinations that are paused by themselves.")
+        self.lock_holders = self._gauge(
+            "lock_holders", "Sessions that have held locks in a transaction for longer than 2 seconds; NaN: unknown."
+        )
         self.breakers_open = self._gauge("breakers_open", "Destinations whose breaker is open, or trying one event.")
         self.maintenance_age_seconds = self._gauge(
             "maintenance_age_seconds", "Time since maintenance last ran, wherever that was; NaN: unknown, or never."

@@ -40,6 +40,7 @@ class Health:
         self._destinations = Destinations(database)
         self._standstills_at = -STANDSTILLS_CACHE_S
         self._condition_at = -CONDITION_CACHE_S
+        self._holders_at = -CONDITION_CACHE_S
         self._lock = asyncio.Lock()
         self._checked_at = -CACHE_S
         self._reason: str | None = None
@@ -65,6 +66,7 @@ class Health:
         self._metrics.set_pool(self._database.pool_stats())
         await self._read_standstills()
         await self._read_condition()
+        await self._read_holders()
         text, content_type = self._metrics.exposition()
         return Response(text, headers={"content-type": content_type})
 
@@ -96,6 +98,19 @@ class Health:
             self._metrics.set_condition(None)
         else:
             self._metrics.set_condition(found)
+
+    async def _read_holders(self) -> None:
+        """Asks the database who holds others up, at most once in CONDITION_CACHE_S, and never for long."""
+        if time.monotonic() - self._holders_at < CONDITION_CACHE_S:
+            return
+        self._holders_at = time.monotonic()
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                count = await self._database.value("select count(*) from orchestrator.lock_holders()")
+        except (TimeoutError, OrchestratorError) as error:
+            _log.debug("metrics: who holds others up is unknown", extra={"error": str(error)})
+            count = math.nan
+        self._metrics.lock_holders.set(count)
 
     async def _database_fault(self) -> str | None:
         """Why the database cannot be used, or None. Asks it at most once in CACHE_S, however many ask."""

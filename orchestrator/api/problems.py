@@ -12,12 +12,13 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Scope, Send
 
-from orchestrator.errors import DatabaseUnavailable, KafkaUnavailable, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, KafkaUnavailable, ValidationError
 from orchestrator.events import JsonError, OutOfRangeError, SubmissionError
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:orchestrator:problem:"
 RETRY_AFTER_S = 1
+BLOCKED_RETRY_AFTER_S = 5
 
 KINDS: dict[str, tuple[int, str]] = {
     "malformed-json": (400, "The body is not JSON"),
@@ -89,6 +90,14 @@ def unavailable(detail: str) -> Problem:
     return Problem("unavailable", detail, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
+def blocked(kept: str = "Nothing was changed") -> Problem:
+    detail = (
+        f"Another session of the database holds what this needs in a transaction that is open. {kept}; "
+        "the same request, sent again, succeeds once that has ended."
+    )
+    return Problem("unavailable", detail, headers={"Retry-After": str(BLOCKED_RETRY_AFTER_S)})
+
+
 def as_problem(error: Exception) -> Problem:
     """The problem that tells a client of an error. What is not foreseen is logged and told without its details."""
     match error:
@@ -104,6 +113,9 @@ def as_problem(error: Exception) -> Problem:
             return Problem("validation", detail, errors=error.errors)
         case ValidationError():
             return Problem("validation", str(error), errors=[(error.field, error.reason)])
+        case Blocked():
+            _log.warning("answered 503: %s", error)
+            return blocked()
         case DatabaseUnavailable():
             _log.warning("answered 503: %s", error)
             return unavailable("The database cannot be reached. Try again shortly; nothing was lost by this.")

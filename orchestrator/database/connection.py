@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self
+from typing import Any, LiteralString, Self
 
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, Cursor, IsolationLevel, Transaction, errors
@@ -16,7 +16,10 @@ from psycopg.types.string import TextLoader
 
 from orchestrator.config import Settings
 from orchestrator.database.session import MARK, SESSION, Session
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError, UnusableDatabase, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError, UnusableDatabase, ValidationError
+
+HOLDERS: LiteralString = "select coalesce(orchestrator.holders_text(), 'it has ended by now')"
+"""Names the sessions whose open transactions may be in the way."""
 
 _AWAY = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)
 _NOT_MIGRATED = (
@@ -32,6 +35,8 @@ def translated() -> Iterator[None]:
     """Raises what psycopg raises as this product's errors."""
     try:
         yield
+    except errors.LockNotAvailable as error:
+        raise Blocked(f"another session's open transaction holds what is needed: {_first_line(error)}") from error
     except _AWAY as error:
         raise DatabaseUnavailable(f"the database is away: {_first_line(error)}") from error
     except _NOT_MIGRATED as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
@@ -11,14 +13,25 @@ from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from orchestrator.config import Settings
-from orchestrator.database.connection import Connection, connection_arguments, keep_text, named, translated
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError, ValidationError
+from orchestrator.database.connection import HOLDERS, Connection, connection_arguments, keep_text, named, translated
+from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError, ValidationError
 from orchestrator.events import Submission, copy_row
 
 T = TypeVar("T")
 
-_POOL_TIMEOUT_S = 5.0
+_log = logging.getLogger(__name__)
 
+_POOL_TIMEOUT_S = 5.0
+_PATIENCE = "3s"
+_HASTE: LiteralString = "set local lock_timeout = '20 ms'"
+_APART_S = 2.0  # for finding out which submissions of a batch are blocked
+
+_SUBMIT: LiteralString = (
+    "select n, id::text, result, field, reason, status from orchestrator.try_submit_staged_with_status()"
+)
+_SUBMIT_HASTILY: LiteralString = (
+    "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
+)
 COPY_SUBMISSIONS: LiteralString = (
     "copy pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload,"
     " headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at) from stdin"
@@ -29,7 +42,8 @@ COPY_SUBMISSIONS: LiteralString = (
 class Submitted(NamedTuple):
     """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason.
 
-    `id` is the one that the event is kept under, `status` the state that a duplicate is in.
+    `id` is the one that the event is kept under, `status` the state that a duplicate is in. ``blocked``, by
+    `submit_all` alone: another session has an uncommitted event of that id, and nothing was kept.
     """
 
     id: str
@@ -88,7 +102,8 @@ class Database:
     """A pool of connections, and what the API and the CLI ask of the database.
 
     Every method raises DatabaseUnavailable when the database is away, after one more try on fresh connections:
-    all of them may be repeated safely.
+    all of them may be repeated safely. They raise Blocked when another session's open transaction holds what they
+    need for longer than 3 seconds.
     """
 
     def __init__(self, settings: Settings, *, role: str) -> None:
@@ -96,7 +111,7 @@ class Database:
         self._pool = AsyncConnectionPool(
             settings.database_url,
             connection_class=Connection,
-            kwargs=connection_arguments(settings.database_url, role),
+            kwargs=connection_arguments(settings.database_url, role, lock_timeout=_PATIENCE),
             min_size=settings.pool_min_idle,
             max_size=settings.pool_max_size,
             timeout=_POOL_TIMEOUT_S,
@@ -121,6 +136,8 @@ class Database:
     async def _run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         try:
             return await self._run_once(work)
+        except Blocked as error:
+            raise Blocked(f"{error}; {await self.holders()}") from error.__cause__
         except DatabaseUnavailable as error:
             if isinstance(error.__cause__, PoolTimeout):
                 raise
@@ -131,6 +148,15 @@ class Database:
         with translated():
             async with self._pool.connection() as connection:
                 return await work(connection)
+
+    async def holders(self) -> str:
+        """The sessions whose open transactions may be in the way, for an operator."""
+
+        async def work(connection: Connection) -> str:
+            row = await (await connection.execute(HOLDERS)).fetchone()
+            return row[0] if row else ""
+
+        return await self._run_once(work)
 
     async def rows(self, query: LiteralString, *values: object) -> list[TupleRow]:
         """What a query of this package's modules answers."""
@@ -148,25 +174,32 @@ class Database:
     async def submit(self, submissions: Sequence[Submission]) -> list[Submitted]:
         """Keeps the submissions, in one transaction; one answer each, in order.
 
-        Raises ValidationError when the database refuses a value that no rule foresaw; nothing is kept then.
+        Raises ValidationError when the database refuses a value that no rule foresaw, and Blocked when one of them has
+        waited for another session for 250 ms; nothing is kept then.
         """
+        return await self._run(lambda connection: self._submit(connection, submissions))
+
+    async def submit_hastily(self, submissions: Sequence[Submission]) -> list[Submitted]:
+        """As `submit`, but waits for no other session for longer than 20 ms."""
+        return await self._run_once(lambda connection: self._submit(connection, submissions, hasty=True))
+
+    async def _submit(
+        self, connection: Connection, submissions: Sequence[Submission], *, hasty: bool = False
+    ) -> list[Submitted]:
         text = b"".join([copy_row(submission, n) for n, submission in enumerate(submissions)])
-
-        async def work(connection: Connection) -> list[TupleRow]:
-            if connection not in self._staged and not connection.pooled:
-                await connection.execute("select orchestrator.open_staging()")
-                self._staged.add(connection)
-            async with connection.transaction(), connection.cursor() as cursor:
-                if connection.pooled:
-                    await cursor.execute("select orchestrator.open_staging()")
-                async with cursor.copy(COPY_SUBMISSIONS) as copy:
-                    await copy.write(text)
-                await cursor.execute(
-                    "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
-                )
-                return await cursor.fetchall()
-
-        exceptions = {row[0]: Submitted(*row[1:]) for row in await self._run(work)}
+        if connection not in self._staged and not connection.pooled:
+            await connection.execute("select orchestrator.open_staging()")
+            self._staged.add(connection)
+        async with connection.transaction(), connection.cursor() as cursor:
+            if connection.pooled:
+                await cursor.execute("select orchestrator.open_staging()")
+            if hasty:
+                await cursor.execute(_HASTE)
+            async with cursor.copy(COPY_SUBMISSIONS) as copy:
+                await copy.write(text)
+            await cursor.execute(_SUBMIT_HASTILY if hasty else _SUBMIT)
+            rows = await cursor.fetchall()
+        exceptions = {row[0]: Submitted(*row[1:]) for row in rows}
         return [
             exceptions.get(n) or Submitted(submission.id, "accepted", status="scheduled")
             for n, submission in enumerate(submissions)
@@ -300,13 +333,45 @@ class Database:
 async def submit_all(database: Database, submissions: Sequence[Submission]) -> list[Submitted]:
     """Submits in one transaction; a value that only the database refuses is found by bisecting, and refused alone.
 
-    Raises DatabaseUnavailable. Halves that were already kept stay kept: submitting them again changes nothing.
+    What waits for another session's open transaction is set aside, as blocked, and all others are kept. Raises
+    DatabaseUnavailable. Halves that were already kept stay kept: submitting them again changes nothing.
     """
     try:
         return await database.submit(submissions)
+    except Blocked as error:
+        _log.warning("submissions are set aside", extra={"error": str(error)})
+        return await submit_free(database, submissions)
     except ValidationError as error:
         if len(submissions) == 1:
             return [Submitted(submissions[0].id, "refused", error.field, error.reason)]
         middle = len(submissions) // 2
         first = await submit_all(database, submissions[:middle])
         return first + await submit_all(database, submissions[middle:])
+
+
+async def submit_free(
+    database: Database, submissions: Sequence[Submission], deadline_s: float | None = None
+) -> list[Submitted]:
+    """As `submit_all`, but waits for no other session: by bisecting it finds what is blocked, in about two seconds.
+
+    What was not looked at by then (`deadline_s`, monotonic) is blocked, too.
+    """
+    if deadline_s is None:
+        deadline_s = time.monotonic() + _APART_S
+    elif time.monotonic() > deadline_s:
+        return [_blocked(submission) for submission in submissions]
+    try:
+        return await database.submit_hastily(submissions)
+    except Blocked:
+        if len(submissions) == 1:
+            return [_blocked(submissions[0])]
+    except ValidationError as error:
+        if len(submissions) == 1:
+            return [Submitted(submissions[0].id, "refused", error.field, error.reason)]
+    middle = len(submissions) // 2
+    first = await submit_free(database, submissions[:middle], deadline_s)
+    return first + await submit_free(database, submissions[middle:], deadline_s)
+
+
+def _blocked(submission: Submission) -> Submitted:
+    return Submitted(submission.id, "blocked", "id", "another session holds it in a transaction that is open")
