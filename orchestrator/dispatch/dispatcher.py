@@ -51,7 +51,7 @@ class Dispatcher:
         self._metrics = metrics
         self._clock = DatabaseClock()
         self._finisher = Finisher(metrics, self._expect, self._note_freed)
-        common = settings, metrics, self._clock.now, self._finisher, self._note_taken, self._note_room
+        common = settings, metrics, self._clock, self._finisher, self._note_taken, self._note_room
         self._http = HttpDeliveries(*common, sender)
         self._kafka = KafkaDeliveries(*common)
         self._name = f"{settings.deployment} {socket.gethostname()}:{os.getpid()}"
