@@ -17,13 +17,22 @@ def backoff_s(failures: int) -> float:
     return min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)
 
 
+def retrieve(*futures: asyncio.Future[Any]) -> None:
+    """Takes note of how these ended; the event loop reports what fails with nobody to ask as an error of ours."""
+    for future in futures:
+        if future.done() and not future.cancelled():
+            future.exception()
+
+
 async def end(*tasks: asyncio.Task[Any]) -> None:
     """Cancels tasks and waits for their end, twice: psycopg asks the server to end a running query first, and waits
-    seconds for one that does not answer; cancelled again, it closes the connection."""
+    seconds for one that does not answer; cancelled again, it closes the connection. How they end is of no interest."""
     for _ in range(2):
         for task in tasks:
             task.cancel()
         _, running = await asyncio.wait(tasks, timeout=_ASKED_S)
         if not running:
-            return
-    await asyncio.wait(tasks, timeout=_ENDING_S)
+            break
+    else:
+        await asyncio.wait(tasks, timeout=_ENDING_S)
+    retrieve(*tasks)

@@ -231,6 +231,9 @@ class Dispatcher:
             except (OrchestratorError, TimeoutError) as error:
                 _log.warning("floors cannot be raised, and claims may become slower", extra={"error": str(error)})
                 await asyncio.sleep(_FLOORS_AGAIN_S)
+            except Exception:
+                _log.exception("floors cannot be raised, in a way not foreseen; claims may become slower")
+                await asyncio.sleep(_FLOORS_AGAIN_S)
 
     async def _lanes_to_skip(self, leases: Leases) -> set[int]:
         """Lanes whose events would only fill the memory; stalled destinations get one of their own for this."""
