@@ -33,5 +33,9 @@ class DatabaseUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mi
     """PostgreSQL cannot be reached just now; the same call may succeed later."""
 
 
+class InDoubt(DatabaseUnavailable):  # a state, not a mistake
+    """PostgreSQL went away while something was being done: it may have been done all the same."""
+
+
 class KafkaUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
     """No broker can be reached just now; the same call may succeed later."""

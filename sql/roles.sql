@@ -19,7 +19,7 @@ revoke all on all tables in schema orchestrator from public;
 revoke all on all functions in schema orchestrator from public;
 grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz), orchestrator.random_event_id(timestamptz), orchestrator.destination_name(text, text), orchestrator.spread_shift(uuid, interval),
-  orchestrator.partition_bounds(), orchestrator.standstills()
+  orchestrator.partition_bounds(), orchestrator.standstills(), orchestrator.prove_writing()
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
 grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_events(jsonb),
@@ -28,6 +28,7 @@ grant execute on function orchestrator.open_staging(), orchestrator.submit_stage
 grant execute on function orchestrator.cancel_event(uuid, text), orchestrator.reschedule_event(uuid, timestamptz, text, timestamptz),
   orchestrator.cancel_events(text, text, timestamptz, timestamptz, boolean, integer, uuid), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()
   to orchestrator_submit, orchestrator_ops;
+grant execute on function orchestrator.keep_answer(uuid, json), orchestrator.kept_answer(uuid) to orchestrator_submit, orchestrator_ops;
 grant execute on function orchestrator.register_worker(text), orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer),
   orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
   orchestrator.release_events(uuid[], integer[]), orchestrator.own_lane(text, boolean), orchestrator.next_due_at(), orchestrator.backlog(),

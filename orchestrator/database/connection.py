@@ -10,6 +10,7 @@ import psycopg
 from psycopg import AsyncConnection, errors
 from psycopg.rows import TupleRow
 from psycopg.types.string import TextLoader
+from psycopg_pool import PoolTimeout
 
 from orchestrator.config import Settings
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, ValidationError
@@ -18,6 +19,7 @@ Connection = AsyncConnection[TupleRow]
 
 _CONNECT_TIMEOUT_S = 5
 _AWAY = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)
+_ENDED = {"57P01", "57P02", "57P03", "57P05", "08000", "08003", "08006"}
 _NOT_MIGRATED = (
     errors.UndefinedFunction,
     errors.UndefinedTable,
@@ -48,6 +50,23 @@ def translated() -> Iterator[None]:
         raise OrchestratorError(f"{_first_line(error)}; grant the user one of the roles in sql/roles.sql") from error
     except (psycopg.DataError, psycopg.IntegrityError) as error:
         raise ValidationError(error.diag.column_name or "value", _first_line(error)) from error
+
+
+def is_lost(error: DatabaseUnavailable) -> bool:
+    """Whether the connection ended, so that what was sent over it may have been done: nothing answered."""
+    cause = error.__cause__
+    if not isinstance(cause, psycopg.Error) or isinstance(cause, PoolTimeout):
+        return False
+    # Connections that the server ends say so; what libpq finds by itself has no code.
+    return cause.sqlstate is None or cause.sqlstate in _ENDED
+
+
+def is_worth_another_try(error: DatabaseUnavailable) -> bool:
+    """Whether the same may succeed at once: on another connection, or in another transaction."""
+    cause = error.__cause__
+    return is_lost(error) or isinstance(
+        cause, (errors.ReadOnlySqlTransaction, errors.DeadlockDetected, errors.SerializationFailure)
+    )
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from tests.support.sql_client import NOON, Client, event, results
 
 ROLES = ["orchestrator_submit", "orchestrator_dispatch", "orchestrator_ingest", "orchestrator_ops", "orchestrator_read"]
 SHARED = {"now", "event_id", "random_event_id", "destination_name", "spread_shift", "partition_bounds", "standstills"}
+SHARED |= {"prove_writing"}
 SUBMITTING = {"open_staging", "submit_staged", "submit_events", "schedule_event"}
 KEYS = {"find_api_key", "count_api_keys"}
-CHANGING = {"cancel_event", "cancel_events", "reschedule_event"}
+CHANGING = {"cancel_event", "cancel_events", "reschedule_event", "keep_answer", "kept_answer"}
 DISPATCHING = {
     "register_worker", "claim_due_events", "finish_events", "release_events", "next_due_at", "backlog",
     "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published", "outbox_failed", "outbox_pending",

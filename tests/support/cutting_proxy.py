@@ -1,4 +1,4 @@
-"""A TCP proxy before a database that cuts a connection at the worst moment: after the commit, before its reply."""
+"""A TCP proxy before a database that cuts connections at bad moments, the worst: after the commit, before its reply."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ _READY_FOR_QUERY = b"Z\x00\x00\x00\x05I"  # what a server sends last, when the t
 
 
 class CuttingProxy:
-    """Forwards connections to a database. `cut_after` arms it for the next statement with some text in it."""
+    """Forwards connections to a database. `cut_after` and others arm it for the next statement with some text in it."""
 
     def __init__(self, database_url: str) -> None:
         self._target = urlsplit(database_url)
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._armed: bytes | None = None
+        self._way = ""
+        self._refusing = False
         self.cuts = 0
 
     @property
@@ -31,7 +33,19 @@ class CuttingProxy:
 
     def cut_after(self, text: str) -> None:
         """The next statement that contains the text is forwarded; its reply is not, and the connection ends."""
-        self._armed = text.encode()
+        self._armed, self._way = text.encode(), "after"
+
+    def cut_during(self, text: str) -> None:
+        """The next statement that contains the text is forwarded, and the connection ends while it is carried out."""
+        self._armed, self._way = text.encode(), "during"
+
+    def cut_before(self, text: str) -> None:
+        """The next statement that contains the text is not forwarded, and the connection ends."""
+        self._armed, self._way = text.encode(), "before"
+
+    def refuse(self) -> None:
+        """No connection is accepted any more; those there are go on."""
+        self._refusing = True
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -53,7 +67,8 @@ class CuttingProxy:
         self._connections.add(task)
         try:
             with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-                await self._forward(reader, writer)
+                if not self._refusing:
+                    await self._forward(reader, writer)
         finally:
             self._connections.discard(task)
             writer.close()
@@ -66,9 +81,15 @@ class CuttingProxy:
             while data := await reader.read(65536):
                 if self._armed is not None and self._armed in data:
                     self._armed = None
+                    if self._way == "before":
+                        self.cuts += 1
+                        return
                     swallowing.set()
                 server_writer.write(data)
                 await server_writer.drain()
+                if swallowing.is_set() and self._way == "during":
+                    self.cuts += 1
+                    return
 
         async def downstream() -> None:
             swallowed = b""
