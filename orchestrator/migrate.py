@@ -88,6 +88,10 @@ def migrate(database_url: str, *, days_ahead: int | None = None, retention: Rete
             raise OrchestratorError(
                 f"the server is PostgreSQL {connection.info.server_version // 10000}: expected 18 or newer; upgrade it"
             )
+        if connection.execute("show transaction_read_only").fetchone() != ("off",):
+            raise DatabaseUnavailable(
+                "the database takes no writes: it is a standby, or default_transaction_read_only is on"
+            )
         give_up = time.monotonic() + _PATIENCE_S
         busy: list[str] = []
         while True:

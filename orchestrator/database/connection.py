@@ -18,7 +18,7 @@ from orchestrator.errors import DatabaseUnavailable, OrchestratorError, Validati
 Connection = AsyncConnection[TupleRow]
 
 _CONNECT_TIMEOUT_S = 5
-_AWAY = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)
+_AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
 _ENDED = {"57P01", "57P02", "57P03", "57P05", "08000", "08003", "08006"}
 _NOT_MIGRATED = (
     errors.UndefinedFunction,
@@ -40,6 +40,8 @@ def translated() -> Iterator[None]:
     """Raises what psycopg raises as this product's errors."""
     try:
         yield
+    except errors.ReadOnlySqlTransaction as error:
+        raise DatabaseUnavailable(f"the database takes no writes: {_first_line(error)}") from error
     except _AWAY as error:
         raise DatabaseUnavailable(f"the database is away: {_first_line(error)}") from error
     except _NOT_MIGRATED as error:

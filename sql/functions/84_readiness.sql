@@ -5,7 +5,7 @@ create or replace function orchestrator.prove_writing() returns void
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 begin
   if current_setting('transaction_read_only')::boolean then
-    raise exception 'it takes no writes: %', case when pg_is_in_recovery() then 'it is a standby' else 'default_transaction_read_only is on' end
+    raise exception '%', case when pg_is_in_recovery() then 'it is a standby' else 'default_transaction_read_only is on' end
       using errcode = 'read_only_sql_transaction';
   end if;
   perform pg_logical_emit_message(true, 'orchestrator', '');
