@@ -13,6 +13,7 @@ from psycopg import sql
 from psycopg.rows import TupleRow
 
 from orchestrator.config import Settings, given
+from orchestrator.database.blocking import cut
 from orchestrator.database.connection import Connection, connect, connection_arguments, translated
 from orchestrator.database.pool import Database
 
@@ -227,4 +228,7 @@ class Retired:
 
     def cancel(self) -> None:
         """Ends the query that runs; from another thread."""
-        self._connection.cancel_safe(timeout=2.0)
+        try:
+            self._connection.cancel_safe(timeout=2.0)
+        except psycopg.Error:  # the server does not answer
+            cut(self._connection)

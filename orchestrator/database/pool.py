@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
@@ -28,12 +27,13 @@ from orchestrator.database.connection import (
 )
 from orchestrator.errors import DatabaseUnavailable, InDoubt, OrchestratorError, ValidationError
 from orchestrator.events import Submission, copy_row
-from orchestrator.tasks import end
+from orchestrator.tasks import within
 
 T = TypeVar("T")
 
 _POOL_TIMEOUT_S = 5.0
 _CHECK_S = 1.0
+_CLOSE_S = 1.0  # for connections that are being opened
 _NEW_S = 1.0
 
 _ONCE = """
@@ -135,7 +135,7 @@ class Database:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._pool.close()
+        await self._pool.close(timeout=_CLOSE_S)
 
     async def _run(
         self,
@@ -391,10 +391,7 @@ class _Pool(AsyncConnectionPool[Connection]):
     @staticmethod
     async def check_connection(conn: Connection) -> None:
         """Raises when the connection does not answer within moments, or cannot write."""
-        asking = asyncio.create_task(_can_write(conn))
-        await asyncio.wait((asking,), timeout=_CHECK_S)
-        await end(asking)
-        if asking.cancelled() or (not asking.result() and _is_old(conn)):
+        if not await within(_CHECK_S, _can_write(conn)) and _is_old(conn):
             await conn.close()
             raise psycopg.OperationalError("this session cannot write")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,7 @@ from orchestrator.database.rejects import Rejects
 from orchestrator.database.sweeps import Sweeps
 from orchestrator.errors import DatabaseUnavailable, InDoubt
 from orchestrator.events import Submission, parse_submission
+from orchestrator.migrate import migrate
 from tests.conftest import MakeSettings
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.ingesting import submission
@@ -272,6 +274,14 @@ async def test_a_change_that_nobody_can_say_anything_about_is_said_to_be_in_doub
                 await database.cancel(event_id)
             assert not isinstance(away.value, InDoubt)
     assert client.column("select result from orchestrator.outcome") == ["cancelled"]
+
+
+async def test_a_migration_whose_reply_is_lost_says_that_it_may_have_been_done(empty_database_url: str) -> None:
+    async with CuttingProxy(empty_database_url) as proxy:
+        proxy.cut_after("COMMIT")
+        with pytest.raises(InDoubt, match="run it again, which changes nothing when all is up to date"):
+            await asyncio.to_thread(migrate, proxy.url)
+        assert (await asyncio.to_thread(migrate, proxy.url)).applied == []
 
 
 async def test_answers_are_forgotten_after_ten_minutes(client: Client) -> None:

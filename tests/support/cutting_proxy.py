@@ -21,7 +21,9 @@ class CuttingProxy:
         self._armed: bytes | None = None
         self._way = ""
         self._refusing = False
+        self._hanging = False
         self.cuts = 0
+        self._sent = b""
 
     @property
     def url(self) -> str:
@@ -42,6 +44,28 @@ class CuttingProxy:
     def cut_before(self, text: str) -> None:
         """The next statement that contains the text is not forwarded, and the connection ends."""
         self._armed, self._way = text.encode(), "before"
+
+    def cut_at(self, text: str) -> None:
+        """As `cut_before`, and no connection is accepted from then on until `mend`."""
+        self._armed, self._way = text.encode(), "refuse"
+
+    def hang_at(self, text: str) -> None:
+        """From the next statement that contains the text on nothing is forwarded, nor by new connections: they are
+        accepted, and never hear anything. Those that begin after `mend` do.
+        """
+        self._armed, self._way = text.encode(), "hang"
+
+    def hang(self) -> None:
+        """As `hang_at`, at once."""
+        self._hanging = True
+        self.cuts += 1
+
+    def mend(self) -> None:
+        self._refusing = self._hanging = False
+
+    def forwarded(self, text: str) -> int:
+        """How often statements with this text were forwarded."""
+        return self._sent.count(text.encode())
 
     def refuse(self) -> None:
         """No connection is accepted any more; those there are go on."""
@@ -67,6 +91,8 @@ class CuttingProxy:
         self._connections.add(task)
         try:
             with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+                if self._hanging:
+                    await asyncio.Event().wait()
                 if not self._refusing:
                     await self._forward(reader, writer)
         finally:
@@ -81,10 +107,17 @@ class CuttingProxy:
             while data := await reader.read(65536):
                 if self._armed is not None and self._armed in data:
                     self._armed = None
-                    if self._way == "before":
+                    if self._way in ("before", "refuse"):
+                        self._refusing = self._way == "refuse"
                         self.cuts += 1
                         return
-                    swallowing.set()
+                    if self._way == "hang":
+                        self.hang()
+                    else:
+                        swallowing.set()
+                if self._hanging:
+                    await asyncio.Event().wait()
+                self._sent += data
                 server_writer.write(data)
                 await server_writer.drain()
                 if swallowing.is_set() and self._way == "during":
@@ -94,6 +127,8 @@ class CuttingProxy:
         async def downstream() -> None:
             swallowed = b""
             while data := await server_reader.read(65536):
+                if self._hanging:
+                    await asyncio.Event().wait()
                 if swallowing.is_set():
                     swallowed += data
                     if swallowed.endswith(_READY_FOR_QUERY):
