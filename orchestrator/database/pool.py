@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
@@ -32,9 +33,11 @@ from orchestrator.tasks import within
 T = TypeVar("T")
 
 _POOL_TIMEOUT_S = 5.0
+_ANSWER_S = 120.0  # longer than anything that is asked takes
 _CHECK_S = 1.0
 _CLOSE_S = 1.0  # for connections that are being opened
 _NEW_S = 1.0
+_LOOK = "whether it was done is not known, so look before you repeat it"
 
 _ONCE = """
 with answer as materialized ({}), kept as materialized (
@@ -113,6 +116,7 @@ class Database:
 
     def __init__(self, settings: Settings, *, role: str) -> None:
         self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._doubtful = False
         self._pool = _Pool(
             settings.database_url,
             kwargs=connection_arguments(role),
@@ -149,7 +153,15 @@ class Database:
         This is the one place where anything is tried again. What `changes` something must bear it.
         """
         try:
+            if self._doubtful:
+                self._doubtful = False
+                await self._pool.check()
             return await self._run_once(work)
+        except TimeoutError:
+            error = f"the database has not answered within {_ANSWER_S:g} s"
+            if changes:
+                raise InDoubt(f"{error}; {_LOOK}") from None
+            raise DatabaseUnavailable(error) from None
         except DatabaseUnavailable as error:
             if not is_worth_another_try(error):
                 raise
@@ -159,17 +171,21 @@ class Database:
                 return await self._run_once(again or work)
             except DatabaseUnavailable as later:
                 if in_doubt or (changes and is_lost(later)):
-                    raise InDoubt(f"{later}; whether it was done is not known, so look before you repeat it") from later
+                    raise InDoubt(f"{later}; {_LOOK}") from later
                 raise
 
     async def _run_once(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         with translated():
             async with self._pool.connection() as connection:
                 try:
-                    return await work(connection)
+                    async with asyncio.timeout(_ANSWER_S):
+                        return await work(connection)
                 except errors.ReadOnlySqlTransaction:
                     if _is_old(connection):
                         await connection.close()
+                    raise
+                except (asyncio.CancelledError, TimeoutError):
+                    self._doubtful = True  # if this one does not answer, the others may not either
                     raise
 
     async def once(self, query: LiteralString, *values: object) -> list[Any]:

@@ -17,6 +17,7 @@ from orchestrator.database import Database
 from orchestrator.errors import OrchestratorError
 from orchestrator.runtime import Role, _Process
 from orchestrator.starting import until_done
+from orchestrator.tasks import within
 from tests.conftest import MakeSettings, Spawn
 from tests.integration.api_support import free_port, status, until
 from tests.support.cutting_proxy import CuttingProxy
@@ -126,6 +127,19 @@ async def test_an_attempt_that_hears_nothing_is_given_up_and_the_next_one_succee
         [warning] = [r for r in caplog.records if r.message == "waiting for the database"][:1]
         assert (warning.__dict__["step"], warning.__dict__["error"]) == ("readiness", "no answer within 0.3 s")
         assert await asyncio.wait_for(waiting, 10)
+
+
+async def test_connections_that_fell_silent_are_given_up_together(settings: MakeSettings, database_url: str) -> None:
+    async with CuttingProxy(database_url) as proxy:
+        few = replace(settings(DATABASE_URL=proxy.url), pool_min_idle=3, pool_max_size=3)
+        async with Database(few, role="test") as database:
+            await asyncio.gather(*[database.value("select pg_sleep(0.1)") for _ in range(3)])
+            proxy.hang()
+            with pytest.raises(TimeoutError):
+                await within(0.2, database.ready())
+            proxy.mend()
+            await asyncio.wait_for(database.ready(), 8.0)
+            assert database.pool_stats()["connections_lost"] == 2
 
 
 async def test_a_process_that_never_hears_anything_is_not_deaf_to_sigterm(spawn: Spawn, database_url: str) -> None:

@@ -22,6 +22,8 @@ class CuttingProxy:
         self._way = ""
         self._refusing = False
         self._hanging = False
+        self._accepted = 0
+        self._silent = 0
         self.cuts = 0
         self._sent = b""
 
@@ -58,6 +60,7 @@ class CuttingProxy:
     def hang(self) -> None:
         """As `hang_at`, at once."""
         self._hanging = True
+        self._silent = self._accepted  # for ever, whatever is mended
         self.cuts += 1
 
     def mend(self) -> None:
@@ -102,6 +105,8 @@ class CuttingProxy:
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection(self._target.hostname, self._target.port)
         swallowing = asyncio.Event()
+        self._accepted += 1
+        number = self._accepted
 
         async def upstream() -> None:
             while data := await reader.read(65536):
@@ -115,7 +120,7 @@ class CuttingProxy:
                         self.hang()
                     else:
                         swallowing.set()
-                if self._hanging:
+                if number <= self._silent:
                     await asyncio.Event().wait()
                 self._sent += data
                 server_writer.write(data)
@@ -127,7 +132,7 @@ class CuttingProxy:
         async def downstream() -> None:
             swallowed = b""
             while data := await server_reader.read(65536):
-                if self._hanging:
+                if number <= self._silent:
                     await asyncio.Event().wait()
                 if swallowing.is_set():
                     swallowed += data
