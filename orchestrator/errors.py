@@ -37,5 +37,9 @@ class InDoubt(DatabaseUnavailable):  # a state, not a mistake
     """PostgreSQL went away while something was being done: it may have been done all the same."""
 
 
+class UnusableDatabase(OrchestratorError):  # noqa: N818  # a state, not a mistake
+    """The database is there, but this product can never work on it as it is made."""
+
+
 class KafkaUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
     """No broker can be reached just now; the same call may succeed later."""

@@ -25,7 +25,7 @@ from orchestrator.api.server import serve_management
 from orchestrator.config import Settings
 from orchestrator.database import Database, translated
 from orchestrator.database.blocking import OnConnected, blocking
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
 from orchestrator.maintenance import maintain, prepare
 from orchestrator.metrics import Metrics
 from orchestrator.starting import until_done
@@ -193,7 +193,7 @@ def _require_schema(url: str, on_connected: OnConnected) -> None:
                 pending = migrate.check(url, on_connected)
             except psycopg.errors.InsufficientPrivilege:
                 return  # a login that may not read the record of migrations finds out when it calls
-    except DatabaseUnavailable:
+    except (DatabaseUnavailable, UnusableDatabase):
         raise
     except OrchestratorError as error:
         _log.warning("%s", error)

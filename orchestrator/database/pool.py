@@ -53,12 +53,16 @@ COPY_SUBMISSIONS: LiteralString = (
 
 
 class Submitted(NamedTuple):
-    """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason."""
+    """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason.
+
+    `id` is the one that the event is kept under, `status` the state that a duplicate is in.
+    """
 
     id: str
     result: str
     field: str | None = None
     reason: str | None = None
+    status: str | None = None
 
 
 class Cancelled(NamedTuple):
@@ -119,7 +123,8 @@ class Database:
         self._doubtful = False
         self._pool = _Pool(
             settings.database_url,
-            kwargs=connection_arguments(role),
+            connection_class=Connection,
+            kwargs=connection_arguments(settings.database_url, role),
             min_size=settings.pool_min_idle,
             max_size=settings.pool_max_size,
             timeout=_POOL_TIMEOUT_S,
@@ -248,22 +253,24 @@ class Database:
         async def work(connection: Connection) -> list[TupleRow]:
             nonlocal answered
             before = answered
-            if connection not in self._staged:
+            if connection not in self._staged and not connection.pooled:
                 await connection.execute("select orchestrator.open_staging()")
                 self._staged.add(connection)
             async with connection.transaction(), connection.cursor() as cursor:
+                if connection.pooled:
+                    await cursor.execute("select orchestrator.open_staging()")
                 async with cursor.copy(COPY_SUBMISSIONS) as copy:
                     await copy.write(text)
-                await cursor.execute("select n, result, field, reason from orchestrator.submit_staged()")
+                await cursor.execute(
+                    "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
+                )
                 answered = await cursor.fetchall()
             # The reply to a commit may have been lost: then all that was new to that run is a duplicate to this one.
             return answered if before is None or _are_new(before, answered, len(submissions)) else before
 
-        exceptions = {n: (result, field, reason) for n, result, field, reason in await self._run(work, changes=True)}
-        if not exceptions:
-            return [Submitted(submission.id, "accepted") for submission in submissions]
+        exceptions = {row[0]: Submitted(*row[1:]) for row in await self._run(work, changes=True)}
         return [
-            Submitted(submission.id, *exceptions.get(n, ("accepted", None, None)))
+            exceptions.get(n) or Submitted(submission.id, "accepted", status="scheduled")
             for n, submission in enumerate(submissions)
         ]
 
@@ -399,7 +406,7 @@ class Database:
 def _are_new(before: Sequence[TupleRow], now: Sequence[TupleRow], count: int) -> bool:
     """Whether something that was new to the run before is so to this one: then that one was undone."""
     exceptions = {row[0] for row in before}
-    duplicates = {row[0] for row in now if row[1] == "duplicate"}
+    duplicates = {row[0] for row in now if row[2] == "duplicate"}
     return any(n not in duplicates for n in range(count) if n not in exceptions)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 from uuid import UUID
 
+import msgspec
+
 from orchestrator.database.connection import Connection
 from orchestrator.database.pool import COPY_SUBMISSIONS, Database, Submitted
 from orchestrator.errors import OrchestratorError, ValidationError
@@ -47,23 +49,26 @@ class Rejects:
         Raises ValidationError when the database refuses it.
         """
 
-        async def work(connection: Connection, request: UUID) -> list[tuple[str]]:
+        async def work(connection: Connection, request: UUID) -> list[Submitted]:
             async with connection.transaction(), connection.cursor() as cursor:
                 await cursor.execute("select orchestrator.open_staging()")
                 async with cursor.copy(COPY_SUBMISSIONS) as copy:
                     await copy.write(copy_row(submission, 0))
-                await cursor.execute("select result, field, reason from orchestrator.submit_staged()")
-                result, field, reason = await cursor.fetchone() or ("accepted", None, None)
-                if result == "refused":
-                    raise ValidationError(field or "value", reason or "refused")
-                await cursor.execute("select orchestrator.resubmitted_reject(%s, %s::uuid)", (number, submission.id))
+                await cursor.execute(
+                    "select id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
+                )
+                row = await cursor.fetchone()
+                kept = Submitted(*row) if row else Submitted(submission.id, "accepted", status="scheduled")
+                if kept.result == "refused":
+                    raise ValidationError(kept.field or "value", kept.reason or "refused")
+                await cursor.execute("select orchestrator.resubmitted_reject(%s, %s::uuid)", (number, kept.id))
                 if await cursor.fetchone() != (True,):
                     raise OrchestratorError(f"there is no reject {number} any more")
                 await cursor.execute(
-                    "select orchestrator.keep_answer(%s, json_build_array(json_build_object('result', %s::text)))",
-                    (request, result),
+                    "select orchestrator.keep_answer(%s, json_build_array(%s::json))",
+                    (request, msgspec.json.encode(kept._asdict()).decode()),
                 )
-            return [(result,)]
+            return [kept]
 
-        [(result,)] = await self._database.done_once(work)
-        return Submitted(submission.id, result)
+        [kept] = await self._database.done_once(work)
+        return Submitted(*kept)
