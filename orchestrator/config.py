@@ -100,7 +100,7 @@ class Settings(KafkaSettings):
         kind=_DATABASE_URL,
         otherwise="made from the DB_ settings",
         secret=True,
-        about="Address of the database.",
+        about="Address of the database; of several hosts, the one that takes writes.",
     )
     pool_max_size: int = defined(
         "DB_POOL_MAX_SIZE",
@@ -290,7 +290,7 @@ class Settings(KafkaSettings):
             raise SettingsError(problems)
         url: database_urls.DatabaseUrl | None = values["database_url"]
         address = url or database_urls.from_parts(parts["host"], parts["port"], parts["name"])
-        values["database_url"] = str(address.with_login(parts["user"], parts["password"]))
+        values["database_url"] = str(address.with_login(parts["user"], parts["password"]).for_writing())
         if values["allow_anonymous"] is None:
             values["allow_anonymous"] = not values["environment"].lower().startswith("prod")
         dropped = () if url is None else url.dropped

@@ -37,6 +37,10 @@ class Blocked(DatabaseUnavailable):
     """Another session's open transaction holds what a call needs, which has waited for its time; nothing was done."""
 
 
+class InDoubt(DatabaseUnavailable):  # a state, not a mistake
+    """PostgreSQL went away while something was being done: it may have been done all the same."""
+
+
 class UnusableDatabase(OrchestratorError):  # noqa: N818  # a state, not a mistake
     """The database is there, but this product can never work on it as it is made."""
 

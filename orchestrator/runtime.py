@@ -9,32 +9,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import signal
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NoReturn
 
 import psycopg
 import uvloop
 
 from orchestrator import database_url, migrate
+from orchestrator.api.auth import require_keys
 from orchestrator.api.server import serve as serve_api
 from orchestrator.api.server import serve_management
 from orchestrator.config import Settings
-from orchestrator.database import Database
+from orchestrator.database import Database, translated
+from orchestrator.database.blocking import OnConnected, blocking
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
 from orchestrator.maintenance import maintain, prepare
 from orchestrator.metrics import Metrics
+from orchestrator.starting import until_done
 
 Role = Literal["run", "api", "ingest", "dispatch", "maintain"]
 Part = Callable[[asyncio.Event], Awaitable[None]]
 """Something that works until the event is set, and then ends by itself."""
 
 _WITHOUT_API = ("ingest", "dispatch", "maintain")
-_FIRST_BACKOFF_S = 0.2
-_LAST_BACKOFF_S = 5.0
+_PREPARED_S = 120.0  # after a long pause maintenance has days of work, bounded as it is
 _AFTER_DEADLINE_S = 2.0  # the parts keep the deadline themselves; this is for one that does not
 
 _log = logging.getLogger(__name__)
@@ -83,8 +84,6 @@ class _Process:
     def _parts(self, database: Database) -> list[Part]:
         settings, metrics = self._settings, self._metrics
         parts: list[Part] = []
-        if self._role in ("run", "api"):
-            parts.append(lambda stop: serve_api(settings, database, metrics, stop=stop))
         if self._role in ("run", "dispatch"):
             parts.append(lambda stop: _dispatch(settings, metrics, stop))
             if settings.kafka_servers is not None:
@@ -101,8 +100,10 @@ class _Process:
         settings = self._settings
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._limit(deadline))
-            if self._role in _WITHOUT_API and settings.management_port is not None:
-                # From the start, so that a probe sees a process that lives and waits for its database.
+            # From the start, so that a probe sees a process that lives and waits for its database.
+            if self._role not in _WITHOUT_API:
+                tasks.create_task(self._watched(lambda stop: serve_api(settings, database, self._metrics, stop=stop)))
+            elif settings.management_port is not None:
                 management: Part = lambda stop: serve_management(  # noqa: E731
                     settings, database, self._metrics, stop=stop
                 )
@@ -169,35 +170,29 @@ async def _publish(settings: Settings, metrics: Metrics, stop: asyncio.Event) ->
 
 async def _until_usable(settings: Settings, database: Database, role: Role, stop: asyncio.Event) -> None:
     """Returns when the database can be used, or at `stop`. Raises OrchestratorError when it is not migrated."""
-    backoff_s = _FIRST_BACKOFF_S
-    while not stop.is_set():
-        try:
-            await asyncio.to_thread(_require_schema, settings.database_url)
-            if role in ("run", "maintain"):
-                await prepare(settings)
-            await database.ready()
-            if backoff_s > _FIRST_BACKOFF_S:
-                _log.info("the database is there")
+    url = settings.database_url
+    if not await until_done("schema", lambda: blocking(partial(_require_schema, url)), stop):
+        return
+    if role in ("run", "api") and not await until_done("API keys", lambda: require_keys(settings, database), stop):
+        return
+    if role in ("run", "maintain"):
+        prepared = await until_done("maintenance", lambda: prepare(settings), stop, answer_s=_PREPARED_S)
+        if not prepared:
             return
-        except DatabaseUnavailable as error:
-            _log.warning(
-                "waiting for the database", extra={"error": str(error).splitlines()[0], "retry_in_s": backoff_s}
-            )
-        with suppress(TimeoutError):
-            async with asyncio.timeout(backoff_s * random.uniform(0.8, 1.2)):
-                await stop.wait()
-        backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s)
+    await until_done("readiness", database.ready, stop)
 
 
-def _require_schema(url: str) -> None:
+def _require_schema(url: str, on_connected: OnConnected) -> None:
     """Raises OrchestratorError when tables are missing.
 
     During a rollout the database may be a newer program's already, which this one can work with.
     """
     try:
-        pending = migrate.check(url)
-    except psycopg.errors.InsufficientPrivilege:
-        return  # a login that may not read the record of migrations finds out when it calls
+        with translated():
+            try:
+                pending = migrate.check(url, on_connected)
+            except psycopg.errors.InsufficientPrivilege:
+                return  # a login that may not read the record of migrations finds out when it calls
     except (DatabaseUnavailable, UnusableDatabase):
         raise
     except OrchestratorError as error:

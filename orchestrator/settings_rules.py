@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from orchestrator.database_url import TARGET, DatabaseUrl
+
 MARGIN_S = 5.0
 """What a lease must leave beyond look-ahead and time-out, to finish an attempt in the database."""
 
@@ -71,6 +73,14 @@ def _parquet_can_be_written(v: Mapping[str, Any]) -> str | None:
     )
 
 
+def _sessions_can_write(v: Mapping[str, Any]) -> str | None:
+    url: DatabaseUrl | None = v["database_url"]
+    wanted = None if url is None else url.parameters.get(TARGET)
+    if wanted in (None, "any", "read-write", "primary"):
+        return None
+    return f"DATABASE_URL: expected a {TARGET} of read-write or primary, as all roles write, got {wanted}; leave it out"
+
+
 def _ports_differ(v: Mapping[str, Any]) -> str | None:
     if v["management_port"] != v["server_port"]:
         return None
@@ -115,6 +125,7 @@ _RULES = (
     _body_holds_payload,
     _partitions_within_reach,
     _parquet_can_be_written,
+    _sessions_can_write,
     _ports_differ,
     _login_is_whole,
     _certificate_has_key,

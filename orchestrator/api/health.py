@@ -18,6 +18,7 @@ from orchestrator.database.destinations import Destinations
 from orchestrator.database.maintenance import condition
 from orchestrator.errors import OrchestratorError
 from orchestrator.metrics import Metrics
+from orchestrator.tasks import within
 
 CHECK_TIMEOUT_S = 2.0
 CACHE_S = 1.0
@@ -76,8 +77,7 @@ class Health:
             return
         self._standstills_at = time.monotonic()
         try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                found = await self._destinations.standstills()
+            found = await within(CHECK_TIMEOUT_S, self._destinations.standstills())
         except (TimeoutError, OrchestratorError) as error:
             _log.debug("metrics: what stands still is unknown", extra={"error": str(error)})
             self._metrics.set_standstills(math.nan, math.nan, math.nan)
@@ -91,8 +91,7 @@ class Health:
             return
         self._condition_at = time.monotonic()
         try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                found = await condition(self._database)
+            found = await within(CHECK_TIMEOUT_S, condition(self._database))
         except (TimeoutError, OrchestratorError) as error:
             _log.debug("metrics: how maintenance fares is unknown", extra={"error": str(error)})
             self._metrics.set_condition(None)
@@ -117,8 +116,7 @@ class Health:
         async with self._lock:
             if time.monotonic() - self._checked_at >= CACHE_S:
                 try:
-                    async with asyncio.timeout(CHECK_TIMEOUT_S):
-                        await self._database.ready()
+                    await within(CHECK_TIMEOUT_S, self._database.ready())
                     self._reason = None
                 except TimeoutError:
                     self._reason = f"no answer within {CHECK_TIMEOUT_S:.0f} seconds"

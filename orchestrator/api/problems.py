@@ -12,7 +12,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Scope, Send
 
-from orchestrator.errors import Blocked, DatabaseUnavailable, KafkaUnavailable, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, InDoubt, KafkaUnavailable, ValidationError
 from orchestrator.events import JsonError, OutOfRangeError, SubmissionError
 
 MEDIA_TYPE = "application/problem+json"
@@ -116,6 +116,11 @@ def as_problem(error: Exception) -> Problem:
         case Blocked():
             _log.warning("answered 503: %s", error)
             return blocked()
+        case InDoubt():
+            _log.warning("answered 503: %s", error)
+            return unavailable(
+                "The database went away meanwhile. It may have been done all the same; look, or try again."
+            )
         case DatabaseUnavailable():
             _log.warning("answered 503: %s", error)
             return unavailable("The database cannot be reached. Try again shortly; nothing was lost by this.")

@@ -12,7 +12,6 @@ from collections.abc import Generator
 import uvicorn
 
 from orchestrator.api.app import Edge, api_app, management_app
-from orchestrator.api.auth import require_keys
 from orchestrator.api.health import Health
 from orchestrator.config import Settings
 from orchestrator.database import Database
@@ -35,10 +34,8 @@ async def serve(settings: Settings, database: Database, metrics: Metrics, *, sto
     """Serve the API until `stop` is set, then finish what is running, within `shutdown_timeout_s`.
 
     Health and metrics are on the same port, or on `management_port` if it is set; there they answer until the API
-    has stopped, not ready from the moment of `stop`. Raises OrchestratorError when a port is taken, or when keys are
-    needed and there is none.
+    has stopped, not ready from the moment of `stop`. Raises OrchestratorError when a port is taken.
     """
-    await require_keys(settings, database)
     health = Health(database, metrics)
     with contextlib.ExitStack() as sockets:
         listener = sockets.enter_context(_listen("SERVER_PORT", settings.server_host, settings.server_port))

@@ -13,6 +13,7 @@ import msgspec
 from orchestrator.config import Settings
 from orchestrator.database import Claimed, Finished
 from orchestrator.dispatch.attempt import FAIL, RETRY, Attempted
+from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.due_queue import DueQueue
 from orchestrator.dispatch.finisher import Finisher
 from orchestrator.dispatch.http import Delivery
@@ -47,7 +48,7 @@ class HttpDeliveries:
         self,
         settings: Settings,
         metrics: Metrics,
-        now: Callable[[], float],
+        clock: DatabaseClock,
         finisher: Finisher,
         on_taken: Callable[[], None],
         on_room: Callable[[], None],
@@ -55,13 +56,13 @@ class HttpDeliveries:
     ) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._now = now
+        self._clock = clock
         self._finisher = finisher
         self._on_taken = on_taken
         self._sender = sender
         windows = http_windows(settings)
         kept = min(windows.first, max(0, settings.prefetch - 2 * settings.batch_size) // 10)
-        self.due = DueQueue(now, windows, on_room)
+        self.due = DueQueue(clock.now, windows, on_room)
         self.stalls = Stalls(self.due, finisher.release, on_taken, windows.first, kept)
         self.in_flight = 0
 
@@ -83,10 +84,10 @@ class HttpDeliveries:
         while (event := await due.get()) is not None:
             self._on_taken()
             options = NO_OPTIONS if event.options is None else options_of(event.options)
-            started_at = self._now()
+            started_at, latest = self._clock.now(), self._clock.latest()
             timeout_s = options.timeout_s or self._settings.http_timeout_s
             # It might end after somebody else had begun.
-            too_late = started_at + timeout_s + RECORDING_S > event.lease_until or has_expired(event, started_at)
+            too_late = latest + timeout_s + RECORDING_S > event.lease_until or has_expired(event, latest)
             if too_late or (options.rate and slot_missed(event, started_at, self._metrics)):
                 due.ended(event)
                 self._finisher.release([event])
@@ -118,9 +119,9 @@ def slot_missed(event: Claimed, started_at: float, metrics: Metrics) -> bool:
     return True
 
 
-def has_expired(event: Claimed, started_at: float) -> bool:
+def has_expired(event: Claimed, latest: float) -> bool:
     """Whether no attempt may begin any more; the next claim ends it."""
-    return event.expires_at is not None and started_at >= event.expires_at
+    return event.expires_at is not None and latest >= event.expires_at
 
 
 def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: float) -> Finished:

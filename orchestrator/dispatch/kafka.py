@@ -17,6 +17,7 @@ import msgspec
 from orchestrator.config import Settings
 from orchestrator.database import Claimed
 from orchestrator.dispatch.attempt import DELIVERED, FAIL, RETRY, Attempted
+from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.due_queue import DueQueue
 from orchestrator.dispatch.finisher import Finisher
 from orchestrator.dispatch.http_deliveries import RECORDING_S, finished, has_expired, rfc3339, slot_missed
@@ -61,14 +62,14 @@ class KafkaDeliveries:
         self,
         settings: Settings,
         metrics: Metrics,
-        now: Callable[[], float],
+        clock: DatabaseClock,
         finisher: Finisher,
         on_taken: Callable[[], None],
         on_room: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._now = now
+        self._clock = clock
         self._finisher = finisher
         self._on_taken = on_taken
         self._needed_s = settings.http_timeout_s + RECORDING_S
@@ -76,7 +77,7 @@ class KafkaDeliveries:
         self._bytes = 0
         self._acknowledged = asyncio.Event()
         self._producer: BulkProducer[_Attempt] | None = None
-        self.due = DueQueue(now, on_room=on_room)
+        self.due = DueQueue(clock.now, on_room=on_room)
         self.stalls = Stalls(self.due, finisher.release, on_taken, window=0)
         self.in_flight = 0
 
@@ -116,12 +117,12 @@ class KafkaDeliveries:
             self.stalls.stall_all()
 
     def _begun(self, events: Sequence[Claimed]) -> list[_Attempt]:
-        started_at, began_s = self._now(), time.monotonic()
+        started_at, latest, began_s = self._clock.now(), self._clock.latest(), time.monotonic()
         attempts = []
         for event in events:
             options = NO_OPTIONS if event.options is None else options_of(event.options)
             # It might end after somebody else had begun.
-            too_late = started_at + self._needed_s > event.lease_until or has_expired(event, started_at)
+            too_late = latest + self._needed_s > event.lease_until or has_expired(event, latest)
             if too_late or (options.rate and slot_missed(event, started_at, self._metrics)):
                 self._finisher.release([event])
                 continue
