@@ -16,7 +16,7 @@ from itertools import accumulate
 MAX_DEPTH = 64
 NUL_ESCAPE = rb"\u0000"
 _MAX_TOKENS = 100_000
-_MAX_ESCAPES = 200_000
+_MAX_ESCAPES = 100_000
 _PASSES = 8
 
 # Once escaped backslashes are out of the way, every \u begins an escape; half of a pair stands alone unless its
@@ -52,7 +52,7 @@ def with_nul_for_surrogates(text: bytes) -> bytes:
     """The same text, as long, with each lone surrogate escape replaced by ``\\u0000``.
 
     So one item of a batch is refused for a lone surrogate, where the decoder would refuse the whole text. A text of
-    more than 200,000 escapes stays as it is, and is refused as a whole.
+    more than 100,000 escapes stays as it is, and is refused as a whole.
     """
     if not 0 < text.count(b"\\u") <= _MAX_ESCAPES:
         return text
