@@ -122,10 +122,14 @@ def _uuid(millis: int, tail: str) -> str:
 
 def parse_submission(raw: bytes, limits: Limits) -> Submission:
     """Read one submission. Raises JsonError, or SubmissionError with the rules it breaks, at most 20."""
+    return _one(raw, limits, MAX_FAULTS)
+
+
+def _one(raw: bytes, limits: Limits, most_faults: int) -> Submission:
     if fault := size_fault(raw, limits):
         raise SubmissionError([("body", fault)])
     _require_utf8(raw)
-    return _submission(raw, limits, MAX_FAULTS)
+    return _submission(raw, limits, most_faults)
 
 
 def parse_batch(raw: bytes, limits: Limits) -> list[Submission | ValidationError]:
@@ -137,7 +141,7 @@ def parse_batch(raw: bytes, limits: Limits) -> list[Submission | ValidationError
 
 
 def batch_items(raw: bytes, limits: Limits) -> Iterator[Submission | ValidationError | None]:
-    """`parse_batch` in steps, of which each takes a bounded time, for callers that have more to do; None: no item yet."""
+    """`parse_batch` in steps of bounded time, for callers that have more to do meanwhile; None: no item yet."""
     _require_utf8(raw)
     yield None
     try:
@@ -286,9 +290,9 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, most_faults: int) -> Submi
 def submission_row(raw: bytes, limits: Limits, n: int, given_id: str | None = None) -> bytes:
     """The line of COPY text for a submission that came as a Kafka record; `given_id` is its EVENT_ID_HEADER.
 
-    Raises as `parse_submission` does, and SubmissionError when the event cannot have the id that was given.
+    Raises as `parse_submission` does, with one rule, and SubmissionError when the event cannot have the id given.
     """
-    submission = parse_submission(raw, limits)
+    submission = _one(raw, limits, 1)
     if given_id is not None:
         if fault := _given_id_fault(given_id, submission):
             raise SubmissionError([(EVENT_ID_HEADER, fault)])

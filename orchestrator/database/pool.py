@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
@@ -18,6 +19,7 @@ from orchestrator.events import Submission, copy_row
 T = TypeVar("T")
 
 _POOL_TIMEOUT_S = 5.0
+_SLICE_BYTES = 1 << 20
 
 COPY_SUBMISSIONS: LiteralString = (
     "copy pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload,"
@@ -145,7 +147,7 @@ class Database:
 
         Raises ValidationError when the database refuses a value that no rule foresaw; nothing is kept then.
         """
-        text = b"".join([copy_row(submission, n) for n, submission in enumerate(submissions)])
+        text = await _copied(submissions)
 
         async def work(connection: Connection) -> list[TupleRow]:
             if connection not in self._staged:
@@ -288,6 +290,20 @@ class Database:
 
     def pool_stats(self) -> dict[str, int]:
         return self._pool.get_stats()
+
+
+async def _copied(submissions: Sequence[Submission]) -> bytes:
+    """The lines of all; others get on in between when that is many MiB."""
+    rows = []
+    size_bytes = 0
+    for n, submission in enumerate(submissions):
+        row = copy_row(submission, n)
+        rows.append(row)
+        size_bytes += len(row)
+        if size_bytes > _SLICE_BYTES:
+            size_bytes = 0
+            await asyncio.sleep(0)
+    return b"".join(rows)
 
 
 async def submit_all(database: Database, submissions: Sequence[Submission]) -> list[Submitted]:
