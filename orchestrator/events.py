@@ -33,6 +33,7 @@ from orchestrator.event_rules import (
     size_fault,
 )
 from orchestrator.json_text import MAX_DEPTH, pruned, utf8_fault, with_nul_for_surrogates
+from orchestrator.topic_rules import TopicRules
 
 __all__ = [
     "EVENT_ID_HEADER",
@@ -48,6 +49,7 @@ __all__ = [
     "parse_batch",
     "parse_submission",
     "random_event_id",
+    "require_topic",
     "submission_row",
 ]
 
@@ -287,12 +289,23 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, most_faults: int) -> Submi
     )
 
 
-def submission_row(raw: bytes, limits: Limits, n: int, given_id: str | None = None) -> bytes:
+def require_topic(submission: Submission, topics: TopicRules) -> Submission:
+    """The submission, if its events may be delivered there. Raises SubmissionError."""
+    if fault := topics.fault(submission.delivery_type, submission.destination):
+        raise SubmissionError([("destination", fault)])
+    return submission
+
+
+def submission_row(
+    raw: bytes, limits: Limits, n: int, given_id: str | None = None, topics: TopicRules | None = None
+) -> bytes:
     """The line of COPY text for a submission that came as a Kafka record; `given_id` is its EVENT_ID_HEADER.
 
     Raises as `parse_submission` does, with one rule, and SubmissionError when the event cannot have the id given.
     """
     submission = _one(raw, limits, 1)
+    if topics is not None:
+        require_topic(submission, topics)
     if given_id is not None:
         if fault := _given_id_fault(given_id, submission):
             raise SubmissionError([(EVENT_ID_HEADER, fault)])

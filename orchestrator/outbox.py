@@ -21,6 +21,7 @@ from orchestrator.kafka.bulk import BulkProducer, bulk_producer
 from orchestrator.kafka.lanes import Record, RecordRefusedError, TopicUnavailableError
 from orchestrator.metrics import Metrics
 from orchestrator.tasks import end
+from orchestrator.topic_rules import topic_rules
 
 _BATCH = 5000
 _ACKNOWLEDGED_S = 15.0  # finding a topic included, half of the transaction's time-out
@@ -87,6 +88,7 @@ class _Publisher:
                 async with Outbox.open(self._settings) as outbox:
                     if not self._switched:
                         await outbox.switch(self._settings.outbox_topics)
+                        await outbox.tell_topics(topic_rules(self._settings))
                         self._switched = True
                     self._floor = 0
                     while not self._stopping:

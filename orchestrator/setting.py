@@ -254,6 +254,19 @@ def _topic(raw: str) -> str:
 
 topic = Kind("the name of a topic: 1 to 249 letters, digits, dots, underscores and hyphens", _topic)
 
+
+def _topic_pattern(item: str) -> str:
+    if not re.fullmatch(r"[a-zA-Z0-9._*-]{1,249}", item):
+        raise ValueError
+    return item
+
+
+topic_patterns = Kind(
+    "a comma-separated list of topics, in which * stands for any characters",
+    lambda raw: _items(raw, _topic_pattern),
+    lambda value: ",".join(value),
+)
+
 OUTBOX_KINDS = ("scheduled", "timestamp", "dlq")
 
 

@@ -16,6 +16,7 @@ from orchestrator.setting import (
     password,
     text,
     topic,
+    topic_patterns,
     whole,
 )
 
@@ -109,6 +110,13 @@ class KafkaSettings:
     topic_scheduled: str = _topic("topic_scheduled", "Out: events accepted.")
     topic_timestamp: str = _topic("topic_timestamp", "Out: the times of each finished event.")
     topic_dlq: str = _topic("topic_dlq", "Out: dead events and rejected submissions, with the reason.")
+    kafka_allow_topics: tuple[str, ...] = defined(
+        "KAFKA_ALLOW_TOPICS",
+        kind=topic_patterns,
+        default="",
+        about="Topics that events may be delivered to; set it where deployments share brokers. Never one that the "
+        "product reads or writes itself, nor Kafka's own (`__…`).",
+    )
     kafka_partitions: int = defined(
         "KAFKA_PARTITIONS",
         kind=whole(1, 10_000),

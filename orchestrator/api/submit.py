@@ -15,8 +15,9 @@ from orchestrator.api.problems import Problem
 from orchestrator.config import Settings
 from orchestrator.database import Submitted
 from orchestrator.errors import ValidationError
-from orchestrator.events import Submission, batch_items, parse_submission
+from orchestrator.events import Submission, batch_items, parse_submission, require_topic
 from orchestrator.metrics import Metrics
+from orchestrator.topic_rules import TopicRules, topic_rules
 
 _encode = msgspec.json.Encoder().encode
 _STATUSES = {"accepted": "scheduled", "duplicate": "duplicate", "queued": "accepted"}
@@ -64,6 +65,7 @@ class SubmitOne:
 
     def __init__(self, settings: Settings, guard: Guard, intake: Intake, metrics: Metrics) -> None:
         self._settings = settings
+        self._topics = topic_rules(settings)
         self._guard = guard
         self._intake = intake
         self._received = metrics.events_received_total("http")
@@ -74,7 +76,7 @@ class SubmitOne:
         raw = await read_json(scope, receive, self._settings.max_body_bytes)
         self._received.inc()
         try:
-            submission = parse_submission(raw, self._settings)
+            submission = require_topic(parse_submission(raw, self._settings), self._topics)
             kept = await self._intake.submit(submission)
             if kept.result not in _STATUSES:
                 raise _refusal(kept)
@@ -100,6 +102,7 @@ class SubmitBatch:
 
     def __init__(self, settings: Settings, guard: Guard, intake: Intake, metrics: Metrics) -> None:
         self._settings = settings
+        self._topics = topic_rules(settings)
         self._guard = guard
         self._intake = intake
         self._received = metrics.events_received_total("http")
@@ -108,7 +111,7 @@ class SubmitBatch:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._guard.require(scope, "submit")
         raw = await read_json(scope, receive, self._settings.max_body_bytes)
-        items = await _parsed(raw, self._settings)
+        items = await _parsed(raw, self._settings, self._topics)
         self._received.inc(len(items))
         valid = [item for item in items if isinstance(item, Submission)]
         kept = await self._intake.submit_all(valid) if valid else []
@@ -118,12 +121,14 @@ class SubmitBatch:
         await send_json(send, 202 if any(each.result == "queued" for each in kept) else 200, _encode(answer))
 
 
-async def _parsed(raw: bytes, settings: Settings) -> list[Submission | ValidationError]:
+async def _parsed(raw: bytes, settings: Settings, topics: TopicRules) -> list[Submission | ValidationError]:
     """The items of a batch; whatever else this process does goes on in between."""
     items: list[Submission | ValidationError] = []
     until = time.perf_counter() + _SLICE_S
     for item in batch_items(raw, settings):
-        if item is not None:
+        if isinstance(item, Submission) and (fault := topics.fault(item.delivery_type, item.destination)):
+            items.append(ValidationError("destination", fault))
+        elif item is not None:
             items.append(item)
         if time.perf_counter() > until:
             await asyncio.sleep(0)

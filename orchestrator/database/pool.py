@@ -212,7 +212,7 @@ class Database:
         return Rescheduled(*rows[0]) if rows else None
 
     async def redrive(self, event_id: str) -> str | None:
-        """Has a dead event tried again: ``redriven``, or ``expired``, which purged ones are too, or the status of one
+        """Has a dead event tried again: ``redriven``, or ``expired``, ``purged`` or ``refused``, or the status of one
         that is not dead; None: there is no such event.
         """
         rows = await self.rows("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)

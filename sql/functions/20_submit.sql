@@ -358,6 +358,8 @@ begin
           then format('expires_at: expected an ISO 8601 time with zone such as 2030-01-31T08:00:00Z, got %s', left(i.event ->> 'expires_at', 50))
         when e.source is null then 'source: required'
         when e.destination is null and e.delivery_type = 'HTTP' then 'destination: required'
+        when e.delivery_type = 'KAFKA' and orchestrator.topic_fault(e.delivery_type, e.destination) is not null
+          then 'destination: ' || orchestrator.topic_fault(e.delivery_type, e.destination)
         when not i.event ? 'payload' then 'payload: required'
         when jsonb_typeof(i.event -> 'max_retries') not in ('number', 'null') or not pg_input_is_valid(e.max_retries, 'smallint')
           then format('max_retries: expected 0 to 100, got %s', left((i.event -> 'max_retries')::text, 20))

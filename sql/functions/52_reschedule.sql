@@ -55,6 +55,13 @@ begin
     return next;
     return;
   end if;
+  reason := orchestrator.topic_fault(v_old.delivery_type, v_old.destination);
+  if reason is not null then
+    result := 'refused';
+    field := 'destination';
+    return next;
+    return;
+  end if;
   successor := coalesce(orchestrator.event_id(v_old.source, v_old.external_job_id, p_scheduled_at), orchestrator.random_event_id(p_scheduled_at));
   perform orchestrator.open_staging();
   insert into pg_temp.submission

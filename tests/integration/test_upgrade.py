@@ -192,7 +192,8 @@ async def test_old_and_new_programs_share_a_database_through_an_upgrade(
         # A new program does not start on the old schema.
         early = spawn("dispatch", DATABASE_URL=url)
         assert await early.wait() == 1
-        assert "0004_life.sql is missing; run: orchestrator migrate" in early.log()
+        assert "the database is not migrated: schema/0004_life.sql" in early.log()
+        assert "missing; run: orchestrator migrate" in early.log()
 
         before = {identity: state for identity, state in states(client).items() if identity in settled}
 

@@ -20,6 +20,7 @@ CHANGING = {"cancel_event", "cancel_events", "reschedule_event"}
 DISPATCHING = {
     "register_worker", "claim_due_events", "finish_events", "release_events", "next_due_at", "backlog",
     "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published", "outbox_failed", "outbox_pending",
+    "configure_topics",
 }  # fmt: skip
 INGESTING = {"ingest_offsets", "advance_offsets", "keep_rejects", "execute_commands"}
 READING = {
