@@ -32,7 +32,7 @@ _FROM_JDBC = {
 }
 _TARGETS = {"any": "any", "primary": "primary", "secondary": "standby", "preferSecondary": "prefer-standby"}
 _KNOWN_TO_JDBC = {*_FROM_JDBC, "ssl", "targetServerType"}
-_SECRET = ("password", "sslpassword")
+_SECRET = re.compile("password|secret|scram_.*_key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class DatabaseUrl:
 
     def masked(self) -> str:
         """The same with every password as ``***``, for people and logs."""
-        parameters = {key: "***" if key in _SECRET else value for key, value in self.parameters.items()}
+        parameters = {key: "***" if _SECRET.search(key) else value for key, value in self.parameters.items()}
         return self._written(self.password and "***", parameters)
 
     def _written(self, password: str | None, parameters: Mapping[str, str]) -> str:

@@ -33,6 +33,7 @@ TOPIC_PATTERN = r"^(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}$"
 EXPECTED_TIME = "an RFC 3339 time with a zone, such as 2026-01-31T09:00:00Z"
 SHOWN_CHARS = 80
 _READ_BYTES = 1 << 16
+_LOOKED_AT_CHARS = 1000
 MAX_FAULTS = 20
 MAX_FRAME_BYTES = 1 << 20
 """Most that an event may take beside its payload; what all other fields can hold, every character escaped, is less."""
@@ -47,6 +48,7 @@ RESERVED_HEADER_PREFIXES = ("webhook-", "orchestrator-")
 _HEADER_NAME = re.compile(HEADER_NAME_PATTERN)
 _HEADER_VALUE = re.compile(HEADER_VALUE_PATTERN, re.DOTALL)
 _TOPIC = re.compile(TOPIC_PATTERN)
+_LOGIN = re.compile(r"[^\s:/@]*:[^\s@]*@")
 _LIKE_A_URL = re.compile("[:/@?=]")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 
@@ -149,8 +151,8 @@ def _shown_json(text: bytes) -> str:
 
 def _shortened(text: str, size: str) -> str:
     scheme, separator, rest = text.partition("://")
-    if separator and rest:
-        return f"{scheme[-SHOWN_CHARS:]}://… ({size})"
+    if (separator and rest) or _LOGIN.search(text[:_LOOKED_AT_CHARS]):
+        return f"{scheme[-SHOWN_CHARS:]}://… ({size})" if separator else f"… ({size})"
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({size})"
 
 

@@ -69,10 +69,10 @@ class Setting:
         try:
             return self.kind.parse(raw)
         except BadItemError as wrong:
-            got = f"item {wrong.position} is not one" if self.secret else f"got {_shortened(wrong.item)}"
+            got = f"item {wrong.position} is not one" if self.secret else f"got {shown(wrong.item)}"
             raise ValueError(f"{given}: expected {self.kind.expects}; {got}") from None
         except ValueError:
-            got = _scheme(raw) if self.secret else _shortened(raw)
+            got = _scheme(raw) if self.secret else shown(raw)
             raise ValueError(f"{given}: expected {self.kind.expects}{got and f', got {got}'}") from None
 
 
@@ -89,8 +89,16 @@ def _scheme(raw: str) -> str:
     return repr(f"{match[1]}…") if match else ""
 
 
-def _shortened(raw: str) -> str:
-    return repr(raw if len(raw) <= 80 else raw[:77] + "...")
+# What stands before an @, and what is called a password, in whatever setting it was put by mistake.
+_LOGIN = re.compile(r"[^\s/,;'\"]*@")
+_NAMED = re.compile(r"(?i)(\w*(?:password|passwd|secret|token|api_?key)\w*\s*[=:]\s*)(\"[^\"]*\"?|'[^']*'?|[^\s&;,]+)")
+_KEYS = re.compile(r"whsec_\S+|orch_[A-Za-z0-9_-]+")
+
+
+def shown(raw: str) -> str:
+    """A value as it is quoted in a message: short, and without what looks like a secret."""
+    text = _KEYS.sub("***", _NAMED.sub(r"\1***", _LOGIN.sub("***@", raw[:1000])))
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def whole(least: int, most: int) -> Kind:
