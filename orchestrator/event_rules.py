@@ -226,13 +226,19 @@ def headers_fault(headers: dict[str, str]) -> str | None:
         return "expected each header once: names differ in more than case"
     for name, value in headers.items():
         if _HEADER_NAME.match(name) is None or name[-1] == "\n":
-            return f"expected a header name of 1 to 100 token characters, got {shown(repr(name))}"
+            return f"expected a header name of 1 to 100 token characters, got {shown(repr(before_colon(name)))}"
         lowered = name.lower()
         if lowered in RESERVED_HEADERS or lowered.startswith(RESERVED_HEADER_PREFIXES):
             return f"expected no {lowered} header: it is set on delivery"
         if len(value) > MAX_HEADER_CHARS or _HEADER_VALUE.match(value) is None or value[-1:] == "\n":
             return f"expected at most {MAX_HEADER_CHARS} characters, none of them control, in {name}"
     return None
+
+
+def before_colon(name: str) -> str:
+    """What is no header name may be a whole header, of which this is the name."""
+    before, colon, _ = name.partition(":")
+    return before + (colon and "…")
 
 
 def priority_fault(priority: float) -> str | None:
