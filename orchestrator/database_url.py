@@ -47,7 +47,7 @@ class DatabaseUrl:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     parameters: Mapping[str, str] = field(default_factory=dict, repr=False)
-    dropped: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = field(default=(), compare=False)
 
     def with_login(self, user: str | None, password: str | None) -> DatabaseUrl:
         """The same with `user` and `password` where the URL itself has none."""

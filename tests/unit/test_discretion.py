@@ -24,6 +24,7 @@ from orchestrator.dispatch.secrets import SecretError, Secrets
 from orchestrator.errors import OrchestratorError, SettingsError, ValidationError
 from orchestrator.events import Submission, parse_batch, parse_submission, submission_row
 from orchestrator.ingest.commands import read_command
+from orchestrator.jaas import PLAIN
 from orchestrator.logs import ConsoleFormatter, JsonFormatter, configure
 from orchestrator.settings_table import settings_table
 
@@ -157,6 +158,10 @@ ENVIRONMENTS: list[dict[str, str]] = [
     {"KAFKA_BOOTSTRAP_SERVERS": f"a:9092,SASL_SSL://u:{CANARY}@h:9092"},
     {"KAFKA_SASL_PASSWORD": CANARY},
     {"KAFKA_SASL_PASSWORD": CANARY, "KAFKA_SECURITY_PROTOCOL": "SASL_SSL"},
+    {"KAFKA_SASL_JAAS_CONFIG": f'{PLAIN} required username="u" password="{CANARY}";'},
+    {"KAFKA_SASL_JAAS_CONFIG": f'{PLAIN} required username="u" password="{CANARY}'},
+    {"KAFKA_SASL_JAAS_CONFIG": CANARY},
+    {"KAFKA_SASL_JAAS_CONFIG": f'x.IAMLoginModule required password="{CANARY}";'},
     {"KAFKA_TOPIC_READY": f"u:{CANARY}@h"},
     {"WEBHOOK_SECRETS": f"whsec_{CANARY}"},
     {"WEBHOOK_SECRETS": CANARY},
