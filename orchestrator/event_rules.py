@@ -51,6 +51,10 @@ _TOPIC = re.compile(TOPIC_PATTERN)
 _LOGIN = re.compile(r"[^\s:/@]*:[^\s@]*@")
 _LIKE_A_URL = re.compile("[:/@?=]")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_SHORT_TIME = re.compile(
+    r"([0-9-]{10}[Tt ][0-9]{2}:[0-9]{2})(:[0-9]{2}(?:\.[0-9]+)?)?([Zz]|[+-][0-9]{2}(?::?[0-9]{2})?)"
+)
+_TIMES = ("scheduled_at", "expires_at")
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 ScheduledAt = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -162,6 +166,45 @@ def size_fault(text: bytes | msgspec.Raw, limits: Limits) -> str | None:
     if size <= most:
         return None
     return f"expected at most {most} bytes for an event, {limits.max_payload_bytes} of them payload, got {size}"
+
+
+def usual_time(text: str) -> str:
+    """A time without seconds, or with an offset of hours alone, with both; any other text as it is.
+
+    Clients of PostgreSQL write times so. SQL's twin of what is read in the end is orchestrator.as_time().
+    """
+    found = _SHORT_TIME.fullmatch(text)
+    if found is None:
+        return text
+    minute, second, zone = found.groups()
+    return f"{minute}{second or ':00'}{zone}{':00' if len(zone) == 3 else ''}"
+
+
+def time_of(text: object) -> datetime:
+    """The time that an RFC 3339 text with a zone names, rounded to the microsecond. Raises ValueError."""
+    return msgspec.convert(usual_time(text) if isinstance(text, str) else text, ScheduledAt)
+
+
+def with_usual_time(raw: bytes | msgspec.Raw) -> bytes:
+    """`usual_time` of a JSON value; one that is no string stays as it is."""
+    try:
+        text = msgspec.json.decode(raw, type=str)
+    except msgspec.DecodeError:
+        return bytes(raw)
+    usual = usual_time(text)
+    return bytes(raw) if usual == text else msgspec.json.encode(usual)
+
+
+def with_usual_times(text: bytes | msgspec.Raw) -> bytes:
+    """A submission with its times as `usual_time` has them; one that is no JSON object stays as it is."""
+    try:
+        known = _known_fields(text)
+    except msgspec.DecodeError:
+        return bytes(text)
+    usual = {name: msgspec.Raw(with_usual_time(known[name])) for name in _TIMES if name in known}
+    if all(usual[name] == known[name] for name in usual) or _bytes_beside(text, known) > _READ_BYTES:
+        return bytes(text)
+    return msgspec.json.encode(msgspec.json.decode(text, type=dict[str, msgspec.Raw]) | usual)
 
 
 def scheduled_at_fault(at: datetime) -> str | None:
@@ -286,10 +329,9 @@ _decode_only_known = msgspec.json.Decoder(
 def faults_of(text: bytes, limits: Limits, most: int = MAX_FAULTS) -> list[tuple[str, str]]:
     """The rules that a well-formed submission breaks, at most `most` of them, as (field, reason)."""
     try:
-        known = _decode_known(text)
+        fields = _known_fields(text)
     except msgspec.ValidationError:
         return [("body", f"expected a JSON object, got {kind_of(text)}")]
-    fields = {name: raw for name in _EXPECTED if (raw := getattr(known, name)) is not None}
     return list(itertools.islice(_faults(text, fields, limits), most))
 
 
@@ -302,13 +344,23 @@ def _faults(text: bytes, fields: dict[str, msgspec.Raw], limits: Limits) -> Iter
     for name, raw in fields.items():
         if reason := _field_fault(name, raw, limits):
             yield name, reason
-    for name in _unknown_names(text, sum(len(memoryview(raw)) for raw in fields.values())):
+    for name in _unknown_names(text, fields):
         yield shown(name), _unknown_field(name, tuple(_EXPECTED))
 
 
-def _unknown_names(text: bytes, known_bytes: int) -> Iterator[str]:
+def _known_fields(text: bytes | msgspec.Raw) -> dict[str, msgspec.Raw]:
+    """The fields that a submission may have, without the work that others would make. Raises DecodeError."""
+    known = _decode_known(text)
+    return {name: raw for name in _EXPECTED if (raw := getattr(known, name)) is not None}
+
+
+def _bytes_beside(text: bytes | msgspec.Raw, fields: dict[str, msgspec.Raw]) -> int:
+    return len(memoryview(text)) - sum(len(memoryview(raw)) for raw in fields.values())
+
+
+def _unknown_names(text: bytes, known: dict[str, msgspec.Raw]) -> Iterator[str]:
     """The names of unknown fields; the first one alone where there is much of them."""
-    if len(text) - known_bytes <= _READ_BYTES:
+    if _bytes_beside(text, known) <= _READ_BYTES:
         names = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         yield from (name for name in names if name not in _EXPECTED)
         return

@@ -13,14 +13,14 @@ create or replace function orchestrator.topic_fault(p_delivery_type text, p_dest
 language sql stable security definer set search_path = orchestrator, pg_temp as $$
   select case
     when p_delivery_type <> 'KAFKA' or p_destination is null or p_destination = r.ready then null
-    when n.name like '\_\_%' then format('expected no topic of Kafka itself, whose names begin with __, got %s', orchestrator.shown(p_destination, 249))
+    when n.name ^@ '__' then format('expected no topic of Kafka itself, whose names begin with __, got %s', orchestrator.shown(p_destination, 249))
     when n.name in (select translate(o, '.', '_') from unnest(r.own) o)
       then format('expected no topic that this product reads or writes itself, got %s', orchestrator.shown(p_destination, 249))
     when r.allowed = '{}' and n.name ~ '_(process-kafka-message|event_submissions)$'
       then format('expected no topic that other deployments read, got %s; KAFKA_ALLOW_TOPICS can allow it', orchestrator.shown(p_destination, 249))
-    when r.allowed = '{}' and n.name not like '\_%' then null
+    when r.allowed = '{}' and not n.name ^@ '_' then null
     when not exists (select from unnest(r.allowed) a
-      where orchestrator.matches(p_destination, a) and (n.name like '\_%') <= (translate(a, '.', '_') like '\_%'))
+      where orchestrator.matches(p_destination, a) and (n.name ^@ '_') <= (translate(a, '.', '_') ^@ '_'))
       then format('expected a topic that KAFKA_ALLOW_TOPICS (%s) allows, got %s; add it there'
         , coalesce(nullif(array_to_string(r.allowed, ','), ''), 'not set'), orchestrator.shown(p_destination, 249))
   end
