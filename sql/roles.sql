@@ -36,7 +36,7 @@ grant execute on function orchestrator.register_worker(text), orchestrator.claim
   orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
   orchestrator.finish_free_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
   orchestrator.release_events(uuid[], integer[]), orchestrator.release_free_events(uuid[], integer[]), orchestrator.own_lane(text, boolean), orchestrator.next_due_at(), orchestrator.backlog(),
-  orchestrator.set_outbox(text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
+  orchestrator.set_outbox(text[]), orchestrator.configure_topics(text, text[], text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
   orchestrator.outbox_pending(), orchestrator.raise_floors()
   to orchestrator_dispatch, orchestrator_ops;
 grant execute on function orchestrator.ingest_offsets(text), orchestrator.advance_offsets(text, integer[], bigint[], bigint[], bigint[], bigint[]),

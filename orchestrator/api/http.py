@@ -9,6 +9,8 @@ from starlette.types import Receive, Scope, Send
 from orchestrator.api.problems import Problem
 
 BODY_TIMEOUT_S = 30.0
+MAX_FIELDS_BYTES = 1 << 16
+"""Longest body of a request that is no event."""
 
 
 class ClientGoneError(Exception):
@@ -68,7 +70,8 @@ def _require_json(scope: Scope) -> None:
 
 
 def _too_large(max_bytes: int) -> Problem:
-    return Problem("too-large", f"Expected at most {max_bytes} bytes (MAX_BODY_BYTES); send smaller batches.")
+    remedy = "." if max_bytes == MAX_FIELDS_BYTES else " (MAX_BODY_BYTES); send smaller batches."
+    return Problem("too-large", f"Expected at most {max_bytes} bytes{remedy}")
 
 
 async def send_json(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:

@@ -57,7 +57,7 @@ def _after(scheduled_at: str, duration: timedelta) -> str | None:
 def _headers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
     for value in values:
         if ":" not in value:
-            raise click.BadParameter(f"expected 'Name: value', got {value!r}")
+            raise click.BadParameter("expected 'Name: value'")  # what stands there may be a credential
     parts = (value.partition(":") for value in values)
     return {name.strip(): content.strip() for name, _, content in parts} or None
 
@@ -184,17 +184,18 @@ def _payload(given: str) -> bytes:
     try:
         json.loads(text)
     except ValueError as error:
-        raise click.BadParameter(f"expected JSON, got {plain(given[:80])!r}: {error}", param_hint="--payload") from None
+        raise click.BadParameter(f"expected JSON: {error}", param_hint="--payload") from None
     return text
 
 
 def _submit_one(fields: dict[str, object], payload: bytes, as_json: bool) -> None:
     async def work(database: Database, settings: Settings) -> tuple[Submission, Submitted]:
-        from orchestrator.events import parse_submission
+        from orchestrator.events import parse_submission, require_topic
+        from orchestrator.topic_rules import topic_rules
 
         # Spliced in as it is, since the payload is kept and delivered byte for byte.
         raw = b'%b,"payload":%b}' % (json.dumps(fields).encode()[:-1], payload)
-        submission = parse_submission(raw, settings)
+        submission = require_topic(parse_submission(raw, settings), topic_rules(settings))
         return submission, (await database.submit([submission]))[0]
 
     submission, kept = with_database(work)
@@ -248,13 +249,16 @@ def _submit_file(file: IO[bytes], as_json: bool) -> None:
 
 def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Submission | ValidationError]]]:
     """Lists of (line number, what stands there), empty lines left out."""
-    from orchestrator.events import parse_submission
+    from orchestrator.events import parse_submission, require_topic
+    from orchestrator.topic_rules import topic_rules
+
+    topics = topic_rules(settings)
 
     def parsed() -> Iterator[tuple[int, Submission | ValidationError]]:
         for number, line in enumerate(file, start=1):
             if not line.isspace():
                 try:
-                    yield number, parse_submission(line, settings)
+                    yield number, require_topic(parse_submission(line, settings), topics)
                 except ValidationError as error:
                     yield number, error
 

@@ -41,6 +41,7 @@ _ANSWER_S = 120.0  # longer than anything that is asked takes
 _CHECK_S = 1.0
 _CLOSE_S = 1.0  # for connections that are being opened
 _NEW_S = 1.0
+_SLICE_BYTES = 1 << 20
 _LOOK = "whether it was done is not known, so look before you repeat it"
 
 _ONCE = """
@@ -286,7 +287,7 @@ class Database:
     async def _submit(
         self, submissions: Sequence[Submission], submit: LiteralString, first: LiteralString | None = None
     ) -> list[Submitted]:
-        text = b"".join([copy_row(submission, n) for n, submission in enumerate(submissions)])
+        text = await _copied(submissions)
         answered: list[TupleRow] | None = None
 
         async def work(connection: Connection) -> list[TupleRow]:
@@ -358,7 +359,7 @@ class Database:
         return Rescheduled(*rows[0]) if rows else None
 
     async def redrive(self, event_id: str) -> str | None:
-        """Has a dead event tried again: ``redriven``, or ``expired``, which purged ones are too, or the status of one
+        """Has a dead event tried again: ``redriven``, or ``expired``, ``purged`` or ``refused``, or the status of one
         that is not dead; None: there is no such event.
         """
         rows = await self.once("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)
@@ -469,6 +470,20 @@ def _is_old(connection: Connection) -> bool:
 async def _can_write(connection: Connection) -> bool:
     row = await (await connection.execute("show transaction_read_only")).fetchone()
     return row == ("off",)
+
+
+async def _copied(submissions: Sequence[Submission]) -> bytes:
+    """The lines of all; others get on in between when that is many MiB."""
+    rows = []
+    size_bytes = 0
+    for n, submission in enumerate(submissions):
+        row = copy_row(submission, n)
+        rows.append(row)
+        size_bytes += len(row)
+        if size_bytes > _SLICE_BYTES:
+            size_bytes = 0
+            await asyncio.sleep(0)
+    return b"".join(rows)
 
 
 async def submit_all(database: Database, submissions: Sequence[Submission]) -> list[Submitted]:

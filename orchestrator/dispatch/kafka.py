@@ -28,6 +28,7 @@ from orchestrator.errors import KafkaUnavailable, OrchestratorError
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
 from orchestrator.kafka.lanes import Record, RecordRefusedError
 from orchestrator.metrics import Metrics
+from orchestrator.topic_rules import topic_rules
 
 _MAX_IN_FLIGHT = 2000
 _MAX_IN_FLIGHT_BYTES = 1 << 25
@@ -74,6 +75,7 @@ class KafkaDeliveries:
         self._on_taken = on_taken
         self._needed_s = settings.http_timeout_s + RECORDING_S
         self._secrets = Secrets(settings.secrets_directory)
+        self._topics = topic_rules(settings)
         self._bytes = 0
         self._acknowledged = asyncio.Event()
         self._producer: BulkProducer[_Attempt] | None = None
@@ -138,6 +140,9 @@ class KafkaDeliveries:
         for attempt in attempts:
             if attempt.options.fault is not None:
                 self._conclude([attempt], attempt.options.fault)
+                continue
+            if fault := self._topics.fault("KAFKA", attempt.event.destination):
+                self._conclude([attempt], Attempted(FAIL, error=f"destination: {fault}"))
                 continue
             try:
                 record = _record(attempt, self._secrets)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.dispatch.request import is_field_value, quoted
+from orchestrator.dispatch.request import is_field_value
 from orchestrator.dispatch.signing import Signer
 from orchestrator.errors import OrchestratorError, SettingsError
 
@@ -69,7 +69,8 @@ class Secrets:
 
     def _read(self, name: str) -> _Kept:
         if not _NAME.fullmatch(name):
-            raise SecretError(f"secret {quoted(name)}: not the name of a file in SECRETS_DIRECTORY")
+            # It may be the secret itself.
+            raise SecretError("a secret of this destination: not the name of a file in SECRETS_DIRECTORY")
         if self._directory is None:
             raise SecretError(f"secret {name}: SECRETS_DIRECTORY is not set for this dispatcher")
         now_s = self._monotonic()

@@ -27,6 +27,7 @@ DISPATCHING = {
     "register_worker", "claim_due_events", "finish_events", "release_events", "next_due_at", "backlog",
     "finish_free_events", "release_free_events",
     "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published", "outbox_failed", "outbox_pending",
+    "configure_topics",
 }  # fmt: skip
 INGESTING = {"ingest_offsets", "advance_offsets", "keep_rejects", "execute_commands", "set_aside_staged", "keep_aside"}
 READING = {
