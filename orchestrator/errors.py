@@ -33,5 +33,17 @@ class DatabaseUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mi
     """PostgreSQL cannot be reached just now; the same call may succeed later."""
 
 
+class OwnFaultError(OrchestratorError):
+    """This machine could not do it, whoever the far end is; `kind` is one of a few words for metrics."""
+
+    def __init__(self, kind: str, what: str, remedy: str) -> None:
+        self.kind = kind
+        super().__init__(f"{what}; {remedy}")
+
+
 class KafkaUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
-    """No broker can be reached just now; the same call may succeed later."""
+    """No broker can be reached just now; the same call may succeed later. `own`: because of this machine."""
+
+    def __init__(self, text: str, own: OwnFaultError | None = None) -> None:
+        self.own = own
+        super().__init__(text)

@@ -70,6 +70,11 @@ class Metrics:
         self.event_slots_missed_total = self._counter(
             "event_slots_missed_total", "Slots under a rate that passed before their attempt could begin."
         )
+        self.own_faults_total: Callable[[str], Counter] = cache(
+            self._counter(
+                "own_faults_total", "Attempts put off, and not spent, as this machine itself failed.", "fault"
+            ).labels
+        )
         self.database_reconnects_total = self._counter(
             "database_reconnects_total", "Times the database was found again after it was away."
         )
