@@ -138,6 +138,13 @@ class Metrics:
             ).labels
         )
 
+        self.http_refusals_total: Callable[[str], Counter] = cache(
+            self._counter(
+                "http_refusals_total", "Requests and connections that the API refused before it read them.", "reason"
+            ).labels
+        )
+        self.http_connections = self._gauge("http_connections", "Open connections of the API's clients.")
+
         self.events_in_flight = self._gauge("events_in_flight", "Deliveries under way.")
         self.events_held = self._gauge("events_held", "Claimed events that wait in memory to become due.")
         self.events_backlog = self._gauge(

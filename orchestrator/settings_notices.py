@@ -11,7 +11,7 @@ _WITHOUT_EFFECT = {
     r"REDIS_\w+": "locks, limits and caches live in PostgreSQL",
     "KAFKA_STREAMS_APP_ID": "KAFKA_CONSUMER_GROUP names the group that reads submissions",
 }
-_OURS = ("SCHEDULER_", "HTTP_MAX_", "DB_", "KAFKA_", "OUTBOX_")
+_OURS = ("SCHEDULER_", "HTTP_MAX_", "API_MAX_", "DB_", "KAFKA_", "OUTBOX_")
 # Kubernetes and Docker set these for every neighbouring service, also for one that is called "db".
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?|ENV_\w+)")
 

@@ -8,18 +8,19 @@ import errno
 import logging
 import socket
 from collections.abc import Generator
+from typing import Any, cast
 
 import uvicorn
 
 from orchestrator.api.app import Edge, api_app, management_app
 from orchestrator.api.auth import require_keys
+from orchestrator.api.front import Front
 from orchestrator.api.health import Health
 from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.errors import OrchestratorError
 from orchestrator.metrics import Metrics
 
-KEEP_ALIVE_S = 75  # longer than the idle time-out of the usual load balancers, so that they close first
 BACKLOG = 2048
 
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ async def serve(settings: Settings, database: Database, metrics: Metrics, *, sto
         async with asyncio.TaskGroup() as group:
             api_stopped = asyncio.Event()
             app = management_app(health, metrics)
-            group.create_task(_run(settings, app, management, stop=api_stopped))
+            group.create_task(_run(settings, app, Front(settings, metrics), management, stop=api_stopped))
             try:
                 await _serve_api(settings, database, metrics, health, listener, stop)
             finally:
@@ -66,7 +67,8 @@ async def serve_management(settings: Settings, database: Database, metrics: Metr
     name = "SERVER_PORT" if settings.management_port is None else "MANAGEMENT_SERVER_PORT"
     port = settings.management_port or settings.server_port
     with _listen(name, settings.server_host, port) as listener:
-        await _run(settings, management_app(health, metrics), listener, stop=stop, health=health)
+        front = Front(settings, metrics)
+        await _run(settings, management_app(health, metrics), front, listener, stop=stop, health=health)
 
 
 async def _serve_api(
@@ -78,15 +80,21 @@ async def _serve_api(
     stop: asyncio.Event,
 ) -> None:
     async with api_app(settings, database, metrics, health) as app:
-        await _run(settings, app, listener, stop=stop, health=health)
+        await _run(settings, app, Front(settings, metrics), listener, stop=stop, health=health)
 
 
 async def _run(
-    settings: Settings, app: Edge, listener: socket.socket, *, stop: asyncio.Event, health: Health | None = None
+    settings: Settings,
+    app: Edge,
+    front: Front,
+    listener: socket.socket,
+    *,
+    stop: asyncio.Event,
+    health: Health | None = None,
 ) -> None:
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=cast(Any, front.connection),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -94,7 +102,7 @@ async def _run(
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_keep_alive=3600,  # the front's to decide, and sooner
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout_s)),
     )
     server = _Server(config)
@@ -105,13 +113,14 @@ async def _run(
             health.stopping = True
         server.should_exit = True
 
-    stopper = asyncio.create_task(stop_it())
+    besides = asyncio.create_task(stop_it()), asyncio.create_task(front.sweep_for_ever())
     _log.info("listening", extra={"address": "{}:{}".format(*listener.getsockname()[:2])})
     try:
         await server.serve(sockets=[listener])
     finally:
-        stopper.cancel()
-        await asyncio.gather(stopper, return_exceptions=True)
+        for task in besides:
+            task.cancel()
+        await asyncio.gather(*besides, return_exceptions=True)
 
 
 def _listen(setting: str, host: str, port: int) -> socket.socket:
