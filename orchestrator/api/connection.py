@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from enum import Enum
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import httptools
@@ -27,15 +26,8 @@ _MAX_DISCARDED = 2**28  # of what was on its way when it was refused
 _SMALL_BODY = 65_536  # is taken even when memory is short
 
 
-class Stage(Enum):
-    """What is waited for: the client, but for ANSWER."""
-
-    NEW = "new"
-    HEAD = "head"
-    BODY = "body"
-    ANSWER = "answer"
-    IDLE = "idle"
-    CLOSING = "closing"
+NEW, HEAD, BODY, ANSWER, IDLE, CLOSING = range(6)
+"""What is waited for, by the client but for ANSWER. Plain numbers, as each request looks at several."""
 
 
 class _StopError(Exception):
@@ -48,7 +40,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, front: Front, **given: Any) -> None:
         super().__init__(**given)
         self._front = front
-        self.stage = Stage.NEW
+        self.stage = NEW
         self.since = 0.0
         self.deadline = 0.0
         self.address = ""
@@ -57,8 +49,8 @@ class Connection(HttpToolsProtocol):
         self._broken: Refusal | None = None
         self._refusal: Refusal | None = None
         self._unanswered = 0
-        self._target = 0
-        self._head = 0
+        self._head = 0  # bytes of the target, the headers and the trailers
+        self._body = 0
         self._silent = 0  # bytes since the parser last told of anything
         self._around = 0  # bytes of a body that are not in it
         self._discarded = 0
@@ -67,39 +59,37 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._enter(Stage.NEW)
+        self._enter(NEW)
         self._front.admit(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()
         self._front.forget(self)
 
     def data_received(self, data: bytes) -> None:
         before = self.stage
-        if before is Stage.CLOSING:
+        if before == CLOSING:
             self._discard(len(data))
             return
-        self._unset_keepalive_if_required()
         if len(data) <= _PIECE:
             self._feed(data)
         else:
             view = memoryview(data)
             for start in range(0, len(data), _PIECE):
                 self._feed(view[start : start + _PIECE])
-                if self.stage is Stage.CLOSING:
+                if self.stage == CLOSING:
                     break
-        if self.stage is Stage.CLOSING:
-            return
-        if self.stage is before and before in (Stage.NEW, Stage.IDLE):
-            self.stage = Stage.HEAD  # empty lines, or the start of a method
-        if self.stage is not before:
-            self._enter(self.stage, keep_deadline=before is Stage.NEW and self.stage is Stage.HEAD)
+        stage = self.stage
+        if stage == ANSWER:
+            self.deadline = math.inf
+        elif stage != CLOSING and (stage != before or stage in (NEW, IDLE)):
+            # Nothing told of it may be empty lines, or the start of a method.
+            self._enter(HEAD if stage in (NEW, IDLE) else stage, keep_deadline=before == NEW and stage != BODY)
 
     def _feed(self, piece: bytes | memoryview) -> None:
         size = len(piece)
-        self._silent += size
-        if self.stage is Stage.BODY:
+        told = self._head + self._body
+        if self.stage == BODY:
             self._around += size
             if self.cycle.response_complete:
                 self._discard(size)  # of a body that nobody wants
@@ -110,6 +100,9 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserError:
             self._refuse(self._broken or refusals.MALFORMED)
         else:
+            if self.stage == ANSWER:
+                return
+            self._silent = self._silent + size if told == self._head + self._body else 0
             if self._silent > self._front.max_head_bytes:
                 self._refuse(refusals.HEADERS)
 
@@ -122,35 +115,37 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.stage = Stage.HEAD
-        self._target = self._head = self._silent = self._around = self._discarded = 0
+        self.stage = HEAD
+        self._head = self._body = self._silent = self._around = self._discarded = 0
 
     def on_url(self, url: bytes) -> None:
-        self._silent = 0
-        self._target += len(url)
-        if self._target > MAX_TARGET_BYTES:
-            self._break(refusals.TARGET)
         self.url += url
+        self._head += len(url)
+        if len(self.url) > MAX_TARGET_BYTES:
+            self._break(refusals.TARGET)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._silent = 0
+        headers = self.headers
         self._head += len(name) + len(value) + 4
-        if self._head + self._target > self._front.max_head_bytes or len(self.headers) >= MAX_HEADERS:
+        if self._head > self._front.max_head_bytes or len(headers) >= MAX_HEADERS:
             self._break(refusals.HEADERS)
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         if self._unanswered >= _MAX_PIPELINED:
             self._break(refusals.PIPELINED)
         super().on_headers_complete()
         self._unanswered += 1
-        self.stage = Stage.BODY
+        self.stage = BODY
 
     def on_body(self, body: bytes) -> None:
         size = len(body)
-        self._silent = 0
+        self._body += size
         self._around -= size
-        if self._around > self._front.max_head_bytes + 2 * self.body_bytes:
+        if self._around > self._front.max_head_bytes + 2 * self._body:
             self._break(refusals.CHUNKS)
         if not self.cycle.response_complete:
             self.body_bytes += size
@@ -164,20 +159,23 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._silent = 0
-        self.stage = Stage.ANSWER if self._unanswered else Stage.IDLE
+        self.stage = ANSWER if self._unanswered else IDLE
 
     # Answers
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._unset_keepalive_if_required()  # that is one of the deadlines
         self._unanswered -= 1
-        if self._unanswered:
+        if self.pipeline:
+            super().on_response_complete()
             return
+        # As uvicorn does it, without a timer: that is one of the deadlines.
+        self.server_state.total_requests += 1
         self._front.give_back(self)
-        if self.stage is Stage.ANSWER:
-            self._enter(Stage.IDLE)
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.stage == ANSWER:
+            self._enter(IDLE)
         elif self._refusal is not None:
             self._send_refusal(self._refusal)
 
@@ -186,14 +184,13 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, refusal: Refusal) -> None:
         """Takes no more from it, and says why once all before it is answered."""
-        if self.stage is Stage.CLOSING:
+        if self.stage == CLOSING:
             return
         self._front.note(refusal)
-        self._unset_keepalive_if_required()
         self._refusal = refusal
-        if self.stage is Stage.BODY and not self.cycle.response_complete and not self._give_up():
+        if self.stage == BODY and not self.cycle.response_complete and not self._give_up():
             self.transport.abort()
-        self._enter(Stage.CLOSING)
+        self._enter(CLOSING)
         self.flow.resume_reading()
         if self._unanswered:
             self.deadline = math.inf
@@ -213,9 +210,8 @@ class Connection(HttpToolsProtocol):
     def _send_refusal(self, refusal: Refusal) -> None:
         """Sends it and half closes: closing at once would reset a client that is still sending, unread."""
         if not self.transport.is_closing():
-            self._unset_keepalive_if_required()
             self._front.give_back(self)
-            self._enter(Stage.CLOSING)
+            self._enter(CLOSING)
             self.transport.write(refusal.response)
             self.transport.write_eof()
 
@@ -224,9 +220,9 @@ class Connection(HttpToolsProtocol):
     @property
     def waits(self) -> bool:
         """Whether it waits for its client, and for nothing that the client waits for."""
-        if self.stage is Stage.ANSWER or self.transport.is_closing():
+        if self.stage == ANSWER or self.transport.is_closing():
             return False
-        return self._unanswered == (self.stage is Stage.BODY)
+        return self._unanswered == (self.stage == BODY)
 
     def refuse(self, refusal: Refusal, *, linger: bool = True) -> None:
         """Refuses what it is about to ask. Without `linger` its descriptor is free at once."""
@@ -236,15 +232,14 @@ class Connection(HttpToolsProtocol):
 
     def overdue(self) -> None:
         """Its deadline is over."""
-        match self.stage:
-            case Stage.NEW | Stage.HEAD:
-                self._refuse(refusals.NO_HEAD)
-            case Stage.BODY if not self.cycle.response_complete:
-                self._refuse(refusals.NO_BODY)
-            case _:
-                self.transport.abort()
+        if self.stage in (NEW, HEAD):
+            self._refuse(refusals.NO_HEAD)
+        elif self.stage == BODY and not self.cycle.response_complete:
+            self._refuse(refusals.NO_BODY)
+        else:
+            self.transport.abort()
 
-    def _enter(self, stage: Stage, *, keep_deadline: bool = False) -> None:
+    def _enter(self, stage: int, *, keep_deadline: bool = False) -> None:
         self.stage = stage
         self.since = self.loop.time()
         if not keep_deadline:

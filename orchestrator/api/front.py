@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator import descriptors
 from orchestrator.api import refusals
-from orchestrator.api.connection import Connection, Stage
+from orchestrator.api.connection import CLOSING, IDLE, Connection
 from orchestrator.api.refusals import Refusal
 from orchestrator.config import Settings
 from orchestrator.metrics import Metrics
@@ -37,14 +37,9 @@ class Front:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.max_head_bytes = settings.max_head_bytes
-        self.timeouts_s = {
-            Stage.NEW: settings.api_head_timeout_s,
-            Stage.HEAD: settings.api_head_timeout_s,
-            Stage.BODY: settings.api_body_timeout_s,
-            Stage.ANSWER: math.inf,
-            Stage.IDLE: settings.api_keep_alive_s,
-            Stage.CLOSING: _CLOSING_S,
-        }
+        # By stage: NEW, HEAD, BODY, ANSWER, IDLE, CLOSING.
+        head_s, body_s, idle_s = settings.api_head_timeout_s, settings.api_body_timeout_s, settings.api_keep_alive_s
+        self.timeouts_s = head_s, head_s, body_s, math.inf, idle_s, _CLOSING_S
         self._write_timeout_s = settings.api_write_timeout_s
         self._max_connections = descriptors.clients(settings, descriptors.limit())
         self._max_per_address = settings.api_max_connections_per_address or math.inf
@@ -86,8 +81,9 @@ class Front:
 
     def give_back(self, connection: Connection) -> None:
         """It holds no body any more."""
-        self._bodies_bytes -= connection.body_bytes
-        connection.body_bytes = 0
+        if connection.body_bytes:
+            self._bodies_bytes -= connection.body_bytes
+            connection.body_bytes = 0
 
     def note(self, refusal: Refusal) -> None:
         """Counts a refusal; the log tells of all in one line each ten seconds."""
@@ -106,7 +102,7 @@ class Front:
         few = max(1, self._max_connections // 64)
         oldest = heapq.nsmallest(few, waiting, key=lambda c: (-self._addresses[c.address], c.since))
         for connection in oldest:
-            if connection.stage in (Stage.IDLE, Stage.CLOSING):
+            if connection.stage in (IDLE, CLOSING):
                 self._metrics.http_refusals_total("displaced").inc()
                 connection.transport.close()
             else:
@@ -116,7 +112,7 @@ class Front:
     async def sweep_for_ever(self) -> None:
         """Ends what takes too long."""
         loop = asyncio.get_running_loop()
-        every_s = min(_SWEEP_S, *(timeout_s / 4 for timeout_s in (*self.timeouts_s.values(), self._write_timeout_s)))
+        every_s = min(_SWEEP_S, *(timeout_s / 4 for timeout_s in (*self.timeouts_s, self._write_timeout_s)))
         said_s = -math.inf
         while True:
             await asyncio.sleep(every_s)
