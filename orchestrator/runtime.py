@@ -1,4 +1,6 @@
-"""The roles of a process, on one event loop: the API, the ingester, the dispatcher, maintenance, or all of them.
+"""The roles of a process: the API, the ingester, the dispatcher, maintenance, or all of them.
+
+They share one event loop, but for the API, which has a process of its own beside the others.
 
 The first SIGTERM or SIGINT stops everything in order, within SHUTDOWN_TIMEOUT_SECONDS; a second one ends the
 process at once, and what it held is delivered by others when its leases run out.
@@ -19,9 +21,7 @@ from typing import Literal, NoReturn
 import psycopg
 import uvloop
 
-from orchestrator import database_url, migrate
-from orchestrator.api.server import serve as serve_api
-from orchestrator.api.server import serve_management
+from orchestrator import database_url, descriptors, migrate
 from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError
@@ -63,11 +63,12 @@ class _Process:
         self._handle_signals()
         for notice in settings.notices:
             _log.warning("%s", notice)
+        settings = self._settings = _within(settings, descriptors.raise_limit())
         _log.info("starting", extra={"database": database_url.masked(settings.database_url), "pid": os.getpid()})
         if self._role == "ingest" and settings.kafka_servers is None:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
         # These have connections of their own; their pool only answers health checks.
-        pool = replace(settings, pool_min_idle=0, pool_max_size=2) if self._role in _WITHOUT_API else settings
+        pool = settings if self._role == "api" else replace(settings, pool_min_idle=0, pool_max_size=2)
         try:
             async with asyncio.timeout(None) as deadline, Database(pool, role=self._role) as database:
                 await self._run_parts(self._parts(database), beside, database, deadline)
@@ -83,8 +84,10 @@ class _Process:
     def _parts(self, database: Database) -> list[Part]:
         settings, metrics = self._settings, self._metrics
         parts: list[Part] = []
-        if self._role in ("run", "api"):
-            parts.append(lambda stop: serve_api(settings, database, metrics, stop=stop))
+        if self._role == "run":
+            parts.append(lambda stop: _serve_apart(settings, metrics, stop))
+        if self._role == "api":
+            parts.append(lambda stop: _serve_api(settings, database, metrics, stop))
         if self._role in ("run", "dispatch"):
             parts.append(lambda stop: _dispatch(settings, metrics, stop))
             if settings.kafka_servers is not None:
@@ -103,8 +106,8 @@ class _Process:
             tasks.create_task(self._limit(deadline))
             if self._role in _WITHOUT_API and settings.management_port is not None:
                 # From the start, so that a probe sees a process that lives and waits for its database.
-                management: Part = lambda stop: serve_management(  # noqa: E731
-                    settings, database, self._metrics, stop=stop
+                management: Part = lambda stop: _serve_management(  # noqa: E731
+                    settings, database, self._metrics, stop
                 )
                 tasks.create_task(self._watched(management))
             await self._watched(lambda stop: _until_usable(settings, database, self._role, stop), stops=False)
@@ -139,12 +142,43 @@ class _Process:
         self._stop.set()
 
 
+def _within(settings: Settings, limit: int) -> Settings:
+    """The settings, with no more deliveries at once than file descriptors allow."""
+    most = descriptors.deliveries(settings, limit)
+    if most < settings.http_max_connections:
+        _log.warning(
+            "HTTP_MAX_CONNECTIONS: %s are too many for %s file descriptors (ulimit -n); %s are used",
+            settings.http_max_connections,
+            limit,
+            most,
+        )
+    return replace(settings, http_max_connections=most)
+
+
 def _exit_at_once(status: int) -> NoReturn:
     logging.shutdown()
     os._exit(status)
 
 
 # These import what they run: the clients of HTTP and Kafka cost every process that loads them 10 MiB each.
+
+
+async def _serve_api(settings: Settings, database: Database, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.api.server import serve
+
+    await serve(settings, database, metrics, stop=stop)
+
+
+async def _serve_apart(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.api.apart import serve_apart
+
+    await serve_apart(settings, "run", metrics, stop=stop)
+
+
+async def _serve_management(settings: Settings, database: Database, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.api.server import serve_management
+
+    await serve_management(settings, database, metrics, stop=stop)
 
 
 async def _dispatch(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import uvicorn
@@ -16,12 +15,11 @@ from orchestrator.api.app import Edge, api_app, management_app
 from orchestrator.api.auth import require_keys
 from orchestrator.api.front import Front
 from orchestrator.api.health import Health
+from orchestrator.api.link import Deliverer
+from orchestrator.api.listening import BACKLOG, Listeners, listen, listening
 from orchestrator.config import Settings
 from orchestrator.database import Database
-from orchestrator.errors import OrchestratorError
 from orchestrator.metrics import Metrics
-
-BACKLOG = 2048
 
 _log = logging.getLogger(__name__)
 
@@ -32,28 +30,36 @@ class _Server(uvicorn.Server):
         yield  # signals are the caller's
 
 
-async def serve(settings: Settings, database: Database, metrics: Metrics, *, stop: asyncio.Event) -> None:
+async def serve(
+    settings: Settings,
+    database: Database,
+    metrics: Metrics,
+    *,
+    stop: asyncio.Event,
+    listeners: Listeners | None = None,
+    deliverer: Deliverer | None = None,
+    on_serving: Callable[[], None] = lambda: None,
+) -> None:
     """Serve the API until `stop` is set, then finish what is running, within `shutdown_timeout_s`.
 
     Health and metrics are on the same port, or on `management_port` if it is set; there they answer until the API
-    has stopped, not ready from the moment of `stop`. Raises OrchestratorError when a port is taken, or when keys are
-    needed and there is none.
+    has stopped, not ready from the moment of `stop`. They speak for the `deliverer` too, if that is another process.
+    Raises OrchestratorError when a port is taken, or when keys are needed and there is none.
     """
     await require_keys(settings, database)
-    health = Health(database, metrics)
+    health = Health(database, metrics, deliverer)
     with contextlib.ExitStack() as sockets:
-        listener = sockets.enter_context(_listen("SERVER_PORT", settings.server_host, settings.server_port))
-        if settings.management_port is None:
-            await _serve_api(settings, database, metrics, health, listener, stop)
+        api, management = listeners or sockets.enter_context(listening(settings))
+        on_serving()
+        if management is None:
+            await _serve_api(settings, database, metrics, health, api, stop)
             return
-        port = settings.management_port
-        management = sockets.enter_context(_listen("MANAGEMENT_SERVER_PORT", settings.server_host, port))
         async with asyncio.TaskGroup() as group:
             api_stopped = asyncio.Event()
             app = management_app(health, metrics)
             group.create_task(_run(settings, app, Front(settings, metrics), management, stop=api_stopped))
             try:
-                await _serve_api(settings, database, metrics, health, listener, stop)
+                await _serve_api(settings, database, metrics, health, api, stop)
             finally:
                 api_stopped.set()
 
@@ -66,7 +72,7 @@ async def serve_management(settings: Settings, database: Database, metrics: Metr
     health = Health(database, metrics)
     name = "SERVER_PORT" if settings.management_port is None else "MANAGEMENT_SERVER_PORT"
     port = settings.management_port or settings.server_port
-    with _listen(name, settings.server_host, port) as listener:
+    with listen(name, settings.server_host, port) as listener:
         front = Front(settings, metrics)
         await _run(settings, management_app(health, metrics), front, listener, stop=stop, health=health)
 
@@ -121,20 +127,3 @@ async def _run(
         for task in besides:
             task.cancel()
         await asyncio.gather(*besides, return_exceptions=True)
-
-
-def _listen(setting: str, host: str, port: int) -> socket.socket:
-    """A listening socket; opened here since uvicorn would end the process when the port is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        why = {
-            errno.EADDRINUSE: "another process listens there; stop it or choose another port",
-            errno.EACCES: "not permitted; choose a port above 1023",
-        }.get(error.errno or 0, error.strerror or str(error))
-        raise OrchestratorError(f"{setting}: cannot listen on {host}:{port}: {why}") from error
-    # Connections inherit it. uvicorn writes head and body apart; without it the body of each answer waits 40 ms
-    # for the client's acknowledgement of the head.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
