@@ -46,3 +46,24 @@ def deliveries(settings: Settings, limit: int) -> int:
     """How many deliveries fit; as many connections again may be idle."""
     reserved = _OWN + _DATABASE_APART + (_KAFKA if settings.kafka_servers else 0)
     return min(settings.http_max_connections, max(_FEWEST, (limit - reserved) // 2))
+
+
+def shortages(settings: Settings, limit: int) -> list[str]:
+    """What the limit does not allow of the settings, a line each."""
+    found = []
+    if (most := deliveries(settings, limit)) < settings.http_max_connections:
+        found.append(
+            f"HTTP_MAX_CONNECTIONS: {settings.http_max_connections:,} are too many for {limit:,} file "
+            f"descriptors (ulimit -n); {most:,} are used"
+        )
+    most = clients(settings, limit)
+    if settings.api_max_connections is not None and most < settings.api_max_connections:
+        found.append(
+            f"API_MAX_CONNECTIONS: {settings.api_max_connections:,} are too many for {limit:,} file "
+            f"descriptors (ulimit -n); {most:,} are used"
+        )
+    if limit < _OWN + settings.pool_max_size + _KAFKA:
+        found.append(
+            f"DB_POOL_MAX_SIZE: {settings.pool_max_size:,} are too many for {limit:,} file descriptors (ulimit -n)"
+        )
+    return found

@@ -63,7 +63,11 @@ class _Process:
         self._handle_signals()
         for notice in settings.notices:
             _log.warning("%s", notice)
-        settings = self._settings = _within(settings, descriptors.raise_limit())
+        limit = descriptors.raise_limit()
+        for shortage in descriptors.shortages(settings, limit):
+            _log.warning("%s", shortage)
+        settings = replace(settings, http_max_connections=descriptors.deliveries(settings, limit))
+        self._settings = settings
         _log.info("starting", extra={"database": database_url.masked(settings.database_url), "pid": os.getpid()})
         if self._role == "ingest" and settings.kafka_servers is None:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
@@ -140,19 +144,6 @@ class _Process:
             _exit_at_once(128 + number)
         _log.info("stopping; a second signal ends it at once", extra={"signal": number.name})
         self._stop.set()
-
-
-def _within(settings: Settings, limit: int) -> Settings:
-    """The settings, with no more deliveries at once than file descriptors allow."""
-    most = descriptors.deliveries(settings, limit)
-    if most < settings.http_max_connections:
-        _log.warning(
-            "HTTP_MAX_CONNECTIONS: %s are too many for %s file descriptors (ulimit -n); %s are used",
-            settings.http_max_connections,
-            limit,
-            most,
-        )
-    return replace(settings, http_max_connections=most)
 
 
 def _exit_at_once(status: int) -> NoReturn:

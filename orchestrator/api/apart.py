@@ -36,7 +36,10 @@ async def serve_apart(settings: Settings, role: str, metrics: Metrics, *, stop: 
     with listening(settings) as listeners:
         failures, has_served = 0, False
         while not stop.is_set():
-            failure, served = await _serve_once(settings, role, metrics, listeners, stop)
+            try:
+                failure, served = await _serve_once(settings, role, metrics, listeners, stop)
+            except OSError as error:  # what a process takes is lacking
+                failure, served = Message("failed", f"its process cannot be started: {error}"), False
             has_served |= served
             if stop.is_set():
                 return

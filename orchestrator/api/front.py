@@ -22,6 +22,7 @@ _SWEEP_S = 1.0
 _CLOSING_S = 5.0  # for a client that was refused to stop sending and read why
 _LOG_EVERY_S = 10.0
 _BODIES_BYTES = 2**26  # that may be held besides one of every size
+_LOOK_S = 0.1  # between looks for connections to close, when there were none
 _LATE = 8  # of that many connections too many, one is told so; beyond them all are closed at once
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Front:
         self._connections: dict[Connection, None] = {}
         self._addresses: Counter[str] = Counter()
         self._bodies_bytes = 0
+        self._full_until_s = -math.inf
         self._unsaid: Counter[str] = Counter()
 
     def connection(self, **given: Any) -> Connection:
@@ -96,8 +98,11 @@ class Front:
 
     def _make_room(self, newest: Connection) -> bool:
         """Closes some that wait for their clients; whether there were any."""
+        if newest.since < self._full_until_s:
+            return False
         waiting = [connection for connection in self._connections if connection.waits and connection is not newest]
         if not waiting:
+            self._full_until_s = newest.since + _LOOK_S
             return False
         few = max(1, self._max_connections // 64)
         oldest = heapq.nsmallest(few, waiting, key=lambda c: (-self._addresses[c.address], c.since))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from orchestrator import descriptors
 from orchestrator.cli.support import console, environ, json_option, plain, print_json
 from orchestrator.config import DATABASE_PARTS, SETTINGS, Settings
 from orchestrator.settings_table import render_markdown_table, settings_table
@@ -23,7 +24,8 @@ def check(as_json: bool) -> None:
     """
     given = environ()
     rows = settings_table(given)
-    notices = Settings.from_env(given).notices
+    ours = Settings.from_env(given)
+    notices = [*ours.notices, *descriptors.shortages(ours, descriptors.limit(hard=True))]
     if as_json:
         settings = {row.name: {"value": row.value, "source": row.source, "default": row.default} for row in rows}
         print_json({"settings": settings, "notices": notices})
