@@ -23,7 +23,7 @@ _CLOSING_S = 5.0  # for a client that was refused to stop sending and read why
 _LOG_EVERY_S = 10.0
 _BODIES_BYTES = 2**26  # that may be held besides one of every size
 _LOOK_S = 0.1  # between looks for connections to close, when there were none
-_LATE = 8  # of that many connections too many, one is told so; beyond them all are closed at once
+_LATE = 8  # one eighth more connections than are served stay for a moment, to read why not
 
 _log = logging.getLogger(__name__)
 
