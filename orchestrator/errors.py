@@ -41,6 +41,10 @@ class OwnFaultError(OrchestratorError):
         super().__init__(f"{what}; {remedy}")
 
 
+class UnusableDatabase(OrchestratorError):  # noqa: N818  # a state, not a mistake
+    """The database is there, but this product can never work on it as it is made."""
+
+
 class KafkaUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
     """No broker can be reached just now; the same call may succeed later. `own`: because of this machine."""
 

@@ -7,6 +7,7 @@ import click
 from orchestrator import descriptors
 from orchestrator.cli.support import console, environ, json_option, plain, print_json
 from orchestrator.config import DATABASE_PARTS, SETTINGS, Settings
+from orchestrator.database.session import SESSION, Session
 from orchestrator.settings_table import render_markdown_table, settings_table
 
 
@@ -20,15 +21,19 @@ def config() -> None:
 def check(as_json: bool) -> None:
     """Print the settings in force, secrets masked; exit with 2 when one is wrong.
 
-    Below the table stands what is odd though no error: likely typos, and variables without effect.
+    Below the table stands what every connection to the database is opened with, and what is odd though no error:
+    likely typos, and variables without effect.
     """
     given = environ()
     rows = settings_table(given)
     ours = Settings.from_env(given)
-    notices = [*ours.notices, *descriptors.shortages(ours, descriptors.limit(hard=True))]
+    session = Session.of(ours.database_url, "…")
+    connection = {**session.parameters, "options": session.options}
+    shortages = descriptors.shortages(ours, descriptors.limit(hard=True))
+    notices = [*ours.notices, *map(_overruled, session.overruled.items()), *shortages]
     if as_json:
         settings = {row.name: {"value": row.value, "source": row.source, "default": row.default} for row in rows}
-        print_json({"settings": settings, "notices": notices})
+        print_json({"settings": settings, "connection": connection, "notices": notices})
         return
     from rich.table import Table
     from rich.text import Text
@@ -40,8 +45,15 @@ def check(as_json: bool) -> None:
         table.add_row(row.name, Text(value, overflow="fold"), row.source, style=style)
     out = console()
     out.print(table)
+    for name, value in connection.items():
+        out.print(Text(f"every connection to the database: {name}={plain(value)}", style="dim", overflow="fold"))
     for notice in notices:
         out.print(Text(f"! {plain(notice)}", style="yellow"))
+
+
+def _overruled(setting: tuple[str, str]) -> str:
+    name, value = setting
+    return f"DATABASE_URL: {name}={value} in its options has no effect: the program sets {SESSION[name] or 'nothing'}"
 
 
 @config.command()
