@@ -30,8 +30,19 @@ NEW, HEAD, BODY, ANSWER, IDLE, CLOSING = range(6)
 """What is waited for, by the client but for ANSWER. Plain numbers, as each request looks at several."""
 
 
+_ABOUT_BODY = (b"content-length", b"transfer-encoding")
+
+
 class _StopError(Exception):
     """Stops the parser."""
+
+
+class _Body:
+    """Passes on what a parser tells of a body, and nothing else."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.on_body = connection.on_body
+        self.on_message_complete = connection.complete
 
 
 class Connection(HttpToolsProtocol):
@@ -46,6 +57,7 @@ class Connection(HttpToolsProtocol):
         self.address = ""
         self.body_bytes = 0  # that it holds in memory
         self.unread_since: float | None = None
+        self._begun = False  # a request, since data came last
         self._broken: Refusal | None = None
         self._refusal: Refusal | None = None
         self._unanswered = 0
@@ -79,10 +91,10 @@ class Connection(HttpToolsProtocol):
                 self._feed(view[start : start + _PIECE])
                 if self.stage == CLOSING:
                     break
-        stage = self.stage
+        stage, begun, self._begun = self.stage, self._begun, False
         if stage == ANSWER:
             self.deadline = math.inf
-        elif stage != CLOSING and (stage != before or stage in (NEW, IDLE)):
+        elif stage != CLOSING and (begun or stage != before or stage in (NEW, IDLE)):
             # Nothing told of it may be empty lines, or the start of a method.
             self._enter(HEAD if stage in (NEW, IDLE) else stage, keep_deadline=before == NEW and stage != BODY)
 
@@ -95,8 +107,8 @@ class Connection(HttpToolsProtocol):
                 self._discard(size)  # of a body that nobody wants
         try:
             self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:
-            pass  # it is answered as what it is besides, a request
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline(piece[upgrade.args[0] :])
         except httptools.HttpParserError:
             self._refuse(self._broken or refusals.MALFORMED)
         else:
@@ -105,6 +117,18 @@ class Connection(HttpToolsProtocol):
             self._silent = self._silent + size if told == self._head + self._body else 0
             if self._silent > self._front.max_head_bytes:
                 self._refuse(refusals.HEADERS)
+
+    def _decline(self, rest: bytes | memoryview) -> None:
+        """Takes a request that offers another protocol, as clients of HTTP/2 do, for what it is besides.
+
+        The parser does not read its body; one that knows of nothing else does.
+        """
+        self.cycle.keep_alive = False
+        self.parser = httptools.HttpRequestParser(_Body(self))
+        about_body = [b"%s: %s\r\n" % field for field in self.headers if field[0] in _ABOUT_BODY]
+        self.parser.feed_data(b"".join((b"POST / HTTP/1.1\r\n", *about_body, b"\r\n")))
+        if rest:
+            self._feed(rest)
 
     def _discard(self, size: int) -> None:
         self._discarded += size
@@ -115,7 +139,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.stage = HEAD
+        self.stage, self._begun = HEAD, True
         self._head = self._body = self._silent = self._around = self._discarded = 0
 
     def on_url(self, url: bytes) -> None:
@@ -158,6 +182,11 @@ class Connection(HttpToolsProtocol):
         raise _StopError
 
     def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            self.complete()
+
+    def complete(self) -> None:
+        """The whole request is here."""
         super().on_message_complete()
         self.stage = ANSWER if self._unanswered else IDLE
 

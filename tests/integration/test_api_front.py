@@ -280,7 +280,31 @@ async def test_refusals_do_not_flood_the_log(served: Served, caplog: pytest.LogC
     assert len([record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]) <= 2
 
 
-async def test_an_upgrade_that_is_not_taken_is_an_ordinary_request(served: Served) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_an_upgrade_that_is_not_taken_is_an_ordinary_request(served: Served, apart: bool, chunked: bool) -> None:
+    body = json.dumps(submission()).encode()
+    length = b"Content-Length: %d\r\n" % len(body)
+    if chunked:
+        length, body = b"Transfer-Encoding: chunked\r\n", b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
     raw = await served.connect()
-    await raw.send(GET + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n")
-    assert (await raw.reader.readline()).startswith(b"HTTP/1.1 200")
+    head = POST + length + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n\r\n"
+    for part in (head, body) if apart else (head + body,):
+        await raw.send(part)
+    assert (await raw.reader.readline()).startswith(b"HTTP/1.1 201")
+    again = await served.connect()
+    await again.send(GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    assert (await again.reader.readline()).startswith(b"HTTP/1.1 200")
+
+
+async def test_requests_that_follow_each_other_without_a_pause_each_have_their_time(settings: MakeSettings) -> None:
+    quick = settings(SERVER_PORT=str(free_port()), **QUICK)
+    async with serving(quick) as served:
+        raw = await served.connect()
+        await raw.send(GET[:10])
+        for _ in range(12):  # longer than a head may take, and never between two requests
+            await raw.send(GET[10:] + b"\r\n" + GET[:10])
+            assert (await raw.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            await raw.reader.readuntil(b"}}}")
+            await asyncio.sleep(0.05)
+        assert served.refused("head_timeout") == 0
