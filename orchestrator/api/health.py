@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from orchestrator.api.link import Deliverer
 from orchestrator.database import Database
 from orchestrator.database.destinations import Destinations
 from orchestrator.database.maintenance import condition
@@ -35,9 +36,10 @@ _log = logging.getLogger(__name__)
 class Health:
     """Tells whether this process lives and whether it can serve; the second by asking the database."""
 
-    def __init__(self, database: Database, metrics: Metrics) -> None:
+    def __init__(self, database: Database, metrics: Metrics, deliverer: Deliverer | None = None) -> None:
         self._database = database
         self._metrics = metrics
+        self._deliverer = deliverer
         self._destinations = Destinations(database)
         self._standstills_at = -STANDSTILLS_CACHE_S
         self._condition_at = -CONDITION_CACHE_S
@@ -55,6 +57,10 @@ class Health:
         ]
 
     async def live(self, request: Request) -> Response:
+        if self._deliverer is not None and await self._deliverer.samples() is None:
+            return _status(
+                False, {"process": {"status": "DOWN", "reason": "the process that delivers does not answer"}}
+            )
         return _status(True, {"process": {"status": "UP"}})
 
     async def ready(self, request: Request) -> Response:
@@ -68,7 +74,8 @@ class Health:
         await self._read_standstills()
         await self._read_condition()
         await self._read_holders()
-        text, content_type = self._metrics.exposition()
+        theirs = None if self._deliverer is None else await self._deliverer.samples()
+        text, content_type = self._metrics.exposition(theirs or {})
         return Response(text, headers={"content-type": content_type})
 
     async def _read_standstills(self) -> None:

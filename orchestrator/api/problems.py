@@ -21,6 +21,7 @@ RETRY_AFTER_S = 1
 BLOCKED_RETRY_AFTER_S = 5
 
 KINDS: dict[str, tuple[int, str]] = {
+    "malformed-request": (400, "The request is not HTTP"),
     "malformed-json": (400, "The body is not JSON"),
     "bad-cursor": (400, "The cursor is not one that this API gave out"),
     "unauthorized": (401, "A valid API key is needed"),
@@ -34,10 +35,14 @@ KINDS: dict[str, tuple[int, str]] = {
     "refused": (409, "The event cannot be kept as things stand"),
     "not-configurable": (409, "The destination cannot be configured so"),
     "too-large": (413, "The body is too large"),
+    "target-too-long": (414, "The path and query are too long"),
     "unsupported-media-type": (415, "The body must be JSON"),
     "validation": (422, "The request breaks a rule"),
+    "too-many-requests": (429, "One client asks for too much at once"),
+    "head-too-large": (431, "The headers are too large"),
     "internal": (500, "Something went wrong here"),
     "unavailable": (503, "The database, or Kafka, is away or overloaded"),
+    "too-many-connections": (503, "The API has as many clients as it can serve"),
 }
 """Each kind of problem: the end of its type URI, its status and its title."""
 
