@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _BATCH = 1000
 _SHOWN_REFUSALS = 20
+_TOO_SHORT_FOR_A_SECRET = 5
 _OVER = ("cancelled", "rescheduled", "expired", "dead")
 
 
@@ -57,9 +58,14 @@ def _after(scheduled_at: str, duration: timedelta) -> str | None:
 def _headers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
     for value in values:
         if ":" not in value:
-            raise click.BadParameter("expected 'Name: value'")  # what stands there may be a credential
+            raise click.BadParameter(f"expected 'Name: value', got {_start(value)!r}")
     parts = (value.partition(":") for value in values)
     return {name.strip(): content.strip() for name, _, content in parts} or None
+
+
+def _start(value: str) -> str:
+    """So much of a value as is no credential."""
+    return value if len(value) <= _TOO_SHORT_FOR_A_SECRET else f"{value[:_TOO_SHORT_FOR_A_SECRET]}…"
 
 
 def _spread(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -184,7 +190,7 @@ def _payload(given: str) -> bytes:
     try:
         json.loads(text)
     except ValueError as error:
-        raise click.BadParameter(f"expected JSON: {error}", param_hint="--payload") from None
+        raise click.BadParameter(f"expected JSON, got {_start(given)!r}: {error}", param_hint="--payload") from None
     return text
 
 

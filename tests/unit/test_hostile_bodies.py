@@ -10,6 +10,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from orchestrator.api.queries import page_of
 from orchestrator.config import Settings
 from orchestrator.errors import ValidationError
 from orchestrator.events import Submission, batch_items, parse_batch, parse_submission, submission_row
@@ -183,3 +184,11 @@ def test_an_event_that_is_too_long_is_refused_unread() -> None:
     assert isinstance(first, Submission)
     assert isinstance(second, ValidationError)
     assert second.field == "body"
+
+
+def test_a_page_of_events_deeper_than_the_api_takes_can_be_turned() -> None:
+    item = b'{"id":"019c1347-d2fb-705e-a717-2a27dd38d28f","scheduled_at":"2030-01-01T00:00:00Z","payload":%b}'
+    deep = item % (b"[" * 5000 + b"]" * 5000)
+    _, _, cursor = page_of("events", [deep, deep], 1, "scheduled_at").partition(b'"next":')
+    assert cursor == page_of("events", [item % b"1"] * 2, 1, "scheduled_at").partition(b'"next":')[2]
+    assert len(cursor) == 49
