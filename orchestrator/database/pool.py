@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, LiteralString, NamedTuple, Self, TypeVar
 
@@ -23,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 _POOL_TIMEOUT_S = 5.0
 _PATIENCE = "3s"
+_LEFT_FOR_OTHERS = 3  # connections: two that submit, and one
+_HOLDERS_S = 2.0
 _HASTE: LiteralString = "set local lock_timeout = '20 ms'"
 _APART_S = 2.0  # for finding out which submissions of a batch are blocked
 
@@ -108,6 +112,7 @@ class Database:
 
     def __init__(self, settings: Settings, *, role: str) -> None:
         self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._turns = asyncio.Semaphore(max(1, settings.pool_max_size - _LEFT_FOR_OTHERS))
         self._pool = AsyncConnectionPool(
             settings.database_url,
             connection_class=Connection,
@@ -156,7 +161,29 @@ class Database:
             row = await (await connection.execute(HOLDERS)).fetchone()
             return row[0] if row else ""
 
-        return await self._run_once(work)
+        try:
+            async with asyncio.timeout(_HOLDERS_S):
+                return await self._run_once(work)
+        except (OrchestratorError, TimeoutError):
+            return "who it is could not be found out"
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None, None]:
+        """For what may wait for another session: some connections are left for all else."""
+        try:
+            async with asyncio.timeout(_POOL_TIMEOUT_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise DatabaseUnavailable("others wait for another session's open transaction already") from None
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    async def once(self, query: LiteralString, *values: object) -> list[TupleRow]:
+        """`rows` of a query that changes something, and so may have to wait for another session."""
+        async with self._turn():
+            return await self.rows(query, *values)
 
     async def rows(self, query: LiteralString, *values: object) -> list[TupleRow]:
         """What a query of this package's modules answers."""
@@ -223,12 +250,12 @@ class Database:
         return [row[0].encode() for row in rows]
 
     async def cancel(self, event_id: str) -> Cancelled:
-        rows = await self.rows("select * from orchestrator.cancel_event(%s::uuid)", event_id)
+        rows = await self.once("select * from orchestrator.cancel_event(%s::uuid)", event_id)
         return Cancelled(*rows[0]) if rows else Cancelled(event_id, "not_found", None)
 
     async def cancel_external(self, external_job_id: str) -> list[Cancelled]:
         """Cancels every event with this external id; empty when there is none."""
-        rows = await self.rows("select * from orchestrator.cancel_event(p_external_job_id => %s)", external_job_id)
+        rows = await self.once("select * from orchestrator.cancel_event(p_external_job_id => %s)", external_job_id)
         return [Cancelled(*row) for row in rows]
 
     async def reschedule(
@@ -239,7 +266,7 @@ class Database:
         It is named by its id, or by its external id when it is the only live one of that name. Without `expires_at`
         it keeps its own.
         """
-        rows = await self.rows(
+        rows = await self.once(
             """select event_id, result, status, successor, field, reason from orchestrator.reschedule_event(
               %s::uuid, %s::timestamptz, %s, %s::timestamptz)""",
             event_id,
@@ -253,7 +280,7 @@ class Database:
         """Has a dead event tried again: ``redriven``, or ``expired``, which purged ones are too, or the status of one
         that is not dead; None: there is no such event.
         """
-        rows = await self.rows("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)
+        rows = await self.once("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)
         return next((status if result == "not_dead" else result for result, status in rows), None)
 
     async def statistics(self) -> bytes:

@@ -22,6 +22,10 @@ from tests.support.receiver import Answer, Receiver
 from tests.support.sql_client import Client, event
 from tests.support.waiting import eventually
 
+_CANCEL_WAITS = """
+select count(*) > 0 from pg_stat_activity
+where datname = current_database() and application_name = 'orchestrator api' and wait_event_type = 'Lock'"""
+
 
 @pytest.fixture
 def holder(database_url: str) -> Iterator[Client]:
@@ -132,9 +136,15 @@ async def test_an_operation_that_is_blocked_answers_503_in_time_and_names_the_ho
 ) -> None:
     event_id = client.schedule(scheduled_at=soon(3600))
     holder.cancel(event_id)
-    chosen = settings(SERVER_PORT=str(free_port()))
+    chosen = settings(SERVER_PORT=str(free_port()), DB_POOL_MAX_SIZE="4", DB_POOL_MIN_IDLE="1")
     async with Database(chosen, role="api") as database, running_api(chosen, database) as api:
-        assert_problem(await api.delete(f"/api/v1/events/{event_id}"), 503, "unavailable")
+        cancels = [asyncio.create_task(api.delete(f"/api/v1/events/{event_id}")) for _ in range(4)]
+        await eventually(lambda: client.value(_CANCEL_WAITS), 5)
+        # However many they are, others get their connection.
+        assert (await api.post("/api/v1/events", json=submission(), timeout=2)).status_code == 201
+        assert (await api.get("/ready", timeout=2)).status_code == 200
+        for answer in await asyncio.gather(*cancels):
+            assert_problem(answer, 503, "unavailable")
     await named(caplog, holder)
 
 
