@@ -75,11 +75,11 @@ async def test_an_operator_who_leaves_a_transaction_open_holds_up_no_result(
         await receiver.wait_for(3, "/fails")
         holder.connection.execute(f"select orchestrator.{statement}('{name}')".encode())
         await finished(client, ids, timeout_s=5)
-        assert running.value("events_dead_total") == 3
+        await eventually(lambda: running.value("events_dead_total") == 3)
 
 
 async def test_a_held_ordering_key_is_not_asked_for_again_and_again(
-    settings: MakeSettings, receiver: Receiver, client: Client, holder: Client
+    settings: MakeSettings, receiver: Receiver, client: Client, holder: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = client.schedule_many(2, destination=receiver.url("/"), scheduled_at=soon(1), ordering_key="k")
     holder.rows(
@@ -90,6 +90,7 @@ async def test_a_held_ordering_key_is_not_asked_for_again_and_again(
     async with dispatching(settings()) as running:
         await eventually(lambda: client.value("select orchestrator.next_due_at() < now() - interval '2 s'"), 10)
         assert running.value("claim_seconds_count") < 30
+        await named(caplog, holder)
         holder.rows("rollback")
         await finished(client, ids, timeout_s=8)
 
