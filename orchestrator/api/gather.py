@@ -55,7 +55,7 @@ class Gatherer:
 
     async def submit(self, submission: Submission) -> Submitted:
         """Answers when the event is committed. Raises a problem: 503 when the database is away or overloaded."""
-        if self._closing or len(self._waiting) >= MAX_WAITING:
+        if self._closing or len(self._waiting) + len(self._aside) >= MAX_WAITING:
             raise unavailable("More submissions wait than can be kept up with. Try again shortly.")
         done: asyncio.Future[Submitted] = asyncio.get_running_loop().create_future()
         waiting = submission, done, time.monotonic()

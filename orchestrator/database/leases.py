@@ -73,12 +73,14 @@ class Claims(NamedTuple):
     """What a claim gave. Times are Unix seconds by the database's clock.
 
     `database_s` was read before claiming. `again_at` says when limits, breakers or moves make another claim
-    worthwhile; None: nothing but the caller's own poll.
+    worthwhile; None: nothing but the caller's own poll. `locked_out`: how many claims in turn have left out lanes or
+    ordering keys that another session has.
     """
 
     database_s: float
     events: list[Claimed]
     again_at: float | None
+    locked_out: int = 0
 
 
 class Leases:
@@ -124,9 +126,10 @@ class Leases:
                 _CLAIM, (batch, self.worker, lease_s, lookahead_s, lanes, max_parallel)
             )
             rows = await cursor.fetchall()
-        again_at: float | None = rows.pop()[0]
+        again_at, _, locked_out, *_ = rows.pop()
         database_s: float = rows[0][0]
-        return Claims(database_s, [Claimed(*row) for row in rows] if rows[0][1] is not None else [], again_at)
+        events = [Claimed(*row) for row in rows] if rows[0][1] is not None else []
+        return Claims(database_s, events, again_at, locked_out or 0)
 
     async def own_lane(self, delivery_type: str, destination: str | None) -> int | None:
         """Gives a destination a lane of its own, unless it has one; None: too many have got one this way."""
@@ -231,7 +234,8 @@ left join lateral orchestrator.claim_due_events(
   %s, %s, make_interval(secs => %s), make_interval(secs => %s), %s::integer[], %s::integer) c on true
 union all
 select nullif(current_setting('orchestrator.claim_again_at', true), '')::float8
-     , null, null, null, null, null, null, null, null, null, null, null, null, null, null, null
+     , null, nullif(current_setting('orchestrator.locked_out', true), '')::smallint
+     , null, null, null, null, null, null, null, null, null, null, null, null, null
 """
 _OWN_LANE: LiteralString = "select orchestrator.own_lane(orchestrator.destination_name(%s, %s), false)"
 _FINISH: LiteralString = """

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, LiteralString, NamedTuple, Self, TypeVar
 from uuid import UUID, uuid4
@@ -50,6 +51,8 @@ with answer as materialized ({}), kept as materialized (
 select a.* from kept cross join answer a
 """
 _PATIENCE = "3s"
+_LEFT_FOR_OTHERS = 3  # connections: two that submit, and one
+_HOLDERS_S = 2.0
 _HASTE: LiteralString = "set local lock_timeout = '20 ms'"
 _APART_S = 2.0  # for finding out which submissions of a batch are blocked
 
@@ -136,6 +139,7 @@ class Database:
 
     def __init__(self, settings: Settings, *, role: str) -> None:
         self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._turns = asyncio.Semaphore(max(1, settings.pool_max_size - _LEFT_FOR_OTHERS))
         self._doubtful = False
         self._pool = _Pool(
             settings.database_url,
@@ -245,7 +249,8 @@ class Database:
                         raise
             return answer
 
-        return await self._run(lambda connection: work(connection, request), again, changes=True)
+        async with self._turn():
+            return await self._run(lambda connection: work(connection, request), again, changes=True)
 
     async def holders(self) -> str:
         """The sessions whose open transactions may be in the way, for an operator."""
@@ -254,7 +259,24 @@ class Database:
             row = await (await connection.execute(HOLDERS)).fetchone()
             return row[0] if row else ""
 
-        return await self._run_once(work)
+        try:
+            async with asyncio.timeout(_HOLDERS_S):
+                return await self._run_once(work)
+        except (OrchestratorError, TimeoutError):
+            return "who it is could not be found out"
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None, None]:
+        """For what may wait for another session: some connections are left for all else."""
+        try:
+            async with asyncio.timeout(_POOL_TIMEOUT_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise DatabaseUnavailable("others wait for another session's open transaction already") from None
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     async def rows(self, query: LiteralString, *values: object) -> list[TupleRow]:
         """What a query of this package's modules answers."""

@@ -85,6 +85,25 @@ end $$;
 comment on function orchestrator.try_destination(text) is
   'Locks a destination, there or not, with its lane; false: another session''s transaction has it, or is about to make or delete it';
 
+-- Claims and finishes have a lane for milliseconds.
+create or replace function orchestrator.await_destination(p_name text) returns boolean
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+declare
+  v_patience constant text := current_setting('lock_timeout');
+begin
+  if not orchestrator.try_destination(p_name) then
+    perform set_config('lock_timeout', '100ms', true);
+    perform pg_advisory_xact_lock(hashtext('orchestrator.destination'), hashtext(p_name));
+    perform from orchestrator.destination d where d.name = p_name for update;
+    perform from orchestrator.lane l where l.name = p_name for update;
+    perform set_config('lock_timeout', v_patience, true);
+  end if;
+  return true;
+exception when lock_not_available then
+  return false;
+end $$;
+comment on function orchestrator.await_destination(text) is 'try_destination() that waits for 100 ms';
+
 create or replace function orchestrator.note_destination(p_name text, p_kind text) returns text
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 begin

@@ -274,7 +274,7 @@ declare
   v_lane integer;
   v_since timestamptz;
 begin
-  if not orchestrator.try_destination(v_name) or orchestrator.is_pattern(v_name) and not (
+  if not orchestrator.await_destination(v_name) or orchestrator.is_pattern(v_name) and not (
     select coalesce(bool_and(orchestrator.try_destination(d.name)), true) from orchestrator.destination d where not d.configured and orchestrator.matches(d.name, v_name)) then
     select l.lane into v_lane from orchestrator.lane l where l.name = v_name;
     if v_lane is null and orchestrator.is_pattern(v_name) then
@@ -330,7 +330,7 @@ declare
   v_before timestamptz;
   v_breaker text;
 begin
-  if not orchestrator.try_destination(v_name) then
+  if not orchestrator.await_destination(v_name) then
     return query select v_name, null::timestamptz, true, orchestrator.waiting_for(v_name), orchestrator.note_destination(v_name, 'resume');
     return;
   end if;
@@ -399,7 +399,7 @@ declare
   v_before text;
   v_paused boolean;
 begin
-  if not orchestrator.try_destination(v_name) then
+  if not orchestrator.await_destination(v_name) then
     return query select v_name, true, orchestrator.waiting_for(v_name), orchestrator.note_destination(v_name, 'close_breaker');
     return;
   end if;

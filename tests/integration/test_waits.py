@@ -22,6 +22,10 @@ from tests.support.receiver import Answer, Receiver
 from tests.support.sql_client import Client, event
 from tests.support.waiting import eventually
 
+_CANCEL_WAITS = """
+select count(*) > 0 from pg_stat_activity
+where datname = current_database() and application_name = 'orchestrator api' and wait_event_type = 'Lock'"""
+
 
 @pytest.fixture
 def holder(database_url: str) -> Iterator[Client]:
@@ -71,11 +75,11 @@ async def test_an_operator_who_leaves_a_transaction_open_holds_up_no_result(
         await receiver.wait_for(3, "/fails")
         holder.connection.execute(f"select orchestrator.{statement}('{name}')".encode())
         await finished(client, ids, timeout_s=5)
-        assert running.value("events_dead_total") == 3
+        await eventually(lambda: running.value("events_dead_total") == 3)
 
 
 async def test_a_held_ordering_key_is_not_asked_for_again_and_again(
-    settings: MakeSettings, receiver: Receiver, client: Client, holder: Client
+    settings: MakeSettings, receiver: Receiver, client: Client, holder: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = client.schedule_many(2, destination=receiver.url("/"), scheduled_at=soon(1), ordering_key="k")
     holder.rows(
@@ -86,6 +90,7 @@ async def test_a_held_ordering_key_is_not_asked_for_again_and_again(
     async with dispatching(settings()) as running:
         await eventually(lambda: client.value("select orchestrator.next_due_at() < now() - interval '2 s'"), 10)
         assert running.value("claim_seconds_count") < 30
+        await named(caplog, holder)
         holder.rows("rollback")
         await finished(client, ids, timeout_s=8)
 
@@ -132,9 +137,15 @@ async def test_an_operation_that_is_blocked_answers_503_in_time_and_names_the_ho
 ) -> None:
     event_id = client.schedule(scheduled_at=soon(3600))
     holder.cancel(event_id)
-    chosen = settings(SERVER_PORT=str(free_port()))
+    chosen = settings(SERVER_PORT=str(free_port()), DB_POOL_MAX_SIZE="4", DB_POOL_MIN_IDLE="1")
     async with Database(chosen, role="api") as database, running_api(chosen, database) as api:
-        assert_problem(await api.delete(f"/api/v1/events/{event_id}"), 503, "unavailable")
+        cancels = [asyncio.create_task(api.delete(f"/api/v1/events/{event_id}")) for _ in range(4)]
+        await eventually(lambda: client.value(_CANCEL_WAITS), 5)
+        # However many they are, others get their connection.
+        assert (await api.post("/api/v1/events", json=submission(), timeout=2)).status_code == 201
+        assert (await api.get("/ready", timeout=2)).status_code == 200
+        for answer in await asyncio.gather(*cancels):
+            assert_problem(answer, 503, "unavailable")
     await named(caplog, holder)
 
 
