@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -40,6 +41,7 @@ _log = logging.getLogger(__name__)
 _POOL_TIMEOUT_S = 5.0
 _ANSWER_S = 120.0  # longer than anything that is asked takes
 _CHECK_S = 1.0
+_FULL_S = 5.0  # how long a disk that was full counts as full, unless something is kept
 _CLOSE_S = 1.0  # for connections that are being opened
 _NEW_S = 1.0
 _SLICE_BYTES = 1 << 20
@@ -141,6 +143,7 @@ class Database:
         self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._turns = asyncio.Semaphore(max(1, settings.pool_max_size - _LEFT_FOR_OTHERS))
         self._doubtful = False
+        self._full_at = -math.inf
         self._pool = _Pool(
             settings.database_url,
             connection_class=Connection,
@@ -181,7 +184,7 @@ class Database:
             if self._doubtful:
                 self._doubtful = False
                 await self._pool.check()
-            return await self._run_once(work)
+            answer = await self._run_once(work)
         except Blocked as error:
             raise Blocked(f"{error}; {await self.holders()}") from error.__cause__
         except TimeoutError:
@@ -190,6 +193,8 @@ class Database:
                 raise InDoubt(f"{silent}; {_LOOK}") from None
             raise DatabaseUnavailable(silent) from None
         except DatabaseUnavailable as error:
+            if isinstance(error.__cause__, errors.DiskFull):
+                self._full_at = time.monotonic()
             if not is_worth_another_try(error):
                 raise
             in_doubt = changes and is_lost(error)
@@ -200,6 +205,9 @@ class Database:
                 if in_doubt or (changes and is_lost(later)):
                     raise InDoubt(f"{later}; {_LOOK}") from later
                 raise
+        if changes:
+            self._full_at = -math.inf
+        return answer
 
     async def _run_once(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         with translated():
@@ -451,8 +459,8 @@ class Database:
         return bool(revoked)
 
     async def ready(self) -> None:
-        """Raises DatabaseUnavailable, also when it takes no writes; OrchestratorError when the schema, or a partition
-        for today, is missing.
+        """Raises DatabaseUnavailable, also when it takes no writes, or has had no room for one in the last seconds;
+        OrchestratorError when the schema, or a partition for today, is missing.
         """
         today = await self.value(
             "select orchestrator.now() between first_day and end_day"
@@ -460,6 +468,8 @@ class Database:
         )
         if not today:
             raise OrchestratorError("no partition for today; run: orchestrator migrate")
+        if time.monotonic() < self._full_at + _FULL_S:
+            raise DatabaseUnavailable("the database takes no writes: its disk is full")
 
     def pool_stats(self) -> dict[str, int]:
         return self._pool.get_stats()

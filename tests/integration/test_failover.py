@@ -61,6 +61,29 @@ async def test_the_api_recovers_at_once_when_the_database_takes_writes_again(
         assert {answer.status_code for answer in posted} == {201}
 
 
+async def test_the_api_is_not_ready_while_the_disk_of_the_database_is_full(
+    settings: MakeSettings, client: Client
+) -> None:
+    ours = settings(SERVER_PORT=str(free_port()))
+    async with Database(ours, role="api") as database, running_api(ours, database) as api:
+        assert await status(api, "/ready") == 200
+        client.rows(
+            "create function full_disk() returns trigger language plpgsql as "
+            "$$ begin raise exception 'could not extend file' using errcode = 'disk_full'; end $$"
+        )
+        client.rows("create trigger full_disk before insert on orchestrator.timer execute function full_disk()")
+        assert (await api.post("/api/v1/events", json=submission())).status_code == 503
+        await until(lambda: is_ready(api, 503))
+        assert "its disk is full" in (await api.get("/ready")).text
+        client.rows("drop trigger full_disk on orchestrator.timer")
+        assert (await api.post("/api/v1/events", json=submission())).status_code == 201
+        await until(lambda: is_ready(api, 200))
+
+
+async def is_ready(http: httpx.AsyncClient, wanted: int) -> bool:
+    return await status(http, "/ready") == wanted
+
+
 async def test_what_must_write_says_that_it_cannot(client: Client, settings: MakeSettings) -> None:
     set_read_only(client, "set default_transaction_read_only = on")
     url = settings().database_url
@@ -75,6 +98,10 @@ async def test_a_standby_is_not_ready_until_it_is_promoted(
     settings: MakeSettings, postgres_server: EmbeddedPostgres
 ) -> None:
     with standby_of(postgres_server) as standby:
+        any_of_both = both(standby, postgres_server, "orchestrator")
+        for command in (["migrate"], ["maintain", "--once"], ["keys", "create", "laptop", "--scope", "read"]):
+            done = await asyncio.to_thread(invoke, *command, env={"DATABASE_URL": any_of_both})
+            assert done.exit_code == 0, done.output
         async with Database(settings(DATABASE_URL=standby.url("orchestrator")), role="api") as database:
             with pytest.raises(DatabaseUnavailable, match="it is a standby"):
                 await database.ready()
@@ -125,7 +152,7 @@ async def test_a_standby_that_is_promoted_under_load_takes_over_within_seconds_a
 ) -> None:
     port = free_port()
     with standby_of(postgres_server) as standby:
-        url = both(postgres_server, standby, "orchestrator")
+        url = both(standby, postgres_server, "orchestrator")
         spawn("api", DATABASE_URL=url, SERVER_PORT=str(port))
         reading = settings(DATABASE_URL=url, **topic.environ)
         async with (
@@ -133,22 +160,18 @@ async def test_a_standby_that_is_promoted_under_load_takes_over_within_seconds_a
             dispatching(settings(DATABASE_URL=url)),
             ingesting(reading),
         ):
-
-            async def is_ready(wanted: int) -> bool:
-                return await status(http, "/ready") == wanted
-
-            await until(lambda: is_ready(200), 20)
+            await until(lambda: is_ready(http, 200), 20)
             records = [record(n, scheduled_at=soon(0).isoformat(), destination=receiver.url()) for n in range(40)]
             await feed(topic, records[:20])
             async with loading(http, receiver.url()) as load:
                 await receiver.wait_for(100)
                 await asyncio.to_thread(postgres_server.kill)
-                await until(lambda: is_ready(503))
+                await until(lambda: is_ready(http, 503))
                 before = len(load.acknowledged)
                 await asyncio.to_thread(promote, standby)
                 promoted_s = time.monotonic()
                 await eventually(lambda: len(load.acknowledged) > before)
-                await until(lambda: is_ready(200))
+                await until(lambda: is_ready(http, 200))
                 assert time.monotonic() - promoted_s < 8.0
                 await feed(topic, records[20:])
                 await eventually(lambda: len(load.acknowledged) > before + 100)
