@@ -37,7 +37,9 @@ async def fuzz(settings: Settings, directory: Path, *arguments: str, examples: i
     process = await asyncio.create_subprocess_exec(
         *("nice", sys.executable),  # other tests, which run beside this one, look at the time
         *("-m", "schemathesis.cli", "--config-file", str(CONFIGURATION), "run", "--no-color"),
-        *("--max-examples", str(examples), "--no-shrink", *(fixed if seed is None else seeded), *arguments),
+        *("--max-examples", str(examples), "--no-shrink", "--suppress-health-check=too_slow"),
+        *(fixed if seed is None else seeded),
+        *arguments,
         f"http://127.0.0.1:{settings.server_port}/openapi.json",
         cwd=directory,
         env={**os.environ, "NO_PROXY": "127.0.0.1"},
