@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
-import psycopg
-
 from orchestrator.config import DATABASE_PARTS, Settings
+from orchestrator.database.connection import connect_blocking
 from orchestrator.database.ingestion import Ingestion
 from orchestrator.dev import kafka_wheel
 from orchestrator.dev.environment import LOOPBACK, is_free, kept_webhook_secret, state_directory, with_defaults
@@ -195,7 +194,7 @@ def _environ_of_another(path: Path) -> dict[str, str] | None:
 
 def _read_from_the_start(settings: Settings) -> None:
     """Forgets how far the topics of the last run were read: the broker is new, and they begin at 0 again."""
-    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+    with connect_blocking(settings.database_url, "dev") as connection:
         connection.execute(
             "select orchestrator.set_ingest_offset(topic, partition, 0) from orchestrator.ingest_offset"
             " where topic = any (%s)",
