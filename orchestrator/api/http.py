@@ -27,7 +27,7 @@ async def read_json(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     """The body, as it was sent. Refuses what is not declared as JSON, and stops reading at `max_bytes`."""
     _require_json(scope)
     declared = header(scope, b"content-length")
-    if declared is not None and int(declared) > max_bytes:
+    if declared is not None and _is_more(declared, max_bytes):
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -35,6 +35,12 @@ async def read_json(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     except TimeoutError:
         detail = f"The body was not complete after {BODY_TIMEOUT_S:.0f} seconds."
         raise Problem("timeout", detail, headers={"Connection": "close"}) from None
+
+
+def _is_more(digits: bytes, most: int) -> bool:
+    """Whether the number that digits write is more; int() refuses thousands of them."""
+    significant = digits.lstrip(b"0") or b"0"
+    return len(significant) > 18 or int(significant) > most
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:
