@@ -12,6 +12,7 @@ import msgspec
 
 from orchestrator.errors import ValidationError
 from orchestrator.event_rules import (
+    DOTS,
     EARLIEST,
     LATEST,
     JsonError,
@@ -216,6 +217,7 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
         destination_fault(kind, wire.destination)
         or payload_fault(payload, limits, suspect)
         or (wire.headers and headers_fault(wire.headers))
+        or job in DOTS
         or (suspect and ("\x00" in wire.source or "\x00" in (job or "") or "\x00" in (key or "")))
     ):
         _refuse(text, limits, suspect)

@@ -443,6 +443,10 @@ begin
           then format('expires_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', left(i.event ->> 'expires_at', 50))
         when e.source is null then 'source: required'
         when e.destination is null and e.delivery_type = 'HTTP' then 'destination: required'
+        when e.delivery_type = 'HTTP' and e.destination ~ '[^\x01-\x7f]'
+          then 'destination: expected ASCII: write the host in its xn-- form and percent-encode the rest'
+        when e.external_job_id in ('.', '..')
+          then format('external_job_id: expected a text that can be a part of a path, got %s', e.external_job_id)
         when not i.event ? 'payload' then 'payload: required'
         when jsonb_typeof(i.event -> 'max_retries') not in ('number', 'null') or not pg_input_is_valid(e.max_retries, 'smallint')
           then format('max_retries: expected 0 to 100, got %s', left((i.event -> 'max_retries')::text, 20))
