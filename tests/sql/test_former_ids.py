@@ -81,6 +81,23 @@ def test_a_program_of_before_does_not_keep_again_what_is_kept(client: Client, at
     assert client.totals() == {"accepted": 2, "duplicate": 1}
 
 
+@pytest.mark.parametrize("at", [SOON, FAR])
+@pytest.mark.parametrize("key", [None, "client-7"])
+@pytest.mark.parametrize("first", ["before", "now"])
+def test_either_id_finds_the_event(client: Client, at: datetime, key: str | None, first: str) -> None:
+    """A program of the other version may have told its client the other one."""
+    here, other = event_id("tests", "j", at, key), former(at, client)
+    client.schedule(scheduled_at=at, external_job_id="beside", ordering_key=key)
+    if first == "now":
+        client.schedule(scheduled_at=at, external_job_id="j", ordering_key=key)
+    else:
+        stage_as_before(client, at, key=key)
+        here, other = other, here
+    assert [client.get(uid)["id"] for uid in (here, other)] == [here] * 2
+    assert client.get(former(at, client, "nobody")) is None
+    assert [(answer.event_id, answer.result) for answer in client.cancel(other)] == [(here, "cancelled")]
+
+
 def test_another_ordering_key_is_another_event_than_one_of_before(client: Client) -> None:
     stage_as_before(client, SOON, key="client-7")
     assert client.schedule(scheduled_at=SOON, external_job_id="j", ordering_key="client-8")
