@@ -95,7 +95,8 @@ class Database:
         self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._pool = AsyncConnectionPool(
             settings.database_url,
-            kwargs=connection_arguments(role),
+            connection_class=Connection,
+            kwargs=connection_arguments(settings.database_url, role),
             min_size=settings.pool_min_idle,
             max_size=settings.pool_max_size,
             timeout=_POOL_TIMEOUT_S,
@@ -152,10 +153,12 @@ class Database:
         text = b"".join([copy_row(submission, n) for n, submission in enumerate(submissions)])
 
         async def work(connection: Connection) -> list[TupleRow]:
-            if connection not in self._staged:
+            if connection not in self._staged and not connection.pooled:
                 await connection.execute("select orchestrator.open_staging()")
                 self._staged.add(connection)
             async with connection.transaction(), connection.cursor() as cursor:
+                if connection.pooled:
+                    await cursor.execute("select orchestrator.open_staging()")
                 async with cursor.copy(COPY_SUBMISSIONS) as copy:
                     await copy.write(text)
                 await cursor.execute(

@@ -12,7 +12,7 @@ begin
   create temp table submission
   ( n integer not null, id uuid not null, scheduled_at timestamptz not null, source text not null, external_job_id text
   , delivery_type text not null, destination text, payload json not null, headers json
-  , max_retries integer not null, retry_policy text, ordering_key text, priority smallint, spread interval, expires_at timestamptz) on commit delete rows;
+  , max_retries integer not null, retry_policy text, ordering_key text, priority smallint, spread interval, expires_at timestamptz) using heap on commit delete rows;
   -- Only this session can reach it, whatever role it has set.
   grant select, insert on pg_temp.submission to public;
 end $$;
@@ -56,7 +56,7 @@ language sql stable parallel safe as $$
       then format('delivery_type: expected HTTP or KAFKA, got %s', left(p_delivery_type, 40))
     when p_delivery_type = 'HTTP' and (p_destination is null or length(p_destination) > 2048 or p_destination !~ '^https?://[^/]')
       then format('destination: expected an http:// or https:// URL of at most 2048 characters, got %s', coalesce(left(p_destination, 100), 'null'))
-    when p_delivery_type = 'KAFKA' and p_destination !~ '^(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}$'
+    when p_delivery_type = 'KAFKA' and p_destination !~ '^(?![.]{1,2}$)[A-Za-z0-9._-]{1,249}$'
       then format('destination: expected a topic of 1 to 249 letters, digits, dots, underscores and hyphens, or none, got %s', left(p_destination, 100))
     when json_typeof(p_headers) <> 'object'
       then 'headers: expected an object of strings'
@@ -140,7 +140,8 @@ begin
   set priorities = array(select distinct p from unnest(c.priorities || v_priorities) p order by p desc)
   where not c.priorities @> v_priorities;
   select c.horizon_at, c.former_ids_until is not null into v_horizon_at, v_former_ids from orchestrator.control c;
-  perform orchestrator.recognise_former_ids() where v_former_ids;
+  -- A reschedule has looked already.
+  perform orchestrator.recognise_former_ids() where v_former_ids and p_predecessor is null;
   begin
     if v_last >= v_horizon_at or v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy) then
       raise check_violation;
@@ -205,9 +206,8 @@ declare
   v_until timestamptz;
 begin
   with named as materialized (
-    select s.ctid as place, s.id, s.scheduled_at, s.ordering_key
+    select s.ctid as place, s.id, s.scheduled_at, s.source, s.external_job_id, s.ordering_key
       , orchestrator.former_event_id(s.source, s.external_job_id, s.scheduled_at) as former
-      , orchestrator.event_id(s.source, s.external_job_id, s.scheduled_at, s.ordering_key) as present
     from pg_temp.submission s
     where s.external_job_id is not null and s.scheduled_at between '1970-01-01 00:00:00+00' and '2200-12-31 23:59:59.999999+00'
   ), other as (
@@ -217,16 +217,16 @@ begin
       select n.place, e.id
       from named n
       cross join lateral (
+        select case when n.id = n.former then orchestrator.event_id(n.source, n.external_job_id, n.scheduled_at, n.ordering_key) else n.former end as id offset 0) o
+      cross join lateral (
         select e.id from orchestrator.event e
-        where e.id = case when n.id = n.present then n.former else n.present end and e.scheduled_at = n.scheduled_at
-          and e.ordering_key is not distinct from n.ordering_key
+        where e.id = o.id and e.scheduled_at = n.scheduled_at and e.ordering_key is not distinct from n.ordering_key
         union all
         select h.id from orchestrator.horizon h
-        where h.id = case when n.id = n.present then n.former else n.present end and h.scheduled_at = n.scheduled_at
-          and h.ordering_key is not distinct from n.ordering_key) e) k
+        where h.id = o.id and h.scheduled_at = n.scheduled_at and h.ordering_key is not distinct from n.ordering_key) e) k
     where s.ctid = k.place
   )
-  select max(n.scheduled_at) filter (where n.id = n.former and n.id <> n.present) into v_until from named n;
+  select max(n.scheduled_at) filter (where n.id = n.former) into v_until from named n;
   -- Once a month at most, by a program of before.
   update orchestrator.control c set former_ids_until = v_until + interval '30 days' where c.former_ids_until < v_until;
 end $$;
@@ -254,8 +254,13 @@ begin
   into v_numbers, v_ids, v_results, v_fields, v_reasons
   from orchestrator.keep_staged(null) k;
   return query
-  select a.n, a.id, a.result, a.field, a.reason, case when a.result = 'duplicate' then orchestrator.status_of(a.id) end
-  from unnest(v_numbers, v_ids, v_results, v_fields, v_reasons) as a (n, id, result, field, reason);
+  select a.n, a.id, a.result, a.field, a.reason, s.status
+  from unnest(v_numbers, v_ids, v_results, v_fields, v_reasons) as a (n, id, result, field, reason)
+  left join lateral (
+    select s.status from orchestrator.event_status s
+    where a.result = 'duplicate' and s.id = a.id
+      and s.scheduled_at >= uuid_extract_timestamp(a.id) and s.scheduled_at < uuid_extract_timestamp(a.id) + interval '1 ms'
+    limit 1) s on true;
 end $$;
 comment on function orchestrator.submit_staged_with_status() is 'submit_staged(), with the state that each duplicate is in now';
 
@@ -375,8 +380,8 @@ language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 declare
   v_now constant timestamptz := orchestrator.now();
 begin
-  if p_due_at < least(v_now + orchestrator.notify_horizon(), nullif(current_setting('orchestrator.told', true), '')::timestamptz) then
-    perform set_config('orchestrator.told', greatest(p_due_at, v_now)::text, true);
+  if p_due_at < least(v_now + orchestrator.notify_horizon(), to_timestamp(nullif(current_setting('orchestrator.told', true), '')::double precision)) then
+    perform set_config('orchestrator.told', extract(epoch from greatest(p_due_at, v_now))::text, true);
     perform pg_notify('orchestrator_due', extract(epoch from greatest(p_due_at, v_now))::text);
   end if;
 end $$;
@@ -401,7 +406,7 @@ language sql immutable parallel safe as $$
       when h.key !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]{1,100}$' then format('expected a header name of 1 to 100 token characters, got %s', left(h.key, 80))
       when lower(h.key) ~ '^(connection|content-length|content-type|expect|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade|webhook-.*|orchestrator-.*)$'
         then format('expected no %s header: it is set on delivery', left(h.key, 80))
-      when length(h.value #>> '{}') > 4096 or h.value #>> '{}' ~ '[\x01-\x08\x0a-\x1f\x7f]'
+      when length(h.value #>> '{}') > 4096 or h.value #>> '{}' ~ E'[\\x01-\\x08\\x0a-\\x1f\\x7f]'
         then format('expected at most 4096 characters, none of them control, in %s', left(h.key, 80))
     end)
   end
@@ -416,7 +421,7 @@ language sql stable strict parallel safe as $$
     ((m[1] || ' ' || m[2] || coalesce(m[3], ''))::timestamp at time zone 'UTC')
     + (round(('0.' || rpad(left(coalesce(m[4], ''), 7), 7, '0'))::numeric, 6) * 1000000)::integer * interval '1 microsecond'
     - coalesce((m[5] || m[6] || ':' || coalesce(m[7], '00'))::interval, '0 s') end
-  from regexp_match(p_text, '^([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9])(?:(:[0-5][0-9])(?:\.([0-9]+))?)?(?:[Zz]|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)$') m
+  from regexp_match(p_text, '^([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9])(?:(:[0-5][0-9])(?:[.]([0-9]+))?)?(?:[Zz]|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)$') m
 $$;
 comment on function orchestrator.as_time(text) is
   'The time that an RFC 3339 text with a zone names, rounded to the microsecond; null: it is none. The same texts as the API, the command line and Kafka take';
@@ -443,7 +448,7 @@ begin
           then format('expires_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', left(i.event ->> 'expires_at', 50))
         when e.source is null then 'source: required'
         when e.destination is null and e.delivery_type = 'HTTP' then 'destination: required'
-        when e.delivery_type = 'HTTP' and e.destination ~ '[^\x01-\x7f]'
+        when e.delivery_type = 'HTTP' and e.destination ~ E'[^\\x01-\\x7f]'
           then 'destination: expected ASCII: write the host in its xn-- form and percent-encode the rest'
         when e.external_job_id in ('.', '..')
           then format('external_job_id: expected a text that can be a part of a path, got %s', e.external_job_id)

@@ -20,21 +20,21 @@ begin
     when length(v_name) > 300 then format('%s characters', length(v_name))
     when v_name ~ '@' then 'one with an @: a user name and password are no part of it'
     when v_name ~ '[[:space:][:cntrl:]]' then 'one with white space or a control character'
-    when v_name ~ '^\*+$' then '* alone: limits are per destination; orchestrator.pause_all() pauses everything'
+    when v_name ~ '^[*]+$' then '* alone: limits are per destination; orchestrator.pause_all() pauses everything'
     when v_name ^@ 'kafka:' and v_name !~ '^kafka:[A-Za-z0-9._*-]{0,249}$'
       then format('%s: a topic has at most 249 letters, digits, dots, underscores and hyphens', left(v_name, 80))
     when v_name in ('kafka:.', 'kafka:..') then format('%s: no topic has such a name', v_name)
     when v_name ^@ 'kafka:' then null
-    when v_name ~ '[^\x01-\x7f]' then format('%s: URLs hold the xn-- form of such a host, so give that', left(v_name, 80))
-    when v_name ~ '[/?#\\]' then format('%s: limits go by host and port, not by path', left(v_name, 80))
-    when v_name !~ '^(\[[0-9a-f:.*]+\]|[^]:[]+)(:[0-9*]{1,5})?$' then left(coalesce(nullif(v_name, ''), p_name), 80)
+    when v_name ~ E'[^\\x01-\\x7f]' then format('%s: URLs hold the xn-- form of such a host, so give that', left(v_name, 80))
+    when v_name ~ E'[/?#\\\\]' then format('%s: limits go by host and port, not by path', left(v_name, 80))
+    when v_name !~ E'^(\\[[0-9a-f:.*]+\\]|[^]:[]+)(:[0-9*]{1,5})?$' then left(coalesce(nullif(v_name, ''), p_name), 80)
     when v_name ~ ':[0-9]+$' and substring(v_name from ':([0-9]+)$') !~ '^[1-9]' or substring(v_name from ':([0-9]+)$')::integer > 65535
       then format('%s: a port is from 1 to 65535', left(v_name, 80))
-    when v_name ~ '\*' then case when v_name ~ '[^][a-z0-9_.:*-]|\.\.' then format('%s: no host has such a name', left(v_name, 80)) end
-    when v_name ^@ '[' then case when not pg_input_is_valid(substring(v_name from '^\[(.*)\]'), 'inet') then format('%s: no address is written so', left(v_name, 80)) end
+    when v_name ~ '[*]' then case when v_name ~ '[^][a-z0-9_.:*-]|[.][.]' then format('%s: no host has such a name', left(v_name, 80)) end
+    when v_name ^@ '[' then case when not pg_input_is_valid(substring(v_name from '^.(.*)]'), 'inet') then format('%s: no address is written so', left(v_name, 80)) end
     -- As orchestrator/urls.py has it: the last part is no number, unless all four are.
-    when split_part(v_name, ':', 1) !~ '^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*([a-z_]([a-z0-9_-]{0,61}[a-z0-9_])?|[0-9]+[a-wyz_]([a-z0-9_-]{0,30}[a-z0-9_])?)\.?$'
-        and split_part(v_name, ':', 1) !~ '^((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])\.){3}(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])$'
+    when split_part(v_name, ':', 1) !~ '^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?[.])*([a-z_]([a-z0-9_-]{0,61}[a-z0-9_])?|[0-9]+[a-wyz_]([a-z0-9_-]{0,30}[a-z0-9_])?)[.]?$'
+        and split_part(v_name, ':', 1) !~ '^((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])[.]){3}(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])$'
       then format('%s: no host has such a name', left(v_name, 80))
   end;
   if v_problem is not null then

@@ -128,7 +128,8 @@ def previous(
     empty_database_url: str, environ: Callable[..., dict[str, str]], tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Previous]:
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 is the first to know it
+        archive.extractall(tmp_path)
     previous = Previous(tmp_path, environ(DATABASE_URL=empty_database_url))
     yield previous
     previous.discard()

@@ -116,6 +116,12 @@ def test_an_event_of_before_is_rescheduled_to_the_id_that_a_submission_has(clien
     assert violations(client.connection, acknowledged=[uid, successor, back]) == []
 
 
+def test_an_event_of_now_may_come_back_to_a_time_that_it_had(client: Client) -> None:
+    first = client.schedule(scheduled_at=SOON, external_job_id="j")
+    back = moved(client, moved(client, first, FAR), SOON)
+    assert (client.get(back)["scheduled_at"], client.status(first)) == (SOON.isoformat(), "rescheduled")
+
+
 def test_a_time_that_an_event_of_before_has_is_refused(client: Client) -> None:
     stage_as_before(client, SOON)
     uid = client.schedule(scheduled_at=FAR, external_job_id="j")

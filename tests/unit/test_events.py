@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ValidationError
@@ -613,6 +613,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
     ]
 
 
+LAST = "2200-12-31T23:59:59.999999+00:00"
 kafka_submissions = st.fixed_dictionaries(
     {
         "source": names,
@@ -627,15 +628,21 @@ kafka_submissions = st.fixed_dictionaries(
         "ordering_key": names,
         "priority": st.integers(-9, 9),
         "spread_seconds": spreads,
-        "expires_at": st.just("2200-12-31T23:59:59.999999+00:00"),
+        "expires_at": st.just(LAST),
     },
 )
 
 
 @given(fields=kafka_submissions, target=st.sampled_from([("HTTP", "http://a/"), ("KAFKA", "topic"), ("KAFKA", None)]))
+@example(fields={"source": "s", "scheduled_at": LAST, "payload": 1, "expires_at": LAST}, target=("KAFKA", None))
 def test_an_encoded_submission_reads_as_the_same(fields: dict[str, Any], target: tuple[str, str | None]) -> None:
     raw = json.dumps({**fields, "delivery_type": target[0], "destination": target[1]}).encode()
     limits = Bounds(max_payload_bytes=100_000)
+    if fields["scheduled_at"] == fields.get("expires_at"):  # no attempt could ever begin
+        for read in (lambda: parse_submission(raw, limits), lambda: submission_row(raw, limits, 5)):
+            with pytest.raises(OutOfRangeError, match="expected a time after scheduled_at"):
+                read()
+        return
     submission = parse_submission(raw, limits)
     row = submission_row(
         encode_submission(submission), limits, 5, submission.id if submission.external_job_id is None else None
