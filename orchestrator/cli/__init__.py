@@ -132,6 +132,9 @@ def _told(ctx: click.Context) -> Iterator[None]:
     except DatabaseUnavailable as error:
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)  # libpq's text has several lines
         ctx.exit(1)
+    except UnicodeEncodeError as error:  # of an argument, whose bytes are no UTF-8
+        click.echo(f"Error: expected text in UTF-8, got {error.object[:80]!a}", err=True)
+        ctx.exit(2)
     except OrchestratorError as error:
         click.echo(f"Error: {error}", err=True)
         ctx.exit(1)

@@ -281,6 +281,21 @@ def test_numbers_that_are_none_or_too_large_end_in_a_message(cli: Cli, command: 
         assert len(result.stderr) < 2000, number[:40]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("get", "--external-id"), ("cancel", "--external-id"), ("cancel", "--yes", "--source"),
+        ("cancel", "--yes", "--destination"), ("reschedule", "--in", "1h", "--external-id"), ("destinations", "show"),
+        ("destinations", "pause"), ("dead-letters", "list", "--reason"), ("forecast", "--destination"), ("get",),
+        ("stats", "--from", "-1h", "--source"), ("keys", "revoke"), ("submit",),
+    ],
+)  # fmt: skip
+def test_an_argument_that_is_no_utf_8_ends_in_a_message(cli: Cli, command: tuple[str, ...]) -> None:
+    result = cli(*command, "a\udcff")
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert error_of(result, result.exit_code)
+
+
 def test_an_event_for_a_day_that_is_too_far_is_refused(cli: Cli) -> None:
     event = ("submit", "--destination", HOOK, "--payload", "1", "--at")
     assert cli(*event, "+399d").exit_code == 0

@@ -98,6 +98,13 @@ def test_either_id_finds_the_event(client: Client, at: datetime, key: str | None
     assert [(answer.event_id, answer.result) for answer in client.cancel(other)] == [(here, "cancelled")]
 
 
+def test_either_id_redrives_the_event(client: Client) -> None:
+    uid = client.schedule(external_job_id="j")
+    client.finish(results(client.claim(), "fail"))
+    redriven = client.rows("select event_id::text, result from orchestrator.redrive_event(%s)", former(NOON, client))
+    assert redriven == [(uid, "redriven")]
+
+
 def test_another_ordering_key_is_another_event_than_one_of_before(client: Client) -> None:
     stage_as_before(client, SOON, key="client-7")
     assert client.schedule(scheduled_at=SOON, external_job_id="j", ordering_key="client-8")
