@@ -23,6 +23,7 @@ from tests.conftest import MakeSettings
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.ingesting import submission
 from tests.support.sql_client import NOON, Client, results
+from tests.support.waiting import eventually
 
 LATER = (NOON + timedelta(days=2)).isoformat()
 HERE = Filter(source="tests")
@@ -233,6 +234,22 @@ async def test_a_call_whose_reply_is_lost_answers_what_it_did(
             {"before": proxy.cut_before, "during": proxy.cut_during, "after": proxy.cut_after}[way](cut)
             await work(World(database, client, ours))
             assert proxy.cuts == 1
+
+
+async def test_replies_that_are_lost_one_after_another_change_nothing_about_that(
+    settings: MakeSettings, database_url: str, client: Client
+) -> None:
+    ids = [client.schedule() for _ in range(5)]
+    async with (
+        CuttingProxy(database_url) as proxy,
+        Database(settings(DATABASE_URL=proxy.url), role="test") as database,
+    ):
+        proxy.cut_after("keep_answer")
+        sweeping = asyncio.create_task(Sweeps(database).cancel(HERE, limit=10))
+        await eventually(lambda: proxy.cuts == 1)
+        proxy.cut_after("kept_answer")
+        swept = await sweeping
+        assert (swept.done, set(swept.examples), proxy.cuts) == (5, set(ids), 2)
 
 
 def methods(*classes: type) -> set[str]:
