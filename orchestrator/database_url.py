@@ -33,7 +33,7 @@ _FROM_JDBC = {
 _TARGETS = {"any": "any", "primary": "primary", "secondary": "standby", "preferSecondary": "prefer-standby"}
 _KNOWN_TO_JDBC = {*_FROM_JDBC, "ssl", "targetServerType"}
 TARGET = "target_session_attrs"
-_SECRET = ("password", "sslpassword")
+_SECRET = re.compile("password|secret|scram_.*_key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class DatabaseUrl:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     parameters: Mapping[str, str] = field(default_factory=dict, repr=False)
-    dropped: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = field(default=(), compare=False)
 
     def with_login(self, user: str | None, password: str | None) -> DatabaseUrl:
         """The same with `user` and `password` where the URL itself has none."""
@@ -66,7 +66,7 @@ class DatabaseUrl:
 
     def masked(self) -> str:
         """The same with every password as ``***``, for people and logs."""
-        parameters = {key: "***" if key in _SECRET else value for key, value in self.parameters.items()}
+        parameters = {key: "***" if _SECRET.search(key) else value for key, value in self.parameters.items()}
         return self._written(self.password and "***", parameters)
 
     def _written(self, password: str | None, parameters: Mapping[str, str]) -> str:

@@ -21,6 +21,7 @@ from orchestrator.kafka.bulk import BulkProducer, bulk_producer
 from orchestrator.kafka.lanes import Record, RecordRefusedError, TopicUnavailableError
 from orchestrator.metrics import Metrics
 from orchestrator.tasks import end, within
+from orchestrator.topic_rules import topic_rules
 
 _BATCH = 5000
 _ANSWER_S = 30.0  # for a call of the database; one that hangs is given up, and the connection with it
@@ -91,6 +92,7 @@ class _Publisher:
                     outbox = await within(_ANSWER_S, opened.enter_async_context(Outbox.open(self._settings)))
                     if not self._switched:
                         await within(_ANSWER_S, outbox.switch(self._settings.outbox_topics))
+                        await within(_ANSWER_S, outbox.tell_topics(topic_rules(self._settings)))
                         self._switched = True
                     self._floor = 0
                     while not self._stopping:

@@ -1,4 +1,6 @@
-"""The roles of a process, on one event loop: the API, the ingester, the dispatcher, maintenance, or all of them.
+"""The roles of a process: the API, the ingester, the dispatcher, maintenance, or all of them.
+
+They share one event loop, but for the API, which has a process of its own beside the others.
 
 The first SIGTERM or SIGINT stops everything in order, within SHUTDOWN_TIMEOUT_SECONDS; a second one ends the
 process at once, and what it held is delivered by others when its leases run out.
@@ -18,10 +20,7 @@ from typing import Literal, NoReturn
 import psycopg
 import uvloop
 
-from orchestrator import database_url, migrate
-from orchestrator.api.auth import require_keys
-from orchestrator.api.server import serve as serve_api
-from orchestrator.api.server import serve_management
+from orchestrator import database_url, descriptors, migrate
 from orchestrator.config import Settings
 from orchestrator.database import Database, translated
 from orchestrator.database.blocking import OnConnected, blocking
@@ -64,11 +63,16 @@ class _Process:
         self._handle_signals()
         for notice in settings.notices:
             _log.warning("%s", notice)
+        limit = descriptors.raise_limit()
+        for shortage in descriptors.shortages(settings, limit):
+            _log.warning("%s", shortage)
+        settings = replace(settings, http_max_connections=descriptors.deliveries(settings, limit))
+        self._settings = settings
         _log.info("starting", extra={"database": database_url.masked(settings.database_url), "pid": os.getpid()})
         if self._role == "ingest" and settings.kafka_servers is None:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
         # These have connections of their own; their pool only answers health checks.
-        pool = replace(settings, pool_min_idle=0, pool_max_size=2) if self._role in _WITHOUT_API else settings
+        pool = settings if self._role == "api" else replace(settings, pool_min_idle=0, pool_max_size=2)
         try:
             async with asyncio.timeout(None) as deadline, Database(pool, role=self._role) as database:
                 await self._run_parts(self._parts(database), beside, database, deadline)
@@ -101,13 +105,15 @@ class _Process:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._limit(deadline))
             # From the start, so that a probe sees a process that lives and waits for its database.
-            if self._role not in _WITHOUT_API:
-                tasks.create_task(self._watched(lambda stop: serve_api(settings, database, self._metrics, stop=stop)))
+            served: Part | None = None
+            if self._role == "run":
+                served = lambda stop: _serve_apart(settings, self._metrics, stop)  # noqa: E731
+            elif self._role == "api":
+                served = lambda stop: _serve_api(settings, database, self._metrics, stop)  # noqa: E731
             elif settings.management_port is not None:
-                management: Part = lambda stop: serve_management(  # noqa: E731
-                    settings, database, self._metrics, stop=stop
-                )
-                tasks.create_task(self._watched(management))
+                served = lambda stop: _serve_management(settings, database, self._metrics, stop)  # noqa: E731
+            if served is not None:
+                tasks.create_task(self._watched(served))
             await self._watched(lambda stop: _until_usable(settings, database, self._role, stop), stops=False)
             if not self._stop.is_set():
                 for part in (*parts, *beside):
@@ -148,6 +154,30 @@ def _exit_at_once(status: int) -> NoReturn:
 # These import what they run: the clients of HTTP and Kafka cost every process that loads them 10 MiB each.
 
 
+async def _serve_api(settings: Settings, database: Database, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.api.server import serve
+
+    await serve(settings, database, metrics, stop=stop)
+
+
+async def _require_keys(settings: Settings, database: Database) -> None:
+    from orchestrator.api.auth import require_keys
+
+    await require_keys(settings, database)
+
+
+async def _serve_apart(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.api.apart import serve_apart
+
+    await serve_apart(settings, "run", metrics, stop=stop)
+
+
+async def _serve_management(settings: Settings, database: Database, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.api.server import serve_management
+
+    await serve_management(settings, database, metrics, stop=stop)
+
+
 async def _dispatch(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
     from orchestrator.dispatch.dispatcher import Dispatcher
     from orchestrator.dispatch.http import HttpSender
@@ -173,7 +203,7 @@ async def _until_usable(settings: Settings, database: Database, role: Role, stop
     url = settings.database_url
     if not await until_done("schema", lambda: blocking(partial(_require_schema, url)), stop):
         return
-    if role in ("run", "api") and not await until_done("API keys", lambda: require_keys(settings, database), stop):
+    if role in ("run", "api") and not await until_done("API keys", lambda: _require_keys(settings, database), stop):
         return
     if role in ("run", "maintain"):
         prepared = await until_done("maintenance", lambda: prepare(settings), stop, answer_s=_PREPARED_S)

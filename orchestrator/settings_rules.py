@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from orchestrator import jaas
 from orchestrator.database_url import TARGET, DatabaseUrl
 
+_MECHANISMS = {jaas.PLAIN: ("PLAIN",), jaas.SCRAM: ("SCRAM-SHA-256", "SCRAM-SHA-512")}
 MARGIN_S = 5.0
 """What a lease must leave beyond look-ahead and time-out, to finish an attempt in the database."""
 
@@ -88,6 +90,31 @@ def _ports_differ(v: Mapping[str, Any]) -> str | None:
     return f"MANAGEMENT_SERVER_PORT: expected another port than SERVER_PORT, got {port}; unset it to share"
 
 
+def _login_module_is_known(v: Mapping[str, Any]) -> str | None:
+    login: jaas.Jaas | None = v["kafka_sasl_jaas"]
+    if login is None:
+        return None
+    if login.module not in _MECHANISMS or login.token:
+        got = f"{login.module} with tokenauth" if login.token else login.module
+        return f"KAFKA_SASL_JAAS_CONFIG: expected PlainLoginModule or ScramLoginModule of Kafka's, got {got}"
+    mechanisms = _MECHANISMS[login.module]
+    if v["kafka_sasl_mechanism"] not in mechanisms:
+        expected, got = " or ".join(mechanisms), v["kafka_sasl_mechanism"]
+        return f"KAFKA_SASL_MECHANISM: expected {expected}, by the module of KAFKA_SASL_JAAS_CONFIG, got {got}"
+    return None
+
+
+def _logins_agree(v: Mapping[str, Any]) -> str | None:
+    login: jaas.Jaas | None = v["kafka_sasl_jaas"]
+    if login is None:
+        return None
+    for part in ("username", "password"):
+        if v[f"kafka_sasl_{part}"] != getattr(login, part):
+            name = f"KAFKA_SASL_{part.upper()}"
+            return f"{name} and KAFKA_SASL_JAAS_CONFIG: both are set and differ; keep one of them"
+    return None
+
+
 def _login_is_whole(v: Mapping[str, Any]) -> str | None:
     if not v["kafka_security_protocol"].startswith("SASL_"):
         return None
@@ -127,6 +154,8 @@ _RULES = (
     _parquet_can_be_written,
     _sessions_can_write,
     _ports_differ,
+    _login_module_is_known,
+    _logins_agree,
     _login_is_whole,
     _certificate_has_key,
     _topics_differ,

@@ -20,6 +20,8 @@ from orchestrator.tasks import retrieve
 
 SCOPES = ("read", "submit", "admin")
 KEY_PATTERN = "^orch_[A-Za-z0-9_-]{43}$"
+DELIVERY_HEADER = b"orchestrator-attempt"
+"""Every delivery over HTTP has this header, and no event can set it."""
 CACHE_S = 10.0
 CACHE_SIZE = 1024
 
@@ -60,6 +62,9 @@ class Guard:
         """Raises a 401 or 403 problem; does nothing when the request may go on."""
         key = _presented(scope)
         if key is None:
+            if header(scope, DELIVERY_HEADER) is not None:
+                # Else whoever may submit an event could have it call this API with the rights of this network.
+                raise _unauthorized("A delivery may use this API with an API key in the headers of its event alone.")
             if self._anonymous:
                 return
             raise _unauthorized("Send an API key as `Authorization: Bearer orch_…` or `X-API-Key: orch_…`.")

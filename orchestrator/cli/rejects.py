@@ -121,7 +121,8 @@ def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) ->
     corrected = None if file is None else file.read()
 
     async def work(rejects: Rejects, ours: Settings) -> Submitted:
-        from orchestrator.events import parse_submission
+        from orchestrator.events import parse_submission, require_topic
+        from orchestrator.topic_rules import topic_rules
 
         found = await _found(rejects, number)
         if found.topic == ours.topic_processing:
@@ -131,7 +132,7 @@ def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) ->
         value = found.value if corrected is None else corrected
         if value is None:
             raise OrchestratorError(f"reject {number} has no value; give what it should have been in a file")
-        return await rejects.resubmit(number, parse_submission(value, ours))
+        return await rejects.resubmit(number, require_topic(parse_submission(value, ours), topic_rules(ours)))
 
     kept = _with_rejects(work)
     duplicate = kept.result == "duplicate"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self
+from typing import Any, LiteralString, Self
 
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, Cursor, IsolationLevel, Transaction, errors
@@ -17,7 +17,10 @@ from psycopg_pool import PoolTimeout
 
 from orchestrator.config import Settings
 from orchestrator.database.session import MARK, SESSION, Session
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError, UnusableDatabase, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError, UnusableDatabase, ValidationError
+
+HOLDERS: LiteralString = "select coalesce(orchestrator.holders_text(), 'it has ended by now')"
+"""Names the sessions whose open transactions may be in the way."""
 
 _AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
 _ENDED = {"57P01", "57P02", "57P03", "57P05", "08000", "08003", "08006"}
@@ -34,6 +37,8 @@ def translated() -> Iterator[None]:
     """Raises what psycopg raises as this product's errors."""
     try:
         yield
+    except errors.LockNotAvailable as error:
+        raise Blocked(f"another session's open transaction holds what is needed: {_first_line(error)}") from error
     except errors.ReadOnlySqlTransaction as error:
         raise DatabaseUnavailable(f"the database takes no writes: {_first_line(error)}") from error
     except _AWAY as error:

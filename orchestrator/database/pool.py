@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, LiteralString, NamedTuple, Self, TypeVar
 from uuid import UUID, uuid4
@@ -19,6 +21,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from orchestrator.config import Settings
 from orchestrator.database.connection import (
+    HOLDERS,
     Connection,
     connection_arguments,
     is_lost,
@@ -27,11 +30,13 @@ from orchestrator.database.connection import (
     named,
     translated,
 )
-from orchestrator.errors import DatabaseUnavailable, InDoubt, OrchestratorError, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, InDoubt, OrchestratorError, ValidationError
 from orchestrator.events import Submission, copy_row
 from orchestrator.tasks import within
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 _POOL_TIMEOUT_S = 5.0
 _TRIES = 3
@@ -40,6 +45,7 @@ _CHECK_S = 1.0
 _FULL_S = 5.0  # how long a disk that was full counts as full, unless something is kept
 _CLOSE_S = 1.0  # for connections that are being opened
 _NEW_S = 1.0
+_SLICE_BYTES = 1 << 20
 _LOOK = "whether it was done is not known, so look before you repeat it"
 
 _ONCE = """
@@ -47,7 +53,18 @@ with answer as materialized ({}), kept as materialized (
   select orchestrator.keep_answer(%s, (select json_agg(a) from answer a)))
 select a.* from kept cross join answer a
 """
+_PATIENCE = "3s"
+_LEFT_FOR_OTHERS = 3  # connections: two that submit, and one
+_HOLDERS_S = 2.0
+_HASTE: LiteralString = "set local lock_timeout = '20 ms'"
+_APART_S = 2.0  # for finding out which submissions of a batch are blocked
 
+_SUBMIT: LiteralString = (
+    "select n, id::text, result, field, reason, status from orchestrator.try_submit_staged_with_status()"
+)
+_SUBMIT_HASTILY: LiteralString = (
+    "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
+)
 COPY_SUBMISSIONS: LiteralString = (
     "copy pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload,"
     " headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at) from stdin"
@@ -58,7 +75,8 @@ COPY_SUBMISSIONS: LiteralString = (
 class Submitted(NamedTuple):
     """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason.
 
-    `id` is the one that the event is kept under, `status` the state that a duplicate is in.
+    `id` is the one that the event is kept under, `status` the state that a duplicate is in. ``blocked``, by
+    `submit_all` alone: another session has an uncommitted event of that id, and nothing was kept.
     """
 
     id: str
@@ -116,19 +134,21 @@ class ApiKey(NamedTuple):
 class Database:
     """A pool of connections, and what the API and the CLI ask of the database.
 
-    Every method raises DatabaseUnavailable when the database is away, after two more tries on fresh connections. What
-    changes something is done once, and answers what it did, although the reply to its commit was lost: see `once`.
-    InDoubt: it may have been done.
+    Every method raises DatabaseUnavailable when the database is away, after two more tries on fresh connections, and
+    Blocked when another session's open transaction holds what it needs for longer than 3 seconds. What changes
+    something is done once, and answers what it did, although the reply to its commit was lost: see `once`. InDoubt: it
+    may have been done.
     """
 
     def __init__(self, settings: Settings, *, role: str) -> None:
         self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._turns = asyncio.Semaphore(max(1, settings.pool_max_size - _LEFT_FOR_OTHERS))
         self._doubtful = False
         self._full_at = -math.inf
         self._pool = _Pool(
             settings.database_url,
             connection_class=Connection,
-            kwargs=connection_arguments(settings.database_url, role),
+            kwargs=connection_arguments(settings.database_url, role, lock_timeout=_PATIENCE),
             min_size=settings.pool_min_idle,
             max_size=settings.pool_max_size,
             timeout=_POOL_TIMEOUT_S,
@@ -171,6 +191,10 @@ class Database:
             except TimeoutError:
                 in_doubt = changes
                 problem: OrchestratorError = DatabaseUnavailable(f"the database has not answered in {_ANSWER_S:g} s")
+                break
+            except Blocked as error:
+                problem = Blocked(f"{error}; {await self.holders()}")
+                problem.__cause__ = error.__cause__
                 break
             except OrchestratorError as error:
                 if isinstance(error.__cause__, errors.DiskFull):
@@ -237,7 +261,34 @@ class Database:
                         raise
             return answer
 
-        return await self._run(lambda connection: work(connection, request), again, changes=True)
+        async with self._turn():
+            return await self._run(lambda connection: work(connection, request), again, changes=True)
+
+    async def holders(self) -> str:
+        """The sessions whose open transactions may be in the way, for an operator."""
+
+        async def work(connection: Connection) -> str:
+            row = await (await connection.execute(HOLDERS)).fetchone()
+            return row[0] if row else ""
+
+        try:
+            async with asyncio.timeout(_HOLDERS_S):
+                return await self._run_once(work)
+        except (OrchestratorError, TimeoutError):
+            return "who it is could not be found out"
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None, None]:
+        """For what may wait for another session: some connections are left for all else."""
+        try:
+            async with asyncio.timeout(_POOL_TIMEOUT_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise DatabaseUnavailable("others wait for another session's open transaction already") from None
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     async def rows(self, query: LiteralString, *values: object) -> list[TupleRow]:
         """What a query of this package's modules answers."""
@@ -255,9 +306,22 @@ class Database:
     async def submit(self, submissions: Sequence[Submission]) -> list[Submitted]:
         """Keeps the submissions, in one transaction; one answer each, in order.
 
-        Raises ValidationError when the database refuses a value that no rule foresaw; nothing is kept then.
+        Raises ValidationError when the database refuses a value that no rule foresaw, and Blocked when one of them has
+        waited for another session for 250 ms; nothing is kept then.
         """
-        text = b"".join([copy_row(submission, n) for n, submission in enumerate(submissions)])
+        return await self._submit(submissions, _SUBMIT)
+
+    async def submit_hastily(self, submissions: Sequence[Submission]) -> list[Submitted] | None:
+        """As `submit`, but waits for no other session for longer than 20 ms; None: one does, and none is kept."""
+        try:
+            return await self._submit(submissions, _SUBMIT_HASTILY, _HASTE)
+        except Blocked:
+            return None
+
+    async def _submit(
+        self, submissions: Sequence[Submission], submit: LiteralString, first: LiteralString | None = None
+    ) -> list[Submitted]:
+        text = await _copied(submissions)
         answered: list[TupleRow] | None = None
 
         async def work(connection: Connection) -> list[TupleRow]:
@@ -269,11 +333,11 @@ class Database:
             async with connection.transaction(), connection.cursor() as cursor:
                 if connection.pooled:
                     await cursor.execute("select orchestrator.open_staging()")
+                if first is not None:
+                    await cursor.execute(first)
                 async with cursor.copy(COPY_SUBMISSIONS) as copy:
                     await copy.write(text)
-                await cursor.execute(
-                    "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
-                )
+                await cursor.execute(submit)
                 answered = await cursor.fetchall()
             # The reply to a commit may have been lost: then all that was new to that run is a duplicate to this one.
             return answered if before is None or _are_new(before, answered, len(submissions)) else before
@@ -329,7 +393,7 @@ class Database:
         return Rescheduled(*rows[0]) if rows else None
 
     async def redrive(self, event_id: str) -> str | None:
-        """Has a dead event tried again: ``redriven``, or ``expired``, which purged ones are too, or the status of one
+        """Has a dead event tried again: ``redriven``, or ``expired``, ``purged`` or ``refused``, or the status of one
         that is not dead; None: there is no such event.
         """
         rows = await self.once("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)
@@ -444,16 +508,63 @@ async def _can_write(connection: Connection) -> bool:
     return row == ("off",)
 
 
+async def _copied(submissions: Sequence[Submission]) -> bytes:
+    """The lines of all; others get on in between when that is many MiB."""
+    rows = []
+    size_bytes = 0
+    for n, submission in enumerate(submissions):
+        row = copy_row(submission, n)
+        rows.append(row)
+        size_bytes += len(row)
+        if size_bytes > _SLICE_BYTES:
+            size_bytes = 0
+            await asyncio.sleep(0)
+    return b"".join(rows)
+
+
 async def submit_all(database: Database, submissions: Sequence[Submission]) -> list[Submitted]:
     """Submits in one transaction; a value that only the database refuses is found by bisecting, and refused alone.
 
-    Raises DatabaseUnavailable. Halves that were already kept stay kept: submitting them again changes nothing.
+    What waits for another session's open transaction is set aside, as blocked, and all others are kept. Raises
+    DatabaseUnavailable. Halves that were already kept stay kept: submitting them again changes nothing.
     """
     try:
         return await database.submit(submissions)
+    except Blocked as error:
+        _log.warning("submissions are set aside", extra={"error": str(error)})
+        return await submit_free(database, submissions)
     except ValidationError as error:
         if len(submissions) == 1:
             return [Submitted(submissions[0].id, "refused", error.field, error.reason)]
         middle = len(submissions) // 2
         first = await submit_all(database, submissions[:middle])
         return first + await submit_all(database, submissions[middle:])
+
+
+async def submit_free(
+    database: Database, submissions: Sequence[Submission], deadline_s: float | None = None
+) -> list[Submitted]:
+    """As `submit_all`, but waits for no other session: by bisecting it finds what is blocked, in about two seconds.
+
+    What was not looked at by then (`deadline_s`, monotonic) is blocked, too.
+    """
+    if deadline_s is None:
+        deadline_s = time.monotonic() + _APART_S
+    elif time.monotonic() > deadline_s:
+        return [_blocked(submission) for submission in submissions]
+    try:
+        kept = await database.submit_hastily(submissions)
+        if kept is not None:
+            return kept
+        if len(submissions) == 1:
+            return [_blocked(submissions[0])]
+    except ValidationError as error:
+        if len(submissions) == 1:
+            return [Submitted(submissions[0].id, "refused", error.field, error.reason)]
+    middle = len(submissions) // 2
+    first = await submit_free(database, submissions[:middle], deadline_s)
+    return first + await submit_free(database, submissions[middle:], deadline_s)
+
+
+def _blocked(submission: Submission) -> Submitted:
+    return Submitted(submission.id, "blocked", "id", "another session holds it in a transaction that is open")

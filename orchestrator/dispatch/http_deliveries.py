@@ -20,7 +20,9 @@ from orchestrator.dispatch.http import Delivery
 from orchestrator.dispatch.lines import http_windows
 from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
 from orchestrator.dispatch.stalls import QUICK_S, Stalls
+from orchestrator.errors import OwnFaultError
 from orchestrator.metrics import Metrics
+from orchestrator.own_faults import Postponing
 
 RECORDING_S = 1.0
 """What an attempt must leave of its lease, to record its result."""
@@ -65,6 +67,7 @@ class HttpDeliveries:
         self.due = DueQueue(clock.now, windows, on_room)
         self.stalls = Stalls(self.due, finisher.release, on_taken, windows.first, kept)
         self.in_flight = 0
+        self._postponing = Postponing(metrics)
 
     async def run(self) -> None:
         """Works until closed and done; cancelled, it records what it cut short."""
@@ -77,6 +80,7 @@ class HttpDeliveries:
 
     def close(self) -> list[Claimed]:
         """Begins no more attempts; returns the events that still wait for theirs."""
+        self._postponing.close()
         return self.due.close()
 
     async def _deliver(self) -> None:
@@ -95,20 +99,27 @@ class HttpDeliveries:
             self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
             began_s = time.monotonic()
             self.in_flight += 1
-            attempted = _CUT_SHORT
+            attempted: Attempted | None = _CUT_SHORT
             try:
                 attempted = options.fault or await self._sender.send(_delivery(event, options))
             except msgspec.MsgspecError as error:
                 attempted = Attempted(FAIL, error=f"headers: cannot be read: {error}")
+            except OwnFaultError as fault:
+                attempted = None
+                await self._postponing.pause(fault)  # in its place: all others would fare alike
             except Exception as error:  # one event must not end all the others
                 _log.exception("an attempt failed in a way not foreseen", extra={"event_id": event.event_id})
                 attempted = Attempted(RETRY, error=f"internal error: {type(error).__name__}")
             finally:
                 self.in_flight -= 1
                 took_s = time.monotonic() - began_s
-                due.ended(event, took_s <= QUICK_S and (attempted.error is None or not attempted.timed_out))
-                self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
-                self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
+                if attempted is None:
+                    due.ended(event)
+                    self._finisher.release([event])
+                else:
+                    due.ended(event, took_s <= QUICK_S and (attempted.error is None or not attempted.timed_out))
+                    self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
+                    self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
 
 
 def slot_missed(event: Claimed, started_at: float, metrics: Metrics) -> bool:

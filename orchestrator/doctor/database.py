@@ -15,6 +15,7 @@ from orchestrator.doctor.finding import Finding, is_production, ok, problem, war
 from orchestrator.doctor.server import server_findings
 from orchestrator.doctor.standstill import standstill_findings
 from orchestrator.doctor.upkeep import upkeep_findings
+from orchestrator.doctor.waits import wait_findings
 from orchestrator.doctor.work import work_findings
 from orchestrator.errors import OrchestratorError, UnusableDatabase
 
@@ -86,6 +87,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             yield from upkeep_findings(connection, settings, _guarded)
             yield from work_findings(connection, _guarded)
             yield from standstill_findings(connection, _guarded)
+            yield from wait_findings(connection, _guarded)
 
 
 def _guarded(check: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
