@@ -76,6 +76,12 @@ async def submits(world: World) -> None:
     assert [answer.result for answer in await world.database.submit(some)] == ["duplicate"] * 3
 
 
+@case("Database.submit_hastily", cut="COMMIT")
+async def submits_without_waiting(world: World) -> None:
+    some = [parsed(world, external_job_id=name) for name in ("new", "newer")]
+    assert [answer.result for answer in await world.database.submit_hastily(some) or ()] == ["accepted"] * 2
+
+
 @case("Database.cancel")
 async def cancels(world: World) -> None:
     event_id = world.client.schedule()
@@ -265,7 +271,7 @@ def test_every_method_that_changes_something_is_among_them() -> None:
     asking = {
         *("Database.rows", "Database.value", "Database.once", "Database.done_once", "Database.event", "Database.ready"),
         *("Database.events_by_external_id", "Database.statistics", "Database.statistics_by", "Database.dead_letters"),
-        *("Database.api_key", "Database.count_api_keys", "Database.list_api_keys"),
+        *("Database.holders", "Database.api_key", "Database.count_api_keys", "Database.list_api_keys"),
         *("Destinations.page", "Destinations.get", "Destinations.governing", "Destinations.forecast"),
         *("Destinations.standstills", "Rejects.page", "Rejects.get"),
     }
