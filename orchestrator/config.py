@@ -108,7 +108,7 @@ class Settings(KafkaSettings):
         kind=_DATABASE_URL,
         otherwise="made from the DB_ settings",
         secret=True,
-        about="Address of the database.",
+        about="Address of the database; of several hosts, the one that takes writes.",
     )
     pool_max_size: int = defined(
         "DB_POOL_MAX_SIZE",
@@ -216,6 +216,50 @@ class Settings(KafkaSettings):
         default="16777216",
         about="Longest body of a request to the API.",
     )
+    max_head_bytes: int = defined(
+        "MAX_HEAD_BYTES",
+        kind=whole(4096, 2**20),
+        default="32768",
+        about="Longest head of a request to the API: its request line and headers.",
+    )
+    api_max_connections: int | None = defined(
+        "API_MAX_CONNECTIONS",
+        kind=whole(1, 100000),
+        otherwise="5000, or what the file descriptors allow",
+        about="Most connections that clients have to the API. When all are taken, those that wait for their clients "
+        "give way, oldest first, of the address with most.",
+    )
+    api_max_connections_per_address: int | None = defined(
+        "API_MAX_CONNECTIONS_PER_ADDRESS",
+        kind=whole(1, 100000),
+        otherwise="none: no bound, as behind a load balancer all clients have one address",
+        about="Most of them from one address, or one /64 network of IPv6.",
+    )
+    api_head_timeout_s: float = defined(
+        "API_HEAD_TIMEOUT_SECONDS",
+        kind=seconds(0.1, 600),
+        default="10",
+        about="Longest that a client may take from connecting, or from the first byte of a later request, to the end "
+        "of the headers.",
+    )
+    api_body_timeout_s: float = defined(
+        "API_BODY_TIMEOUT_SECONDS",
+        kind=seconds(0.1, 3600),
+        default="30",
+        about="Longest that the body of a request may take to arrive.",
+    )
+    api_write_timeout_s: float = defined(
+        "API_WRITE_TIMEOUT_SECONDS",
+        kind=seconds(0.1, 3600),
+        default="30",
+        about="Longest that a client may leave an answer unread.",
+    )
+    api_keep_alive_s: float = defined(
+        "API_KEEP_ALIVE_SECONDS",
+        kind=seconds(0.1, 3600),
+        default="75",
+        about="How long an idle connection is kept; longer than a load balancer does, so that it closes first.",
+    )
     max_batch_events: int = defined(
         "MAX_BATCH_EVENTS", kind=whole(1, 100000), default="1000", about="Most events in one batch request."
     )
@@ -305,7 +349,7 @@ class Settings(KafkaSettings):
         url: database_urls.DatabaseUrl | None = values["database_url"]
         address = url or database_urls.from_parts(parts["host"], parts["port"], parts["name"])
         values["environment"] = str(values["environment"])
-        values["database_url"] = str(address.with_login(parts["user"], parts["password"]))
+        values["database_url"] = str(address.with_login(parts["user"], parts["password"]).for_writing())
         if values["allow_anonymous"] is None:
             values["allow_anonymous"] = not is_production(values["environment"])
         dropped = () if url is None else url.dropped

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from orchestrator import jaas
+from orchestrator.database_url import TARGET, DatabaseUrl
 
 _MECHANISMS = {jaas.PLAIN: ("PLAIN",), jaas.SCRAM: ("SCRAM-SHA-256", "SCRAM-SHA-512")}
 MARGIN_S = 5.0
@@ -72,6 +73,14 @@ def _parquet_can_be_written(v: Mapping[str, Any]) -> str | None:
         "ARCHIVE_FORMAT: parquet needs pyarrow, which is not installed; install "
         "scheduled-event-orchestrator[archive], or take csv"
     )
+
+
+def _sessions_can_write(v: Mapping[str, Any]) -> str | None:
+    url: DatabaseUrl | None = v["database_url"]
+    wanted = None if url is None else url.parameters.get(TARGET)
+    if wanted in (None, "any", "read-write", "primary"):
+        return None
+    return f"DATABASE_URL: expected a {TARGET} of read-write or primary, as all roles write, got {wanted}; leave it out"
 
 
 def _ports_differ(v: Mapping[str, Any]) -> str | None:
@@ -143,6 +152,7 @@ _RULES = (
     _body_holds_payload,
     _partitions_within_reach,
     _parquet_can_be_written,
+    _sessions_can_write,
     _ports_differ,
     _login_module_is_known,
     _logins_agree,

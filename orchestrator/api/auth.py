@@ -16,6 +16,7 @@ from orchestrator.api.problems import Problem
 from orchestrator.config import Settings
 from orchestrator.database import ApiKey, Database
 from orchestrator.errors import OrchestratorError
+from orchestrator.tasks import retrieve
 
 SCOPES = ("read", "submit", "admin")
 KEY_PATTERN = "^orch_[A-Za-z0-9_-]{43}$"
@@ -89,6 +90,7 @@ class Guard:
             lookup = asyncio.create_task(self._look_up(digest))
             self._lookups[digest] = lookup
             lookup.add_done_callback(lambda _: self._lookups.pop(digest))
+            lookup.add_done_callback(retrieve)  # the requests may have gone by then
         return await asyncio.shield(lookup)
 
     async def _look_up(self, digest: bytes) -> ApiKey | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import IO, TYPE_CHECKING, TypeVar
 
 import click
 
-from orchestrator.cli.support import console, json_option, kept_before, moment, plain, print_json, settings
+from orchestrator.cli.support import console, json_option, kept_before, moment, plain, print_json, with_database
 from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError
 
@@ -25,12 +24,7 @@ _SHOWN_CHARS = 2000
 def _with_rejects(work: Callable[[Rejects, Settings], Awaitable[T]]) -> T:
     from orchestrator.database.rejects import Rejects
 
-    async def run() -> T:
-        ours = settings()
-        async with Rejects.open(ours) as rejects:
-            return await work(rejects, ours)
-
-    return asyncio.run(run())
+    return with_database(lambda database, ours: work(Rejects(database), ours))
 
 
 async def _found(rejects: Rejects, number: int) -> KeptReject:

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Self
 import aiohttp
 import msgspec
 
+from orchestrator.errors import OwnFaultError
+from orchestrator.own_faults import own_fault
+
 from .attempt import DELIVERED, FAIL, RETRY, Attempted
 from .connector import GuardedConnector, opened_connection
 from .echoes import without_credentials
@@ -97,7 +100,7 @@ class HttpSender:
             await self._session.close()
 
     async def send(self, delivery: Delivery) -> Attempted:
-        """Makes one attempt within the total timeout. Raises nothing but CancelledError."""
+        """Makes one attempt within the total timeout. Raises nothing but OwnFaultError and CancelledError."""
         try:
             url = destination_url(delivery.destination)
             headers = self._headers(delivery)
@@ -125,9 +128,15 @@ class HttpSender:
             return Attempted(RETRY, error=f"{place} answered with something that is not HTTP")
         except aiohttp.InvalidURL:
             return Attempted(FAIL, error=f"destination: {quoted(place or '')} is not a plain host")
-        except (aiohttp.ClientConnectionError, OSError):
+        except OwnFaultError:
+            raise
+        except (aiohttp.ClientConnectionError, OSError) as error:
+            if fault := own_fault(error):
+                raise fault from error
             return Attempted(RETRY, error=f"connection closed by {place} before it answered")
         except Exception as error:
+            if fault := own_fault(error):
+                raise fault from error
             _log.exception("a delivery failed in a way not foreseen", extra={"event_id": delivery.event_id})
             return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
 

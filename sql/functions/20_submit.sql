@@ -132,6 +132,7 @@ declare
   v_policies text[];
   v_priorities smallint[];
   v_horizon_at timestamptz;
+  v_new_priority boolean;
   v_own_lanes boolean;
   v_former_ids boolean;
   v_told constant boolean := exists (select from orchestrator.outbox_kind where kind = 'scheduled');
@@ -146,11 +147,12 @@ begin
     , array_agg(distinct s.priority) filter (where s.priority between -9 and 9)
   into v_first, v_last, v_policies, v_priorities
   from pg_temp.submission s;
-  -- Locks the row of control, once in the life of a priority.
-  update orchestrator.control c
-  set priorities = array(select distinct p from unnest(c.priorities || v_priorities) p order by p desc)
-  where not c.priorities @> v_priorities;
-  select c.horizon_at, c.former_ids_until is not null into v_horizon_at, v_former_ids from orchestrator.control c;
+  select c.horizon_at, c.former_ids_until is not null, not c.priorities @> v_priorities
+  into v_horizon_at, v_former_ids, v_new_priority
+  from orchestrator.control c;
+  if v_new_priority then
+    perform orchestrator.note_control('priorities', v_priorities);
+  end if;
   perform orchestrator.recognise_former_ids() where v_former_ids;
   begin
     if v_last >= v_horizon_at or v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy) then
@@ -280,6 +282,21 @@ set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as
 $$;
 comment on function orchestrator.status_of(uuid) is 'The state that an event is in; null: there is none';
 
+create or replace function orchestrator.try_submit_staged()
+returns table (n integer, id uuid, result text, field text, reason text)
+language sql security definer set search_path = orchestrator, pg_temp set lock_timeout = '250 ms' as $$
+  select * from orchestrator.keep_staged(null)
+$$;
+comment on function orchestrator.try_submit_staged() is
+  'submit_staged() for a batch of many clients: fails after 250 ms behind another session, as one with an uncommitted event of the same id, so that the rest can go without that one';
+
+create or replace function orchestrator.try_submit_staged_with_status()
+returns table (n integer, id uuid, result text, field text, reason text, status text)
+language sql security definer set search_path = orchestrator, pg_temp set lock_timeout = '250 ms' as $$
+  select * from orchestrator.submit_staged_with_status()
+$$;
+comment on function orchestrator.try_submit_staged_with_status() is 'try_submit_staged(), with the state that each duplicate is in now';
+
 -- The lock keeps days from getting their partition meanwhile: whoever gives a day one waits until all that went to the horizon is there to see.
 create or replace function orchestrator.keep_each(p_now timestamptz, p_told boolean, p_predecessor uuid)
 returns table (n integer, id uuid, result text, field text, reason text)
@@ -294,8 +311,11 @@ declare
   v_waiting_from timestamptz;
   v_numbers integer[]; v_answered uuid[]; v_results text[]; v_fields text[]; v_reasons text[];
 begin
-  perform orchestrator.open_days(array(
-    select distinct (s.scheduled_at at time zone 'UTC')::date from pg_temp.submission s where isfinite(s.scheduled_at)), p_now);
+  begin
+    perform orchestrator.open_days(array(
+      select distinct (s.scheduled_at at time zone 'UTC')::date from pg_temp.submission s where isfinite(s.scheduled_at)), p_now);
+  exception when lock_not_available then null;  -- a session that stays in the horizon: they wait there for maintenance
+  end;
   perform pg_advisory_xact_lock_shared(hashtext('orchestrator.horizon'));
   select * into v_control from orchestrator.control;
   v_days := orchestrator.partition_days();

@@ -130,6 +130,7 @@ language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 declare
   v_start_at constant timestamptz := greatest(p_start_at, orchestrator.now());
   v_found record;
+  v_ids uuid[];
 begin
   if p_rate <= 0 or p_rate > 1e6 or p_rate = 'NaN' then
     raise exception 'p_rate: expected more than 0 and at most 1000000 events a second, got %', p_rate using errcode = 'invalid_parameter_value';
@@ -140,8 +141,13 @@ begin
   examples := v_found.ids[:10];
   next_after := v_found.next_after;
   next_start_at := v_start_at + make_interval(secs => coalesce(matched / p_rate, 0));
-  redriven := case when p_dry_run or matched = 0 then 0 else cardinality(orchestrator.redrive(v_found.ids
-    , array(select v_start_at + make_interval(secs => coalesce((n - 1) / p_rate, 0)) from generate_series(1, matched) n order by n))) end;
+  redriven := 0;
+  if not p_dry_run and matched > 0 then
+    -- But for those that another session is redriving or purging just now.
+    v_ids := array(select d.event_id from orchestrator.dead_letter d where d.event_id = any (v_found.ids) order by d.event_id for update skip locked);
+    redriven := cardinality(orchestrator.redrive(v_ids
+      , array(select v_start_at + make_interval(secs => coalesce((n - 1) / p_rate, 0)) from generate_series(1, cardinality(v_ids)) n order by n)));
+  end if;
   return next;
 end $$;
 comment on function orchestrator.redrive_dead_letters(text, text, timestamptz, timestamptz, text, double precision, boolean, integer, uuid, timestamptz) is
@@ -166,7 +172,11 @@ begin
   next_after := v_found.next_after;
   purged := 0;
   if matched > 0 and not p_dry_run then
-    with gone as (delete from orchestrator.dead_letter d where d.event_id = any (v_found.ids) returning d.blocks)
+    with gone as (
+      delete from orchestrator.dead_letter d
+      where d.event_id = any (array(
+        select d.event_id from orchestrator.dead_letter d where d.event_id = any (v_found.ids) order by d.event_id for update skip locked))
+      returning d.blocks)
     select count(*), array_agg(distinct g.blocks) filter (where g.blocks is not null) into purged, v_orderings from gone g;
     perform orchestrator.advance_ordering(v_orderings) where v_orderings is not null;
     insert into orchestrator.statistic (minute, name, value) select date_trunc('minute', orchestrator.now()), 'purged', purged where purged > 0;
