@@ -12,6 +12,7 @@ from itertools import islice
 from typing import IO, TYPE_CHECKING
 
 import click
+import msgspec
 
 from orchestrator.cli.support import (
     console,
@@ -26,6 +27,7 @@ from orchestrator.cli.support import (
 from orchestrator.cli.times import a_duration, relative
 from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError, ValidationError
+from orchestrator.event_rules import MAX_FRAME_BYTES
 
 if TYPE_CHECKING:
     from orchestrator.database import Database, Submitted
@@ -188,8 +190,10 @@ def _payload(given: str) -> bytes:
         with click.open_file(given[1:], "rb") as file:
             text = file.read()
     try:
-        json.loads(text)
-    except ValueError as error:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except RecursionError:
+        pass  # told with the event's other faults
+    except msgspec.DecodeError as error:
         raise click.BadParameter(f"expected JSON, got {_start(given)!r}: {error}", param_hint="--payload") from None
     return text
 
@@ -261,7 +265,7 @@ def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Su
     topics = topic_rules(settings)
 
     def parsed() -> Iterator[tuple[int, Submission | ValidationError]]:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, settings.max_payload_bytes + MAX_FRAME_BYTES + 2), start=1):
             if not line.isspace():
                 try:
                     yield number, require_topic(parse_submission(line, settings), topics)
@@ -271,6 +275,14 @@ def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Su
     items = parsed()
     while batch := list(islice(items, _BATCH)):
         yield batch
+
+
+def _lines(file: IO[bytes], most_bytes: int) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer, which is refused, so many bytes."""
+    while line := file.readline(most_bytes):
+        yield line
+        while len(line) == most_bytes and not line.endswith(b"\n"):
+            line = file.readline(most_bytes)
 
 
 def _count(tally: Tally, line: int, outcome: ValidationError | Submitted, as_json: bool) -> None:
