@@ -464,12 +464,14 @@ class Database:
 
     async def ready(self) -> None:
         """Raises DatabaseUnavailable, also when it takes no writes, or has had no room for one in the last seconds;
-        OrchestratorError when the schema, or a partition for today, is missing.
+        OrchestratorError when the schema, or a partition for today, is missing, or nobody can submit.
         """
-        today = await self.value(
-            "select orchestrator.now() between first_day and end_day"
+        [(today, staging)] = await self.rows(
+            "select orchestrator.now() between first_day and end_day, orchestrator.staging_problem()"
             " from orchestrator.prove_writing() cross join orchestrator.partition_bounds()"
         )
+        if staging is not None:
+            raise OrchestratorError(staging)
         if not today:
             raise OrchestratorError("no partition for today; run: orchestrator migrate")
         if time.monotonic() < self._full_at + _FULL_S:
