@@ -13,11 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from orchestrator.api.link import Deliverer
 from orchestrator.database import Database
 from orchestrator.database.destinations import Destinations
 from orchestrator.database.maintenance import condition
 from orchestrator.errors import OrchestratorError
 from orchestrator.metrics import Metrics
+from orchestrator.tasks import within
 
 CHECK_TIMEOUT_S = 2.0
 CACHE_S = 1.0
@@ -34,9 +36,10 @@ _log = logging.getLogger(__name__)
 class Health:
     """Tells whether this process lives and whether it can serve; the second by asking the database."""
 
-    def __init__(self, database: Database, metrics: Metrics) -> None:
+    def __init__(self, database: Database, metrics: Metrics, deliverer: Deliverer | None = None) -> None:
         self._database = database
         self._metrics = metrics
+        self._deliverer = deliverer
         self._destinations = Destinations(database)
         self._standstills_at = -STANDSTILLS_CACHE_S
         self._condition_at = -CONDITION_CACHE_S
@@ -54,6 +57,10 @@ class Health:
         ]
 
     async def live(self, request: Request) -> Response:
+        if self._deliverer is not None and await self._deliverer.samples() is None:
+            return _status(
+                False, {"process": {"status": "DOWN", "reason": "the process that delivers does not answer"}}
+            )
         return _status(True, {"process": {"status": "UP"}})
 
     async def ready(self, request: Request) -> Response:
@@ -67,7 +74,8 @@ class Health:
         await self._read_standstills()
         await self._read_condition()
         await self._read_holders()
-        text, content_type = self._metrics.exposition()
+        theirs = None if self._deliverer is None else await self._deliverer.samples()
+        text, content_type = self._metrics.exposition(theirs or {})
         return Response(text, headers={"content-type": content_type})
 
     async def _read_standstills(self) -> None:
@@ -76,8 +84,7 @@ class Health:
             return
         self._standstills_at = time.monotonic()
         try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                found = await self._destinations.standstills()
+            found = await within(CHECK_TIMEOUT_S, self._destinations.standstills())
         except (TimeoutError, OrchestratorError) as error:
             _log.debug("metrics: what stands still is unknown", extra={"error": str(error)})
             self._metrics.set_standstills(math.nan, math.nan, math.nan)
@@ -91,8 +98,7 @@ class Health:
             return
         self._condition_at = time.monotonic()
         try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                found = await condition(self._database)
+            found = await within(CHECK_TIMEOUT_S, condition(self._database))
         except (TimeoutError, OrchestratorError) as error:
             _log.debug("metrics: how maintenance fares is unknown", extra={"error": str(error)})
             self._metrics.set_condition(None)
@@ -117,8 +123,7 @@ class Health:
         async with self._lock:
             if time.monotonic() - self._checked_at >= CACHE_S:
                 try:
-                    async with asyncio.timeout(CHECK_TIMEOUT_S):
-                        await self._database.ready()
+                    await within(CHECK_TIMEOUT_S, self._database.ready())
                     self._reason = None
                 except TimeoutError:
                     self._reason = f"no answer within {CHECK_TIMEOUT_S:.0f} seconds"

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, LiteralString, NamedTuple
 
 import msgspec
+import psycopg
 from psycopg import sql
 
 from orchestrator.config import Settings, given
+from orchestrator.database.blocking import cut
 from orchestrator.database.connection import (
     HOLDERS,
     BlockingConnection,
@@ -254,4 +256,7 @@ class Retired:
 
     def cancel(self) -> None:
         """Ends the query that runs; from another thread."""
-        self._connection.cancel_safe(timeout=2.0)
+        try:
+            self._connection.cancel_safe(timeout=2.0)
+        except psycopg.Error:  # the server does not answer
+            cut(self._connection)

@@ -25,7 +25,7 @@ from orchestrator.dispatch.http_deliveries import HttpDeliveries, Sender
 from orchestrator.dispatch.kafka import KafkaDeliveries
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
-from orchestrator.tasks import end
+from orchestrator.tasks import end, within
 
 _CLAIM_GAP_S = 0.01  # between claims that found less than a batch
 _LOCKED_GAP_S = 0.1  # before looking again for what is due but was not to be had, doubling up to
@@ -54,7 +54,7 @@ class Dispatcher:
         self._metrics = metrics
         self._clock = DatabaseClock()
         self._finisher = Finisher(metrics, self._expect, self._note_freed)
-        common = settings, metrics, self._clock.now, self._finisher, self._note_taken, self._note_room
+        common = settings, metrics, self._clock, self._finisher, self._note_taken, self._note_room
         self._http = HttpDeliveries(*common, sender)
         self._kafka = KafkaDeliveries(*common)
         self._name = f"{settings.deployment} {socket.gethostname()}:{os.getpid()}"
@@ -104,7 +104,9 @@ class Dispatcher:
         if running:
             await asyncio.wait(running, timeout=_ENDING_S)
         self._finisher.close()
-        await asyncio.wait([recording], timeout=max(0.5, deadline_s - time.monotonic()))
+        # Without a claim there is nothing to record, but perhaps one on its way.
+        left_s = max(0.5, deadline_s - time.monotonic()) if self._has_claimed else _ENDING_S
+        await asyncio.wait([recording], timeout=left_s)
         recording.cancel()  # ends both of its tasks as end() does
         await end(listening)
         if cut_short or self._finisher.pending:
@@ -131,9 +133,8 @@ class Dispatcher:
     async def _connect_once(self) -> None:
         """Claims and finishes on one pair of connections. Returns when everything is recorded after a stop."""
         async with AsyncExitStack() as connections:
-            async with asyncio.timeout(ANSWER_S):
-                opening = Leases.open(self._settings, self._name, self._worker)
-                leases = await connections.enter_async_context(opening)
+            opening = Leases.open(self._settings, self._name, self._worker)
+            leases = await within(ANSWER_S, connections.enter_async_context(opening))
             self._worker = leases.worker
             # Before claiming: a lease may have run out meanwhile, and a claim would have its event delivered again.
             await self._finisher.flush(leases)
@@ -249,6 +250,9 @@ class Dispatcher:
                 await asyncio.sleep(_FLOORS_EVERY_S)
             except (OrchestratorError, TimeoutError) as error:
                 _log.warning("floors cannot be raised, and claims may become slower", extra={"error": str(error)})
+                await asyncio.sleep(_FLOORS_AGAIN_S)
+            except Exception:
+                _log.exception("floors cannot be raised, in a way not foreseen; claims may become slower")
                 await asyncio.sleep(_FLOORS_AGAIN_S)
 
     async def _lanes_to_skip(self, leases: Leases) -> set[int]:

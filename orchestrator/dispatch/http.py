@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from types import TracebackType
@@ -17,8 +18,12 @@ from typing import TYPE_CHECKING, Self
 import aiohttp
 import msgspec
 
+from orchestrator.errors import OwnFaultError
+from orchestrator.own_faults import own_fault
+
 from .attempt import DELIVERED, FAIL, RETRY, Attempted
 from .connector import GuardedConnector, opened_connection
+from .echoes import without_credentials
 from .guard import AddressGuard, AddressRefusedError
 from .request import custom_headers, destination_url, quoted
 from .retry_after import parse_retry_after
@@ -95,7 +100,7 @@ class HttpSender:
             await self._session.close()
 
     async def send(self, delivery: Delivery) -> Attempted:
-        """Makes one attempt within the total timeout. Raises nothing but CancelledError."""
+        """Makes one attempt within the total timeout. Raises nothing but OwnFaultError and CancelledError."""
         try:
             url = destination_url(delivery.destination)
             headers = self._headers(delivery)
@@ -110,7 +115,8 @@ class HttpSender:
             # `closed` means that the whole answer is here and its connection is back in the pool.
             if response.closed and 200 <= response.status < 300:
                 return Attempted(DELIVERED, response.status)
-            return await self._judge(response)
+            attempted = await self._judge(response)
+            return _discreet(attempted, headers, delivery.secret_headers or (), url)
         except aiohttp.ClientConnectorError as error:
             return _not_connected(error, f"{url.raw_host}:{url.port}")
         except aiohttp.ConnectionTimeoutError:
@@ -122,9 +128,15 @@ class HttpSender:
             return Attempted(RETRY, error=f"{place} answered with something that is not HTTP")
         except aiohttp.InvalidURL:
             return Attempted(FAIL, error=f"destination: {quoted(place or '')} is not a plain host")
-        except (aiohttp.ClientConnectionError, OSError):
+        except OwnFaultError:
+            raise
+        except (aiohttp.ClientConnectionError, OSError) as error:
+            if fault := own_fault(error):
+                raise fault from error
             return Attempted(RETRY, error=f"connection closed by {place} before it answered")
         except Exception as error:
+            if fault := own_fault(error):
+                raise fault from error
             _log.exception("a delivery failed in a way not foreseen", extra={"event_id": delivery.event_id})
             return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
 
@@ -163,10 +175,10 @@ class HttpSender:
             return Attempted(DELIVERED, status)
         excerpt = None
         if body and "content-encoding" not in response.headers:
-            excerpt = body.decode("utf-8", "replace").replace("\0", "\ufffd")[:EXCERPT_CHARS]
+            excerpt = body.decode("utf-8", "replace").replace("\0", "\ufffd")
         error = _described(status)
         if 300 <= status < 400:
-            location = quoted(response.headers.get("location", ""))
+            location = quoted(_without_query(response.headers.get("location", "")))
             return Attempted(FAIL, status, f"{error}: redirect to {location} is not followed", excerpt)
         if 400 <= status < 500 and status not in _RETRIED_4XX:
             return Attempted(FAIL, status, error, excerpt)
@@ -207,6 +219,19 @@ class HttpSender:
         headers["orchestrator-attempt"] = str(delivery.attempt)
         headers["orchestrator-scheduled-at"] = delivery.scheduled_at
         return headers
+
+
+def _discreet(attempted: Attempted, headers: Mapping[str, str], secret_headers: Collection[str], url: URL) -> Attempted:
+    """The same with a short excerpt that repeats no credential."""
+    if attempted.response is None:
+        return attempted
+    said = without_credentials(attempted.response, headers, secret_headers, url.raw_query_string)
+    return attempted._replace(response=said[:EXCERPT_CHARS])
+
+
+def _without_query(location: str) -> str:
+    path, mark, _ = location.partition("?")
+    return path + (mark and "?…")
 
 
 def _total(seconds: float) -> aiohttp.ClientTimeout:

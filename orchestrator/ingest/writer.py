@@ -14,7 +14,7 @@ from orchestrator.config import Settings
 from orchestrator.database.ingestion import Ingestion, Move, OffsetsMovedError, Position
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
-from orchestrator.tasks import backoff_s
+from orchestrator.tasks import backoff_s, within
 
 T = TypeVar("T")
 
@@ -74,8 +74,7 @@ class Writer:
         failures = 0
         while True:
             try:
-                async with asyncio.timeout(_ANSWER_S):
-                    found = await work(await self._connected())
+                found = await within(_ANSWER_S, self._once(work))
             except OffsetsMovedError:
                 self._note_served(failures)
                 raise
@@ -92,6 +91,9 @@ class Writer:
             else:
                 self._note_served(failures)
                 return found
+
+    async def _once(self, work: Callable[[Ingestion], Awaitable[T]]) -> T:
+        return await work(await self._connected())
 
     def _note_served(self, failures: int) -> None:
         if failures:

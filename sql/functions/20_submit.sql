@@ -34,6 +34,15 @@ begin
 end $$;
 comment on function orchestrator.check_staging() is 'Refuses a staging table that open_staging() did not make; adds what one lacks that was made before a migration';
 
+create or replace function orchestrator.shown(p_text text, p_most integer) returns text
+language sql immutable parallel safe
+return case
+  when p_text is null then 'null'
+  when p_text like '%://%' then left(split_part(p_text, '://', 1), 40) || '://…'
+  when p_text ~ '[@?]' then format('%s characters', length(p_text))
+  else left(p_text, p_most) end;
+comment on function orchestrator.shown(text, integer) is 'A text as a message quotes it: short, and without what may be a password or a token in a URL';
+
 -- Set-returning and without settings of its own, so that the planner inlines it.
 create or replace function orchestrator.check_submission(
   p_scheduled_at timestamptz, p_source text, p_external_job_id text, p_delivery_type text, p_destination text, p_headers json,
@@ -53,17 +62,19 @@ language sql stable parallel safe as $$
     when length(p_external_job_id) not between 1 and 200
       then format('external_job_id: expected 1 to 200 characters or null, got %s', length(p_external_job_id))
     when p_delivery_type not in ('HTTP', 'KAFKA')
-      then format('delivery_type: expected HTTP or KAFKA, got %s', left(p_delivery_type, 40))
+      then format('delivery_type: expected HTTP or KAFKA, got %s', orchestrator.shown(p_delivery_type, 40))
     when p_delivery_type = 'HTTP' and (p_destination is null or length(p_destination) > 2048 or p_destination !~ '^https?://[^/]')
-      then format('destination: expected an http:// or https:// URL of at most 2048 characters, got %s', coalesce(left(p_destination, 100), 'null'))
+      then format('destination: expected an http:// or https:// URL of at most 2048 characters, got %s', orchestrator.shown(p_destination, 100))
+    when p_delivery_type = 'HTTP' and p_destination ~ '^https?://[^/?#]*@'
+      then 'destination: expected no user name or password in the URL: send credentials in headers'
     when p_delivery_type = 'KAFKA' and p_destination !~ '^(?![.]{1,2}$)[A-Za-z0-9._-]{1,249}$'
-      then format('destination: expected a topic of 1 to 249 letters, digits, dots, underscores and hyphens, or none, got %s', left(p_destination, 100))
+      then format('destination: expected a topic of 1 to 249 letters, digits, dots, underscores and hyphens, or none, got %s', orchestrator.shown(p_destination, 100))
     when json_typeof(p_headers) <> 'object'
       then 'headers: expected an object of strings'
     when p_max_retries not between 0 and 100
       then format('max_retries: expected 0 to 100, got %s', p_max_retries)
     when not exists (select from orchestrator.retry_policy r where r.name = p_retry_policy) and p_retry_policy is not null
-      then format('retry_policy: there is no policy named %s; see table orchestrator.retry_policy', left(p_retry_policy, 63))
+      then format('retry_policy: there is no policy named %s; see table orchestrator.retry_policy', orchestrator.shown(p_retry_policy, 63))
     when length(p_ordering_key) not between 1 and 200
       then format('ordering_key: expected 1 to 200 characters or null, got %s', length(p_ordering_key))
     when p_priority not between -9 and 9
@@ -417,8 +428,8 @@ language sql immutable parallel safe as $$
     when count(*) > 20 then format('expected at most 20 headers, got %s', count(*))
     when count(distinct lower(h.key)) < count(*) then 'expected each header once: names differ in more than case'
     else min(case
-      when jsonb_typeof(h.value) <> 'string' then format('expected a string for %s, got %s', left(h.key, 80), jsonb_typeof(h.value))
-      when h.key !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]{1,100}$' then format('expected a header name of 1 to 100 token characters, got %s', left(h.key, 80))
+      when jsonb_typeof(h.value) <> 'string' then format('expected a string for %s, got %s', left(split_part(h.key, ':', 1), 80), jsonb_typeof(h.value))
+      when h.key !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]{1,100}$' then format('expected a header name of 1 to 100 token characters, got %s', left(split_part(h.key, ':', 1), 80))
       when lower(h.key) ~ '^(connection|content-length|content-type|expect|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade|webhook-.*|orchestrator-.*)$'
         then format('expected no %s header: it is set on delivery', left(h.key, 80))
       when length(h.value #>> '{}') > 4096 or h.value #>> '{}' ~ E'[\\x01-\\x08\\x0a-\\x1f\\x7f]'
@@ -458,19 +469,23 @@ begin
         when u.unknown is not null then left(u.unknown, 80) || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds, expires_at'
         when w.wrong is not null then w.wrong
         when e.scheduled_at is null then 'scheduled_at: required'
-        when e.at is null then format('scheduled_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', left(e.scheduled_at, 50))
+        when e.at is null then format('scheduled_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', orchestrator.shown(e.scheduled_at, 50))
         when i.event ->> 'expires_at' is not null and e.expires_at is null
-          then format('expires_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', left(i.event ->> 'expires_at', 50))
+          then format('expires_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', orchestrator.shown(i.event ->> 'expires_at', 50))
         when e.source is null then 'source: required'
         when e.destination is null and e.delivery_type = 'HTTP' then 'destination: required'
+        when e.delivery_type = 'HTTP' and e.destination ~ '^https?://[^/?#]*@'
+          then 'destination: expected no user name or password in the URL: send credentials in headers'
+        when e.delivery_type = 'KAFKA' and orchestrator.topic_fault(e.delivery_type, e.destination) is not null
+          then 'destination: ' || orchestrator.topic_fault(e.delivery_type, e.destination)
         when not i.event ? 'payload' then 'payload: required'
         when jsonb_typeof(i.event -> 'max_retries') not in ('number', 'null') or not pg_input_is_valid(e.max_retries, 'smallint')
-          then format('max_retries: expected 0 to 100, got %s', left((i.event -> 'max_retries')::text, 20))
+          then format('max_retries: expected 0 to 100, got %s', case jsonb_typeof(i.event -> 'max_retries') when 'object' then 'an object' when 'array' then 'an array' else left((i.event -> 'max_retries')::text, 20) end)
         when jsonb_typeof(i.event -> 'priority') not in ('number', 'null') or not pg_input_is_valid(i.event ->> 'priority', 'smallint')
-          then format('priority: expected -9 to 9, got %s', left((i.event -> 'priority')::text, 20))
+          then format('priority: expected -9 to 9, got %s', case jsonb_typeof(i.event -> 'priority') when 'object' then 'an object' when 'array' then 'an array' else left((i.event -> 'priority')::text, 20) end)
         when jsonb_typeof(i.event -> 'spread_seconds') not in ('number', 'null')
           or (case jsonb_typeof(i.event -> 'spread_seconds') when 'number' then (i.event ->> 'spread_seconds')::numeric end) not between 0.000001 and 604800
-          then format('spread_seconds: expected more than 0 and at most 604800 seconds, got %s', left((i.event -> 'spread_seconds')::text, 20))
+          then format('spread_seconds: expected more than 0 and at most 604800 seconds, got %s', case jsonb_typeof(i.event -> 'spread_seconds') when 'object' then 'an object' when 'array' then 'an array' else left((i.event -> 'spread_seconds')::text, 20) end)
         else 'headers: ' || orchestrator.check_headers(i.event -> 'headers')
       end as problem
     from jsonb_array_elements(p_events) with ordinality as i (event, n)

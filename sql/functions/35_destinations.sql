@@ -22,10 +22,10 @@ begin
     when v_name ~ '[[:space:][:cntrl:]]' then 'one with white space or a control character'
     when v_name ~ '^[*]+$' then '* alone: limits are per destination; orchestrator.pause_all() pauses everything'
     when v_name ^@ 'kafka:' and v_name !~ '^kafka:[A-Za-z0-9._*-]{0,249}$'
-      then format('%s: a topic has at most 249 letters, digits, dots, underscores and hyphens', left(v_name, 80))
+      then format('%s: a topic has at most 249 letters, digits, dots, underscores and hyphens', orchestrator.shown(v_name, 80))
     when v_name ^@ 'kafka:' then null
-    when v_name ~ E'[/?#\\\\]' then format('%s: limits go by host and port, not by path', left(v_name, 80))
-    when v_name !~ E'^(\\[[0-9a-f:.*]+\\]|[^]:[]+)(:[0-9*]{1,5})?$' then left(coalesce(nullif(v_name, ''), p_name), 80)
+    when v_name ~ E'[/?#\\\\]' then format('%s: limits go by host and port, not by path', orchestrator.shown(v_name, 80))
+    when v_name !~ E'^(\\[[0-9a-f:.*]+\\]|[^]:[]+)(:[0-9*]{1,5})?$' then orchestrator.shown(coalesce(nullif(v_name, ''), p_name), 80)
   end;
   if v_problem is not null then
     raise exception 'name: expected a host such as example.com or example.com:8443, a URL, kafka: and a topic, or a pattern such as *.example.com, got %', v_problem
@@ -146,6 +146,7 @@ declare
   v_problem text;
 begin
   v_problem := case
+    when cardinality(p_clear) > 100 then format('p_clear: expected names of settings, got %s of them', cardinality(p_clear))
     when p_clear is null or not p_clear <@ v_settings then format('p_clear: expected names of settings (%s), got %s', array_to_string(v_settings, ', '), left(p_clear::text, 200))
     when v_given ?| p_clear then (select format('%s: given, and in p_clear: leave one of them out', min(c)) from unnest(p_clear) c where v_given ? c)
     when not (p_rate_per_second > 0 and p_rate_per_second <= 100000) then format('rate_per_second: expected more than 0 and at most 100000, got %s', p_rate_per_second)

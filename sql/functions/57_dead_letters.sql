@@ -16,7 +16,8 @@ begin
     using unnest(p_ids, p_due_at) as r (event_id, due_at), lateral (
       select from orchestrator.event e
       where e.id = r.event_id and e.scheduled_at >= uuid_extract_timestamp(r.event_id) and e.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms'
-        and (e.expires_at is null or e.expires_at > r.due_at)) e
+        and (e.expires_at is null or e.expires_at > r.due_at)
+        and orchestrator.topic_fault(e.delivery_type, e.destination) is null) e
     where d.event_id = r.event_id
     returning d.event_id, d.scheduled_at, d.attempts, greatest(r.due_at, d.scheduled_at) as due_at
   )
@@ -38,7 +39,7 @@ begin
   return v_ids;
 end $$;
 comment on function orchestrator.redrive(uuid[], timestamptz[]) is
-  'Has dead events tried again, due when p_due_at says, with as many attempts as they had at first; those that will have expired stay dead. Returns which';
+  'Has dead events tried again, due when p_due_at says, with as many attempts as they had at first; those that will have expired, or whose topic is not allowed, stay dead. Returns which';
 
 create or replace function orchestrator.redrive_event(p_event_id uuid)
 returns table (event_id uuid, result text, status text)
@@ -51,15 +52,16 @@ begin
     return query
     select s.id, case
       when s.status <> 'dead' then 'not_dead'
+      when orchestrator.topic_fault(s.delivery_type, s.destination) is not null then 'refused'
       when exists (select from orchestrator.dead_letter d where d.event_id = s.id) then 'expired'
       else 'purged' end, s.status
     from orchestrator.find_events(p_event_id, null) e
     cross join lateral (
-      select s.id, s.status from orchestrator.event_status s where s.id = e.id and s.scheduled_at = e.scheduled_at limit 1) s;
+      select s.id, s.status, s.delivery_type, s.destination from orchestrator.event_status s where s.id = e.id and s.scheduled_at = e.scheduled_at limit 1) s;
   end if;
 end $$;
 comment on function orchestrator.redrive_event(uuid) is
-  'Has a dead event tried again at once, with as many attempts as it had at first. One row: redriven, not_dead, expired (past its expires_at) or purged, and the status it has; no row: there is no such event';
+  'Has a dead event tried again at once, with as many attempts as it had at first. One row: redriven, not_dead, expired (past its expires_at), refused (its topic is no destination) or purged, and the status it has; no row: there is no such event';
 
 create or replace function orchestrator.pass_dead_letter(p_event_id uuid) returns boolean
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$

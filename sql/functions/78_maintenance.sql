@@ -61,7 +61,7 @@ begin
   perform orchestrator.configure_retention(p_retention_days, p_days_ahead, null, null) where num_nonnulls(p_retention_days, p_days_ahead) > 0;
   foreach v_step in array array[
     'statistics_folded', 'events_expired', 'orderings_advanced', 'destinations_forgotten', 'timers_moved', 'floors_lowered', 'partitions_dropped', 'horizon_moved'
-  , 'runs_forgotten', 'partitions_attached', 'partitions_created', 'partitions_detached']
+  , 'runs_forgotten', 'requests_forgotten', 'partitions_attached', 'partitions_created', 'partitions_detached']
   loop
     begin
       v_count := case v_step
@@ -75,6 +75,7 @@ begin
         when 'partitions_dropped' then orchestrator.drop_partitions(v_now)
         when 'horizon_moved' then orchestrator.move_horizon()
         when 'runs_forgotten' then orchestrator.forget_runs(v_now)
+        when 'requests_forgotten' then orchestrator.forget_requests(v_now)
         when 'partitions_attached' then orchestrator.attach_partitions(v_now)
         when 'partitions_created' then orchestrator.make_ready(v_now)
       end;
@@ -92,6 +93,7 @@ begin
         perform set_config('orchestrator.problem', '', true);
       end if;
       v_more := v_more or v_step = 'horizon_moved' and v_count > 0 or v_step = 'statistics_folded' and v_count >= 500000 or v_step = 'events_expired' and v_count >= 10000
+        or v_step = 'requests_forgotten' and v_count >= 100000
         or v_step in ('partitions_attached', 'partitions_created', 'partitions_detached') and v_count > 0;
     exception when others then
       v_did := v_did || jsonb_build_object(v_step, 0);

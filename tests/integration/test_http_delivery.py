@@ -22,6 +22,7 @@ import pytest
 from orchestrator.config import Settings
 from orchestrator.dispatch.attempt import Attempted
 from orchestrator.dispatch.http import Delivery, HttpSender
+from orchestrator.errors import OwnFaultError
 from tests.support.scripted_receiver import Receiver, Request, raw, reply
 
 KEY = b"0123456789abcdef0123456789abcdef"
@@ -504,6 +505,10 @@ async def test_tls_is_spoken_to_a_trusted_receiver_and_no_other(
         place = f"127.0.0.1:{receiver.port}"
         attempted = await send(SETTINGS, url)
         assert attempted == Attempted("retry", error=f"the certificate of {place} is not trusted")
+        monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
+        monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/authorities.pem")
+        with pytest.raises(OwnFaultError, match="no certificates of authorities"):  # nobody can be trusted then
+            await send(SETTINGS, url)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert await send(SETTINGS, url) == Attempted("delivered", 204)
         assert len(receiver.requests) == 1
