@@ -33,8 +33,11 @@ class FakeDatabase:
         self.held: set[str] = set()
         """Ids that another session has kept and not committed."""
 
-    async def submit_hastily(self, submissions: Sequence[Submission]) -> list[Submitted]:
-        return await self.submit(submissions)
+    async def submit_hastily(self, submissions: Sequence[Submission]) -> list[Submitted] | None:
+        try:
+            return await self.submit(submissions)
+        except Blocked:
+            return None
 
     async def submit(self, submissions: Sequence[Submission]) -> list[Submitted]:
         ids = [submission.id for submission in submissions]
