@@ -26,6 +26,7 @@ from orchestrator.cli.support import (
 from orchestrator.cli.times import a_duration, relative
 from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError, ValidationError
+from orchestrator.event_rules import MAX_FRAME_BYTES
 
 if TYPE_CHECKING:
     from orchestrator.database import Database, Submitted
@@ -261,7 +262,7 @@ def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Su
     topics = topic_rules(settings)
 
     def parsed() -> Iterator[tuple[int, Submission | ValidationError]]:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, settings.max_payload_bytes + MAX_FRAME_BYTES + 2), start=1):
             if not line.isspace():
                 try:
                     yield number, require_topic(parse_submission(line, settings), topics)
@@ -271,6 +272,14 @@ def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Su
     items = parsed()
     while batch := list(islice(items, _BATCH)):
         yield batch
+
+
+def _lines(file: IO[bytes], most_bytes: int) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer, which is refused, so many bytes."""
+    while line := file.readline(most_bytes):
+        yield line
+        while len(line) == most_bytes and not line.endswith(b"\n"):
+            line = file.readline(most_bytes)
 
 
 def _count(tally: Tally, line: int, outcome: ValidationError | Submitted, as_json: bool) -> None:

@@ -53,16 +53,16 @@ def translated() -> Iterator[None]:
         raise ValidationError(error.diag.column_name or "value", _first_line(error)) from error
 
 
-def is_lost(error: DatabaseUnavailable) -> bool:
+def is_lost(error: OrchestratorError) -> bool:
     """Whether the connection ended, so that what was sent over it may have been done: nothing answered."""
     cause = error.__cause__
-    if not isinstance(cause, psycopg.Error) or isinstance(cause, PoolTimeout):
+    if not isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError) or isinstance(cause, PoolTimeout):
         return False
     # Connections that the server ends say so; what libpq finds by itself has no code.
     return cause.sqlstate is None or cause.sqlstate in _ENDED
 
 
-def is_worth_another_try(error: DatabaseUnavailable) -> bool:
+def is_worth_another_try(error: OrchestratorError) -> bool:
     """Whether the same may succeed at once: on another connection, or in another transaction."""
     cause = error.__cause__
     return is_lost(error) or isinstance(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from io import BytesIO
 
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.api.queries import page_of
+from orchestrator.cli.submit import _batches
 from orchestrator.config import Settings
 from orchestrator.errors import ValidationError
 from orchestrator.events import Submission, batch_items, parse_batch, parse_submission, submission_row
@@ -192,3 +194,12 @@ def test_a_page_of_events_deeper_than_the_api_takes_can_be_turned() -> None:
     _, _, cursor = page_of("events", [deep, deep], 1, "scheduled_at").partition(b'"next":')
     assert cursor == page_of("events", [item % b"1"] * 2, 1, "scheduled_at").partition(b'"next":')[2]
     assert len(cursor) == 49
+
+
+def test_a_file_without_ends_of_lines_is_not_read_at_once() -> None:
+    limits = Settings.from_env({"MAX_PAYLOAD_BYTES": "10"})
+    good = EVENT % b"1" + b"\n"
+    file = BytesIO(good + b"[" * 10_000_000 + b"\n" + good)
+    (batch,) = _batches(file, limits)
+    assert [(number, isinstance(item, Submission)) for number, item in batch] == [(1, True), (2, False), (3, True)]
+    assert "expected at most 1048586 bytes for an event" in str(batch[1][1])
