@@ -78,25 +78,31 @@ class Destinations:
         return await self._changed("select row_to_json(d)::text from orchestrator.delete_destination(%s) d", name)
 
     async def pause(self, name: str) -> bytes:
-        told = await self._changed("select row_to_json(d)::text from orchestrator.pause_destination(%s) d", name)
+        told = await self._changed(
+            "select row_to_json(d)::text from orchestrator.pause_destination(%s) d", name, waits=False
+        )
         assert told is not None
         return told
 
     async def resume(self, name: str) -> bytes | None:
         """None when there is no such destination."""
-        return await self._changed("select row_to_json(d)::text from orchestrator.resume_destination(%s) d", name)
+        return await self._changed(
+            "select row_to_json(d)::text from orchestrator.resume_destination(%s) d", name, waits=False
+        )
 
     async def close_breaker(self, name: str) -> bytes | None:
         """None when there is no such destination."""
-        return await self._changed("select row_to_json(d)::text from orchestrator.close_breaker(%s) d", name)
+        return await self._changed(
+            "select row_to_json(d)::text from orchestrator.close_breaker(%s) d", name, waits=False
+        )
 
     async def pause_all(self) -> bytes:
-        told = await self._changed("select row_to_json(a)::text from orchestrator.pause_all() a")
+        told = await self._changed("select row_to_json(a)::text from orchestrator.pause_all() a", waits=False)
         assert told is not None
         return told
 
     async def resume_all(self) -> bytes:
-        told = await self._changed("select row_to_json(a)::text from orchestrator.resume_all() a")
+        told = await self._changed("select row_to_json(a)::text from orchestrator.resume_all() a", waits=False)
         assert told is not None
         return told
 
@@ -119,10 +125,10 @@ class Destinations:
         with named():
             return [row[0].encode() for row in await self._database.rows(query, *values)]
 
-    async def _changed(self, query: LiteralString, *values: object) -> bytes | None:
+    async def _changed(self, query: LiteralString, *values: object, waits: bool = True) -> bytes | None:
         """What a query answers that changes something: one text, or nothing."""
         with named():
-            rows = await self._database.once(query, *values)
+            rows = await self._database.once(query, *values, waits=waits)
         return rows[0][0].encode() if rows else None
 
     async def _row(self, query: LiteralString, *values: object) -> bytes | None:

@@ -92,8 +92,8 @@ class Ingestion:
         self._connection = connection
         self._apart_until_s = 0.0  # when the batch under way is waited for no longer; 0: it waits for nobody
         self._blocked: list[int] = []
-        self.has_aside = False
-        """Whether it has set records aside that may still wait."""
+        self.has_aside = True
+        """Whether records may wait that were set aside, by itself or by one before it."""
 
     @classmethod
     @asynccontextmanager

@@ -8,7 +8,7 @@ import math
 import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from types import TracebackType
 from typing import Any, LiteralString, NamedTuple, Self, TypeVar
 from uuid import UUID, uuid4
@@ -227,19 +227,22 @@ class Database:
                     self._doubtful = True  # if this one does not answer, the others may not either
                     raise
 
-    async def once(self, query: LiteralString, *values: object) -> list[Any]:
+    async def once(self, query: LiteralString, *values: object, waits: bool = True) -> list[Any]:
         """The rows that a query answers which changes something, done once however often it has to be sent.
 
         The answer is kept with the change (orchestrator.request), and asked for when its reply was lost. Columns are
-        texts, numbers, booleans or arrays of those: what JSON gives back as it was.
+        texts, numbers, booleans or arrays of those: what JSON gives back as it was. `waits`: whether it may have to
+        wait for another session; what does not, such as a pause, does not wait for those that do either.
         """
 
         async def work(connection: Connection, request: UUID) -> list[Any]:
             return await (await connection.execute(_ONCE.format(query), (*values, request))).fetchall()
 
-        return await self.done_once(work)
+        return await self.done_once(work, waits=waits)
 
-    async def done_once(self, work: Callable[[Connection, UUID], Awaitable[list[Any]]]) -> list[Any]:
+    async def done_once(
+        self, work: Callable[[Connection, UUID], Awaitable[list[Any]]], *, waits: bool = True
+    ) -> list[Any]:
         """As `once`, for work that gives its answer to keep_answer() by itself, in its transaction."""
         request = uuid4()
 
@@ -261,7 +264,7 @@ class Database:
                         raise
             return answer
 
-        async with self._turn():
+        async with self._turn() if waits else nullcontext():
             return await self._run(lambda connection: work(connection, request), again, changes=True)
 
     async def holders(self) -> str:

@@ -17,6 +17,7 @@ begin
       when 'reroute' then
         -- Whoever read the lanes of before has begun by now.
         p_control.rerouted_by := greatest(p_control.rerouted_by, pg_snapshot_xmax(pg_current_snapshot()));
+        p_control.rerouted_writers := null;
       when 'priorities' then
         p_control.priorities := array(select distinct p from unnest(p_control.priorities || v_note.priorities) p order by p desc);
     end case;
@@ -62,7 +63,7 @@ begin
     v_control := orchestrator.with_notes(v_control, v_notes);
     update orchestrator.control
     set paused_at = v_control.paused_at, last_paused_at = v_control.last_paused_at, resumed_at = v_control.resumed_at
-      , rerouted_by = v_control.rerouted_by, priorities = v_control.priorities;
+      , rerouted_by = v_control.rerouted_by, rerouted_writers = v_control.rerouted_writers, priorities = v_control.priorities;
   end if;
   return true;
 end $$;

@@ -8,9 +8,16 @@ declare
   v_rerouted_by xid8;
   v_ended boolean;
   v_moved bigint;
+  v_writers constant text[] := array(
+    select l.virtualtransaction from pg_locks l
+    where l.relation = 'orchestrator.timer'::regclass and l.locktype = 'relation' and l.database = (select d.oid from pg_database d where d.datname = current_database())
+      and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') and l.pid <> pg_backend_pid());
 begin
   perform orchestrator.fold_notes() where exists (select from orchestrator.control_note);
-  select c.rerouted_by, c.rerouted_by < pg_snapshot_xmin(pg_current_snapshot()) into v_rerouted_by, v_ended from orchestrator.control_now() c;
+  -- No transaction of that time is open any more; or, while somebody leaves one open that has nothing to do with timers, none that wrote any.
+  select c.rerouted_by, c.rerouted_by < pg_snapshot_xmin(pg_current_snapshot()) or not coalesce(c.rerouted_writers, v_writers) && v_writers
+  into v_rerouted_by, v_ended
+  from orchestrator.control_now() c;
   if v_rerouted_by is null then
     return 0;
   end if;
@@ -35,6 +42,9 @@ begin
     returning 1
   )
   select (select count(*) from moved), v_ended and not exists (select from wrong) into v_moved, v_ended;
+  if not v_ended and orchestrator.fold_control() then
+    update orchestrator.control c set rerouted_writers = v_writers where c.rerouted_by = v_rerouted_by and c.rerouted_writers is null;
+  end if;
   -- Floors are used again from here on, and those of before the lanes changed may be too high.
   if v_ended and pg_try_advisory_xact_lock(hashtext('orchestrator.floors')) then
     begin

@@ -60,6 +60,9 @@ comment on column orchestrator.submission_aside.expires_at is 'event.expires_at'
 comment on column orchestrator.submission_aside.key is 'Key of the record, as it came';
 comment on column orchestrator.submission_aside.value is 'Value of the record, as it came';
 
+alter table orchestrator.control add column rerouted_writers text[];
+comment on column orchestrator.control.rerouted_writers is 'Virtual transactions that were writing timers when run_maintenance() first saw rerouted_by: once they have ended, whoever writes knows the lanes of now. Null: not looked at yet';
+
 create type orchestrator.lock_holder as
 ( pid integer
 , username text

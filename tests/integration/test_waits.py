@@ -144,6 +144,7 @@ async def test_an_operation_that_is_blocked_answers_503_in_time_and_names_the_ho
         # However many they are, others get their connection.
         assert (await api.post("/api/v1/events", json=submission(), timeout=2)).status_code == 201
         assert (await api.get("/ready", timeout=2)).status_code == 200
+        assert (await api.post("/api/v1/pause", timeout=2)).status_code == 200
         for answer in await asyncio.gather(*cancels):
             assert_problem(answer, 503, "unavailable")
     await named(caplog, holder)

@@ -374,3 +374,25 @@ def test_a_day_that_cannot_be_opened_for_a_session_in_the_horizon_is_kept_there(
     for _ in range(3):
         client.rows("select orchestrator.run_maintenance()")
     assert [lease.event_id for lease in client.claim_on()] == [event_id]
+
+
+def test_a_writing_transaction_that_has_nothing_to_do_with_timers_does_not_keep_lanes_from_settling(
+    connect: Connect,
+) -> None:
+    client, foreign, submitter = connect(), connect(), connect()
+    foreign.rows("create table public.of_another_program (n integer)")
+    foreign.rows("begin")
+    foreign.rows("insert into public.of_another_program values (1)")
+    submitter.rows("begin")
+    submitter.schedule(destination="https://slow.example/hook")
+    client.rows("select orchestrator.configure_destination('slow.example', p_rate_per_second => 5)")
+    rerouted: LiteralString = "select rerouted_by is not null from orchestrator.control"
+    for _ in range(2):
+        client.rows("select orchestrator.run_maintenance()")
+        assert client.value(rerouted)  # who was submitting then may have used the lane of before
+    submitter.rows("commit")
+    client.rows("select orchestrator.run_maintenance()")
+    client.rows("select orchestrator.run_maintenance()")
+    assert not client.value(rerouted)
+    assert client.value("select count(*) from orchestrator.timer where lane < 64") == 0
+    foreign.rows("rollback")

@@ -14,7 +14,7 @@ from orchestrator.config import Settings
 from orchestrator.database import Claimed, Finished, Leases, NotDelivered
 from orchestrator.dispatch import finisher as module
 from orchestrator.dispatch.finisher import Finisher
-from orchestrator.errors import DatabaseUnavailable, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, ValidationError
 from orchestrator.metrics import Metrics
 from tests.support.waiting import eventually
 
@@ -34,18 +34,35 @@ class FakeLeases:
         self.away = False
         self.hangs = False
         self.calls = 0
+        self.held: set[str] = set()
+        """Events that another session has locked."""
 
     async def finish(self, results: Sequence[Finished]) -> list[NotDelivered]:
         self.calls += 1
         await self._answer()
         if any(self.refuses(result) for result in results):
             raise self.refusal
+        if any(result.event_id in self.held for result in results):
+            raise Blocked("another session's open transaction holds what is needed")
         self.finished.append([result.event_id for result in results])
         self.texts |= {result.event_id: (result.error, result.response) for result in results}
         return [self.answers[result.event_id] for result in results if result.event_id in self.answers]
 
+    async def finish_free(self, results: Sequence[Finished]) -> list[NotDelivered]:
+        free = [result for result in results if result.event_id not in self.held]
+        blocked = [NotDelivered(each.event_id, "blocked", None) for each in results if each.event_id in self.held]
+        return blocked + (await self.finish(free) if free else [])
+
+    async def release_free(self, leases: Sequence[Claimed]) -> tuple[int, set[str]]:
+        return await self.release([lease for lease in leases if lease.event_id not in self.held]), self.held
+
+    async def holders(self) -> str:
+        return "pid 7 (psql)"
+
     async def release(self, leases: Sequence[Claimed]) -> int:
         await self._answer()
+        if any(lease.event_id in self.held for lease in leases):
+            raise Blocked("another session's open transaction holds what is needed")
         self.released += [lease.event_id for lease in leases]
         return len(leases)
 
@@ -283,3 +300,32 @@ async def test_answers_are_counted_logged_and_retries_expected(
     assert set(said) == {"r", "d", "s"}
     assert cast(Any, said["r"]).error == "HTTP 500 for r"
     assert said["s"].message == "lease was lost before its result was recorded"
+
+
+async def test_what_another_session_holds_is_set_aside_and_recorded_when_it_lets_go(
+    fixture: Fixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    fixture.leases.held = {"1", "2"}
+    async with fixture.running():
+        fixture.finisher.add(*[finished(n) for n in range(2)])
+        fixture.finisher.release([lease(n) for n in (2, 3)])
+        await eventually(lambda: fixture.leases.recorded == ["0"] and fixture.leases.released == ["3"])
+        await eventually(lambda: fixture.counted("results_set_aside") == 2)
+        fixture.finisher.add(finished("more"))
+        await eventually(lambda: fixture.leases.recorded == ["0", "more"])
+        assert [vars(each).get("holders") for each in caplog.records] == ["pid 7 (psql)"]
+        fixture.leases.held = set()
+        await eventually(lambda: fixture.finisher.pending == 0)
+    assert (fixture.leases.recorded, fixture.leases.released) == (["0", "more", "1"], ["3", "2"])
+    assert fixture.counted("events_delivered_total") == 3
+
+
+async def test_a_stop_waits_for_what_is_set_aside(fixture: Fixture) -> None:
+    fixture.leases.held = {"1"}
+    async with fixture.running():
+        fixture.finisher.add(finished(1))
+        await eventually(lambda: fixture.counted("results_set_aside") == 1)
+        fixture.finisher.close()
+        fixture.leases.held = set()
+    assert fixture.finisher.done
+    assert fixture.leases.recorded == ["1"]

@@ -14,7 +14,7 @@ from orchestrator.api import gather
 from orchestrator.api.gather import FLUSHERS, gathering
 from orchestrator.api.problems import Problem
 from orchestrator.database import Database, Submitted, submit_all
-from orchestrator.errors import DatabaseUnavailable, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, ValidationError
 from orchestrator.events import Submission
 from tests.support.waiting import eventually
 
@@ -30,6 +30,14 @@ class FakeDatabase:
         self.gate.set()
         self.poison = set(poison)
         self.error: Callable[[], Exception] | None = None
+        self.held: set[str] = set()
+        """Ids that another session has kept and not committed."""
+
+    async def submit_hastily(self, submissions: Sequence[Submission]) -> list[Submitted] | None:
+        try:
+            return await self.submit(submissions)
+        except Blocked:
+            return None
 
     async def submit(self, submissions: Sequence[Submission]) -> list[Submitted]:
         ids = [submission.id for submission in submissions]
@@ -39,6 +47,8 @@ class FakeDatabase:
             raise self.error()
         if self.poison & set(ids):
             raise ValidationError("payload", "refused by PostgreSQL")
+        if self.held & set(ids):
+            raise Blocked("another session's open transaction holds what is needed")
         return [Submitted(id_, "accepted", None, None) for id_ in ids]
 
 
@@ -177,3 +187,37 @@ async def test_what_waits_at_the_end_is_still_flushed_and_nothing_more_is_taken(
             await gatherer.submit(submission("too late"))
         fake.gate.set()
     assert [task.result().id for task in (*first, later)][-1] == "later"
+
+
+async def test_what_is_blocked_is_set_aside_and_each_who_asks_for_it_is_answered_once_it_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gather, "_FIRST_PAUSE_S", 0.01)
+    fake = FakeDatabase()
+    fake.held = {"later-3"}
+    told: list[int] = []
+    async with gathering(as_database(fake), told.append) as gatherer:
+        first = await occupy_flushers(fake, gatherer)
+        later = [asyncio.create_task(gatherer.submit(submission(f"later-{n}"))) for n in range(20)]
+        await asyncio.sleep(0)
+        fake.gate.set()
+        blocked = later.pop(3)
+        results = await asyncio.gather(*first, *later)
+        assert {result.result for result in results} == {"accepted"}
+        again = asyncio.create_task(gatherer.submit(submission("later-3")))
+        await eventually(lambda: len(told) == 2)
+        assert not blocked.done()
+        fake.held = set()
+        assert ((await blocked).result, (await again).result) == ("accepted", "duplicate")
+
+
+async def test_what_stays_blocked_is_told_so_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(gather, "BLOCKED_S", 0.05)
+    fake = FakeDatabase()
+    fake.held = {"a"}
+    async with gathering(as_database(fake)) as gatherer:
+        with pytest.raises(Problem, match="Nothing was kept") as caught:
+            await gatherer.submit(submission("a"))
+        assert caught.value.headers["Retry-After"] == "5"
+        assert (await gatherer.submit(submission("b"))).result == "accepted"
