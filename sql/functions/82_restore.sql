@@ -76,7 +76,7 @@ begin
   where v_control.cluster <> v_cluster or written_by >= pg_snapshot_xmax(v_snapshot);
   get diagnostics v_moved = row_count;
   update orchestrator.control c
-  set cluster = v_cluster, marked_at = null, marked_writers = null, rerouted_by = case when c.rerouted_by is not null then pg_current_xact_id() end;
+  set cluster = v_cluster, marked_at = null, marked_writers = null, rerouted_writers = null, rerouted_by = case when c.rerouted_by is not null then pg_current_xact_id() end;
   return v_moved;
 end $$;
 comment on function orchestrator.settle_restored() is
