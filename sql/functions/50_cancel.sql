@@ -4,7 +4,7 @@
 -- What it then sees of these events, the caller sees in a statement of its own, after all that they did.
 create or replace function orchestrator.lock_events(p_ids uuid[]) returns void
 language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   perform from orchestrator.horizon h where h.id = any (p_ids) order by h.id for update;
   perform from orchestrator.timer t where t.event_id = any (p_ids) order by t.event_id for update;
@@ -14,7 +14,7 @@ comment on function orchestrator.lock_events(uuid[]) is 'Locks what may change o
 -- The caller has them locked.
 create or replace function orchestrator.end_events(p_ids uuid[], p_result text, p_successor uuid default null) returns uuid[]
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
   v_ended uuid[];
@@ -66,7 +66,7 @@ comment on function orchestrator.end_events(uuid[], text, uuid) is
 create or replace function orchestrator.cancel_event(p_event_id uuid default null, p_external_job_id text default null)
 returns table (event_id uuid, result text, status text)
 language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 #variable_conflict use_column
 declare
   v_ids uuid[];
@@ -95,7 +95,7 @@ comment on function orchestrator.cancel_event(uuid, text) is
 
 create or replace function orchestrator.find_events(p_event_id uuid, p_external_job_id text) returns table (id uuid, scheduled_at timestamptz)
 language plpgsql stable security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   if p_event_id is not null then
     return query

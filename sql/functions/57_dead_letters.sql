@@ -3,7 +3,7 @@
 -- The caller looks only at events that have died, and so at one partition for each. p_due_at: an element for each id.
 create or replace function orchestrator.redrive(p_ids uuid[], p_due_at timestamptz[]) returns uuid[]
 language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
   v_ids uuid[];
@@ -13,16 +13,19 @@ declare
 begin
   with gone as (
     delete from orchestrator.dead_letter d
-    using unnest(p_ids, p_due_at) as r (event_id, due_at), lateral (
-      select from orchestrator.event e
-      where e.id = r.event_id and e.scheduled_at >= uuid_extract_timestamp(r.event_id) and e.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms'
-        and (e.expires_at is null or e.expires_at > r.due_at)) e
-    where d.event_id = r.event_id
-    returning d.event_id, d.scheduled_at, d.attempts, greatest(r.due_at, d.scheduled_at) as due_at
+    where d.event_id = any (array(
+      select r.event_id from unnest(p_ids, p_due_at) as r (event_id, due_at)
+      cross join lateral (
+        select from orchestrator.event e
+        where e.id = r.event_id and e.scheduled_at >= uuid_extract_timestamp(r.event_id) and e.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms'
+          and (e.expires_at is null or e.expires_at > r.due_at)
+        limit 1) e))
+    returning d.event_id, d.scheduled_at, d.attempts
   )
-  select array_agg(g.event_id order by g.event_id), array_agg(g.scheduled_at order by g.event_id), array_agg(g.due_at order by g.event_id), array_agg(g.attempts order by g.event_id)
+  select array_agg(g.event_id order by g.event_id), array_agg(g.scheduled_at order by g.event_id)
+    , array_agg(greatest(r.due_at, g.scheduled_at) order by g.event_id), array_agg(g.attempts order by g.event_id)
   into v_ids, v_scheduled, v_due, v_attempts
-  from gone g;
+  from gone g join unnest(p_ids, p_due_at) as r (event_id, due_at) on r.event_id = g.event_id;
   if v_ids is null then
     return '{}';
   end if;
@@ -43,7 +46,7 @@ comment on function orchestrator.redrive(uuid[], timestamptz[]) is
 create or replace function orchestrator.redrive_event(p_event_id uuid)
 returns table (event_id uuid, result text, status text)
 language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   if orchestrator.redrive(array[p_event_id], array[orchestrator.now()]) <> '{}' then
     return query select p_event_id, 'redriven', 'retrying';
@@ -104,7 +107,9 @@ create or replace function orchestrator.list_dead_letters(
   p_limit integer default 100, p_before_died_at timestamptz default null, p_before_id uuid default null, p_source text default null, p_destination text default null
 , p_died_from timestamptz default null, p_died_until timestamptz default null, p_reason text default null)
 returns setof json
-language plpgsql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+language plpgsql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
+set plan_cache_mode = force_custom_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off
+set enable_sort = off set enable_incremental_sort = off as $$
 declare
   v_name constant text := case when p_destination is not null then orchestrator.as_destination(p_destination) end;
 begin
@@ -149,7 +154,8 @@ create or replace function orchestrator.purge_dead_letters(
   p_source text default null, p_destination text default null, p_died_from timestamptz default null, p_died_until timestamptz default null, p_reason text default null
 , p_dry_run boolean default false, p_limit integer default 10000, p_after uuid default null)
 returns table (seen bigint, matched bigint, purged bigint, examples uuid[], next_after uuid)
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_found record;
   v_orderings bigint[];
