@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import ssl
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from aiohttp import ClientTimeout, TCPConnector
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
 
+from .answer import AnswerProtocol
 from .guard import AddressGuard, AddressRefusedError
 
 if TYPE_CHECKING:
     from aiohappyeyeballs import AddrInfoType
     from aiohttp import ClientRequest
-    from aiohttp.client_proto import ResponseHandler
+    from aiohttp.client_reqrep import ConnectionKey
+    from aiohttp.connector import Connection
     from aiohttp.tracing import Trace
 
-# True once the current delivery has opened a connection rather than reused an idle one.
-opened_connection: ContextVar[bool] = ContextVar("opened_connection", default=False)
+# Receivers close idle connections, many after five seconds; a request that crosses that on its way is lost.
+_KEEPALIVE_S = 4.0
 _RESOLVER_THREADS = 32
+
+
+class Exchange:
+    """What a delivery goes over: `protocol` is None until it has a connection, `opened` whether it opened one."""
+
+    __slots__ = ("opened", "protocol")
+
+    def __init__(self) -> None:
+        self.opened = False
+        self.protocol: AnswerProtocol | None = None
+
+
+exchange: ContextVar[Exchange] = ContextVar("exchange")
+"""That of the delivery under way in this context."""
 
 
 class GuardedResolver(AbstractResolver):
@@ -95,8 +114,34 @@ class GuardedConnector(TCPConnector):
             resolver=self._guarded_resolver,
             socket_factory=guarded_socket,
             ssl=ssl.create_default_context(),
+            keepalive_timeout=_KEEPALIVE_S,
         )
+        protocol: Callable[..., ResponseHandler] = AnswerProtocol
+        self._factory = functools.partial(protocol, loop=self._loop)
         self._connect_timeout_s = connect_timeout_s
+
+    async def connect(
+        self,
+        req: ClientRequest,
+        traces: list[Trace],
+        timeout: ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
+    ) -> Connection:
+        """A connection on which nothing is under way: one that spoke, or ended, while it was idle is closed."""
+        current = exchange.get()
+        while True:
+            connection = await super().connect(req, traces, timeout)
+            protocol = connection.protocol
+            if not isinstance(protocol, AnswerProtocol):
+                raise TypeError(f"expected an AnswerProtocol, got {type(protocol).__name__}")
+            if current.opened or protocol.is_quiet():
+                current.protocol = protocol
+                return connection
+            connection.close()
+
+    def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        super()._release(key, protocol, should_close=should_close)
+        if protocol.transport is not None and isinstance(protocol, AnswerProtocol):
+            protocol.received = b""
 
     async def _create_connection(
         self,
@@ -104,7 +149,7 @@ class GuardedConnector(TCPConnector):
         traces: list[Trace],
         timeout: ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
     ) -> ResponseHandler:
-        opened_connection.set(True)
+        exchange.get().opened = True
         self._close_oldest_idle()
         async with asyncio.timeout(self._connect_timeout_s):
             return await super()._create_connection(req, traces, timeout)
