@@ -34,12 +34,13 @@ EXPECTED_TIME = "an RFC 3339 time with a zone, such as 2026-01-31T09:00:00Z"
 SHOWN_CHARS = 80
 MAX_FAULTS = 20
 
-# What the dispatcher or HTTP itself sets; a client's value would break framing or forge a signature.
+# What is set on delivery, or would change what HTTP itself does with the request: how it is framed, which way it goes.
+# The one list: of the API, of the dispatcher, and of SQL's check_headers(), which a test compares with it.
 RESERVED_HEADERS = frozenset(
-    {"connection", "content-length", "content-type", "expect", "host", "keep-alive"}
-    | {"proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
+    {"connection", "content-encoding", "content-length", "content-type", "expect", "host", "http2-settings"}
+    | {"keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "user-agent"}
 )
-RESERVED_HEADER_PREFIXES = ("webhook-", "orchestrator-")
+RESERVED_HEADER_PREFIXES = ("orchestrator-", "proxy-", "webhook-")
 
 _HEADER_NAME = re.compile(HEADER_NAME_PATTERN)
 _HEADER_VALUE = re.compile(HEADER_VALUE_PATTERN, re.DOTALL)
@@ -173,6 +174,11 @@ def payload_fault(payload: bytes, limits: Limits, suspect: bool) -> str | None:
     return None
 
 
+def is_reserved(name: str) -> bool:
+    """Whether a header, given in lower case, is not the client's to set."""
+    return name in RESERVED_HEADERS or name.startswith(RESERVED_HEADER_PREFIXES)
+
+
 def headers_fault(headers: dict[str, str]) -> str | None:
     if len(headers) > MAX_HEADERS:
         return f"expected at most {MAX_HEADERS} headers, got {len(headers)}"
@@ -181,8 +187,7 @@ def headers_fault(headers: dict[str, str]) -> str | None:
     for name, value in headers.items():
         if _HEADER_NAME.match(name) is None or name[-1] == "\n":
             return f"expected a header name of 1 to 100 token characters, got {shown(repr(name))}"
-        lowered = name.lower()
-        if lowered in RESERVED_HEADERS or lowered.startswith(RESERVED_HEADER_PREFIXES):
+        if is_reserved(lowered := name.lower()):
             return f"expected no {lowered} header: it is set on delivery"
         if len(value) > MAX_HEADER_CHARS or _HEADER_VALUE.match(value) is None or value[-1:] == "\n":
             return f"expected at most {MAX_HEADER_CHARS} characters, none of them control, in {name}"

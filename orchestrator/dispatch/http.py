@@ -213,7 +213,7 @@ def _described(status: int) -> str:
     try:
         return f"HTTP {status} {HTTPStatus(status).phrase}"
     except ValueError:
-        return f"HTTP {status}"
+        return f"HTTP {status:03d}"
 
 
 def _decided(

@@ -321,7 +321,8 @@ language sql immutable parallel safe as $$
     else min(case
       when jsonb_typeof(h.value) <> 'string' then format('expected a string for %s, got %s', left(h.key, 80), jsonb_typeof(h.value))
       when h.key !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]{1,100}$' then format('expected a header name of 1 to 100 token characters, got %s', left(h.key, 80))
-      when lower(h.key) ~ '^(connection|content-length|content-type|expect|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade|webhook-.*|orchestrator-.*)$'
+      when lower(h.key collate "C") ~ '^(orchestrator|proxy|webhook)-' or lower(h.key collate "C") = any (
+        '{connection,content-encoding,content-length,content-type,expect,host,http2-settings,keep-alive,te,trailer,transfer-encoding,upgrade,user-agent}')
         then format('expected no %s header: it is set on delivery', left(h.key, 80))
       when length(h.value #>> '{}') > 4096 or h.value #>> '{}' ~ '[\x01-\x08\x0a-\x1f\x7f]'
         then format('expected at most 4096 characters, none of them control, in %s', left(h.key, 80))
