@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import select
-from typing import NamedTuple
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import BadStatusLine
@@ -52,7 +53,13 @@ class AnswerProtocol(ResponseHandler):
     """aiohttp's protocol of a connection, which keeps the first `KEPT_BYTES` of each answer in `received`."""
 
     received = b""
+    idle = False
     _poll: select.poll | None = None
+
+    def set_response_params(self, **params: Any) -> None:
+        self.idle = False
+        answering.set(self)
+        super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
         if len(self.received) < KEPT_BYTES:
@@ -64,11 +71,23 @@ class AnswerProtocol(ResponseHandler):
                 return
         super().data_received(data)
 
-    def is_quiet(self) -> bool:
-        """Whether nothing came on this idle connection, neither its end nor an answer that nobody asked for."""
+    def rest(self) -> None:
+        """The answer is complete, and the connection is kept: what comes now, nobody has asked for."""
+        self.idle = True
+        self.received = b""
+
+    def is_connected(self) -> bool:
+        """Whether it can be used: an idle one must not have ended, nor said anything."""
+        return super().is_connected() and (not self.idle or self._is_quiet())
+
+    def _is_quiet(self) -> bool:
         if self.received or self.should_close or self.transport is None:
             return False
         if self._poll is None:
             self._poll = select.poll()
             self._poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
         return not self._poll.poll(0)
+
+
+answering: ContextVar[AnswerProtocol | None] = ContextVar("answering", default=None)
+"""The connection that the delivery of this context has sent its request over; to be set to None before it begins."""

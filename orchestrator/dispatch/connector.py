@@ -8,7 +8,6 @@ import socket
 import ssl
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from aiohttp import ClientTimeout, TCPConnector
@@ -22,26 +21,11 @@ if TYPE_CHECKING:
     from aiohappyeyeballs import AddrInfoType
     from aiohttp import ClientRequest
     from aiohttp.client_reqrep import ConnectionKey
-    from aiohttp.connector import Connection
     from aiohttp.tracing import Trace
 
 # Receivers close idle connections, many after five seconds; a request that crosses that on its way is lost.
 _KEEPALIVE_S = 4.0
 _RESOLVER_THREADS = 32
-
-
-class Exchange:
-    """What a delivery goes over: `protocol` is None until it has a connection, `opened` whether it opened one."""
-
-    __slots__ = ("opened", "protocol")
-
-    def __init__(self) -> None:
-        self.opened = False
-        self.protocol: AnswerProtocol | None = None
-
-
-exchange: ContextVar[Exchange] = ContextVar("exchange")
-"""That of the delivery under way in this context."""
 
 
 class GuardedResolver(AbstractResolver):
@@ -120,28 +104,10 @@ class GuardedConnector(TCPConnector):
         self._factory = functools.partial(protocol, loop=self._loop)
         self._connect_timeout_s = connect_timeout_s
 
-    async def connect(
-        self,
-        req: ClientRequest,
-        traces: list[Trace],
-        timeout: ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
-    ) -> Connection:
-        """A connection on which nothing is under way: one that spoke, or ended, while it was idle is closed."""
-        current = exchange.get()
-        while True:
-            connection = await super().connect(req, traces, timeout)
-            protocol = connection.protocol
-            if not isinstance(protocol, AnswerProtocol):
-                raise TypeError(f"expected an AnswerProtocol, got {type(protocol).__name__}")
-            if current.opened or protocol.is_quiet():
-                current.protocol = protocol
-                return connection
-            connection.close()
-
     def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
         super()._release(key, protocol, should_close=should_close)
         if protocol.transport is not None and isinstance(protocol, AnswerProtocol):
-            protocol.received = b""
+            protocol.rest()
 
     async def _create_connection(
         self,
@@ -149,7 +115,6 @@ class GuardedConnector(TCPConnector):
         traces: list[Trace],
         timeout: ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
     ) -> ResponseHandler:
-        exchange.get().opened = True
         self._close_oldest_idle()
         async with asyncio.timeout(self._connect_timeout_s):
             return await super()._create_connection(req, traces, timeout)

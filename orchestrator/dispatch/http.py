@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Self
 import aiohttp
 import msgspec
 
-from .answer import head_of
+from .answer import answering, head_of
 from .attempt import DELIVERED, FAIL, RETRY, Attempted
-from .connector import Exchange, GuardedConnector, exchange
+from .connector import GuardedConnector
 from .guard import AddressGuard, AddressRefusedError
 from .request import custom_headers, destination_url, quoted
 from .retry_after import parse_retry_after
@@ -107,8 +107,7 @@ class HttpSender:
             return Attempted(RETRY, error=str(error), retry_after_s=SECRET_WAIT_S)
         except ValueError as error:
             return Attempted(FAIL, error=str(error))
-        current = Exchange()
-        exchange.set(current)
+        answering.set(None)
         timeout_s = delivery.timeout_s or self._timeout_s
         try:
             response = await self._post(url, headers, delivery.payload, timeout_s)
@@ -117,8 +116,8 @@ class HttpSender:
                 return Attempted(DELIVERED, response.status)
             return await self._judge(response)
         except Exception as error:
-            head = None if current.protocol is None else head_of(current.protocol.received)
-            if head is not None:
+            connection = answering.get()
+            if connection is not None and (head := head_of(connection.received)) is not None:
                 return _decided(
                     head.status, head.values(b"location"), head.values(b"retry-after"), odd=_oddity(error, timeout_s)
                 )
