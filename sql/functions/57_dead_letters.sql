@@ -65,7 +65,8 @@ comment on function orchestrator.redrive_event(uuid) is
   'Has a dead event tried again at once, with as many attempts as it had at first. One row: redriven, not_dead, expired (past its expires_at) or purged, and the status it has; no row: there is no such event';
 
 create or replace function orchestrator.pass_dead_letter(p_event_id uuid) returns boolean
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_ordering bigint;
 begin

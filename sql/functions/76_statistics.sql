@@ -91,7 +91,8 @@ comment on function orchestrator.coarsen_statistics(text, timestamptz, timestamp
 create or replace function orchestrator.statistics_by(
   p_from timestamptz default null, p_until timestamptz default null, p_by text[] default '{}', p_source text default null, p_destination text default null)
 returns table (minute timestamptz, name text, source text, destination text, value bigint)
-language plpgsql stable security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql stable security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off as $$
 #variable_conflict use_column
 declare
   v_until constant timestamptz := coalesce(p_until, orchestrator.now());

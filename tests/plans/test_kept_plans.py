@@ -240,6 +240,12 @@ def _steps(client: Client, count: int, name: str) -> Iterator[tuple[str, Step]]:
             count,
         ),
     )
+    yield "let all that wait go on", lambda: client.value("select orchestrator.advance_waiting()")
+    yield "pass a dead letter", lambda: client.value("select orchestrator.pass_dead_letter(%s::uuid)", dead[0])
+    yield (
+        "count what happened",
+        lambda: client.rows("select * from orchestrator.statistics_by(%s)", NOON - seconds(120)),
+    )
     yield "fold statistics", lambda: client.value("select orchestrator.fold_statistics(%s)", NOON)
     client.rows(
         "select orchestrator.configure_destination('host-1.example', p_rate_per_second => 50, p_max_parallel => 20)"
