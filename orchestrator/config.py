@@ -5,6 +5,7 @@ An instance is told apart from its neighbours by its environment alone, so one i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -303,6 +304,12 @@ SETTINGS: dict[str, Setting] = {
     if "setting" in each.metadata
 }
 """Attribute of `Settings` → its definition, in the order of the documentation: those of Kafka last."""
+
+
+def forget_session_variables() -> None:
+    """Takes from this process's environment what libpq would send to every server, whatever a URL says."""
+    for name in ("PGDATESTYLE", "PGGEQO", "PGTZ"):
+        os.environ.pop(name, None)
 
 
 def given(environ: Mapping[str, str]) -> frozenset[str]:

@@ -33,5 +33,9 @@ class DatabaseUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mi
     """PostgreSQL cannot be reached just now; the same call may succeed later."""
 
 
+class UnusableDatabase(OrchestratorError):  # noqa: N818  # a state, not a mistake
+    """The database is there, but this product can never work on it as it is made."""
+
+
 class KafkaUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
     """No broker can be reached just now; the same call may succeed later."""

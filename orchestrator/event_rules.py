@@ -45,6 +45,10 @@ RESERVED_HEADER_PREFIXES = ("orchestrator-", "proxy-", "webhook-")
 _HEADER_NAME = re.compile(HEADER_NAME_PATTERN)
 _HEADER_VALUE = re.compile(HEADER_VALUE_PATTERN, re.DOTALL)
 _TOPIC = re.compile(TOPIC_PATTERN)
+_SHORT_TIME = re.compile(
+    r"([0-9-]{10}[Tt ][0-9]{2}:[0-9]{2})(:[0-9]{2}(?:\.[0-9]+)?)?([Zz]|[+-][0-9]{2}(?::?[0-9]{2})?)"
+)
+_TIMES = ("scheduled_at", "expires_at")
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 ScheduledAt = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -116,6 +120,43 @@ def shown(value: object) -> str:
     """A value as it is quoted in a message: never longer than a line."""
     text = bytes(value).decode(errors="replace") if isinstance(value, (bytes, msgspec.Raw)) else str(value)
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text)} characters)"
+
+
+def usual_time(text: str) -> str:
+    """A time without seconds, or with an offset of hours alone, with both; any other text as it is.
+
+    Clients of PostgreSQL write times so. SQL's twin of what is read in the end is orchestrator.as_time().
+    """
+    found = _SHORT_TIME.fullmatch(text)
+    if found is None:
+        return text
+    minute, second, zone = found.groups()
+    return f"{minute}{second or ':00'}{zone}{':00' if len(zone) == 3 else ''}"
+
+
+def time_of(text: object) -> datetime:
+    """The time that an RFC 3339 text with a zone names, rounded to the microsecond. Raises ValueError."""
+    return msgspec.convert(usual_time(text) if isinstance(text, str) else text, ScheduledAt)
+
+
+def with_usual_time(raw: bytes | msgspec.Raw) -> bytes:
+    """`usual_time` of a JSON value; one that is no string stays as it is."""
+    try:
+        text = msgspec.json.decode(raw, type=str)
+    except msgspec.DecodeError:
+        return bytes(raw)
+    usual = usual_time(text)
+    return bytes(raw) if usual == text else msgspec.json.encode(usual)
+
+
+def with_usual_times(text: bytes | msgspec.Raw) -> bytes:
+    """A submission with its times as `usual_time` has them; one that is no JSON object stays as it is."""
+    try:
+        fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except msgspec.DecodeError:
+        return bytes(text)
+    usual = {name: msgspec.Raw(with_usual_time(fields[name])) for name in _TIMES if name in fields}
+    return bytes(text) if all(usual[name] == fields[name] for name in usual) else msgspec.json.encode(fields | usual)
 
 
 def scheduled_at_fault(at: datetime) -> str | None:

@@ -27,6 +27,7 @@ from orchestrator.event_rules import (
     payload_fault,
     scheduled_at_fault,
     shown,
+    with_usual_times,
 )
 from orchestrator.json_text import has_forbidden_escape, pruned, utf8_fault, with_nul_for_surrogates
 
@@ -37,6 +38,8 @@ __all__ = [
     "OutOfRangeError",
     "Submission",
     "SubmissionError",
+    "bucket",
+    "bucket_of_key",
     "copy_row",
     "encode_submission",
     "event_id",
@@ -86,21 +89,43 @@ _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-
 _POSITION = re.compile(r" \(byte (\d+)\)$")
 
 
-def event_id(source: str, external_job_id: str, scheduled_at: datetime) -> str:
-    """The id of the event with this source, external id and time: the same in every process and in SQL.
+def event_id(source: str, external_job_id: str, scheduled_at: datetime, ordering_key: str | None = None) -> str:
+    """The id of the event with this source, external id, time and ordering key: the same in every process and in SQL.
 
-    A UUID laid out like version 7 (RFC 9562, 5.7): the millisecond of `scheduled_at`, then bits of a SHA-256
-    over the three. The length of the source keeps ("a", "bc") and ("ab", "c") apart.
+    A UUID laid out like version 7 (RFC 9562, 5.7): the millisecond of `scheduled_at`, the bucket, then bits of a
+    SHA-256 over the four. The lengths keep ("a", "bc") and ("ab", "c") apart.
     """
     micros = _micros(scheduled_at)
-    name = source.encode()
-    digest = hashlib.sha256(b"%d:%d:%b%b" % (micros, len(name), name, external_job_id.encode())).hexdigest()
-    return _uuid(micros // 1000, digest)
+    name, job = source.encode(), external_job_id.encode()
+    if ordering_key is None:
+        key, text = job, b"%d:%d:%b%b" % (micros, len(name), name, job)
+    else:
+        key = ordering_key.encode()
+        text = b"k%d:%d:%d:%b%b%b" % (micros, len(name), len(job), name, job, key)
+    bucket = hashlib.sha256(key).hexdigest()[:3]
+    return _uuid(micros // 1000, bucket, hashlib.sha256(text).hexdigest()[4:20])
 
 
-def random_event_id(scheduled_at: datetime) -> str:
-    """An id for an event without an external id: the millisecond of `scheduled_at`, then random bits."""
-    return _uuid(_micros(scheduled_at) // 1000, os.urandom(10).hex())
+def random_event_id(scheduled_at: datetime, bucket: int | None = None) -> str:
+    """An id for an event without an external id: the millisecond of `scheduled_at`, the bucket, then random bits.
+
+    The bucket is from 0 to 4095, by default random too.
+    """
+    drawn = os.urandom(10).hex()
+    return _uuid(_micros(scheduled_at) // 1000, drawn[17:] if bucket is None else f"{bucket:03x}", drawn[:16])
+
+
+def bucket_of_key(key: str) -> int:
+    """The bucket, 0 to 4095, of the events of an ordering key, or of an external id without one.
+
+    The first 12 bits of its SHA-256.
+    """
+    return int(hashlib.sha256(key.encode()).hexdigest()[:3], 16)
+
+
+def bucket(identity: str) -> int:
+    """The bucket that an event id holds: `bucket_of_key` of its ordering key, else its external id, else random."""
+    return int(identity[15:18], 16)
 
 
 def _micros(at: datetime) -> int:
@@ -108,10 +133,16 @@ def _micros(at: datetime) -> int:
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
-def _uuid(millis: int, tail: str) -> str:
-    """The 48 bits of `millis`, then `tail`, hex digits, of which version and variant overwrite six bits."""
+def _uuid(millis: int, bucket: str, tail: str) -> str:
+    """The 48 bits of `millis`, the version, `bucket`, and `tail`, 16 hex digits with the variant over two bits."""
     time = f"{millis:012x}"
-    return f"{time[:8]}-{time[8:]}-7{tail[1:4]}-{_VARIANT[tail[4]]}{tail[5:8]}-{tail[8:20]}"
+    return f"{time[:8]}-{time[8:]}-7{bucket}-{_VARIANT[tail[0]]}{tail[1:4]}-{tail[4:]}"
+
+
+def _id_of(source: str, external_job_id: str | None, at: datetime, ordering_key: str | None) -> str:
+    if external_job_id is not None:
+        return event_id(source, external_job_id, at, ordering_key)
+    return random_event_id(at, None if ordering_key is None else bucket_of_key(ordering_key))
 
 
 def parse_submission(raw: bytes, limits: Limits) -> Submission:
@@ -171,7 +202,11 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
         wire = _decode_wire(text)
     except msgspec.DecodeError as error:
         _raise_if_malformed(text, error)
-        _refuse(text, limits, suspect)
+        text = with_usual_times(text)
+        try:
+            wire = _decode_wire(text)
+        except msgspec.DecodeError:
+            _refuse(text, limits, suspect)
     at = wire.scheduled_at
     job = wire.external_job_id
     payload = bytes(wire.payload)
@@ -194,7 +229,7 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
     if at.tzinfo is not UTC:
         at = at.astimezone(UTC)
     return Submission(
-        random_event_id(at) if job is None else event_id(wire.source, job, at),
+        _id_of(wire.source, job, at, key),
         at,
         wire.source,
         job,

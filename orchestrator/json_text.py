@@ -11,15 +11,19 @@ import re
 
 MAX_DEPTH = 64
 
-# Consumes what is fine and stops at \u0000 or at half of a surrogate pair. Possessive, so it is linear.
-_FINE = re.compile(
-    rb"(?:[^\\]++|\\(?:[^u]|u(?!0000|[dD][89a-fA-F])|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))*+",
-    re.DOTALL,
-)
+# Looked for in texts without escaped backslashes, where every backslash begins an escape. No pattern here is possessive
+# or atomic, which match wrongly before Python 3.11.5; none can match the same in two ways, so all are linear.
 _SUSPECT = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
-# The closing quote is optional, or a string without one would be tried again from each quote that it escapes.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-_TOKEN = re.compile(_STRING.pattern + rb"|[][{}]", re.DOTALL)
+_FORBIDDEN = re.compile(
+    rb"\\u(?:0000"
+    rb"|[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"  # the first half of a pair without the second
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u)[dD][c-fC-F][0-9a-fA-F]{2})"  # the second without the first
+)
+# Looked for in texts without escapes. The closing quote is optional, or a string without one would be tried again from
+# each bracket in it.
+_STRING = re.compile(rb'"[^"]*"?')
+_TOKEN = re.compile(_STRING.pattern + rb"|[][{}]")
+_NO_UTF8 = b"\xff\xff"  # stands for an escaped backslash
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TO_SQUARE = bytes.maketrans(b"{}", b"[]")
 
@@ -37,32 +41,25 @@ def utf8_fault(text: bytes) -> int | None:
 
 def has_forbidden_escape(text: bytes) -> bool:
     """Whether a string in the text holds ``\\u0000`` or a lone surrogate. The text must be well-formed."""
-    return b"\\u" in text and _SUSPECT.search(text) is not None and _fine_until(text, 0) < len(text)
+    if b"\\u" not in text or _SUSPECT.search(text) is None:
+        return False
+    return _FORBIDDEN.search(text.replace(rb"\\", _NO_UTF8)) is not None
 
 
 def with_nul_for_surrogates(text: bytes) -> bytes:
-    """The same text, as long, with each lone surrogate escape replaced by ``\\u0000``.
+    """The same text, as long, with each lone surrogate escape replaced by ``\\u0000``. The text must be UTF-8.
 
     So one item of a batch is refused for a lone surrogate, where the decoder would refuse the whole text.
     """
-    mended = bytearray(text)
-    position = _fine_until(text, 0)
-    while position < len(text):
-        mended[position : position + 6] = rb"\u0000"
-        position = _fine_until(text, position + 6)
-    return bytes(mended)
-
-
-def _fine_until(text: bytes, start: int) -> int:
-    fine = _FINE.match(text, start)
-    return fine.end() if fine else start
+    return _FORBIDDEN.sub(rb"\\u0000", text.replace(rb"\\", _NO_UTF8)).replace(_NO_UTF8, rb"\\")
 
 
 def deeper_than(text: bytes, depth: int = MAX_DEPTH) -> bool:
     """Whether arrays and objects are nested deeper than `depth`. The text must be well-formed."""
     if len(text) <= 2 * depth or text.count(b"[") + text.count(b"{") <= depth:
         return False
-    brackets = _STRING.sub(b"", text).translate(_TO_SQUARE, _NOT_BRACKETS)
+    plain = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    brackets = _STRING.sub(b"", plain).translate(_TO_SQUARE, _NOT_BRACKETS)
     for _ in range(depth):  # each pass removes the innermost level everywhere
         brackets = brackets.replace(b"[]", b"")
         if not brackets:
@@ -78,7 +75,8 @@ def pruned(text: bytes, depth: int = 4 * MAX_DEPTH) -> bytes:
     """
     kept: list[bytes] = []
     level = start = 0
-    for token in _TOKEN.finditer(text):
+    plain = text.replace(rb"\\", b"--").replace(rb"\"", b"--")  # as long, so that positions are the same
+    for token in _TOKEN.finditer(plain):
         first = text[token.start()]
         if first in b"[{":
             level += 1

@@ -20,6 +20,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import TupleRow
 
+from orchestrator.database.connection import BlockingConnection, connect_blocking
 from orchestrator.database.maintenance import CONFIGURE, Retention
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 
@@ -158,15 +159,9 @@ def check(database_url: str) -> list[str]:
     return [file.name for file in _pending(_versioned(), _repeatable(), recorded)]
 
 
-def _connect(database_url: str) -> psycopg.Connection[TupleRow]:
+def _connect(database_url: str) -> BlockingConnection:
     try:
-        return psycopg.connect(
-            database_url,
-            autocommit=True,
-            connect_timeout=10,
-            application_name="orchestrator migrate",
-            options="-c client_min_messages=warning -c timezone=UTC",
-        )
+        return connect_blocking(database_url, "migrate")
     except psycopg.OperationalError as error:
         raise DatabaseUnavailable(f"the database cannot be reached: {error}".strip()) from error
 

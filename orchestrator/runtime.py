@@ -24,7 +24,7 @@ from orchestrator.api.server import serve as serve_api
 from orchestrator.api.server import serve_management
 from orchestrator.config import Settings
 from orchestrator.database import Database
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
 from orchestrator.maintenance import maintain, prepare
 from orchestrator.metrics import Metrics
 
@@ -198,7 +198,7 @@ def _require_schema(url: str) -> None:
         pending = migrate.check(url)
     except psycopg.errors.InsufficientPrivilege:
         return  # a login that may not read the record of migrations finds out when it calls
-    except DatabaseUnavailable:
+    except (DatabaseUnavailable, UnusableDatabase):
         raise
     except OrchestratorError as error:
         _log.warning("%s", error)

@@ -18,11 +18,12 @@ end $$;
 revoke all on all tables in schema orchestrator from public;
 revoke all on all functions in schema orchestrator from public;
 grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
-grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz), orchestrator.random_event_id(timestamptz), orchestrator.destination_name(text, text), orchestrator.spread_shift(uuid, interval),
+grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz, text, integer), orchestrator.random_event_id(timestamptz, integer),
+  orchestrator.bucket(uuid), orchestrator.bucket_of_key(text), orchestrator.destination_name(text, text), orchestrator.spread_shift(uuid, interval),
   orchestrator.partition_bounds(), orchestrator.standstills()
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
-grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_events(jsonb),
+grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_staged_with_status(), orchestrator.submit_events(jsonb),
   orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval, timestamptz)
   to orchestrator_submit, orchestrator_ingest, orchestrator_ops;
 grant execute on function orchestrator.cancel_event(uuid, text), orchestrator.reschedule_event(uuid, timestamptz, text, timestamptz),
@@ -64,3 +65,20 @@ grant select on all tables in schema orchestrator to orchestrator_read, orchestr
 revoke select on orchestrator.api_key from orchestrator_read, orchestrator_ops;
 grant select (name, scopes, created_at) on orchestrator.api_key to orchestrator_ops;
 grant insert, update, delete on orchestrator.retry_policy to orchestrator_ops;
+
+-- Sessions of psql have settings of their own, which texts inside functions go by: what a role may call runs with these, and so does what that
+-- calls. Each costs a call a microsecond, so functions that are called for every batch do without: they make no text that depends on them.
+do $$
+declare
+  v_function regprocedure;
+begin
+  for v_function in
+    select p.oid from pg_proc p
+    where p.pronamespace = 'orchestrator'::regnamespace and p.prosecdef and exists (select from aclexplode(p.proacl) a where a.grantee <> p.proowner)
+      and p.proname not in ('open_staging', 'submit_staged', 'claim_due_events', 'finish_events', 'release_events', 'raise_floors', 'next_due_at', 'backlog'
+        , 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending')
+  loop
+    execute format('alter function %s set timezone = ''UTC'' set datestyle = ISO set intervalstyle = postgres set extra_float_digits = 1', v_function);
+    execute format('alter function %s set standard_conforming_strings = on', v_function);
+  end loop;
+end $$;

@@ -12,7 +12,7 @@ from orchestrator.api.http import read_json
 from orchestrator.api.problems import Problem
 from orchestrator.api.queries import invalid
 from orchestrator.api.schema_parts import Schema
-from orchestrator.event_rules import MAX_FAULTS, shown
+from orchestrator.event_rules import MAX_FAULTS, shown, with_usual_time
 from orchestrator.json_text import utf8_fault
 
 
@@ -75,6 +75,13 @@ def query_values(request: Request, table: Mapping[str, Field]) -> dict[str, Any]
     return _values({name: msgspec.Raw(msgspec.json.encode(text)) for name, text in given.items()}, table, ())
 
 
+def _value(raw: msgspec.Raw, wire: Any) -> Any:
+    try:
+        return msgspec.json.decode(raw, type=wire)
+    except msgspec.ValidationError:
+        return msgspec.json.decode(with_usual_time(raw), type=wire)
+
+
 def _values(given: Mapping[str, msgspec.Raw], table: Mapping[str, Field], required: tuple[str, ...]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     faults = [(name, f"required: {table[name].expected}") for name in required if name not in given]
@@ -84,7 +91,7 @@ def _values(given: Mapping[str, msgspec.Raw], table: Mapping[str, Field], requir
             faults.append((shown(name), f"unknown field; expected {', '.join(table)}"))
             continue
         try:
-            values[field.column] = msgspec.json.decode(raw, type=field.wire)
+            values[field.column] = _value(raw, field.wire)
         except (msgspec.DecodeError, RecursionError):
             faults.append((name, f"expected {field.expected}, got {shown(raw)}"))
     if faults:

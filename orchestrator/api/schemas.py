@@ -17,6 +17,12 @@ _SUBMITTED_STATUS: Schema = {
     "description": "`scheduled`: it is kept. `duplicate`: it was kept before; nothing has changed. `accepted`: Kafka "
     "has it; it is kept within moments, unless it was before or the database refuses it.",
 }
+_EVENT_STATUS: Schema = {
+    "type": ["string", "null"],
+    "enum": [*STATUSES, None],
+    "description": "The state that the event is in now, such as `cancelled` for a duplicate of one that was; null: "
+    "Kafka has it, and what has become of it is not known yet.",
+}
 
 
 def schemas(settings: Settings) -> dict[str, Schema]:
@@ -42,6 +48,7 @@ def schemas(settings: Settings) -> dict[str, Schema]:
                 "scheduled_at": TIME,
                 "status": _SUBMITTED_STATUS,
                 "duplicate": {"type": "boolean"},
+                "event_status": _EVENT_STATUS,
             }
         ),
         "BatchResult": closed(
@@ -62,6 +69,7 @@ def schemas(settings: Settings) -> dict[str, Schema]:
                 "id": UUID,
                 "status": _SUBMITTED_STATUS,
                 "duplicate": {"type": "boolean"},
+                "event_status": _EVENT_STATUS,
             }
         ),
         "ItemRejected": closed({"index": COUNT, "error": ref("Fault")}),

@@ -22,13 +22,14 @@ _CODES = {"accepted": 201, "duplicate": 200, "queued": 202}
 
 class Answer(msgspec.Struct):
     """What a client is told of its event: that it is kept, by ``scheduled`` or, if it was before, ``duplicate``, or
-    that Kafka has it, by ``accepted``."""
+    that Kafka has it, by ``accepted``. `event_status` is the state it is in; None: it is still on its way."""
 
     id: str
     external_job_id: str | None
     scheduled_at: str
     status: str
     duplicate: bool
+    event_status: str | None
 
 
 class ItemAnswer(msgspec.Struct):
@@ -36,6 +37,7 @@ class ItemAnswer(msgspec.Struct):
     id: str
     status: str
     duplicate: bool
+    event_status: str | None
 
 
 class Fault(msgspec.Struct):
@@ -86,6 +88,7 @@ class SubmitOne:
             submission.scheduled_at.isoformat(),
             _STATUSES[kept.result],
             duplicate,
+            kept.status,
         )
         location = (b"location", b"/api/v1/events/" + kept.id.encode())
         await send_json(send, _CODES[kept.result], _encode(answer), location)
@@ -121,12 +124,12 @@ def _batch_answer(items: list[Submission | ValidationError], kept: list[Submitte
         if isinstance(item, ValidationError):
             fault = Fault(item.field, item.reason)
         else:
-            event_id, result, field, reason = next(results)
+            event_id, result, field, reason, status = next(results)
             if result in _STATUSES:
                 duplicate = result == "duplicate"
                 answer.duplicates += duplicate
                 answer.accepted += not duplicate
-                answer.results.append(ItemAnswer(index, event_id, _STATUSES[result], duplicate))
+                answer.results.append(ItemAnswer(index, event_id, _STATUSES[result], duplicate, status))
                 continue
             fault = Fault(field or "body", reason or "refused by the database")
         answer.rejected += 1

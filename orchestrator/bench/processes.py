@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
@@ -100,7 +101,13 @@ def compiled(name: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="orchestrator-bench-") as folder:
         program = Path(folder) / name
         source = Path(__file__).with_name(f"{name}.c")
-        subprocess.run([compiler, "-O2", "-o", str(program), str(source)], check=True, stdout=sys.stderr)
+        command = [compiler, "-O2", "-o", str(program), str(source)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode != 0:
+            cure = "apt-get install gcc libc6-dev"
+            raise OrchestratorError(f"bench: {compiler} cannot compile {source.name} ({cure}):\n{done.stderr.strip()}")
+        if not os.access(program, os.X_OK):
+            raise OrchestratorError(f"bench: no program may run in {folder} (mounted noexec?); set TMPDIR to another")
         yield program
 
 

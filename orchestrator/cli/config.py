@@ -6,6 +6,7 @@ import click
 
 from orchestrator.cli.support import console, environ, json_option, plain, print_json
 from orchestrator.config import DATABASE_PARTS, SETTINGS, Settings
+from orchestrator.database.session import SESSION, Session
 from orchestrator.settings_table import render_markdown_table, settings_table
 
 
@@ -19,14 +20,18 @@ def config() -> None:
 def check(as_json: bool) -> None:
     """Print the settings in force, secrets masked; exit with 2 when one is wrong.
 
-    Below the table stands what is odd though no error: likely typos, and variables without effect.
+    Below the table stands what every connection to the database is opened with, and what is odd though no error:
+    likely typos, and variables without effect.
     """
     given = environ()
     rows = settings_table(given)
-    notices = Settings.from_env(given).notices
+    ours = Settings.from_env(given)
+    session = Session.of(ours.database_url, "…")
+    connection = {**session.parameters, "options": session.options}
+    notices = [*ours.notices, *map(_overruled, session.overruled.items())]
     if as_json:
         settings = {row.name: {"value": row.value, "source": row.source, "default": row.default} for row in rows}
-        print_json({"settings": settings, "notices": notices})
+        print_json({"settings": settings, "connection": connection, "notices": notices})
         return
     from rich.table import Table
     from rich.text import Text
@@ -38,8 +43,15 @@ def check(as_json: bool) -> None:
         table.add_row(row.name, Text(value, overflow="fold"), row.source, style=style)
     out = console()
     out.print(table)
+    for name, value in connection.items():
+        out.print(Text(f"every connection to the database: {name}={plain(value)}", style="dim", overflow="fold"))
     for notice in notices:
         out.print(Text(f"! {plain(notice)}", style="yellow"))
+
+
+def _overruled(setting: tuple[str, str]) -> str:
+    name, value = setting
+    return f"DATABASE_URL: {name}={value} in its options has no effect: the program sets {SESSION[name] or 'nothing'}"
 
 
 @config.command()

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 import click
 
-from orchestrator.cli.support import console, json_option, moment, plain, print_json, settings
+from orchestrator.cli.support import console, json_option, kept_before, moment, plain, print_json, settings
 from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError
 
@@ -142,6 +142,6 @@ def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) ->
     kept = _with_rejects(work)
     duplicate = kept.result == "duplicate"
     if as_json:
-        print_json({"reject": number, "id": kept.id, "duplicate": duplicate})
+        print_json({"reject": number, "id": kept.id, "duplicate": duplicate, "event_status": kept.status})
     else:
-        click.echo(f"{kept.id}  {'was kept before, and is unchanged' if duplicate else 'accepted'}")
+        click.echo(f"{kept.id}  {kept_before(kept.status) if duplicate else 'accepted'}")

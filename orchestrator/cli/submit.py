@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,16 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.support import console, exit_with, json_option, moment, plain, print_json, with_database
+from orchestrator.cli.support import (
+    console,
+    exit_with,
+    json_option,
+    kept_before,
+    moment,
+    plain,
+    print_json,
+    with_database,
+)
 from orchestrator.cli.times import a_duration, relative
 from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError, ValidationError
@@ -23,6 +33,7 @@ if TYPE_CHECKING:
 
 _BATCH = 1000
 _SHOWN_REFUSALS = 20
+_OVER = ("cancelled", "rescheduled", "expired", "dead")
 
 
 def _time(option: str, value: str) -> str:
@@ -35,8 +46,10 @@ def _time(option: str, value: str) -> str:
 
 def _after(scheduled_at: str, duration: timedelta) -> str | None:
     """The time so long after another; None after what is no time, which is refused itself."""
+    from orchestrator.event_rules import time_of
+
     try:
-        return (datetime.fromisoformat(scheduled_at) + duration).isoformat()
+        return (time_of(scheduled_at) + duration).isoformat()
     except (ValueError, OverflowError):
         return None
 
@@ -63,6 +76,7 @@ class Tally:
     duplicates: int = 0
     rejected: int = 0
     results: list[dict[str, object]] = field(default_factory=list)
+    over: Counter[str] = field(default_factory=Counter)  # duplicates that will not be delivered, by their state
 
 
 @click.command()
@@ -190,9 +204,10 @@ def _submit_one(fields: dict[str, object], payload: bytes, as_json: bool) -> Non
     at = submission.scheduled_at.isoformat()
     if as_json:
         status = "duplicate" if duplicate else "scheduled"
-        print_json({"id": kept.id, "scheduled_at": at, "status": status, "duplicate": duplicate})
+        told = {"id": kept.id, "scheduled_at": at, "status": status, "duplicate": duplicate}
+        print_json({**told, "event_status": kept.status})
         return
-    what = "was kept before, and is unchanged" if duplicate else f"due {moment(at, now=datetime.now(UTC))}"
+    what = kept_before(kept.status) if duplicate else f"due {moment(at, now=datetime.now(UTC))}"
     click.echo(f"{kept.id}  {what}")
 
 
@@ -225,7 +240,9 @@ def _submit_file(file: IO[bytes], as_json: bool) -> None:
     else:
         if tally.rejected > _SHOWN_REFUSALS:
             show.print(f"… and {tally.rejected - _SHOWN_REFUSALS:,} more")
-        click.echo(f"accepted {tally.accepted:,}, duplicates {tally.duplicates:,}, rejected {tally.rejected:,}")
+        over = ", ".join(f"{count:,} {status}" for status, count in sorted(tally.over.items()))
+        duplicates = f"duplicates {tally.duplicates:,}" + (f" ({over})" if over else "")
+        click.echo(f"accepted {tally.accepted:,}, {duplicates}, rejected {tally.rejected:,}")
     exit_with(tally.rejected == 0)
 
 
@@ -253,7 +270,10 @@ def _count(tally: Tally, line: int, outcome: ValidationError | Submitted, as_jso
         tally.accepted += not duplicate
         if as_json:
             status = "duplicate" if duplicate else "scheduled"
-            tally.results.append({"line": line, "id": outcome.id, "status": status, "duplicate": duplicate})
+            result = {"line": line, "id": outcome.id, "status": status, "duplicate": duplicate}
+            tally.results.append({**result, "event_status": outcome.status})
+        elif duplicate and outcome.status in _OVER:
+            tally.over[outcome.status] += 1
         return
     tally.rejected += 1
     reason = {"field": outcome.field or "body", "reason": outcome.reason or "refused by the database"}

@@ -73,6 +73,12 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def kept_before(status: str | None) -> str:
+    """What is said of a submission that changed nothing, with the state that its event is in unless that is usual."""
+    said = "was kept before, and is unchanged"
+    return said if status in (None, "scheduled") else f"{said}: it is {status.replace('_', ' ')}"
+
+
 def target(delivery: Mapping[str, Any]) -> str:
     """Where an event, or a dead letter, goes or went, for people."""
     return str(delivery["destination"] or "the ready topic of Kafka")

@@ -38,13 +38,11 @@ def a_time(ctx: click.Context, param: click.Parameter, value: str | None) -> dat
     """The callback of an option that is a time; it is in UTC."""
     if value is None or (at := relative(value)) is not None:
         return None if value is None else at
-    import msgspec
-
-    from orchestrator.event_rules import ScheduledAt, in_utc
+    from orchestrator.event_rules import in_utc, time_of
 
     try:
-        return in_utc(msgspec.convert(value, ScheduledAt))
-    except msgspec.ValidationError:
+        return in_utc(time_of(value))
+    except ValueError:
         raise click.BadParameter(f"expected {_EXPECTED_TIME}, got {value[:80]!r}") from None
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import re
+from collections.abc import AsyncGenerator, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Self
 
 import psycopg
-from psycopg import AsyncConnection, errors
+from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, Cursor, IsolationLevel, Transaction, errors
+from psycopg.abc import Params, QueryNoTemplate
+from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow
 from psycopg.types.string import TextLoader
 
 from orchestrator.config import Settings
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError, ValidationError
+from orchestrator.database.session import MARK, SESSION, Session
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError, UnusableDatabase, ValidationError
 
-Connection = AsyncConnection[TupleRow]
-
-_CONNECT_TIMEOUT_S = 5
 _AWAY = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)
 _NOT_MIGRATED = (
     errors.UndefinedFunction,
@@ -24,13 +25,6 @@ _NOT_MIGRATED = (
     errors.InvalidSchemaName,
     errors.UndefinedColumn,
 )
-# A dead peer is noticed within a minute; the default is two hours.
-_KEEPALIVE = {
-    "keepalives_idle": 20,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 60_000,
-}
 
 
 @contextmanager
@@ -66,20 +60,152 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def connection_arguments(role: str) -> dict[str, Any]:
-    """What every connection is opened with; `role` shows in pg_stat_activity."""
-    return {
-        "autocommit": True, "connect_timeout": _CONNECT_TIMEOUT_S, "application_name": f"orchestrator {role}",
-        "options": "-c timezone=UTC -c datestyle=ISO -c extra_float_digits=1", **_KEEPALIVE,
-    }  # fmt: skip
+class Connection(AsyncConnection[TupleRow]):
+    """A connection with the settings of `SESSION`; open it with the arguments of `connection_arguments`.
+
+    `pooled`: a pooler is between, so that each transaction may meet another session of the server. Then nothing
+    outlasts a transaction, each begins by setting what it relies on, and a statement outside of any gets its own.
+    """
+
+    session: Session
+    pooled = False
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", *, session: Session, **arguments: Any) -> Self:  # type: ignore[override]
+        """Raises as psycopg does, and UnusableDatabase for a database that cannot keep every text."""
+        try:
+            connection = await super().connect(conninfo, **{**arguments, **_options(conninfo, session)})
+        except psycopg.OperationalError as error:
+            if not _refuses_options(error):
+                raise
+            _without_options.add(conninfo)
+            connection = await super().connect(conninfo, **{**arguments, **_options(conninfo, session)})
+        try:
+            _require_utf8(connection.info)
+        except UnusableDatabase:
+            await connection.close()
+            raise
+        connection.session = session
+        connection.pooled = _is_pooled(connection.info)
+        if connection.pooled:
+            connection.prepare_threshold = None
+            await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
+            await connection.set_deferrable(False)
+        return connection
+
+    async def execute(self, query: QueryNoTemplate, params: Params | None = None, **how: Any) -> AsyncCursor[TupleRow]:  # type: ignore[override]
+        if not self.pooled or self.info.transaction_status != TransactionStatus.IDLE:
+            return await super().execute(query, params, **how)
+        async with self.transaction():
+            return await super().execute(query, params, **how)
+
+    @asynccontextmanager
+    async def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> AsyncGenerator[AsyncTransaction, None]:
+        begins = self.pooled and self.info.transaction_status == TransactionStatus.IDLE
+        async with super().transaction(savepoint_name, force_rollback) as transaction:
+            if begins:
+                await super().execute(self.session.for_transaction.encode())
+            yield transaction
 
 
-async def connect(settings: Settings, role: str) -> Connection:
-    """A connection outside any pool. Raises DatabaseUnavailable."""
+class BlockingConnection(psycopg.Connection[TupleRow]):
+    """`Connection` for code outside of any event loop."""
+
+    session: Session
+    pooled = False
+
+    @classmethod
+    def connect(cls, conninfo: str = "", *, session: Session, **arguments: Any) -> Self:  # type: ignore[override]
+        """Raises as `Connection.connect` does."""
+        try:
+            connection = super().connect(conninfo, **{**arguments, **_options(conninfo, session)})
+        except psycopg.OperationalError as error:
+            if not _refuses_options(error):
+                raise
+            _without_options.add(conninfo)
+            connection = super().connect(conninfo, **{**arguments, **_options(conninfo, session)})
+        try:
+            _require_utf8(connection.info)
+        except UnusableDatabase:
+            connection.close()
+            raise
+        connection.session = session
+        connection.pooled = _is_pooled(connection.info)
+        if connection.pooled:
+            connection.prepare_threshold = None
+            connection.isolation_level = IsolationLevel.READ_COMMITTED
+            connection.deferrable = False
+        return connection
+
+    def execute(self, query: QueryNoTemplate, params: Params | None = None, **how: Any) -> Cursor[TupleRow]:  # type: ignore[override]
+        if not self.pooled or self.info.transaction_status != TransactionStatus.IDLE:
+            return super().execute(query, params, **how)
+        with self.transaction():
+            return super().execute(query, params, **how)
+
+    @contextmanager
+    def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> Generator[Transaction, None, None]:
+        begins = self.pooled and self.info.transaction_status == TransactionStatus.IDLE
+        with super().transaction(savepoint_name, force_rollback) as transaction:
+            if begins:
+                super().execute(self.session.for_transaction.encode())
+            yield transaction
+
+
+_without_options: set[str] = set()  # addresses of poolers that refuse them
+
+
+def _options(conninfo: str, session: Session) -> dict[str, str]:
+    # Empty, and not left out: libpq would take those of its environment, or of the address.
+    return {"options": "" if conninfo in _without_options else session.options}
+
+
+def _refuses_options(error: psycopg.OperationalError) -> bool:
+    """Whether a pooler takes no settings, or a server is too old to know all of them, which others find out then."""
+    unknown = re.search(r'unrecognized configuration parameter "(\w+)"', str(error))
+    return "unsupported startup parameter" in str(error) or (unknown is not None and unknown[1].lower() in SESSION)
+
+
+def _is_pooled(info: psycopg.ConnectionInfo) -> bool:
+    name, value = MARK
+    return info.parameter_status(name) != value
+
+
+def _require_utf8(info: psycopg.ConnectionInfo) -> None:
+    encoding = info.parameter_status("server_encoding")
+    if encoding not in (None, "UTF8"):
+        raise UnusableDatabase(
+            f"database {info.dbname} has the encoding {encoding}: expected UTF8, which holds every text; make one: "
+            "create database … encoding 'UTF8' locale 'C.UTF-8' template template0; name it in DATABASE_URL, and "
+            "bring over what this one holds with pg_dump and pg_restore"
+        )
+
+
+def connection_arguments(url: str, role: str, **settings: str) -> dict[str, Any]:
+    """What every connection is opened with; `role` shows in pg_stat_activity.
+
+    `settings` are those of the session in which it differs from `SESSION`.
+    """
+    session = Session.of(url, role, **settings)
+    return {"autocommit": True, "session": session, **session.parameters}
+
+
+async def connect(settings: Settings, role: str, **differing: str) -> Connection:
+    """A connection outside any pool, see `connection_arguments`. Raises DatabaseUnavailable and UnusableDatabase."""
+    url = settings.database_url
     with translated():
-        connection = await AsyncConnection.connect(settings.database_url, **connection_arguments(role))
+        connection = await Connection.connect(url, **connection_arguments(url, role, **differing))
     keep_text(connection)
     return connection
+
+
+def connect_blocking(url: str, role: str, **differing: str) -> BlockingConnection:
+    """The same for code outside of any event loop; raises what psycopg raises, and UnusableDatabase."""
+    return BlockingConnection.connect(url, **connection_arguments(url, role, **differing))
 
 
 def keep_text(connection: Connection) -> None:

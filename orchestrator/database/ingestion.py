@@ -82,9 +82,10 @@ class Ingestion:
     @classmethod
     @asynccontextmanager
     async def open(cls, settings: Settings) -> AsyncGenerator[Ingestion, None]:
-        async with await connect(settings, "ingest") as connection:
-            with translated():
-                await connection.execute(_OPEN)
+        async with await connect(settings, "ingest", **_PAUSED) as connection:
+            if not connection.pooled:
+                with translated():
+                    await connection.execute("select orchestrator.open_staging()")
             yield cls(connection)
 
     async def positions(self, topic: str) -> dict[int, Position]:
@@ -198,10 +199,7 @@ def _storable(text: str) -> str:
 
 
 # A process that is paused within its transaction must not keep the partitions from whoever has taken them over.
-_OPEN: LiteralString = """
-set idle_in_transaction_session_timeout = '5 s';
-select orchestrator.open_staging()
-"""
+_PAUSED = {"idle_in_transaction_session_timeout": "5s"}
 _ADVANCE: LiteralString = """
 select partition, next_offset from orchestrator.advance_offsets(
   %s, %s::integer[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[])

@@ -22,12 +22,22 @@ _log = logging.getLogger(__name__)
 async def listen(settings: Settings, channel: LiteralString, on_notified: Callable[[str], None]) -> None:
     """Calls `on_notified` with the payload of each notification, for ever, on a connection of its own.
 
-    Whatever was notified while that was lost is not heard of.
+    Whatever was notified while that was lost is not heard of. Through a pooler nothing is: a session that listens would
+    have to stay with its client.
     """
     heard = True
     while True:
         try:
             async with await connect(settings, "listen") as connection:
+                if connection.pooled:
+                    if heard:
+                        _log.warning(
+                            "not listening, only polling: DATABASE_URL leads through a pooler",
+                            extra={"channel": channel},
+                        )
+                    heard = False
+                    await connection.close()
+                    await asyncio.Event().wait()
                 with translated():
                     async with asyncio.timeout(_ANSWER_S):
                         await connection.execute(f"listen {channel}")

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, LiteralString, NamedTuple
 
 import msgspec
-import psycopg
 from psycopg import sql
-from psycopg.rows import TupleRow
 
 from orchestrator.config import Settings, given
-from orchestrator.database.connection import Connection, connect, connection_arguments, translated
+from orchestrator.database.connection import BlockingConnection, Connection, connect, connect_blocking, translated
 from orchestrator.database.pool import Database
 
 Buffer = bytes | bytearray | memoryview
 
 _RUNS = 100
+# The same rows in the same order each time, so that a file that is there already can be told.
+_IN_ORDER = {"synchronize_seqscans": "off", "max_parallel_workers_per_gather": "0"}
 
 
 class Retention(NamedTuple):
@@ -176,24 +176,34 @@ class Retired:
     All methods raise DatabaseUnavailable.
     """
 
-    def __init__(self, connection: psycopg.Connection[TupleRow]) -> None:
+    def __init__(self, connection: BlockingConnection, holding: BlockingConnection | None) -> None:
         self._connection = connection
+        self._holding = holding
 
     @classmethod
     @contextmanager
     def open(cls, settings: Settings) -> Iterator[Retired]:
-        with translated():
-            connection = psycopg.connect(settings.database_url, **connection_arguments("archive"))
-        with connection:
-            yield cls(connection)
+        with ExitStack() as opened:
+            with translated():
+                connection = opened.enter_context(connect_blocking(settings.database_url, "archive", **_IN_ORDER))
+            holding = None
+            if connection.pooled:  # a lock lasts no longer than a transaction
+                with translated():
+                    holding = opened.enter_context(connect_blocking(settings.database_url, "archive"))
+                    opened.enter_context(holding.transaction())
+            yield cls(connection, holding)
 
     def take(self) -> bool:
-        """Whether nobody else is archiving: then none will be, until this connection ends."""
+        """Whether nobody else is archiving: then none will be, until this is closed."""
         with translated():
-            row = self._connection.execute("select pg_try_advisory_lock(hashtext('orchestrator.archive'))").fetchone()
-            # The same rows in the same order each time, so that a file that is there already can be told.
-            self._connection.execute("set synchronize_seqscans = off")
-            self._connection.execute("set max_parallel_workers_per_gather = 0")
+            if self._holding is not None:
+                row = self._holding.execute(
+                    "select pg_try_advisory_xact_lock(hashtext('orchestrator.archive'))"
+                ).fetchone()
+            else:
+                row = self._connection.execute(
+                    "select pg_try_advisory_lock(hashtext('orchestrator.archive'))"
+                ).fetchone()
         return row == (True,)
 
     def names(self) -> list[str]:
@@ -216,7 +226,8 @@ class Retired:
         statement = sql.SQL("copy (select * from {}) to stdout (format csv, header {}, encoding 'UTF8')").format(
             sql.Identifier("orchestrator", name), sql.Literal(header)
         )
-        with translated(), self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+        connection = self._connection
+        with translated(), connection.transaction(), connection.cursor() as cursor, cursor.copy(statement) as copy:
             yield from copy
 
     def archived(self, name: str) -> bool:

@@ -11,7 +11,7 @@ from orchestrator.database.connection import Connection, connect, translated
 
 OUTBOX_CHANNEL = "orchestrator_outbox"
 
-_TRANSACTION_TIMEOUT: LiteralString = "set transaction_timeout = '30s'"
+_TRANSACTION_TIMEOUT = {"transaction_timeout": "30s"}
 _BATCH_BYTES = 1 << 24
 _FETCHED = 200  # messages at a time, which bounds by how much a batch exceeds _BATCH_BYTES
 
@@ -37,9 +37,7 @@ class Outbox:
     @asynccontextmanager
     async def open(cls, settings: Settings) -> AsyncGenerator[Outbox, None]:
         """Raises DatabaseUnavailable."""
-        async with await connect(settings, "outbox") as connection:
-            with translated():
-                await connection.execute(_TRANSACTION_TIMEOUT)
+        async with await connect(settings, "outbox", **_TRANSACTION_TIMEOUT) as connection:
             yield cls(connection)
 
     async def switch(self, kinds: Sequence[str]) -> None:

@@ -27,12 +27,16 @@ COPY_SUBMISSIONS: LiteralString = (
 
 
 class Submitted(NamedTuple):
-    """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason."""
+    """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason.
+
+    `id` is the one that the event is kept under, `status` the state that a duplicate is in.
+    """
 
     id: str
     result: str
     field: str | None = None
     reason: str | None = None
+    status: str | None = None
 
 
 class Cancelled(NamedTuple):
@@ -91,7 +95,8 @@ class Database:
         self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._pool = AsyncConnectionPool(
             settings.database_url,
-            kwargs=connection_arguments(role),
+            connection_class=Connection,
+            kwargs=connection_arguments(settings.database_url, role),
             min_size=settings.pool_min_idle,
             max_size=settings.pool_max_size,
             timeout=_POOL_TIMEOUT_S,
@@ -148,20 +153,22 @@ class Database:
         text = b"".join([copy_row(submission, n) for n, submission in enumerate(submissions)])
 
         async def work(connection: Connection) -> list[TupleRow]:
-            if connection not in self._staged:
+            if connection not in self._staged and not connection.pooled:
                 await connection.execute("select orchestrator.open_staging()")
                 self._staged.add(connection)
             async with connection.transaction(), connection.cursor() as cursor:
+                if connection.pooled:
+                    await cursor.execute("select orchestrator.open_staging()")
                 async with cursor.copy(COPY_SUBMISSIONS) as copy:
                     await copy.write(text)
-                await cursor.execute("select n, result, field, reason from orchestrator.submit_staged()")
+                await cursor.execute(
+                    "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
+                )
                 return await cursor.fetchall()
 
-        exceptions = {n: (result, field, reason) for n, result, field, reason in await self._run(work)}
-        if not exceptions:
-            return [Submitted(submission.id, "accepted") for submission in submissions]
+        exceptions = {row[0]: Submitted(*row[1:]) for row in await self._run(work)}
         return [
-            Submitted(submission.id, *exceptions.get(n, ("accepted", None, None)))
+            exceptions.get(n) or Submitted(submission.id, "accepted", status="scheduled")
             for n, submission in enumerate(submissions)
         ]
 

@@ -62,11 +62,14 @@ class Rejects:
                 await cursor.execute("select orchestrator.open_staging()")
                 async with cursor.copy(COPY_SUBMISSIONS) as copy:
                     await copy.write(copy_row(submission, 0))
-                await cursor.execute("select result, field, reason from orchestrator.submit_staged()")
-                result, field, reason = await cursor.fetchone() or ("accepted", None, None)
-                if result == "refused":
-                    raise ValidationError(field or "value", reason or "refused")
-                await cursor.execute("select orchestrator.resubmitted_reject(%s, %s::uuid)", (number, submission.id))
+                await cursor.execute(
+                    "select id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
+                )
+                row = await cursor.fetchone()
+                kept = Submitted(*row) if row else Submitted(submission.id, "accepted", status="scheduled")
+                if kept.result == "refused":
+                    raise ValidationError(kept.field or "value", kept.reason or "refused")
+                await cursor.execute("select orchestrator.resubmitted_reject(%s, %s::uuid)", (number, kept.id))
                 if await cursor.fetchone() != (True,):
                     raise OrchestratorError(f"there is no reject {number} any more")
-        return Submitted(submission.id, result)
+        return kept

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import secrets
 import socket
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,8 +25,16 @@ def state_directory(environ: Mapping[str, str]) -> Path:
     checkout = _PACKAGE.parent
     if (checkout / "pyproject.toml").is_file() and (checkout / "sql").is_dir():
         return checkout / ".orchestrator"
-    state = environ.get("XDG_STATE_HOME", "")
-    base = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
+    return user_directory(environ, "XDG_STATE_HOME", ".local/state")
+
+
+def user_directory(environ: Mapping[str, str], variable: str, below_home: str) -> Path:
+    """This product's part of a user's directory of the XDG specification. Raises OrchestratorError when nobody's."""
+    given = environ.get(variable, "")
+    try:
+        base = Path(given) if os.path.isabs(given) else Path.home() / below_home
+    except RuntimeError:
+        raise OrchestratorError(f"this user has no home directory; set {variable} to a directory to use") from None
     return base / "scheduled-event-orchestrator"
 
 
@@ -38,8 +48,7 @@ def kept_webhook_secret(directory: Path) -> str:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-                file.write(new_webhook_secret() + "\n")
+            _write_once(path, new_webhook_secret() + "\n")
         secret = path.read_text().strip()
     except OSError as error:
         raise OrchestratorError(f"{path}: cannot keep the webhook secret here: {error.strerror}") from error
@@ -48,6 +57,15 @@ def kept_webhook_secret(directory: Path) -> str:
     except ValueError as error:
         raise OrchestratorError(f"{path}: {error}; remove the file to have a new one made") from None
     return secret
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Makes a file that only its owner may read, whole or not at all, and never in place of one that is there."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{path.name}-") as file:
+        file.write(text)
+        file.flush()
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(file.name, path)
 
 
 def with_defaults(environ: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.dev.environment import user_directory
 from orchestrator.dev.kafka_broker import BrokerProcess
-from orchestrator.dev.system import free_port
+from orchestrator.dev.system import exclusive, free_port
 from orchestrator.errors import OrchestratorError
 
 _POM = Path(__file__).with_name("kafka-pom.xml")
@@ -86,8 +86,17 @@ def unavailable() -> str | None:
     version = _java_version(java)
     if version < _JAVA_NEEDED:
         return f"{java} is version {version}, and {_JAVA_NEEDED} is needed"
-    if not _jar_directory().is_dir() and shutil.which("mvn") is None:
+    try:
+        jars = _jar_directory()
+    except OrchestratorError as error:
+        return str(error)
+    if jars.is_dir():
+        return None
+    if shutil.which("mvn") is None:
         return "mvn (Maven) is not installed"
+    existing = next(parent for parent in jars.parents if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{jars} cannot be made; set XDG_CACHE_HOME to a directory that can be written"
     return None
 
 
@@ -237,10 +246,8 @@ def _kafka_version() -> str:
 
 def _jar_directory() -> Path:
     """Where this pom's jars are kept for all checkouts of the user; another pom's are elsewhere."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    parent = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     digest = hashlib.sha256(_POM.read_bytes()).hexdigest()[:12]
-    return parent / "scheduled-event-orchestrator" / f"kafka-{_kafka_version()}-{digest}"
+    return user_directory(os.environ, "XDG_CACHE_HOME", ".cache") / f"kafka-{_kafka_version()}-{digest}"
 
 
 def fetched_jars() -> Path:
@@ -248,11 +255,24 @@ def fetched_jars() -> Path:
     directory = _jar_directory()
     if directory.is_dir():
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="kafka-", dir=directory.parent) as scratch:
-        partial = Path(scratch) / "jars"
-        command = ["mvn", "--batch-mode", "--quiet", "--no-transfer-progress", f"--file={_POM}"]
-        command += ["dependency:copy-dependencies", f"-DoutputDirectory={partial}"]
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        # Maven's own store of what it has fetched is not for two at once.
+        with exclusive(directory.parent, _FETCH_TIMEOUT_S) as lock:
+            if not directory.is_dir():
+                _fetch(directory, lock)
+    except OSError as error:
+        raise OrchestratorError(f"{directory}: Apache Kafka cannot be kept here: {error.strerror}") from error
+    return directory
+
+
+def _fetch(directory: Path, lock: int) -> None:
+    """Beside the final place first, so that what was fetched in part is never used."""
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    command = ["mvn", "--batch-mode", "--quiet", "--no-transfer-progress", f"--file={_POM}"]
+    command += ["dependency:copy-dependencies", f"-DoutputDirectory={partial}"]
+    try:
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
@@ -260,12 +280,10 @@ def fetched_jars() -> Path:
             stderr=subprocess.STDOUT,
             timeout=_FETCH_TIMEOUT_S,
             text=True,
+            pass_fds=[lock],
         )
-        if done.returncode != 0:
-            raise OrchestratorError(f"Maven cannot fetch Apache Kafka:\n{done.stdout.strip()[-2000:]}")
-        try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.is_dir():  # else another process was faster
-                raise
-    return directory
+    except subprocess.TimeoutExpired:
+        raise OrchestratorError(f"Maven did not fetch Apache Kafka within {_FETCH_TIMEOUT_S:g} s") from None
+    if done.returncode != 0:
+        raise OrchestratorError(f"Maven cannot fetch Apache Kafka:\n{done.stdout.strip()[-2000:]}")
+    partial.rename(directory)

@@ -18,7 +18,8 @@ from orchestrator.dev.system import until
 from orchestrator.errors import OrchestratorError
 
 # The process id in the file may be stale and another program's by now: where it can be checked, it is.
-# The server's last act is to remove that file; as an orphan it may then stay a zombie for long.
+# The server's last act is to remove that file; as an orphan it may then stay a zombie for long. An initdb that was
+# under way writes until it misses its files.
 _GUARD = """
 read -r word && exit
 pid=$(head -n 1 "$1/cluster/postmaster.pid" 2>/dev/null)
@@ -26,7 +27,13 @@ if [ -d /proc/self ] && ! grep -qF "$1/cluster" "/proc/$pid/cmdline" 2>/dev/null
 if [ -n "$pid" ] && kill -"$2" "$pid" 2>/dev/null; then
     while [ -e "$1/cluster/postmaster.pid" ] && kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
 fi
-if [ "$3" = remove ]; then rm -rf -- "$1"; fi
+if [ "$3" = remove ]; then
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        rm -rf -- "$1"
+        [ -e "$1" ] || break
+        sleep 0.2
+    done
+fi
 """
 
 
@@ -42,6 +49,11 @@ class Ownership:
     @property
     def held(self) -> bool:
         return bool(self._locks)
+
+    @property
+    def locks(self) -> tuple[int, ...]:
+        """Descriptors of what holds it: a child that they are passed to holds it too, until it ends."""
+        return tuple(self._locks)
 
     def take(self, timeout_s: float) -> bool:
         """Takes it unless another process has it; True when this process holds it.

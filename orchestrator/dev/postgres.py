@@ -71,8 +71,11 @@ class EmbeddedPostgres:
     @classmethod
     def temporary(cls, *, tuning: Mapping[str, str] | None = None, parent: Path | None = None) -> Self:
         """A server in a new directory below `parent` (default: the system's for such); `close` removes it."""
-        home = tempfile.mkdtemp(prefix="orchestrator-postgres-", dir=parent)
-        return cls(Path(home), keep=False, tuning=tuning)
+        home = Path(tempfile.mkdtemp(prefix="orchestrator-postgres-", dir=parent))
+        server = cls(home, keep=False, tuning=tuning)
+        if server.data_dir != home:
+            home.rmdir()
+        return server
 
     @property
     def log_file(self) -> Path:
@@ -136,7 +139,11 @@ class EmbeddedPostgres:
             return self
         if not self._cluster.exists():
             self._install.create_cluster(
-                self._cluster, superuser=SUPERUSER, password_file=self._password, durable=self._keep
+                self._cluster,
+                superuser=SUPERUSER,
+                password_file=self._password,
+                durable=self._keep,
+                locks=self._ownership.locks,
             )
         self._install.check_version(self._cluster)
         self._launch()

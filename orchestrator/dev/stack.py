@@ -7,15 +7,15 @@ import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-
-import psycopg
+from typing import IO, TypeVar
 
 from orchestrator.config import DATABASE_PARTS, Settings
+from orchestrator.database.connection import connect_blocking
 from orchestrator.database.ingestion import Ingestion
 from orchestrator.dev import kafka_wheel
 from orchestrator.dev.environment import LOOPBACK, is_free, kept_webhook_secret, state_directory, with_defaults
@@ -30,13 +30,15 @@ from orchestrator.migrate import migrate
 
 POSTGRES_PORT = 15432
 KAFKA_PORT = 19092
-_OTHER_STARTS_S = 10.0
+_OTHER_STARTS_S = 60.0
 _SESSION_MS = "2000"
 _DATABASE = "orchestrator"
 _LAST_S = 30.0
 _LOOK_EVERY_S = 0.1
 
 _log = logging.getLogger(__name__)
+
+Server = TypeVar("Server")
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,27 @@ def _database(
             raise DatabaseUnavailable(f"{error}; start it, or unset {given} to have one started here") from error
         yield environ, None
         return
-    # When another `dev` runs here already, this uses its server.
-    port = POSTGRES_PORT if is_free("127.0.0.1", POSTGRES_PORT) else 0
-    with EmbeddedPostgres(home / "postgres", port=port) as server:
+    with ExitStack() as running:
+        # When another `dev` runs here already, this uses its server.
+        server = _on_port(
+            POSTGRES_PORT, lambda port: running.enter_context(EmbeddedPostgres(home / "postgres", port=port))
+        )
         url = server.ensure_database(_DATABASE)
         migrate(url, days_ahead=settings.partition_days_ahead)
         replaced = {name for setting in DATABASE_PARTS.values() for name in setting.names}
         kept = {name: value for name, value in environ.items() if name not in replaced}
         yield {**kept, "DATABASE_URL": url}, server.data_dir
+
+
+def _on_port(wanted: int, start: Callable[[int], Server]) -> Server:
+    """Starts a server there, or on any port when another process listens there, or was faster."""
+    if is_free("127.0.0.1", wanted):
+        try:
+            return start(wanted)
+        except OrchestratorError:
+            if is_free("127.0.0.1", wanted):
+                raise
+    return start(0)
 
 
 @contextmanager
@@ -131,37 +146,55 @@ def _broker(settings: Settings, home: Path) -> Iterator[dict[str, str]]:
     """
     digest = hashlib.sha256(settings.database_url.encode()).hexdigest()[:12]
     home.mkdir(parents=True, exist_ok=True)
-    with (home / f"broker-{digest}").open("a+") as file:
+    path = home / f"broker-{digest}"
+    for _ in until(_OTHER_STARTS_S):
+        file = _locked(path)
+        if file is None:
+            environ = _environ_of_another(path)
+            if environ is None:
+                continue
+            yield environ
+            return
+        with file, ExitStack() as running:
+            running.callback(path.unlink)
+            broker = _on_port(KAFKA_PORT, lambda port: running.enter_context(WheelBroker(port=port)))
+            _read_from_the_start(settings)
+            file.truncate(0)  # what an owner wrote who was killed
+            file.write(json.dumps(broker.environ))
+            file.flush()
+            yield broker.environ
+            return
+    raise OrchestratorError(f"{path}: another orchestrator dev does not get its broker started; stop it")
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """The file there, locked; None when another process has it. One that its owner has just removed is nobody's."""
+    while True:
+        file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield _environ_of_another(file)
-            return
-        file.truncate(0)
-        port = KAFKA_PORT if is_free("127.0.0.1", KAFKA_PORT) else 0
-        with WheelBroker(port=port) as broker:
-            _read_from_the_start(settings)
-            file.write(json.dumps(broker.environ))
-            file.flush()
-            try:
-                yield broker.environ
-            finally:
-                Path(file.name).unlink()
+            file.close()
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
-def _environ_of_another(file: IO[str]) -> dict[str, str]:
-    for _ in until(_OTHER_STARTS_S):
-        file.seek(0)
-        written = file.read()
-        if written:
-            environ: dict[str, str] = json.loads(written)
+def _environ_of_another(path: Path) -> dict[str, str] | None:
+    """What the owner of the file wrote into it; None until its broker listens, or that of one who was killed did."""
+    with suppress(OSError, ValueError):
+        environ: dict[str, str] = json.loads(path.read_text())
+        host, _, port = environ["KAFKA_BOOTSTRAP_SERVERS"].rpartition(":")
+        if not is_free(host, int(port)):
             return environ
-    raise OrchestratorError(f"{file.name}: another orchestrator dev does not get its broker started; stop it")
+    return None
 
 
 def _read_from_the_start(settings: Settings) -> None:
     """Forgets how far the topics of the last run were read: the broker is new, and they begin at 0 again."""
-    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+    with connect_blocking(settings.database_url, "dev") as connection:
         connection.execute(
             "select orchestrator.set_ingest_offset(topic, partition, 0) from orchestrator.ingest_offset"
             " where topic = any (%s)",

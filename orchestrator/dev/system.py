@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
+import os
 import secrets
 import socket
 import time
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import OrchestratorError
@@ -19,11 +24,13 @@ if TYPE_CHECKING:
 # Below the range from which systems choose ports for outgoing connections: no connection can take the port
 # of a server that is down for a moment, nor can a client that retries the port connect to itself.
 _PORTS = range(15_000, 32_000)
+_BLOCK = 100
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens."""
-    for port in secrets.SystemRandom().sample(_PORTS, 100):
+    """A port of 127.0.0.1 on which nothing listens. No other process is given it by this while this one lives."""
+    ports = _own_ports(os.getpid())
+    for port in itertools.islice(ports, _BLOCK):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -31,7 +38,44 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+    raise OrchestratorError(f"{_BLOCK} ports of 127.0.0.1 from {next(ports)} on are taken")
+
+
+@cache
+def _own_ports(pid: int) -> Iterator[int]:
+    """Again and again the ports of a block that the process `pid`, this one, owns: it has bound the first of them."""
+    for first in secrets.SystemRandom().sample(_PORTS[::_BLOCK], len(_PORTS) // _BLOCK):
+        owner = socket.socket()
+        try:
+            owner.bind(("127.0.0.1", first))
+        except OSError:
+            owner.close()
+            continue
+        owner.detach()  # it stays open until the process ends
+        return itertools.cycle(range(first + 1, first + _BLOCK))
     raise OrchestratorError(f"no free port between {_PORTS.start} and {_PORTS.stop} on 127.0.0.1")
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path, timeout_s: float) -> Iterator[int]:
+    """Lets one process of the machine at a time make what is kept in a directory, by a lock on the directory itself.
+
+    Yields the lock's descriptor: a child that it is passed to holds the lock until it has ended, even when this
+    process is killed meanwhile. Raises OrchestratorError when others do not let go of it in time.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for _ in until(timeout_s):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+        else:
+            raise OrchestratorError(
+                f"{directory}: another process has kept it locked for {timeout_s:g} s; end it (fuser -v {directory})"
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def until(timeout_s: float) -> Iterator[None]:

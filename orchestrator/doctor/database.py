@@ -10,12 +10,13 @@ from psycopg.rows import TupleRow
 
 from orchestrator import database_url, migrate
 from orchestrator.config import Settings
+from orchestrator.database.connection import connect_blocking
 from orchestrator.doctor.finding import Finding, is_production, ok, problem, warning
 from orchestrator.doctor.server import server_findings
 from orchestrator.doctor.standstill import standstill_findings
 from orchestrator.doctor.upkeep import upkeep_findings
 from orchestrator.doctor.work import work_findings
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, UnusableDatabase
 
 Connection = psycopg.Connection[TupleRow]
 
@@ -42,13 +43,11 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
     """Findings about the server, the schema and the work in it; only that it is away, when it is."""
     masked = database_url.masked(settings.database_url)
     try:
-        connection = psycopg.connect(
-            settings.database_url,
-            autocommit=True,
-            connect_timeout=5,
-            application_name="orchestrator doctor",
-            options="-c timezone=UTC -c statement_timeout=15000 -c lock_timeout=2000",
-        )
+        connection = connect_blocking(settings.database_url, "doctor", statement_timeout="15s", lock_timeout="2s")
+    except UnusableDatabase as error:
+        what, _, mend = str(error).partition("; ")
+        yield problem("database", what, mend)
+        return
     except psycopg.OperationalError as error:
         yield problem(
             "database",
@@ -66,6 +65,12 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             )
             return
         yield ok("database", f"PostgreSQL {version // 10000}.{version % 10000} at {masked}")
+        if connection.pooled:
+            yield ok(
+                "pooler",
+                "a pooler is between: each transaction sets what it relies on, and due events are found by polling "
+                "alone, every SCHEDULER_POLL_INTERVAL_MS",
+            )
         yield from _guarded("server", lambda: server_findings(connection, settings))
         yield from _guarded("clock", lambda: _clock(connection))
         yield from _guarded("roles", lambda: _roles(connection))

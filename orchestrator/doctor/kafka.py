@@ -10,8 +10,9 @@ import psycopg
 from psycopg.rows import TupleRow
 
 from orchestrator.config import Settings
+from orchestrator.database.connection import connect_blocking
 from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, UnusableDatabase
 
 _STALLED_S = 60.0
 
@@ -32,9 +33,11 @@ def kafka_findings(settings: Settings) -> Iterator[Finding]:
     yield ok("kafka", f"brokers answer at {settings.kafka_servers}")
     yield from _topics(settings, partitions)
     try:
-        with psycopg.connect(settings.database_url, autocommit=True, connect_timeout=5) as connection:
+        with connect_blocking(settings.database_url, "doctor") as connection:
             yield from _ingestion(connection, settings, partitions)
             yield from _outbox(connection)
+    except UnusableDatabase:
+        return  # the findings about the database say so
     except OrchestratorError as error:
         yield problem("ingestion", str(error), "see the log of the brokers")
     except psycopg.OperationalError:

@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import TupleRow
 
+from orchestrator.database.connection import BlockingConnection
 from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
 
 _Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
@@ -17,22 +18,24 @@ _LATE_S = 10.0
 _VERY_LATE_S = 120.0
 
 
-def work_findings(connection: psycopg.Connection[TupleRow], guarded: _Guarded) -> Iterator[Finding]:
+def work_findings(connection: BlockingConnection, guarded: _Guarded) -> Iterator[Finding]:
     yield from guarded("dispatchers", lambda: _dispatchers(connection))
     yield from guarded("leases", lambda: _leases(connection))
 
 
-def _dispatchers(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
+def _dispatchers(connection: BlockingConnection) -> Iterator[Finding]:
     row = connection.execute("select orchestrator.statistics()::text").fetchone()
     assert row is not None
     statistics = json.loads(row[0])
     listening = connection.execute(
         "select count(*) from pg_stat_activity where datname = current_database()"
-        " and application_name = 'orchestrator listen'"
+        " and application_name ~ '(^| )orchestrator listen$'"
     ).fetchone()
     count = listening[0] if listening else 0
     live = statistics["scheduled"] + statistics["retrying"] + statistics["in_flight"]
-    if count:
+    if connection.pooled:
+        yield ok("dispatchers", f"the pooler hides how many are connected; {counted(live, 'event')} to deliver")
+    elif count:
         yield ok("dispatchers", f"{count} connected, {counted(live, 'event')} to deliver")
     elif live:
         yield warning(
@@ -42,10 +45,10 @@ def _dispatchers(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
         )
     else:
         yield ok("dispatchers", "none is connected, and there is nothing to deliver")
-    yield _backlog(statistics, count)
+    yield _backlog(statistics, count or connection.pooled)
 
 
-def _backlog(statistics: dict[str, Any], dispatchers: int) -> Finding:
+def _backlog(statistics: dict[str, Any], dispatchers: int | bool) -> Finding:
     if not statistics["oldest_due_at"]:
         return ok("backlog", "nothing due waits to be claimed")
     now, oldest = (datetime.fromisoformat(statistics[key]) for key in ("at", "oldest_due_at"))

@@ -15,7 +15,7 @@ import msgspec
 
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
-from orchestrator.event_rules import EXPECTED_TIME, ScheduledAt, expires_at_fault, in_utc, scheduled_at_fault, shown
+from orchestrator.event_rules import EXPECTED_TIME, expires_at_fault, in_utc, scheduled_at_fault, shown, time_of
 from orchestrator.ingest.partition import Record
 from orchestrator.ingest.submissions import reject
 from orchestrator.json_text import has_forbidden_escape, utf8_fault
@@ -121,8 +121,8 @@ def _times(command: dict[str, object]) -> dict[str, object]:
 
 def _time(name: str, text: object) -> datetime:
     try:
-        at = msgspec.convert(text, ScheduledAt)
-    except msgspec.ValidationError:
+        at = time_of(text)
+    except ValueError:
         raise ValidationError(name, f"expected {EXPECTED_TIME}, got {shown(text)!r}") from None
     if fault := scheduled_at_fault(at):
         raise ValidationError(name, fault)

@@ -6,25 +6,50 @@ return coalesce(nullif(current_setting('orchestrator.now', true), '')::timestamp
 comment on function orchestrator.now() is
   'The only clock. Tests set it for their session: set orchestrator.now = ''2030-01-01T00:00:00Z''';
 
--- Invariant: equal triples give equal ids everywhere; the length of source keeps ('ab','c') apart from ('a','bc').
-create or replace function orchestrator.event_id(p_source text, p_external_job_id text, p_scheduled_at timestamptz) returns uuid
-language sql immutable strict parallel safe
-begin atomic
-  select encode(
-      set_byte(set_byte(b.bytes, 6, (get_byte(b.bytes, 6) & 15) | 112), 8, (get_byte(b.bytes, 8) & 63) | 128), 'hex')::uuid
-  from (select (extract(epoch from p_scheduled_at) * 1000000)::bigint as micros) t
-  cross join lateral (
-    select substr(int8send(t.micros / 1000), 3)
-        || substr(sha256(convert_to(format('%s:%s:', t.micros, octet_length(p_source)) || p_source || p_external_job_id, 'UTF8')), 1, 10)
-        as bytes) b;
-end;
-comment on function orchestrator.event_id(text, text, timestamptz) is
-  'The id of (source, external_job_id, scheduled_at): a UUID laid out as version 7 (RFC 9562), 48 bits of milliseconds of scheduled_at and 74 bits of a SHA-256 over the triple';
+-- Invariant: what is submitted again has the same id, everywhere. The lengths keep ('ab','c') apart from ('a','bc').
+-- One expression, so that the planner inlines it. p_copy: see reschedule_event().
+create or replace function orchestrator.event_id(
+  p_source text, p_external_job_id text, p_scheduled_at timestamptz, p_ordering_key text default null, p_copy integer default 0) returns uuid
+language sql immutable parallel safe
+return encode(set_bit(set_bit(
+    substr(int8send((extract(epoch from p_scheduled_at) * 1000000)::bigint / 1000), 3)
+    || decode('7' || left(encode(sha256(convert_to(coalesce(p_ordering_key, p_external_job_id), 'UTF8')), 'hex'), 3), 'hex')
+    || substr(sha256(convert_to(case when p_copy > 0 then format('r%s:', p_copy) else '' end
+      || case when p_ordering_key is null
+           then format('%s:%s:', (extract(epoch from p_scheduled_at) * 1000000)::bigint, octet_length(p_source)) || p_source || p_external_job_id
+           else format('k%s:%s:%s:', (extract(epoch from p_scheduled_at) * 1000000)::bigint, octet_length(p_source), octet_length(p_external_job_id))
+             || p_source || p_external_job_id || p_ordering_key
+         end, 'UTF8')), 3, 8), 71, 1), 70, 0), 'hex')::uuid;
+comment on function orchestrator.event_id(text, text, timestamptz, text, integer) is
+  'The id of (source, external_job_id, scheduled_at, ordering_key): a UUID laid out as version 7 (RFC 9562) of 48 bits of milliseconds of scheduled_at, the 12 bits of its bucket, and 62 bits of a SHA-256 over all four; null without one of the first three';
 
-create or replace function orchestrator.random_event_id(p_scheduled_at timestamptz) returns uuid
-language sql volatile strict parallel safe
-return orchestrator.event_id('', gen_random_uuid()::text, p_scheduled_at);
-comment on function orchestrator.random_event_id(timestamptz) is 'The id of an event that has no external_job_id';
+create or replace function orchestrator.random_event_id(p_scheduled_at timestamptz, p_bucket integer default null) returns uuid
+language sql volatile parallel safe
+return encode(substr(int8send((extract(epoch from p_scheduled_at) * 1000000)::bigint / 1000), 3)
+  || decode('7' || coalesce(lpad(to_hex(p_bucket), 3, '0'), right(gen_random_uuid()::text, 3)), 'hex')
+  || substr(uuid_send(gen_random_uuid()), 9), 'hex')::uuid;
+comment on function orchestrator.random_event_id(timestamptz, integer) is
+  'The id of an event that has no external_job_id, in a bucket from 0 to 4095, by default a random one';
+
+create or replace function orchestrator.bucket_of_key(p_key text) returns integer
+language sql immutable strict parallel safe
+return ('x' || left(encode(sha256(convert_to(p_key, 'UTF8')), 'hex'), 3))::bit(12)::integer;
+comment on function orchestrator.bucket_of_key(text) is
+  'The bucket, 0 to 4095, of the events of an ordering_key, or of an external_job_id without one: the first 12 bits of its SHA-256';
+
+create or replace function orchestrator.bucket(p_id uuid) returns integer
+language sql immutable strict parallel safe
+return ('x' || substr(p_id::text, 16, 3))::bit(12)::integer;
+comment on function orchestrator.bucket(uuid) is 'The bucket that an event id holds, 0 to 4095: bucket_of_key() of its ordering_key, else of its external_job_id, else random';
+
+create or replace function orchestrator.former_event_id(p_source text, p_external_job_id text, p_scheduled_at timestamptz) returns uuid
+language sql immutable parallel safe
+return encode(set_bit(set_bit(set_bit(set_bit(set_bit(set_bit(
+    substr(int8send((extract(epoch from p_scheduled_at) * 1000000)::bigint / 1000), 3)
+    || substr(sha256(convert_to(format('%s:%s:', (extract(epoch from p_scheduled_at) * 1000000)::bigint, octet_length(p_source)) || p_source || p_external_job_id, 'UTF8')), 1, 10)
+  , 55, 0), 54, 1), 53, 1), 52, 1), 71, 1), 70, 0), 'hex')::uuid;
+comment on function orchestrator.former_event_id(text, text, timestamptz) is
+  'The id of (source, external_job_id, scheduled_at) by the formula that had no bucket; see recognise_former_ids()';
 
 -- Without a sub-select, so that the planner inlines it: it is computed for each submission. Default ports are rare, and cost a regular expression.
 create or replace function orchestrator.destination_name(p_delivery_type text, p_destination text) returns text

@@ -12,7 +12,7 @@ begin
   create temp table submission
   ( n integer not null, id uuid not null, scheduled_at timestamptz not null, source text not null, external_job_id text
   , delivery_type text not null, destination text, payload json not null, headers json
-  , max_retries integer not null, retry_policy text, ordering_key text, priority smallint, spread interval, expires_at timestamptz) on commit delete rows;
+  , max_retries integer not null, retry_policy text, ordering_key text, priority smallint, spread interval, expires_at timestamptz) using heap on commit delete rows;
   -- Only this session can reach it, whatever role it has set.
   grant select, insert on pg_temp.submission to public;
 end $$;
@@ -56,7 +56,7 @@ language sql stable parallel safe as $$
       then format('delivery_type: expected HTTP or KAFKA, got %s', left(p_delivery_type, 40))
     when p_delivery_type = 'HTTP' and (p_destination is null or length(p_destination) > 2048 or p_destination !~ '^https?://[^/]')
       then format('destination: expected an http:// or https:// URL of at most 2048 characters, got %s', coalesce(left(p_destination, 100), 'null'))
-    when p_delivery_type = 'KAFKA' and p_destination !~ '^(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}$'
+    when p_delivery_type = 'KAFKA' and p_destination !~ '^(?![.]{1,2}$)[A-Za-z0-9._-]{1,249}$'
       then format('destination: expected a topic of 1 to 249 letters, digits, dots, underscores and hyphens, or none, got %s', left(p_destination, 100))
     when json_typeof(p_headers) <> 'object'
       then 'headers: expected an object of strings'
@@ -70,6 +70,8 @@ language sql stable parallel safe as $$
       then format('priority: expected -9 to 9, got %s', p_priority)
     when p_spread <= '0 s' or p_spread > '7 days'
       then format('spread_seconds: expected more than 0 and at most 604800 seconds, got %s', extract(epoch from p_spread)::double precision)
+    when p_expires_at >= '2201-01-01 00:00:00+00'
+      then format('expires_at: expected a time before 2201, got %s', to_json(p_expires_at) #>> '{}')
     when p_expires_at <= p_scheduled_at
       then format('expires_at: expected a time after scheduled_at %s, got %s', to_json(p_scheduled_at) #>> '{}', to_json(p_expires_at) #>> '{}')
   end)) as checked (problem)
@@ -120,6 +122,7 @@ declare
   v_priorities smallint[];
   v_horizon_at timestamptz;
   v_own_lanes boolean;
+  v_former_ids boolean;
   v_told constant boolean := exists (select from orchestrator.outbox_kind where kind = 'scheduled');
 begin
   perform orchestrator.check_staging();
@@ -136,7 +139,8 @@ begin
   update orchestrator.control c
   set priorities = array(select distinct p from unnest(c.priorities || v_priorities) p order by p desc)
   where not c.priorities @> v_priorities;
-  select c.horizon_at into v_horizon_at from orchestrator.control c;
+  select c.horizon_at, c.former_ids_until is not null into v_horizon_at, v_former_ids from orchestrator.control c;
+  perform orchestrator.recognise_former_ids() where v_former_ids;
   begin
     if v_last >= v_horizon_at or v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy) then
       raise check_violation;
@@ -192,13 +196,78 @@ end $$;
 comment on function orchestrator.keep_staged(uuid) is
   'submit_staged(), with the predecessor of an event that is rescheduled; null: none';
 
+-- Events kept by the formula that had no bucket keep their ids, and programs of before it stage such ids: whichever was kept first stays.
+-- Two that submit the same by different formulas at one instant do not see each other, and both are kept.
+create or replace function orchestrator.recognise_former_ids() returns void
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_until timestamptz;
+begin
+  with named as materialized (
+    select s.ctid as place, s.id, s.scheduled_at, s.ordering_key
+      , orchestrator.former_event_id(s.source, s.external_job_id, s.scheduled_at) as former
+      , orchestrator.event_id(s.source, s.external_job_id, s.scheduled_at, s.ordering_key) as present
+    from pg_temp.submission s
+    where s.external_job_id is not null and s.scheduled_at between '1970-01-01 00:00:00+00' and '2200-12-31 23:59:59.999999+00'
+  ), other as (
+    update pg_temp.submission s
+    set id = k.id
+    from (
+      select n.place, e.id
+      from named n
+      cross join lateral (
+        select e.id from orchestrator.event e
+        where e.id = case when n.id = n.present then n.former else n.present end and e.scheduled_at = n.scheduled_at
+          and e.ordering_key is not distinct from n.ordering_key
+        union all
+        select h.id from orchestrator.horizon h
+        where h.id = case when n.id = n.present then n.former else n.present end and h.scheduled_at = n.scheduled_at
+          and h.ordering_key is not distinct from n.ordering_key) e) k
+    where s.ctid = k.place
+  )
+  select max(n.scheduled_at) filter (where n.id = n.former and n.id <> n.present) into v_until from named n;
+  -- Once a month at most, by a program of before.
+  update orchestrator.control c set former_ids_until = v_until + interval '30 days' where c.former_ids_until < v_until;
+end $$;
+comment on function orchestrator.recognise_former_ids() is
+  'Gives staged submissions the id under which their event is kept already, where that is the one of the other formula; see control.former_ids_until';
+
 create or replace function orchestrator.submit_staged()
 returns table (n integer, id uuid, result text, field text, reason text)
 language sql security definer set search_path = orchestrator, pg_temp as $$
   select * from orchestrator.keep_staged(null)
 $$;
 comment on function orchestrator.submit_staged() is
-  'Turns the rows of pg_temp.submission into events and their timers. Answers only the rows that became no new event: result duplicate (the id is kept already; nothing changes) or refused (with field and reason)';
+  'Turns the rows of pg_temp.submission into events and their timers. Answers only the rows that became no new event: result duplicate (kept already, under that id; nothing changes) or refused (with field and reason)';
+
+-- The states are looked up in a statement of their own, which sees the duplicates that the first one waited for.
+create or replace function orchestrator.submit_staged_with_status()
+returns table (n integer, id uuid, result text, field text, reason text, status text)
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+#variable_conflict use_column
+declare
+  v_numbers integer[]; v_ids uuid[]; v_results text[]; v_fields text[]; v_reasons text[];
+begin
+  select array_agg(k.n), array_agg(k.id), array_agg(k.result), array_agg(k.field), array_agg(k.reason)
+  into v_numbers, v_ids, v_results, v_fields, v_reasons
+  from orchestrator.keep_staged(null) k;
+  return query
+  select a.n, a.id, a.result, a.field, a.reason, case when a.result = 'duplicate' then orchestrator.status_of(a.id) end
+  from unnest(v_numbers, v_ids, v_results, v_fields, v_reasons) as a (n, id, result, field, reason);
+end $$;
+comment on function orchestrator.submit_staged_with_status() is 'submit_staged(), with the state that each duplicate is in now';
+
+-- The limit keeps the planner from joining all of timer to the view first.
+create or replace function orchestrator.status_of(p_id uuid) returns text
+language sql volatile security definer set search_path = orchestrator, pg_temp
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+  select s.status from orchestrator.event_status s
+  where s.id = p_id and s.scheduled_at >= uuid_extract_timestamp(p_id) and s.scheduled_at < uuid_extract_timestamp(p_id) + interval '1 ms'
+  limit 1
+$$;
+comment on function orchestrator.status_of(uuid) is 'The state that an event is in; null: there is none';
 
 -- The lock keeps days from getting their partition meanwhile: whoever gives a day one waits until all that went to the horizon is there to see.
 create or replace function orchestrator.keep_each(p_now timestamptz, p_told boolean, p_predecessor uuid)
@@ -221,13 +290,17 @@ begin
   v_days := orchestrator.partition_days();
   v_first_at := orchestrator.first_day_kept(p_now)::timestamptz;
   with checked as materialized (
-    select s.*, c.field, c.reason, d.day is null as beyond, row_number() over (partition by s.id, c.field is null order by s.n) as copy
+    select s.*, k.field, c.reason, d.day is null as beyond, row_number() over (partition by s.id, k.field is null order by s.n) as copy
     from pg_temp.submission s
     left join unnest(v_days) as d (day) on d.day = (s.scheduled_at at time zone 'UTC')::date
-    cross join lateral orchestrator.check_submission(
+    cross join lateral (select * from orchestrator.check_submission(
       s.scheduled_at, s.source, s.external_job_id, s.delivery_type, s.destination, s.headers, s.max_retries, s.retry_policy,
       s.ordering_key, s.priority, s.spread, s.expires_at, case when d.day is null then v_first_at end
-      , p_now + make_interval(days => v_control.max_schedule_ahead_days), v_control.max_schedule_ahead_days) c
+      , p_now + make_interval(days => v_control.max_schedule_ahead_days), v_control.max_schedule_ahead_days) offset 0) c
+    -- What is kept already was right when it came: it is a duplicate, whatever time, or a change of the settings, has made of it.
+    cross join lateral (select case
+      when c.field not in ('scheduled_at', 'retry_policy') then c.field
+      when c.field is not null then case when not orchestrator.is_kept(s.id, s.scheduled_at) then c.field end end as field) k
   ), fresh as materialized (
     select * from checked c
     where c.field is null and c.copy = 1
@@ -283,6 +356,12 @@ end $$;
 comment on function orchestrator.keep_each(timestamptz, boolean, uuid) is
   'keep_staged() row by row, for a batch with duplicates, with mistakes, or with events for the horizon';
 
+create or replace function orchestrator.is_kept(p_id uuid, p_scheduled_at timestamptz) returns boolean
+language sql volatile security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
+  select exists (select from orchestrator.stored_event e where e.id = p_id and e.scheduled_at = p_scheduled_at)
+$$;
+comment on function orchestrator.is_kept(uuid, timestamptz) is 'Whether there is an event of this id';
+
 create or replace function orchestrator.scheduled_message(
   p_id uuid, p_source text, p_external_job_id text, p_scheduled_at timestamptz, p_delivery_type text, p_destination text, p_created_at timestamptz)
 returns bytea
@@ -297,8 +376,8 @@ language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 declare
   v_now constant timestamptz := orchestrator.now();
 begin
-  if p_due_at < least(v_now + orchestrator.notify_horizon(), nullif(current_setting('orchestrator.told', true), '')::timestamptz) then
-    perform set_config('orchestrator.told', greatest(p_due_at, v_now)::text, true);
+  if p_due_at < least(v_now + orchestrator.notify_horizon(), to_timestamp(nullif(current_setting('orchestrator.told', true), '')::double precision)) then
+    perform set_config('orchestrator.told', extract(epoch from greatest(p_due_at, v_now))::text, true);
     perform pg_notify('orchestrator_due', extract(epoch from greatest(p_due_at, v_now))::text);
   end if;
 end $$;
@@ -324,7 +403,7 @@ language sql immutable parallel safe as $$
       when lower(h.key collate "C") ~ '^(orchestrator|proxy|webhook)-' or lower(h.key collate "C") = any (
         '{connection,content-encoding,content-length,content-type,expect,host,http2-settings,keep-alive,te,trailer,transfer-encoding,upgrade,user-agent}')
         then format('expected no %s header: it is set on delivery', left(h.key, 80))
-      when length(h.value #>> '{}') > 4096 or h.value #>> '{}' ~ '[\x01-\x08\x0a-\x1f\x7f]'
+      when length(h.value #>> '{}') > 4096 or h.value #>> '{}' ~ E'[\\x01-\\x08\\x0a-\\x1f\\x7f]'
         then format('expected at most 4096 characters, none of them control, in %s', left(h.key, 80))
     end)
   end
@@ -332,13 +411,20 @@ language sql immutable parallel safe as $$
 $$;
 comment on function orchestrator.check_headers(jsonb) is 'Why these cannot be the headers of an event; null: they can';
 
-create or replace function orchestrator.is_time(p_text text) returns boolean
-language sql stable strict parallel safe
-return p_text ~* '^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+-]\d\d(:?\d\d)?)$' and pg_input_is_valid(p_text, 'timestamptz');
-comment on function orchestrator.is_time(text) is 'Whether a text is an ISO 8601 time with a zone';
+-- What msgspec takes, and as it takes it: any number of digits, rounded by the seventh; PostgreSQL's own reading is wider, and rounds otherwise.
+create or replace function orchestrator.as_time(p_text text) returns timestamptz
+language sql stable strict parallel safe as $$
+  select case when pg_input_is_valid(m[1], 'date') then
+    ((m[1] || ' ' || m[2] || coalesce(m[3], ''))::timestamp at time zone 'UTC')
+    + (round(('0.' || rpad(left(coalesce(m[4], ''), 7), 7, '0'))::numeric, 6) * 1000000)::integer * interval '1 microsecond'
+    - coalesce((m[5] || m[6] || ':' || coalesce(m[7], '00'))::interval, '0 s') end
+  from regexp_match(p_text, '^([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9])(?:(:[0-5][0-9])(?:\.([0-9]+))?)?(?:[Zz]|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)$') m
+$$;
+comment on function orchestrator.as_time(text) is
+  'The time that an RFC 3339 text with a zone names, rounded to the microsecond; null: it is none. The same texts as the API, the command line and Kafka take';
 
 create or replace function orchestrator.submit_events(p_events jsonb)
-returns table (n integer, id uuid, result text, field text, reason text)
+returns table (n integer, id uuid, result text, field text, reason text, status text)
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set enable_nestloop = off as $$
 #variable_conflict use_column
 begin
@@ -354,10 +440,9 @@ begin
         when u.unknown is not null then left(u.unknown, 80) || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds, expires_at'
         when w.wrong is not null then w.wrong
         when e.scheduled_at is null then 'scheduled_at: required'
-        when not orchestrator.is_time(e.scheduled_at)
-          then format('scheduled_at: expected an ISO 8601 time with zone such as 2030-01-31T08:00:00Z, got %s', left(e.scheduled_at, 50))
-        when not orchestrator.is_time(i.event ->> 'expires_at')
-          then format('expires_at: expected an ISO 8601 time with zone such as 2030-01-31T08:00:00Z, got %s', left(i.event ->> 'expires_at', 50))
+        when e.at is null then format('scheduled_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', left(e.scheduled_at, 50))
+        when i.event ->> 'expires_at' is not null and e.expires_at is null
+          then format('expires_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', left(i.event ->> 'expires_at', 50))
         when e.source is null then 'source: required'
         when e.destination is null and e.delivery_type = 'HTTP' then 'destination: required'
         when not i.event ? 'payload' then 'payload: required'
@@ -372,6 +457,7 @@ begin
       end as problem
     from jsonb_array_elements(p_events) with ordinality as i (event, n)
     cross join lateral (select i.event ->> 'source' as source, i.event ->> 'external_job_id' as external_job_id, i.event ->> 'scheduled_at' as scheduled_at
+      , orchestrator.as_time(i.event ->> 'scheduled_at') as at, orchestrator.as_time(i.event ->> 'expires_at') as expires_at
       , coalesce(i.event ->> 'delivery_type', 'HTTP') as delivery_type, i.event ->> 'destination' as destination
       , i.event ->> 'max_retries' as max_retries, i.event ->> 'retry_policy' as retry_policy, i.event ->> 'ordering_key' as ordering_key) e
     cross join lateral (select min(k) as unknown from jsonb_object_keys(case jsonb_typeof(i.event) when 'object' then i.event else '{}' end) k
@@ -382,25 +468,26 @@ begin
   ), staged as (
     insert into pg_temp.submission
       (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at)
-    select i.n, coalesce(orchestrator.event_id(i.source, i.external_job_id, i.scheduled_at::timestamptz), orchestrator.random_event_id(i.scheduled_at::timestamptz))
-      , i.scheduled_at::timestamptz, i.source, i.external_job_id, i.delivery_type, i.destination, (i.event -> 'payload')::json
+    select i.n, coalesce(orchestrator.event_id(i.source, i.external_job_id, i.at, i.ordering_key), orchestrator.random_event_id(i.at, orchestrator.bucket_of_key(i.ordering_key)))
+      , i.at, i.source, i.external_job_id, i.delivery_type, i.destination, (i.event -> 'payload')::json
       , nullif(i.event -> 'headers', 'null')::json, coalesce(i.max_retries::integer, 3), i.retry_policy, i.ordering_key
-      , (i.event ->> 'priority')::smallint, make_interval(secs => (i.event ->> 'spread_seconds')::double precision), (i.event ->> 'expires_at')::timestamptz
+      , (i.event ->> 'priority')::smallint, make_interval(secs => (i.event ->> 'spread_seconds')::double precision), i.expires_at
     from item i
     where i.problem is null
   )
-  select i.n, null::uuid, 'refused', split_part(i.problem, ': ', 1), substr(i.problem, strpos(i.problem, ': ') + 2)
+  select i.n, null::uuid, 'refused', split_part(i.problem, ': ', 1), substr(i.problem, strpos(i.problem, ': ') + 2), null::text
   from item i
   where i.problem is not null;
   return query
   with staged as materialized (select s.n, s.id from pg_temp.submission s),
-  answer as materialized (select * from orchestrator.submit_staged())
-  select s.n, case when a.result is distinct from 'refused' then s.id end, coalesce(a.result, 'accepted'), a.field, a.reason
+  answer as materialized (select * from orchestrator.submit_staged_with_status())
+  select s.n, case when a.result is distinct from 'refused' then coalesce(a.id, s.id) end, coalesce(a.result, 'accepted'), a.field, a.reason
+    , case when a.result is null then 'scheduled' else a.status end
   from staged s left join answer a on a.n = s.n
   order by s.n;
 end $$;
 comment on function orchestrator.submit_events(jsonb) is
-  'Submits an array of events (source, scheduled_at, destination, payload; optional external_job_id, delivery_type, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds, expires_at; KAFKA events may leave out destination). One row for each: accepted, duplicate or refused with field and reason; a refused one does not fail the others';
+  'Submits an array of events (source, scheduled_at, destination, payload; optional external_job_id, delivery_type, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds, expires_at; KAFKA events may leave out destination). One row for each: accepted, duplicate (it is kept already, and has that status now) or refused with field and reason; a refused one does not fail the others';
 
 create or replace function orchestrator.schedule_event(
   p_destination text, p_payload jsonb, p_scheduled_at timestamptz default orchestrator.now(), p_source text default 'psql',
@@ -418,7 +505,10 @@ begin
   if v_answer.result = 'refused' then
     raise exception '%: %', v_answer.field, v_answer.reason using errcode = 'invalid_parameter_value';
   end if;
+  if v_answer.result = 'duplicate' then
+    raise notice 'event % is kept already, and is %', v_answer.id, replace(v_answer.status, '_', ' ');
+  end if;
   return v_answer.id;
 end $$;
 comment on function orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval, timestamptz) is
-  'Submits one event and returns its id; submitting the same (source, external_job_id, scheduled_at) again returns the same id and changes nothing';
+  'Submits one event and returns its id; submitting the same (source, external_job_id, scheduled_at, ordering_key) again returns the same id, changes nothing, and says by a notice what state the event is in';

@@ -20,12 +20,12 @@ begin
     when length(v_name) > 300 then format('%s characters', length(v_name))
     when v_name ~ '@' then 'one with an @: a user name and password are no part of it'
     when v_name ~ '[[:space:][:cntrl:]]' then 'one with white space or a control character'
-    when v_name ~ '^\*+$' then '* alone: limits are per destination; orchestrator.pause_all() pauses everything'
+    when v_name ~ '^[*]+$' then '* alone: limits are per destination; orchestrator.pause_all() pauses everything'
     when v_name ^@ 'kafka:' and v_name !~ '^kafka:[A-Za-z0-9._*-]{0,249}$'
       then format('%s: a topic has at most 249 letters, digits, dots, underscores and hyphens', left(v_name, 80))
     when v_name ^@ 'kafka:' then null
-    when v_name ~ '[/?#\\]' then format('%s: limits go by host and port, not by path', left(v_name, 80))
-    when v_name !~ '^(\[[0-9a-f:.*]+\]|[^]:[]+)(:[0-9*]{1,5})?$' then left(coalesce(nullif(v_name, ''), p_name), 80)
+    when v_name ~ E'[/?#\\\\]' then format('%s: limits go by host and port, not by path', left(v_name, 80))
+    when v_name !~ E'^(\\[[0-9a-f:.*]+\\]|[^]:[]+)(:[0-9*]{1,5})?$' then left(coalesce(nullif(v_name, ''), p_name), 80)
   end;
   if v_problem is not null then
     raise exception 'name: expected a host such as example.com or example.com:8443, a URL, kafka: and a topic, or a pattern such as *.example.com, got %', v_problem

@@ -1,4 +1,5 @@
--- Rescheduling: cancel and submit in one transaction. Nothing that was kept of the event changes; it and its successor name each other.
+-- Rescheduling: cancel and submit in one transaction. Nothing that was kept of the event changes; it and its successor name each other,
+-- and have one bucket. An event may come back to a time that it had: the id of what is submitted for then stays that of the first.
 
 create or replace function orchestrator.reschedule_event(
   p_event_id uuid default null, p_scheduled_at timestamptz default null, p_external_job_id text default null, p_expires_at timestamptz default null)
@@ -9,6 +10,8 @@ declare
   v_ids uuid[];
   v_live uuid[];
   v_old orchestrator.event_status;
+  v_there uuid;
+  v_copies integer;
   v_answer record;
 begin
   if num_nonnulls(p_event_id, p_external_job_id) <> 1 then
@@ -55,7 +58,20 @@ begin
     return next;
     return;
   end if;
-  successor := coalesce(orchestrator.event_id(v_old.source, v_old.external_job_id, p_scheduled_at), orchestrator.random_event_id(p_scheduled_at));
+  if p_scheduled_at not between '1970-01-01 00:00:00+00' and '2200-12-31 23:59:59.999999+00' then
+    result := 'refused';
+    field := 'scheduled_at';
+    reason := format('expected a time from 1970 to 2200, got %s', p_scheduled_at);
+    return next;
+    return;
+  end if;
+  -- Those that were scheduled for then and rescheduled leave the time free. Their number makes the id: whoever comes to the same number is in the way.
+  select count(*), (array_agg(e.id) filter (where orchestrator.status_of(e.id) <> 'rescheduled'))[1] into v_copies, v_there
+  from orchestrator.stored_event e
+  where hashtextextended(e.external_job_id, 0) = hashtextextended(v_old.external_job_id, 0) and e.external_job_id = v_old.external_job_id
+    and e.scheduled_at = p_scheduled_at and e.source = v_old.source and e.ordering_key is not distinct from v_old.ordering_key;
+  successor := coalesce(v_there, orchestrator.event_id(v_old.source, v_old.external_job_id, p_scheduled_at, v_old.ordering_key, v_copies)
+    , orchestrator.random_event_id(p_scheduled_at, orchestrator.bucket(event_id)));
   perform orchestrator.open_staging();
   insert into pg_temp.submission
     (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at)
@@ -65,7 +81,7 @@ begin
   if found then
     result := 'refused';
     field := coalesce(v_answer.field, 'scheduled_at');
-    reason := coalesce(v_answer.reason, format('an event of this source and external_job_id is scheduled for then already: %s', successor));
+    reason := coalesce(v_answer.reason, format('an event of this source and external_job_id is scheduled for then already: %s', v_answer.id));
     successor := null;
   else
     perform orchestrator.end_events(array[event_id], 'rescheduled', successor);
@@ -75,4 +91,4 @@ begin
   return next;
 end $$;
 comment on function orchestrator.reschedule_event(uuid, timestamptz, text, timestamptz) is
-  'Has an event delivered at another time: it ends as rescheduled, and a new one, with fresh attempts, takes its place. By id, or by external_job_id if that names one live event. Expires when it did unless p_expires_at is given. One row: rescheduled or already_rescheduled (to that time) with the successor; in_flight or finished (nothing changed; status says how it is, successor what took its place, if anything did); refused with field and reason (nothing changed). No row: there is no such event';
+  'Has an event delivered at another time: it ends as rescheduled, and a new one, with fresh attempts, takes its place. By id, or by external_job_id if that names one live event. Expires when it did unless p_expires_at is given. One row: rescheduled or already_rescheduled (to that time) with the successor; in_flight or finished (nothing changed; status says how it is, successor what took its place, if anything did); refused with field and reason (nothing changed), as when an event of the same source, external_job_id and ordering_key is kept for then that was not itself rescheduled. No row: there is no such event';

@@ -5,7 +5,7 @@ create or replace function orchestrator.partition_days() returns date[]
 language sql stable security definer set search_path = orchestrator, pg_temp as $$
   select coalesce(array_agg(to_date(right(c.relname, 8), 'YYYYMMDD') order by c.relname), '{}')
   from pg_inherits i join pg_class c on c.oid = i.inhrelid
-  where i.inhparent = 'orchestrator.event'::regclass and not i.inhdetachpending and c.relname ~ '^event_p\d{8}$'
+  where i.inhparent = 'orchestrator.event'::regclass and not i.inhdetachpending and c.relname ~ '^event_p[0-9]{8}$'
 $$;
 comment on function orchestrator.partition_days() is 'Days that event has a partition for, in order';
 
@@ -49,7 +49,7 @@ begin
     order by 1, 2
   loop
     begin
-      execute format('create table orchestrator.%I (like orchestrator.%I including all)', orchestrator.partition_name(v_parent, v_day), v_parent);
+      execute format('create table orchestrator.%I (like orchestrator.%I including all) using heap', orchestrator.partition_name(v_parent, v_day), v_parent);
       v_parents := v_parents || v_parent;
       v_days := v_days || v_day;
     exception when duplicate_table or unique_violation then
@@ -97,7 +97,7 @@ begin
     select split_part(c.relname, '_p', 1), d.day
     from pg_class c
     cross join lateral (select to_date(right(c.relname, 8), 'YYYYMMDD') as day) d
-    where c.relnamespace = 'orchestrator'::regnamespace and c.relkind = 'r' and c.relname ~ '^(event|outcome)_p\d{8}$'
+    where c.relnamespace = 'orchestrator'::regnamespace and c.relkind = 'r' and c.relname ~ '^(event|outcome)_p[0-9]{8}$'
       and not exists (select from pg_inherits i where i.inhrelid = c.oid)
       -- Retired ones too, where the clock was ahead, or less was to be kept.
       and (d.day >= orchestrator.first_day_kept(p_now)

@@ -140,6 +140,7 @@ begin
     v_created := v_created + orchestrator.create_partitions(v_orphaned, v_orphaned);
   end loop;
   perform orchestrator.settle_horizon();
+  perform orchestrator.forget_former_ids();
   return v_created;
 end $$;
 comment on function orchestrator.make_ready(timestamptz) is

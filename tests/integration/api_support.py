@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -15,15 +14,9 @@ import httpx
 from orchestrator.api.server import serve
 from orchestrator.config import Settings
 from orchestrator.database import Database
+from orchestrator.dev.system import free_port as free_port
 from orchestrator.metrics import Metrics
 from tests.support.waiting import eventually
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def tomorrow() -> datetime:

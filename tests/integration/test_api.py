@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -18,6 +19,9 @@ from orchestrator.database import Database
 from orchestrator.events import event_id
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields, free_port, running_api, submission, tomorrow
+from tests.support.times import READ, REFUSED
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -27,6 +31,12 @@ async def client(settings: MakeSettings) -> AsyncIterator[httpx.AsyncClient]:
     )
     async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
         yield client
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    left = iter(items)
+    while batch := list(islice(left, size)):
+        yield batch
 
 
 async def submit(client: httpx.AsyncClient, **changes: Any) -> str:
@@ -48,12 +58,57 @@ async def test_a_submission_is_kept_and_can_be_read_where_location_says(client: 
         "scheduled_at": at.isoformat(),
         "status": "scheduled",
         "duplicate": False,
+        "event_status": "scheduled",
     }
     event = (await client.get(response.headers["location"])).json()
     assert event["id"] == expected_id
     assert event["status"] == "scheduled"
     assert (event["payload"], event["headers"], event["max_retries"]) == ({"a": 1}, {"X-A": "é"}, 7)
     assert event["outcomes"] == []
+
+
+async def test_times_may_be_written_as_everywhere(client: httpx.AsyncClient) -> None:
+    """By tests/times.json; in a batch, alone, as the time of a reschedule, and in a filter."""
+    event = submission(scheduled_at=tomorrow().isoformat())
+    for texts in batched(READ, 20):
+        batch = {"events": [event | {"expires_at": text} for text in texts]}
+        results = (await client.post("/api/v1/events/batch", json=batch)).json()["results"]
+        found = [(await client.get(f"/api/v1/events/{result['id']}")).json()["expires_at"] for result in results]
+        assert [datetime.fromisoformat(at) for at in found] == [READ[text] for text in texts]
+    for text in ("2030-01-31 13:00+05", "2030-01-31t08:00:00z", "2030-01-31T08:00:00.0000004Z"):
+        uid = await submit(client, expires_at=text)
+        later = {"scheduled_at": (tomorrow() + timedelta(hours=1)).isoformat(), "expires_at": text}
+        assert (await client.post(f"/api/v1/events/{uid}/reschedule", json=later)).status_code == 200
+        which = {"from": "2029-01-31T08:00Z", "until": text, "dry_run": True}
+        assert (await client.post("/api/v1/events/cancel", json=which)).status_code == 200
+        parameters = {"from": "2029-01-31T08:00Z", "until": text}
+        assert (await client.get("/api/v1/events/statistics", params=parameters)).status_code == 200
+    for values in batched(REFUSED, 20):
+        batch = {"events": [event | {"expires_at": value} for value in values]}
+        results = (await client.post("/api/v1/events/batch", json=batch)).json()["results"]
+        assert [result["error"]["field"] for result in results] == ["expires_at"] * len(values)
+
+
+async def test_submitting_again_what_was_cancelled_or_moved_says_that(client: httpx.AsyncClient) -> None:
+    cancelled, moved = (submission(external_job_id=f"job-{n}") for n in range(2))
+    first, second = [(await client.post("/api/v1/events", json=each)).json()["id"] for each in (cancelled, moved)]
+    assert (await client.delete(f"/api/v1/events/{first}")).status_code == 200
+    later = {"scheduled_at": (tomorrow() + timedelta(hours=3)).isoformat()}
+    response = await client.post(f"/api/v1/events/{second}/reschedule", json=later)
+    successor = response.json()["successor"]
+    again = await client.post("/api/v1/events", json=cancelled)
+    assert (again.status_code, again.json()["id"]) == (200, first)
+    assert (again.json()["status"], again.json()["event_status"]) == ("duplicate", "cancelled")
+    answer = (await client.post("/api/v1/events/batch", json={"events": [cancelled, moved]})).json()
+    assert [result["event_status"] for result in answer["results"]] == ["cancelled", "rescheduled"]
+
+    # Back to where it was, and the same again.
+    back = {"scheduled_at": moved["scheduled_at"]}
+    answers = [(await client.post(f"/api/v1/events/{successor}/reschedule", json=back)).json() for _ in range(2)]
+    assert [answer["result"] for answer in answers] == ["rescheduled", "already_rescheduled"]
+    assert answers[0]["successor"] == answers[1]["successor"] not in (second, successor)
+    again = await client.post("/api/v1/events", json=moved)
+    assert (again.json()["id"], again.json()["event_status"]) == (second, "rescheduled")
 
 
 async def test_submitting_again_changes_nothing_and_says_so(client: httpx.AsyncClient) -> None:
@@ -202,7 +257,8 @@ async def test_a_batch_has_a_result_for_each_item_and_a_bad_one_fails_no_other(c
         "scheduled_at",
         None,
     ]
-    assert results[2] == {"index": 2, "id": kept_id, "status": "duplicate", "duplicate": True}
+    duplicate = {"status": "duplicate", "duplicate": True, "event_status": "scheduled"}
+    assert results[2] == {"index": 2, "id": kept_id, **duplicate}
     for index in (0, 5):
         assert (await client.get(f"/api/v1/events/{results[index]['id']}")).status_code == 200
 

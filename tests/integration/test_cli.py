@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +28,7 @@ from orchestrator.dev.system import free_port
 from tests.conftest import Spawn
 from tests.support.receiver import HANG, Receiver
 from tests.support.sql_client import Client
+from tests.support.times import READ, REFUSED
 from tests.support.waiting import eventually
 
 Cli = Callable[..., Result]
@@ -178,6 +179,35 @@ def test_submitting_the_same_again_is_a_duplicate_of_the_same_id(cli: Cli) -> No
     kept = document(cli(*event, "+1h", "--json"))
     again = cli(*event, kept["scheduled_at"])
     assert again.stdout == f"{kept['id']}  was kept before, and is unchanged\n"
+
+
+def test_times_may_be_written_as_everywhere(cli: Cli, client: Client, tmp_path: Path) -> None:
+    """By tests/times.json."""
+    at = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    event = {"source": "s", "scheduled_at": at, "destination": HOOK, "payload": 1}
+    given, wrong = tmp_path / "given.jsonl", tmp_path / "wrong.jsonl"
+    given.write_text("\n".join(json.dumps(event | {"expires_at": text}) for text in READ))
+    results = document(cli("submit", str(given), "--json"))["results"]
+    kept: dict[str, datetime] = dict(client.rows("select id::text, expires_at from orchestrator.event"))
+    assert [kept[result["id"]] for result in results] == list(READ.values())
+    wrong.write_text("\n".join(json.dumps(event | {"expires_at": value}) for value in REFUSED))
+    results = document(cli("submit", str(wrong), "--json"), 1)["results"]
+    assert [result["error"]["field"] for result in results] == ["expires_at"] * len(REFUSED)
+
+
+@pytest.mark.parametrize("text", ["2030-01-31 13:00+05", "2030-01-31t08:00:00z", "2030-01-31T08:00:00.0000004Z"])
+def test_options_take_times_as_files_do(cli: Cli, client: Client, text: str) -> None:
+    event = ("submit", "--destination", HOOK, "--payload", "1")
+    submitted(cli, "--at", "+1h", "--expires-at", text)
+    assert client.column("select expires_at from orchestrator.event") == [datetime(2030, 1, 31, 8, tzinfo=UTC)]
+    too_far = cli(*event, "--at", text, "--expires-in", "1h")
+    assert "days ahead" in too_far.stderr
+
+
+def test_an_expiry_is_counted_from_a_time_however_that_is_written(cli: Cli, client: Client) -> None:
+    at = (datetime.now(UTC) + timedelta(hours=1)).replace(microsecond=0)
+    submitted(cli, "--at", f"{at:%Y-%m-%dt%H:%M:%Sz}", "--expires-in", "1h")
+    assert client.column("select expires_at from orchestrator.event") == [at + timedelta(hours=1)]
 
 
 def test_an_event_for_a_day_that_is_too_far_is_refused(cli: Cli) -> None:

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from orchestrator.dev import kafka_wheel
+from orchestrator.dev.environment import is_free
 from orchestrator.dev.system import free_port
 from tests.conftest import Spawn
 from tests.support.processes import Spawned
@@ -54,6 +55,18 @@ async def test_what_was_accepted_before_a_stop_is_kept(spawn: Spawn, database_ur
 async def test_two_runs_with_one_database_share_a_broker(spawn: Spawn) -> None:
     first, second = (spawn("dev", "--json", SERVER_PORT=str(free_port())) for _ in range(2))
     assert (await addresses(first))["kafka"] == (await addresses(second))["kafka"]
+    assert [await process.stop() for process in (first, second)] == [0, 0]
+
+
+async def test_runs_after_one_that_was_killed_share_a_broker_that_runs(spawn: Spawn) -> None:
+    killed = spawn("dev", "--json", SERVER_PORT=str(free_port()))
+    await addresses(killed)
+    await killed.kill()
+    first, second = (spawn("dev", "--json", SERVER_PORT=str(free_port())) for _ in range(2))
+    where = [(await addresses(process))["kafka"] or "" for process in (first, second)]
+    assert where[0] == where[1]
+    host, _, port = where[0].rpartition(":")
+    assert not is_free(host, int(port))
     assert [await process.stop() for process in (first, second)] == [0, 0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import socket
@@ -31,6 +32,42 @@ server = EmbeddedPostgres(Path(sys.argv[1]), keep=sys.argv[2] == "keep", tuning=
 server.start()
 print(server.port, flush=True)
 sys.stdin.read()
+"""
+
+# Runs a program where the account of the server does not exist, except for its group if that is named, too. What
+# removes accounts would refuse to: servers of other tests run as this one.
+NEW_MACHINE = """
+cp -a /etc "$1"
+sed -i '/^embedded_postgres:/d' "$1/passwd" "$1/shadow" "$1/group" "$1/gshadow"
+mount --bind "$1" /etc
+[ "$2" = nothing ] || groupadd --system "$2"
+mkdir "$1/counted"
+mount -t tmpfs tmpfs "$1/counted"
+printf '#!/bin/sh\necho one >>%s.runs\nexec %s "$@"\n' "$1" "$(command -v useradd)" >"$1/counted/useradd"
+chmod +x "$1/counted/useradd"
+export PATH="$1/counted:$PATH"
+shift 2
+exec "$@"
+"""
+# Starts three servers at one instant, in processes of their own, and prints the name of each one's account.
+FIRST_START = """
+import os
+import pwd
+import sys
+from pathlib import Path
+from orchestrator.dev.postgres import EmbeddedPostgres
+gate, opener = os.pipe()
+starting = []
+for _ in range(3):
+    starting.append(os.fork())
+    if starting[-1] == 0:
+        os.close(opener)
+        os.read(gate, 1)
+        with EmbeddedPostgres.temporary(tuning={"shared_buffers": "16MB"}, parent=Path(sys.argv[1])) as server:
+            print(pwd.getpwuid((server.data_dir / "cluster").stat().st_uid).pw_name, flush=True)
+        sys.exit()
+os.close(opener)
+sys.exit(any([os.waitpid(pid, 0)[1] for pid in starting]))
 """
 
 
@@ -288,6 +325,26 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another account")
 class TestAsRoot:
+    @pytest.mark.parametrize("left", ["nothing", postgres_install.ACCOUNT])
+    def test_servers_that_start_at_one_instant_on_a_new_machine_have_one_account(
+        self, open_path: Path, left: str
+    ) -> None:
+        if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode != 0:
+            pytest.skip("unshare --mount is refused here, and without it this machine's accounts cannot be set aside")
+        machine = ["unshare", "--mount", "sh", "-euc", NEW_MACHINE, "-", str(open_path / "etc"), left]
+        done = subprocess.run(
+            [*machine, sys.executable, "-c", FIRST_START, str(open_path)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+        assert done.stdout.splitlines() == [postgres_install.ACCOUNT] * 3
+        # Any number that ran at once would go well most of the time.
+        assert (open_path / "etc.runs").read_text() == "one\n"
+
     def test_data_for_a_private_directory_is_kept_elsewhere_and_the_directory_stays_private(
         self, open_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -303,10 +360,29 @@ class TestAsRoot:
         assert list(private.iterdir()) == []
         server.remove()
 
+    def test_a_strict_umask_and_a_private_home_for_temporary_files_are_no_obstacle(
+        self, open_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(postgres_install, "RELOCATED", open_path / "elsewhere")
+        private = open_path / "private"
+        private.mkdir(mode=0o700)
+        before = os.umask(0o077)
+        try:
+            with EmbeddedPostgres.temporary(tuning=TEST_TUNING, parent=private) as server:
+                assert query(server.url(), "select 1") == 1
+        finally:
+            os.umask(before)
+        assert list(private.iterdir()) == []
+        assert not server.data_dir.exists()
+
     def test_programs_in_a_private_directory_are_run_from_a_copy(
         self, open_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(postgres_install, "COPIES", open_path / "copies")
+        copies = open_path / "copies"
+        monkeypatch.setattr(postgres_install, "COPIES", copies)
+        left = copies / f"postgres-{importlib.metadata.version('embedded-postgres')}.partial" / "embedded_postgres"
+        left.mkdir(parents=True)  # by one who was killed
         monkeypatch.setattr(postgres_install, "_is_open_to", lambda account, package: "copies" in str(package))
         with temporary_server() as server:
-            assert Path(f"/proc/{postmaster_pid(server)}/exe").readlink().is_relative_to(open_path / "copies")
+            assert Path(f"/proc/{postmaster_pid(server)}/exe").readlink().is_relative_to(copies)
+        assert [made.name for made in copies.iterdir()] == [left.parent.name.removesuffix(".partial")]

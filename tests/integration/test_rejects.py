@@ -80,7 +80,8 @@ def test_a_corrected_reject_becomes_an_event_once(call: Call, client: Client, tm
     corrected = tmp_path / "corrected.json"
     corrected.write_bytes(submission(1))
     done = answer(call("resubmit", str(number), str(corrected), "--json"))
-    assert done == {"reject": number, "id": client.value("select id::text from orchestrator.event"), "duplicate": False}
+    uid = client.value("select id::text from orchestrator.event")
+    assert done == {"reject": number, "id": uid, "duplicate": False, "event_status": "scheduled"}
     [listed] = answer(call("list", "--json"))
     assert listed["event_id"] == done["id"]
     again = call("resubmit", str(number), "-", stdin=submission(1))

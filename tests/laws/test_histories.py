@@ -6,6 +6,7 @@ The model beside the database is the specification in Python: what each call mus
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -127,11 +128,17 @@ class Histories(RuleBasedStateMachine):
 
     @rule(uid=events)
     def submit_again(self, uid: str) -> None:
+        """Whatever has become of it; one that came back to a time by rescheduling is the one that had it first."""
         [answer] = self.client.submit(self.submitted[uid])
-        if self.model[uid].gone:
+        again = self.model[uid]
+        if again.gone:
             assert (answer.result, answer.field) == ("refused", "scheduled_at")
         else:
-            assert (answer.id, answer.result) == (uid, "duplicate")
+            first = next(
+                other for other, e in self.model.items() if (e.job, e.scheduled_at) == (again.job, again.scheduled_at)
+            )
+            status = self.model[first].status(self.now)
+            assert (answer.id, answer.result, answer.status) == (first, "duplicate", status)
 
     def _kept(self) -> dict[str, Expected]:
         return {uid: expected for uid, expected in self.model.items() if not expected.gone}
@@ -278,10 +285,15 @@ class Histories(RuleBasedStateMachine):
         by_job=st.booleans(),
         offset_s=st.sampled_from([-30, 0, 20, 90, 2 * DAY_S, 5 * DAY_S]),
         life_s=st.sampled_from([None, None, 60]),
+        back=st.booleans(),
     )
-    def reschedule(self, uid: str, by_job: bool, offset_s: int, life_s: int | None) -> Any:
+    def reschedule(self, uid: str, by_job: bool, offset_s: int, life_s: int | None, back: bool) -> Any:
+        """Perhaps to the time that it, or the newest of its name, had before."""
         job = self.model[uid].job
         at = self.now + seconds(offset_s)
+        before = self.model.get(self.model[uid].predecessor or "")
+        if back and before is not None and before.scheduled_at > self.now - timedelta(days=1):
+            at = before.scheduled_at
         answers = self.client.rows(
             """select event_id::text, result, status, successor::text, field
             from orchestrator.reschedule_event(%s, %s, %s, %s)""",
@@ -307,7 +319,7 @@ class Histories(RuleBasedStateMachine):
             assert answers == [(target, "finished" if expected.end else "in_flight", status, expected.successor, None)]
         elif expires_at is not None and expires_at <= at:
             assert answers == [(target, "refused", expected.status(self.now), None, "expires_at")]
-        elif any(other.scheduled_at == at for other in named.values()):
+        elif any(other.scheduled_at == at and other.end != "rescheduled" for other in named.values()):
             assert answers == [(target, "refused", expected.status(self.now), None, "scheduled_at")]
         else:
             [(answered, result, status, successor, wrong)] = answers
@@ -433,6 +445,55 @@ def test_every_history_keeps_the_laws(databases: Databases) -> None:
                 max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
             ),
         )
+
+
+@pytest.fixture
+def machine(databases: Databases) -> Iterator[Histories]:
+    """The state machine, to be driven by hand through a history that it once failed at."""
+    with databases.migrated() as url, Client(url) as client:
+        client.rows(
+            "insert into orchestrator.retry_policy (name, jitter, schedule) values ('fixed', 0, %s)", [seconds(RETRY_S)]
+        )
+        machine: Histories = type("Machine", (Histories,), {"client": client})()
+        machine.start()
+        yield machine
+
+
+def agrees(machine: Histories) -> None:
+    machine.laws_are_kept()
+    machine.the_database_agrees_with_the_model()
+    machine.totals_are_those_of_the_model()
+
+
+@pytest.mark.parametrize("passed_days", [3, 6, 9])
+def test_an_event_that_overslept_in_the_horizon_is_known_when_it_is_submitted_again(
+    machine: Histories, passed_days: int
+) -> None:
+    """It has expired, and its day is before the first that is kept, but nobody has moved it yet."""
+    machine.maintain()
+    machine.submit(due_s=[2 * DAY_S + 3600], retries=0, host=HOSTS[0], life_s=5)
+    [uid] = machine.model
+    for _ in range(passed_days // 3):
+        machine.wait(passed_s=3 * DAY_S)
+    machine.submit_again(uid=uid)
+    agrees(machine)
+    machine.maintain()
+    machine.submit_again(uid=uid)
+    agrees(machine)
+
+
+def test_an_event_goes_back_and_forth_between_two_times(machine: Histories) -> None:
+    machine.submit(due_s=[60], retries=0, host=HOSTS[0], life_s=None)
+    [uid] = machine.model
+    for turn in range(6):
+        moved = machine.reschedule(uid=uid, by_job=turn % 2 == 1, offset_s=90, life_s=None, back=turn > 0)
+        assert isinstance(moved, str)
+        uid = moved
+        for each in list(machine.model):
+            machine.submit_again(uid=each)
+        agrees(machine)
+    assert len(machine.model) == 7
+    assert len({expected.scheduled_at for expected in machine.model.values()}) == 2
 
 
 # The checker itself: each law is seen to be broken.

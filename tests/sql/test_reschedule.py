@@ -40,7 +40,7 @@ def test_an_event_takes_place_at_another_time(client: Client, before: datetime, 
     )  # fmt: skip
     client.at(NOON + seconds(60))
     successor = moved(client, uid, after)
-    assert successor == event_id("tests", "j", after)
+    assert successor == event_id("tests", "j", after, "k")
     old, new = client.get(uid), client.get(successor)
     assert (old["status"], old["successor"], old["predecessor"]) == ("rescheduled", successor, None)
     assert (new["status"], new["successor"], new["predecessor"]) == ("scheduled", None, uid)

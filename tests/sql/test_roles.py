@@ -13,8 +13,11 @@ from tests.sql.conftest import Connect
 from tests.support.sql_client import NOON, Client, event, results
 
 ROLES = ["orchestrator_submit", "orchestrator_dispatch", "orchestrator_ingest", "orchestrator_ops", "orchestrator_read"]
-SHARED = {"now", "event_id", "random_event_id", "destination_name", "spread_shift", "partition_bounds", "standstills"}
-SUBMITTING = {"open_staging", "submit_staged", "submit_events", "schedule_event"}
+SHARED = {
+    "now", "event_id", "random_event_id", "bucket", "bucket_of_key", "destination_name", "spread_shift",
+    "partition_bounds", "standstills",
+}  # fmt: skip
+SUBMITTING = {"open_staging", "submit_staged", "submit_staged_with_status", "submit_events", "schedule_event"}
 KEYS = {"find_api_key", "count_api_keys"}
 CHANGING = {"cancel_event", "cancel_events", "reschedule_event"}
 DISPATCHING = {

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -19,6 +19,7 @@ from orchestrator.event_rules import RESERVED_HEADER_PREFIXES, RESERVED_HEADERS,
 from orchestrator.events import Submission, copy_row, event_id, random_event_id
 from tests.sql.conftest import Connect
 from tests.support.sql_client import HOST, NOON, Client, event, results, seconds
+from tests.support.upkeep import moved
 
 COUNTS = "select (select count(*) from orchestrator.event), (select count(*) from orchestrator.timer)"
 
@@ -639,3 +640,78 @@ def test_a_transaction_tells_once_however_often_it_submits(connect: Connect, cli
 
 def test_an_id_of_a_random_event_carries_its_time(client: Client) -> None:
     assert uuid.UUID(client.schedule()).int >> 80 == int(NOON.timestamp() * 1000)
+
+
+# Submitting again what was right when it came
+
+
+@pytest.mark.parametrize("days", [3, 50])
+def test_a_policy_that_is_gone_does_not_hide_that_an_event_is_kept(client: Client, days: int) -> None:
+    client.rows("insert into orchestrator.retry_policy (name) values ('gone')")
+    given = event(scheduled_at=NOON + timedelta(days=days), external_job_id="j", retry_policy="gone")
+    [first] = client.submit(given)
+    client.rows("delete from orchestrator.retry_policy where name = 'gone'")
+    [again, other] = client.submit(given, {**given, "external_job_id": "k"})
+    assert (again.id, again.result, again.status) == (first.id, "duplicate", "scheduled")
+    assert (other.result, other.field) == ("refused", "retry_policy")
+
+
+@pytest.mark.parametrize("days", [20, 50])
+def test_a_shorter_way_ahead_does_not_hide_that_an_event_is_kept(client: Client, days: int) -> None:
+    given = event(scheduled_at=NOON + timedelta(days=days), external_job_id="j")
+    [first] = client.submit(given)
+    client.rows("select orchestrator.configure_retention(7, 5, 10)")
+    [again, other] = client.submit(given, event(scheduled_at=NOON + timedelta(days=51)))
+    assert (again.id, again.result) == (first.id, "duplicate")
+    assert (other.result, other.field) == ("refused", "scheduled_at")
+    client.at(NOON - timedelta(days=30))  # a clock that was ahead
+    [again] = client.submit(given)
+    assert (again.id, again.result) == (first.id, "duplicate")
+
+
+def test_what_no_time_makes_wrong_is_refused_though_its_id_is_kept(client: Client) -> None:
+    client.schedule(external_job_id="j")
+    [answer] = client.submit(event(external_job_id="j", max_retries=101))
+    assert (answer.result, answer.field) == ("refused", "max_retries")
+
+
+def test_a_duplicate_says_what_state_its_event_is_in(client: Client) -> None:
+    names = ("scheduled", "in_flight", "delivered", "dead", "cancelled", "rescheduled", "retrying")
+    given = {name: event(external_job_id=name, max_retries=int(name == "retrying")) for name in names}
+    ids = {name: str(client.submit(each)[0].id) for name, each in given.items()}
+    leases = {lease.external_job_id: lease for lease in client.claim()}
+    client.release([leases[name] for name in ("scheduled", "cancelled", "rescheduled")])
+    client.cancel(ids["cancelled"])
+    moved(client, ids["rescheduled"], NOON + seconds(60))
+    client.finish(results([leases["delivered"]]))
+    client.finish(results([leases["dead"]], "fail") + results([leases["retrying"]], "retry"))
+    answers = client.submit(*given.values(), event(external_job_id="new"), event(external_job_id="bad", max_retries=-1))
+    assert [(answer.result, answer.status) for answer in answers] == [
+        *(("duplicate", name) for name in names), ("accepted", "scheduled"), ("refused", None),
+    ]  # fmt: skip
+
+
+def test_a_duplicate_that_waited_for_the_first_knows_its_state(
+    connect: Connect, observer: Client, threads: ThreadPoolExecutor
+) -> None:
+    first, second = connect(), connect()
+    first.rows("begin")
+    uid = first.schedule(external_job_id="j")
+    later = threads.submit(second.submit, event(external_job_id="j"))
+    observer.wait_until_blocked(second)
+    first.cancel(uid)
+    first.rows("commit")
+    [answer] = later.result(10)
+    assert (answer.id, answer.result, answer.status) == (uid, "duplicate", "cancelled")
+
+
+def test_scheduling_again_from_psql_says_what_state_the_event_is_in(client: Client) -> None:
+    told: list[str] = []
+    client.connection.add_notice_handler(lambda notice: told.append(str(notice.message_primary)))
+    client.rows("set client_min_messages = notice")
+    call: LiteralString = "select orchestrator.schedule_event('https://a.example', '{}', %s, p_external_job_id => 'j')"
+    uid = client.value(call, NOON)
+    assert told == []
+    client.cancel(uid)
+    assert client.value(call, NOON) == uid
+    assert told == [f"event {uid} is kept already, and is cancelled"]

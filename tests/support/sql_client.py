@@ -50,6 +50,7 @@ class Answer(NamedTuple):
     result: str
     field: str | None
     reason: str | None
+    status: str | None
 
 
 class Lease(NamedTuple):

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ValidationError
@@ -21,6 +21,8 @@ from orchestrator.events import (
     OutOfRangeError,
     Submission,
     SubmissionError,
+    bucket,
+    bucket_of_key,
     copy_row,
     encode_submission,
     event_id,
@@ -461,24 +463,49 @@ def test_a_malformed_batch_is_refused_as_a_whole() -> None:
         parse_batch(b'{"events": [{"source": "a"}, {"source": }]}', BOUNDS)
 
 
-@given(source=st.text(), job=st.text(), at=times)
-def test_the_id_is_a_version_7_uuid_of_the_three_that_name_an_event(source: str, job: str, at: datetime) -> None:
-    found = uuid.UUID(event_id(source, job, at))
-    assert str(found) == event_id(source, job, at)
+@given(source=st.text(), job=st.text(), at=times, key=st.none() | st.text())
+def test_the_id_is_a_version_7_uuid_of_the_four_that_name_an_event(
+    source: str, job: str, at: datetime, key: str | None
+) -> None:
+    found = uuid.UUID(event_id(source, job, at, key))
+    assert str(found) == event_id(source, job, at, key)
     assert (found.version, found.variant) == (7, uuid.RFC_4122)
     micros = (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
     assert found.int >> 80 == micros // 1000
-    name = source.encode()
-    digest = hashlib.sha256(f"{micros}:{len(name)}:".encode() + name + job.encode()).digest()
-    raw = bytearray((micros // 1000).to_bytes(6, "big") + digest[:10])
-    raw[6] = raw[6] & 0x0F | 0x70
+    name, external_id, last = source.encode(), job.encode(), b"" if key is None else key.encode()
+    lengths = f"{micros}:{len(name)}:" if key is None else f"k{micros}:{len(name)}:{len(external_id)}:"
+    digest = hashlib.sha256(lengths.encode() + name + external_id + last).digest()
+    partition = hashlib.sha256(external_id if key is None else last).digest()
+    raw = bytearray((micros // 1000).to_bytes(6, "big") + partition[:2] + digest[2:10])
+    raw[7] = partition[0] << 4 & 0xF0 | partition[1] >> 4
+    raw[6] = partition[0] >> 4 | 0x70
     raw[8] = raw[8] & 0x3F | 0x80
     assert found.bytes == bytes(raw)
+    assert bucket(str(found)) == bucket_of_key(job if key is None else key)
 
 
-def test_a_known_id() -> None:
+def test_known_ids() -> None:
     at = datetime(2026, 1, 31, 9, 0, 0, 123456, tzinfo=UTC)
-    assert event_id("orders", "job-1", at) == "019c1347-d2fb-705e-a717-2a27dd38d28f"
+    assert event_id("orders", "job-1", at) == "019c1347-d2fb-7026-a717-2a27dd38d28f"
+    assert event_id("orders", "job-1", at, "client-7") == "019c1347-d2fb-7d2a-b114-b342b66d7dc5"
+
+
+@pytest.mark.parametrize("other", ["job-2", "job-1", "client-8", None])
+def test_another_ordering_key_makes_another_event(other: str | None) -> None:
+    at = datetime(2026, 1, 31, 9, tzinfo=UTC)
+    assert event_id("orders", "job-1", at, "client-7") != event_id("orders", "job-1", at, other)
+
+
+@given(at=times, place=st.integers(0, 4095))
+def test_a_random_id_is_of_the_bucket_that_is_asked_for(at: datetime, place: int) -> None:
+    assert bucket(random_event_id(at, place)) == place
+
+
+def test_an_event_without_an_external_id_is_in_the_bucket_of_its_ordering_key() -> None:
+    found = [parse_submission(body(ordering_key="client-7"), BOUNDS).id for _ in range(2)]
+    assert found[0] != found[1]
+    assert {bucket(one) for one in found} == {bucket_of_key("client-7")}
+    assert len({bucket(parse_submission(body(), BOUNDS).id) for _ in range(20)}) > 1
 
 
 def test_the_zone_that_a_time_was_written_in_does_not_change_the_id() -> None:
@@ -578,6 +605,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
     ]
 
 
+LAST = "2200-12-31T23:59:59.999999+00:00"
 kafka_submissions = st.fixed_dictionaries(
     {
         "source": names,
@@ -592,15 +620,21 @@ kafka_submissions = st.fixed_dictionaries(
         "ordering_key": names,
         "priority": st.integers(-9, 9),
         "spread_seconds": spreads,
-        "expires_at": st.just("2200-12-31T23:59:59.999999+00:00"),
+        "expires_at": st.just(LAST),
     },
 )
 
 
 @given(fields=kafka_submissions, target=st.sampled_from([("HTTP", "http://a/"), ("KAFKA", "topic"), ("KAFKA", None)]))
+@example(fields={"source": "s", "scheduled_at": LAST, "payload": 1, "expires_at": LAST}, target=("KAFKA", None))
 def test_an_encoded_submission_reads_as_the_same(fields: dict[str, Any], target: tuple[str, str | None]) -> None:
     raw = json.dumps({**fields, "delivery_type": target[0], "destination": target[1]}).encode()
     limits = Bounds(max_payload_bytes=100_000)
+    if fields["scheduled_at"] == fields.get("expires_at"):  # no attempt could ever begin
+        for read in (lambda: parse_submission(raw, limits), lambda: submission_row(raw, limits, 5)):
+            with pytest.raises(OutOfRangeError, match="expected a time after scheduled_at"):
+                read()
+        return
     submission = parse_submission(raw, limits)
     row = submission_row(
         encode_submission(submission), limits, 5, submission.id if submission.external_job_id is None else None

@@ -67,7 +67,7 @@ async def occupy_flushers(fake: FakeDatabase, gatherer: gather.Gatherer) -> list
 async def test_a_lone_submission_is_flushed_at_once() -> None:
     fake = FakeDatabase()
     async with gathering(as_database(fake)) as gatherer:
-        assert await gatherer.submit(submission("a")) == ("a", "accepted", None, None)
+        assert await gatherer.submit(submission("a")) == Submitted("a", "accepted")
     assert fake.calls == [["a"]]
 
 
