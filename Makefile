@@ -1,33 +1,60 @@
-# Everything a developer needs; `make` alone lists it. Only python3 3.11+ is required, no Docker and no database.
+# Everything a developer needs; `make` alone lists it. Only python3 3.11.2+ is required, no Docker and no database.
 
-VENV  := .venv
-STAMP := $(VENV)/.complete
-# The first interpreter that is new enough; choose another with `make setup PYTHON=/path/to/python`.
-PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV   := .venv
+STAMP  := $(VENV)/.complete
+# What an interpreter must be able to do. Debian and Ubuntu ship ensurepip apart, in python3-venv.
+FIT    := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11, 2))
+# The first interpreter that is fit; choose another with `make setup PYTHON=/path/to/python`.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 /usr/bin/python3; do \
+	$$p -c '$(FIT)' 2>/dev/null && echo $$p && break; done)
+# Empty when the environment is that of the interpreter asked for by name, if one was.
+SAME    = [ -e $(VENV)/bin/python ] && [ "$$('$(PYTHON)' -VV 2>&1)" = "$$($(VENV)/bin/python -VV 2>&1)" ]
+OTHER  := $(if $(filter file,$(origin PYTHON)),,$(shell $(SAME) || echo other))
 
-.PHONY: help setup run demo test lint format bench clean
+# What only some tests need, which else are skipped and say so: Debian's packages.
+TEST_TOOLS := nginx openssl pgbouncer python3-venv util-linux
+TESTS      :=
+MINUTES    := 5
+SEED       :=
+
+.PHONY: help setup run demo test explore test-tools lint format bench clean FORCE
 
 help:
-	@echo 'make setup    create .venv with everything in it (the other targets do so when it is missing)'
-	@echo 'make run      PostgreSQL, a broker and every role on this machine, data kept between runs'
-	@echo 'make demo     10,000 events through all of it, with a table of what became of them'
-	@echo 'make test     the whole test suite'
-	@echo 'make lint     ruff and mypy'
-	@echo 'make format   put the code into its form'
-	@echo 'make bench    every benchmark, one JSON object each; takes about an hour'
-	@echo 'make clean    remove .venv and caches; data of `make run` stays'
+	@echo 'make setup       create .venv with everything in it (the other targets do so when it is missing)'
+	@echo 'make run         PostgreSQL, a broker and every role on this machine, data kept between runs'
+	@echo 'make demo        10,000 events through all of it, with a table of what became of them'
+	@echo 'make test        the whole test suite, or TESTS=tests/unit; alike for everybody'
+	@echo 'make explore     the property tests from other seeds for MINUTES=5; SEED=123 repeats what was found'
+	@echo 'make test-tools  install with apt-get what some tests need, or say what is missing'
+	@echo 'make lint        ruff and mypy'
+	@echo 'make format      put the code into its form'
+	@echo 'make bench       every benchmark, one JSON object each; takes about an hour'
+	@echo 'make clean       remove .venv and caches; data of `make run` stays'
 
 setup: $(STAMP)
 	@:
 
-$(STAMP): pyproject.toml
-	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed: install it, or name it: make setup PYTHON=/path/to/python' >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1): set PYTHON=/path/to/python" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --disable-pip-version-check --quiet --editable '.[dev]'
-	@touch $(STAMP)
+# What has been left half made is made again from the start. Of several at once one makes it, and the others wait.
+define MAKE_VENV
+same() { [ -z "$(OTHER)" ] || { $(SAME); }; }
+if [ -e $(STAMP) ] && ! [ pyproject.toml -nt $(STAMP) ] && same; then exit 0; fi
+clear=
+if [ -e $(VENV)/pyvenv.cfg ] && ! { [ -e $(STAMP) ] && same; }; then clear=--clear; fi
+rm -f $(STAMP)
+'$(PYTHON)' -m venv $$clear $(VENV)
+$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+touch $(STAMP)
+endef
+$(STAMP): export SCRIPT = $(MAKE_VENV)
+$(STAMP): pyproject.toml $(if $(OTHER),FORCE)
+	@test -n '$(PYTHON)' || { echo 'Python 3.11.2 or newer that can make virtual environments is needed: install it (on Debian' \
+		'and Ubuntu: apt-get install python3 python3-venv), or name it: make setup PYTHON=/path/to/python' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11, 2))' 2>/dev/null || { echo 'Python 3.11.2 or newer is' \
+		"needed, but $(PYTHON) is: $$('$(PYTHON)' --version 2>&1); set PYTHON=/path/to/python" >&2; exit 1; }
+	@'$(PYTHON)' -c '$(FIT)' 2>/dev/null || { echo '$(PYTHON) cannot make virtual environments: on Debian and Ubuntu' \
+		'apt-get install python3-venv, or set PYTHON=/path/to/python' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import fcntl, os; lock = os.open(".", os.O_RDONLY); fcntl.flock(lock, fcntl.LOCK_EX); \
+		os.set_inheritable(lock, True); os.execv("/bin/sh", ["sh", "-euc", os.environ["SCRIPT"]])'
 
 run: setup
 	$(VENV)/bin/orchestrator dev
@@ -36,7 +63,20 @@ demo: setup
 	$(VENV)/bin/orchestrator demo
 
 test: setup
-	$(VENV)/bin/pytest -n 3 --dist loadgroup
+	$(VENV)/bin/pytest -n 3 --dist loadgroup $(TESTS)
+
+explore: setup
+	$(VENV)/bin/python -m tests.support.exploring --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+test-tools:
+	@missing=; for p in $(TEST_TOOLS); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		export DEBIAN_FRONTEND=noninteractive; log=$$(mktemp); \
+		{ apt-get -q update; apt-get -qy -o DPkg::Lock::Timeout=300 install --no-install-recommends $$missing; } </dev/null >$$log 2>&1 \
+			|| { tail -n 5 $$log; echo "Not installed:$$missing. Tests that need them are skipped." >&2; }; \
+		rm -f $$log; \
+	else echo "Some tests are skipped without these packages of Debian:$$missing" >&2; fi
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -53,5 +93,5 @@ bench: setup
 		$(VENV)/bin/orchestrator bench $$scenario --json || exit 1; done
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

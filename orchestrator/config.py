@@ -16,15 +16,18 @@ from orchestrator.setting import (
     Kind,
     Network,
     Setting,
+    active_profiles,
     boolean,
     defined,
     directory,
     host,
+    is_production,
     milliseconds,
     networks,
     one_of,
     password,
     seconds,
+    stages_agree,
     text,
     webhook_secrets,
     whole,
@@ -49,13 +52,13 @@ DATABASE_PARTS = {
     "port": Setting(("DB_PORT",), whole(1, 65535), "Port of the database, without `DATABASE_URL`.", "5432"),
     "name": Setting(("DB_NAME",), text(63), "Name of the database, without `DATABASE_URL`.", "orchestrator"),
     "user": Setting(
-        ("DB_USER", "DATABASE_USERNAME"),
+        ("DB_USER", "DATABASE_USERNAME", "SPRING_DATASOURCE_USERNAME"),
         text(63),
         "Who logs in, when `DATABASE_URL` does not say.",
         otherwise="libpq's own",
     ),
     "password": Setting(
-        ("DB_PASSWORD", "DATABASE_PASSWORD"),
+        ("DB_PASSWORD", "DATABASE_PASSWORD", "SPRING_DATASOURCE_PASSWORD"),
         password,
         "Its password, when `DATABASE_URL` does not say.",
         otherwise="libpq's own",
@@ -78,9 +81,13 @@ class Settings(KafkaSettings):
     customer: str = defined("CUSTOMER_NAME", kind=text(), default="default", about="The customer it serves.")
     environment: str = defined(
         "ENVIRONMENT",
+        "SPRING_PROFILES_ACTIVE",
         kind=text(),
+        kinds={"SPRING_PROFILES_ACTIVE": active_profiles},
+        agree=stages_agree,
         default="development",
-        about="The stage it runs in; a name that begins with `prod` makes API keys obligatory.",
+        about="The stage it runs in; a name that begins with `prod` makes API keys obligatory. Of Spring's "
+        "profiles that is the first such one, else the first.",
     )
     server_host: str = defined(
         "SERVER_HOST",
@@ -97,19 +104,24 @@ class Settings(KafkaSettings):
     )
     database_url: str = defined(
         "DATABASE_URL",
+        "SPRING_DATASOURCE_URL",
         kind=_DATABASE_URL,
         otherwise="made from the DB_ settings",
         secret=True,
-        about="Address of the database.",
+        about="Address of the database; of several hosts, the one that takes writes.",
     )
     pool_max_size: int = defined(
         "DB_POOL_MAX_SIZE",
+        "SPRING_DATASOURCE_HIKARI_MAXIMUM_POOL_SIZE",
+        "SPRING_DATASOURCE_HIKARI_MAXIMUMPOOLSIZE",
         kind=whole(1, 1000),
         default="50",
         about="Most database connections a process opens.",
     )
     pool_min_idle: int = defined(
         "DB_POOL_MIN_IDLE",
+        "SPRING_DATASOURCE_HIKARI_MINIMUM_IDLE",
+        "SPRING_DATASOURCE_HIKARI_MINIMUMIDLE",
         kind=whole(0, 1000),
         default="2",
         about="Database connections kept open when idle.",
@@ -204,6 +216,50 @@ class Settings(KafkaSettings):
         default="16777216",
         about="Longest body of a request to the API.",
     )
+    max_head_bytes: int = defined(
+        "MAX_HEAD_BYTES",
+        kind=whole(4096, 2**20),
+        default="32768",
+        about="Longest head of a request to the API: its request line and headers.",
+    )
+    api_max_connections: int | None = defined(
+        "API_MAX_CONNECTIONS",
+        kind=whole(1, 100000),
+        otherwise="5000, or what the file descriptors allow",
+        about="Most connections that clients have to the API. When all are taken, those that wait for their clients "
+        "give way, oldest first, of the address with most.",
+    )
+    api_max_connections_per_address: int | None = defined(
+        "API_MAX_CONNECTIONS_PER_ADDRESS",
+        kind=whole(1, 100000),
+        otherwise="none: no bound, as behind a load balancer all clients have one address",
+        about="Most of them from one address, or one /64 network of IPv6.",
+    )
+    api_head_timeout_s: float = defined(
+        "API_HEAD_TIMEOUT_SECONDS",
+        kind=seconds(0.1, 600),
+        default="10",
+        about="Longest that a client may take from connecting, or from the first byte of a later request, to the end "
+        "of the headers.",
+    )
+    api_body_timeout_s: float = defined(
+        "API_BODY_TIMEOUT_SECONDS",
+        kind=seconds(0.1, 3600),
+        default="30",
+        about="Longest that the body of a request may take to arrive.",
+    )
+    api_write_timeout_s: float = defined(
+        "API_WRITE_TIMEOUT_SECONDS",
+        kind=seconds(0.1, 3600),
+        default="30",
+        about="Longest that a client may leave an answer unread.",
+    )
+    api_keep_alive_s: float = defined(
+        "API_KEEP_ALIVE_SECONDS",
+        kind=seconds(0.1, 3600),
+        default="75",
+        about="How long an idle connection is kept; longer than a load balancer does, so that it closes first.",
+    )
     max_batch_events: int = defined(
         "MAX_BATCH_EVENTS", kind=whole(1, 100000), default="1000", about="Most events in one batch request."
     )
@@ -257,12 +313,14 @@ class Settings(KafkaSettings):
     )
     log_level: str = defined(
         "LOG_LEVEL",
+        "LOGGING_LEVEL_ROOT",
         kind=one_of(_LEVELS, "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
         default="INFO",
         about="Least severity that is logged.",
     )
     log_file: str | None = defined(
         "LOG_FILE",
+        "LOGGING_FILE_NAME",
         kind=text(4096),
         otherwise="standard error",
         about="File to log to; it may be rotated by renaming.",
@@ -290,9 +348,10 @@ class Settings(KafkaSettings):
             raise SettingsError(problems)
         url: database_urls.DatabaseUrl | None = values["database_url"]
         address = url or database_urls.from_parts(parts["host"], parts["port"], parts["name"])
-        values["database_url"] = str(address.with_login(parts["user"], parts["password"]))
+        values["environment"] = str(values["environment"])
+        values["database_url"] = str(address.with_login(parts["user"], parts["password"]).for_writing())
         if values["allow_anonymous"] is None:
-            values["allow_anonymous"] = not values["environment"].lower().startswith("prod")
+            values["allow_anonymous"] = not is_production(values["environment"])
         dropped = () if url is None else url.dropped
         return cls(**values, notices=notices(environ, _names(), _superseded_names(url), dropped))
 

@@ -32,7 +32,8 @@ _FROM_JDBC = {
 }
 _TARGETS = {"any": "any", "primary": "primary", "secondary": "standby", "preferSecondary": "prefer-standby"}
 _KNOWN_TO_JDBC = {*_FROM_JDBC, "ssl", "targetServerType"}
-_SECRET = ("password", "sslpassword")
+TARGET = "target_session_attrs"
+_SECRET = re.compile("password|secret|scram_.*_key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +48,25 @@ class DatabaseUrl:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     parameters: Mapping[str, str] = field(default_factory=dict, repr=False)
-    dropped: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = field(default=(), compare=False)
 
     def with_login(self, user: str | None, password: str | None) -> DatabaseUrl:
         """The same with `user` and `password` where the URL itself has none."""
         return replace(self, user=self.user or user, password=self.password or password)
+
+    def for_writing(self) -> DatabaseUrl:
+        """The same, with sessions that can write asked for where there are several hosts to choose from."""
+        several = any("," in hosts for hosts in (self.hosts, *map(self.parameters.get, ("host", "hostaddr"))) if hosts)
+        if not several or TARGET in self.parameters:
+            return self
+        return replace(self, parameters={**self.parameters, TARGET: "read-write"})
 
     def __str__(self) -> str:
         return self._written(self.password, self.parameters)
 
     def masked(self) -> str:
         """The same with every password as ``***``, for people and logs."""
-        parameters = {key: "***" if key in _SECRET else value for key, value in self.parameters.items()}
+        parameters = {key: "***" if _SECRET.search(key) else value for key, value in self.parameters.items()}
         return self._written(self.password and "***", parameters)
 
     def _written(self, password: str | None, parameters: Mapping[str, str]) -> str:
@@ -113,7 +121,7 @@ def masked(url: str) -> str:
 def _translated(pairs: Mapping[str, str]) -> dict[str, str]:
     parameters = {_FROM_JDBC[key]: value for key, value in pairs.items() if key in _FROM_JDBC}
     if pairs.get("targetServerType") in _TARGETS:
-        parameters["target_session_attrs"] = _TARGETS[pairs["targetServerType"]]
+        parameters[TARGET] = _TARGETS[pairs["targetServerType"]]
     if "sslmode" not in pairs and pairs.get("ssl", "false").lower() in ("true", ""):
         parameters["sslmode"] = "verify-full"  # what pgjdbc does for ssl=true
     return parameters

@@ -33,9 +33,29 @@ class DatabaseUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mi
     """PostgreSQL cannot be reached just now; the same call may succeed later."""
 
 
+class Blocked(DatabaseUnavailable):
+    """Another session's open transaction holds what a call needs, which has waited for its time; nothing was done."""
+
+
+class InDoubt(DatabaseUnavailable):  # a state, not a mistake
+    """PostgreSQL went away while something was being done: it may have been done all the same."""
+
+
+class OwnFaultError(OrchestratorError):
+    """This machine could not do it, whoever the far end is; `kind` is one of a few words for metrics."""
+
+    def __init__(self, kind: str, what: str, remedy: str) -> None:
+        self.kind = kind
+        super().__init__(f"{what}; {remedy}")
+
+
 class UnusableDatabase(OrchestratorError):  # noqa: N818  # a state, not a mistake
     """The database is there, but this product can never work on it as it is made."""
 
 
 class KafkaUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
-    """No broker can be reached just now; the same call may succeed later."""
+    """No broker can be reached just now; the same call may succeed later. `own`: because of this machine."""
+
+    def __init__(self, text: str, own: OwnFaultError | None = None) -> None:
+        self.own = own
+        super().__init__(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Protocol
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Protocol
 import msgspec
 
 from orchestrator.errors import ValidationError
-from orchestrator.json_text import MAX_DEPTH, deeper_than, has_forbidden_escape
+from orchestrator.json_text import MAX_DEPTH, NUL_ESCAPE, deeper_than, has_forbidden_escape
 from orchestrator.urls import url_fault
 
 EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
@@ -32,7 +32,11 @@ RETRY_POLICY_PATTERN = "^[a-z0-9_-]{1,63}$"
 TOPIC_PATTERN = r"^(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}$"
 EXPECTED_TIME = "an RFC 3339 time with a zone, such as 2026-01-31T09:00:00Z"
 SHOWN_CHARS = 80
+_READ_BYTES = 1 << 16
+_LOOKED_AT_CHARS = 1000
 MAX_FAULTS = 20
+MAX_FRAME_BYTES = 1 << 20
+"""Most that an event may take beside its payload; what all other fields can hold, every character escaped, is less."""
 
 # What is set on delivery, or would change what HTTP itself does with the request: how it is framed, which way it goes.
 # The one list: of the API, of the dispatcher, and of SQL's check_headers(), which a test compares with it.
@@ -45,6 +49,9 @@ RESERVED_HEADER_PREFIXES = ("orchestrator-", "proxy-", "webhook-")
 _HEADER_NAME = re.compile(HEADER_NAME_PATTERN)
 _HEADER_VALUE = re.compile(HEADER_VALUE_PATTERN, re.DOTALL)
 _TOPIC = re.compile(TOPIC_PATTERN)
+_LOGIN = re.compile(r"[^\s:/@]*:[^\s@]*@")
+_LIKE_A_URL = re.compile("[:/@?=]")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _SHORT_TIME = re.compile(
     r"([0-9-]{10}[Tt ][0-9]{2}:[0-9]{2})(:[0-9]{2}(?:\.[0-9]+)?)?([Zz]|[+-][0-9]{2}(?::?[0-9]{2})?)"
 )
@@ -116,10 +123,50 @@ class Wire(msgspec.Struct, forbid_unknown_fields=True):
     expires_at: ScheduledAt | None = None
 
 
+_KINDS = {b"{": "an object", b"[": "an array", b'"': "a string", b"t": "true", b"f": "false", b"n": "null"}
+
+
 def shown(value: object) -> str:
-    """A value as it is quoted in a message: never longer than a line."""
-    text = bytes(value).decode(errors="replace") if isinstance(value, (bytes, msgspec.Raw)) else str(value)
-    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text)} characters)"
+    """A value as it is quoted in a message: never longer than a line, and nothing that may hold a secret.
+
+    A text of bytes is JSON. Of URLs, and of arrays and objects with strings, it only says what they are.
+    """
+    if isinstance(value, (bytes, msgspec.Raw)):
+        return _shown_json(bytes(value))
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "an array"
+    text = str(value)
+    return _shortened(text, f"{len(text)} characters")
+
+
+def kind_of(text: bytes | msgspec.Raw) -> str:
+    """What kind of value a JSON text is, for messages that must not quote it."""
+    first = bytes(memoryview(text)[:64]).lstrip(b" \t\r\n")[:1]
+    return _KINDS.get(first, "a number")
+
+
+def _shown_json(text: bytes) -> str:
+    if (kind := kind_of(text)) in ("an object", "an array") and b'"' in text:
+        return kind
+    if len(text) > 8 * SHOWN_CHARS:
+        return _shortened(text[: 8 * SHOWN_CHARS].decode(errors="replace"), f"{len(text)} bytes")
+    whole = text.decode(errors="replace")
+    return _shortened(whole, f"{len(whole)} characters")
+
+
+def _shortened(text: str, size: str) -> str:
+    scheme, separator, rest = text.partition("://")
+    if (separator and rest) or _LOGIN.search(text[:_LOOKED_AT_CHARS]):
+        return f"{scheme[-SHOWN_CHARS:]}://… ({size})" if separator else f"… ({size})"
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({size})"
+
+
+def size_fault(text: bytes | msgspec.Raw, limits: Limits) -> str | None:
+    """Why a text is too long for an event: so that nobody reads, or explains, what cannot be one."""
+    size, most = len(memoryview(text)), limits.max_payload_bytes + MAX_FRAME_BYTES
+    if size <= most:
+        return None
+    return f"expected at most {most} bytes for an event, {limits.max_payload_bytes} of them payload, got {size}"
 
 
 def usual_time(text: str) -> str:
@@ -152,11 +199,13 @@ def with_usual_time(raw: bytes | msgspec.Raw) -> bytes:
 def with_usual_times(text: bytes | msgspec.Raw) -> bytes:
     """A submission with its times as `usual_time` has them; one that is no JSON object stays as it is."""
     try:
-        fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        known = _known_fields(text)
     except msgspec.DecodeError:
         return bytes(text)
-    usual = {name: msgspec.Raw(with_usual_time(fields[name])) for name in _TIMES if name in fields}
-    return bytes(text) if all(usual[name] == fields[name] for name in usual) else msgspec.json.encode(fields | usual)
+    usual = {name: msgspec.Raw(with_usual_time(known[name])) for name in _TIMES if name in known}
+    if all(usual[name] == known[name] for name in usual) or _bytes_beside(text, known) > _READ_BYTES:
+        return bytes(text)
+    return msgspec.json.encode(msgspec.json.decode(text, type=dict[str, msgspec.Raw]) | usual)
 
 
 def scheduled_at_fault(at: datetime) -> str | None:
@@ -199,18 +248,17 @@ def destination_fault(delivery_type: str | None, destination: str | None) -> str
 def _topic_fault(topic: str) -> str | None:
     if _TOPIC.match(topic) and topic[-1] != "\n":
         return None
-    # A URL is not quoted: it may hold a password.
-    got = "a URL: for HTTP set delivery_type to HTTP" if "://" in topic else repr(shown(topic))
+    # What looks like a URL is not quoted: it may hold a password.
+    got = "a URL: for HTTP set delivery_type to HTTP" if _LIKE_A_URL.search(topic) else repr(shown(topic))
     return f"expected a topic of 1 to 249 characters from a-z, A-Z, 0-9, ., _ and -, got {got}"
 
 
-def payload_fault(payload: bytes, limits: Limits, suspect: bool) -> str | None:
-    """`suspect`: the text that the payload came from holds a forbidden escape somewhere."""
+def payload_fault(payload: bytes, limits: Limits) -> str | None:
     if len(payload) > limits.max_payload_bytes:
         return f"expected at most {limits.max_payload_bytes} bytes of JSON, got {len(payload)}"
     if deeper_than(payload):
         return f"expected at most {MAX_DEPTH} levels of nesting"
-    if suspect and has_forbidden_escape(payload):
+    if NUL_ESCAPE in payload and has_forbidden_escape(payload):
         return r"expected no \u0000 and no lone surrogate in strings: PostgreSQL cannot read them"
     return None
 
@@ -227,12 +275,18 @@ def headers_fault(headers: dict[str, str]) -> str | None:
         return "expected each header once: names differ in more than case"
     for name, value in headers.items():
         if _HEADER_NAME.match(name) is None or name[-1] == "\n":
-            return f"expected a header name of 1 to 100 token characters, got {shown(repr(name))}"
+            return f"expected a header name of 1 to 100 token characters, got {shown(repr(before_colon(name)))}"
         if is_reserved(lowered := name.lower()):
             return f"expected no {lowered} header: it is set on delivery"
         if len(value) > MAX_HEADER_CHARS or _HEADER_VALUE.match(value) is None or value[-1:] == "\n":
             return f"expected at most {MAX_HEADER_CHARS} characters, none of them control, in {name}"
     return None
+
+
+def before_colon(name: str) -> str:
+    """What is no header name may be a whole header, of which this is the name."""
+    before, colon, _ = name.partition(":")
+    return before + (colon and "…")
 
 
 def priority_fault(priority: float) -> str | None:
@@ -257,6 +311,7 @@ _EXPECTED: dict[str, tuple[Any, str]] = {
     "expires_at": (ScheduledAt | None, f"{EXPECTED_TIME}, or null"),
 }
 _REQUIRED = ("source", "scheduled_at", "payload")
+_CREDENTIALS = frozenset({"destination", "headers"})  # what they hold is never quoted
 _FAULTS: dict[str, Callable[[Any], str | None]] = {
     "source": text_fault,
     "scheduled_at": scheduled_at_fault,
@@ -267,25 +322,58 @@ _FAULTS: dict[str, Callable[[Any], str | None]] = {
 }
 
 
-def faults_of(text: bytes, limits: Limits, suspect: bool) -> list[tuple[str, str]]:
-    """The rules that a well-formed submission breaks, at most MAX_FAULTS of them, as (field, reason)."""
+# Reads what is known of a submission, and skips over the rest without keeping it.
+_decode_known = msgspec.json.Decoder(
+    msgspec.defstruct("_Known", [(name, msgspec.Raw, None) for name in _EXPECTED], kw_only=True)
+).decode
+_decode_only_known = msgspec.json.Decoder(
+    msgspec.defstruct("_OnlyKnown", [(name, msgspec.Raw, None) for name in _EXPECTED], forbid_unknown_fields=True)
+).decode
+
+
+def faults_of(text: bytes, limits: Limits, most: int = MAX_FAULTS) -> list[tuple[str, str]]:
+    """The rules that a well-formed submission breaks, at most `most` of them, as (field, reason)."""
     try:
-        fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        fields = _known_fields(text)
     except msgspec.ValidationError:
-        return [("body", f"expected a JSON object, got {shown(text)}")]
-    faults = [(name, f"required: {_EXPECTED[name][1]}") for name in _REQUIRED if name not in fields]
+        return [("body", f"expected a JSON object, got {kind_of(text)}")]
+    return list(itertools.islice(_faults(text, fields, limits), most))
+
+
+def _faults(text: bytes, fields: dict[str, msgspec.Raw], limits: Limits) -> Iterator[tuple[str, str]]:
+    yield from ((name, f"required: {_EXPECTED[name][1]}") for name in _REQUIRED if name not in fields)
     if reason := _destination_fault(fields):
-        faults.append(("destination", reason))
+        yield "destination", reason
     if reason := _expiry_fault(fields):
-        faults.append(("expires_at", reason))
+        yield "expires_at", reason
     for name, raw in fields.items():
-        if len(faults) == MAX_FAULTS:
-            break
-        if name not in _EXPECTED:
-            faults.append((shown(name), _unknown_field(name, tuple(_EXPECTED))))
-        elif reason := _field_fault(name, raw, limits, suspect):
-            faults.append((name, reason))
-    return faults
+        if reason := _field_fault(name, raw, limits):
+            yield name, reason
+    for name in _unknown_names(text, fields):
+        yield shown(name), _unknown_field(name, tuple(_EXPECTED))
+
+
+def _known_fields(text: bytes | msgspec.Raw) -> dict[str, msgspec.Raw]:
+    """The fields that a submission may have, without the work that others would make. Raises DecodeError."""
+    known = _decode_known(text)
+    return {name: raw for name in _EXPECTED if (raw := getattr(known, name)) is not None}
+
+
+def _bytes_beside(text: bytes | msgspec.Raw, fields: dict[str, msgspec.Raw]) -> int:
+    return len(memoryview(text)) - sum(len(memoryview(raw)) for raw in fields.values())
+
+
+def _unknown_names(text: bytes, known: dict[str, msgspec.Raw]) -> Iterator[str]:
+    """The names of unknown fields; the first one alone where there is much of them."""
+    if _bytes_beside(text, known) <= _READ_BYTES:
+        names = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        yield from (name for name in names if name not in _EXPECTED)
+        return
+    try:
+        _decode_only_known(text)
+    except msgspec.ValidationError as error:
+        found = _UNKNOWN.match(str(error))
+        yield found[1] if found else "body"
 
 
 def _destination_fault(fields: dict[str, msgspec.Raw]) -> str | None:
@@ -308,31 +396,38 @@ def _expiry_fault(fields: dict[str, msgspec.Raw]) -> str | None:
     return expires_at_fault(expires_at, at)
 
 
-def _field_fault(name: str, raw: msgspec.Raw, limits: Limits, suspect: bool) -> str | None:
+def _field_fault(name: str, raw: msgspec.Raw, limits: Limits) -> str | None:
     if name == "payload":
-        return payload_fault(bytes(raw), limits, suspect)
+        return payload_fault(bytes(raw), limits)
     expected_type, expected = _EXPECTED[name]
+    if len(memoryview(raw)) > MAX_FRAME_BYTES:
+        return f"expected {expected}, got {len(memoryview(raw))} bytes"
     try:
         value = msgspec.json.decode(raw, type=expected_type)
     except msgspec.ValidationError:
-        return f"expected {expected}, got {shown(raw)}"
+        return f"expected {expected}, got {kind_of(raw) if name in _CREDENTIALS else shown(raw)}"
     check = _FAULTS.get(name)
     return check(value) if check and value is not None else None
 
 
-def envelope_faults(text: bytes) -> list[tuple[str, str]]:
-    """Why a well-formed text is not ``{"events": [...]}``, as (field, reason)."""
-    try:
-        fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-    except msgspec.ValidationError:
-        return [("body", f'expected a JSON object {{"events": […]}}, got {shown(text)}')]
-    unknown = itertools.islice((name for name in fields if name != "events"), MAX_FAULTS)
-    faults = [(shown(name), _unknown_field(name, ("events",))) for name in unknown]
-    if "events" not in fields:
-        faults.append(("events", "required: an array of events"))
-    elif bytes(fields["events"])[:1] != b"[":
-        faults.append(("events", f"expected an array, got {shown(fields['events'])}"))
-    return faults
+class _Envelope(msgspec.Struct):
+    events: msgspec.Raw
+
+
+_decode_envelope = msgspec.json.Decoder(_Envelope).decode
+
+
+def envelope_faults(text: bytes, limits: Limits, error: str) -> list[tuple[str, str]]:
+    """Why a well-formed text is not ``{"events": [...]}``, as (field, reason); `error` is what its decoder said."""
+    if " at most length " in error:
+        return [("events", f"expected 1 to {limits.max_batch_events} events, got more")]
+    if found := _UNKNOWN.match(error):
+        return [(shown(found[1]), _unknown_field(found[1], ("events",)))]
+    if "missing required field" in error:
+        return [("events", "required: an array of events")]
+    if error.endswith("`$.events`"):
+        return [("events", f"expected an array, got {kind_of(_decode_envelope(text).events)}")]
+    return [("body", f'expected a JSON object {{"events": […]}}, got {kind_of(text)}')]
 
 
 def _unknown_field(name: str, known: Sequence[str]) -> str:

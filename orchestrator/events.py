@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import NoReturn
+from functools import lru_cache
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -14,6 +16,7 @@ from orchestrator.errors import ValidationError
 from orchestrator.event_rules import (
     EARLIEST,
     LATEST,
+    MAX_FAULTS,
     JsonError,
     Limits,
     OutOfRangeError,
@@ -27,9 +30,11 @@ from orchestrator.event_rules import (
     payload_fault,
     scheduled_at_fault,
     shown,
+    size_fault,
     with_usual_times,
 )
-from orchestrator.json_text import has_forbidden_escape, pruned, utf8_fault, with_nul_for_surrogates
+from orchestrator.json_text import MAX_DEPTH, pruned, utf8_fault, with_nul_for_surrogates
+from orchestrator.topic_rules import TopicRules
 
 __all__ = [
     "EVENT_ID_HEADER",
@@ -38,6 +43,7 @@ __all__ = [
     "OutOfRangeError",
     "Submission",
     "SubmissionError",
+    "batch_items",
     "bucket",
     "bucket_of_key",
     "copy_row",
@@ -46,6 +52,7 @@ __all__ = [
     "parse_batch",
     "parse_submission",
     "random_event_id",
+    "require_topic",
     "submission_row",
 ]
 
@@ -87,6 +94,7 @@ _encode = msgspec.json.Encoder().encode
 _VARIANT = {f"{digit:x}": f"{digit & 0b0011 | 0b1000:x}" for digit in range(16)}
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 _POSITION = re.compile(r" \(byte (\d+)\)$")
+_SHORT_BYTES = 1 << 18
 
 
 def event_id(source: str, external_job_id: str, scheduled_at: datetime, ordering_key: str | None = None) -> str:
@@ -146,67 +154,131 @@ def _id_of(source: str, external_job_id: str | None, at: datetime, ordering_key:
 
 
 def parse_submission(raw: bytes, limits: Limits) -> Submission:
-    """Read one submission. Raises JsonError, or SubmissionError with every rule it breaks."""
-    text, suspect = _screened(raw)
-    return _submission(text, limits, suspect)
+    """Read one submission. Raises JsonError, or SubmissionError with the rules it breaks, at most 20."""
+    return _one(raw, limits, MAX_FAULTS)
+
+
+def _one(raw: bytes, limits: Limits, most_faults: int) -> Submission:
+    if fault := size_fault(raw, limits):
+        raise SubmissionError([("body", fault)])
+    _require_utf8(raw)
+    return _submission(raw, limits, most_faults)
 
 
 def parse_batch(raw: bytes, limits: Limits) -> list[Submission | ValidationError]:
-    """Read ``{"events": [...]}``: a submission or its error for each item, in order.
+    """Read ``{"events": [...]}``: a submission or its error, with the first rule it breaks, for each item, in order.
 
     Raises JsonError or SubmissionError when the envelope itself is wrong.
     """
-    text, suspect = _screened(raw)
+    return [item for item in batch_items(raw, limits) if item is not None]
+
+
+def batch_items(raw: bytes, limits: Limits) -> Iterator[Submission | ValidationError | None]:
+    """`parse_batch` in steps of bounded time, for callers that have more to do meanwhile; None: no item yet."""
+    _require_utf8(raw)
+    yield None
     try:
-        items = _items(text)
-    except RecursionError:
-        items = _items(pruned(text))
+        items = _items(raw, limits)
+    except (RecursionError, msgspec.DecodeError):
+        yield None
+        text = yield from _readable(raw)
+        yield None
+        try:
+            items = _items(text, limits)
+        except msgspec.ValidationError as wrong:
+            raise SubmissionError(envelope_faults(text, limits, str(wrong))) from None
+    yield None
     if not 1 <= len(items) <= limits.max_batch_events:
         raise SubmissionError([("events", f"expected 1 to {limits.max_batch_events} events, got {len(items)}")])
-    results: list[Submission | ValidationError] = []
+    may_be_long = size_fault(raw, limits) is not None
     for item in items:
+        fault = size_fault(item, limits) if may_be_long else None
+        if fault:
+            yield SubmissionError([("body", fault)])
+            continue
         try:
-            results.append(_submission(item, limits, suspect))
+            yield _submission(item, limits, 1)
         except ValidationError as error:
-            results.append(error)
-    return results
+            yield error
 
 
-def _screened(raw: bytes) -> tuple[bytes, bool]:
-    """The text to decode, and whether it holds an escape that no event may hold."""
+def _require_utf8(raw: bytes) -> None:
     position = utf8_fault(raw)
     if position is not None:
         raise JsonError("expected UTF-8, got an invalid sequence", position)
-    if not has_forbidden_escape(raw):
-        return raw, False
-    return with_nul_for_surrogates(raw), True
 
 
-def _items(text: bytes) -> list[msgspec.Raw]:
-    try:
+def _items(text: bytes, limits: Limits) -> Sequence[msgspec.Raw]:
+    """The items, of which there may be more than the limit only when the text is short."""
+    if len(text) <= _SHORT_BYTES:
         return _decode_batch(text).events
-    except msgspec.DecodeError as error:
-        _raise_if_malformed(text, error)
-        raise SubmissionError(envelope_faults(text)) from None
+    # A list would grow to millions of items before its length is looked at.
+    found: Any = _bounded_batch(limits.max_batch_events)(text).events
+    return [item for item in msgspec.structs.astuple(found) if item is not None]
 
 
-def _submission(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submission:
+@lru_cache(maxsize=4)
+def _bounded_batch(most: int) -> Callable[[bytes], Any]:
+    """A decoder of batches that stops at the first item too many."""
+    each = [(f"item{n}", msgspec.Raw, None) for n in range(most)]
+    events = msgspec.defstruct("_Events", each, array_like=True, forbid_unknown_fields=True)
+    return msgspec.json.Decoder(msgspec.defstruct("_Bounded", [("events", events)], forbid_unknown_fields=True)).decode
+
+
+def _submission(text: bytes | msgspec.Raw, limits: Limits, most_faults: int) -> Submission:
     try:
-        return _valid(text, limits, suspect)
-    except RecursionError:
-        return _valid(pruned(bytes(text)), limits, suspect)
-
-
-def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submission:
+        return _valid(text, limits, most_faults)
+    except (RecursionError, msgspec.DecodeError):
+        readable = with_usual_times(_at_once(_readable(bytes(text))))
     try:
-        wire = _decode_wire(text)
-    except msgspec.DecodeError as error:
-        _raise_if_malformed(text, error)
-        text = with_usual_times(text)
+        return _valid(readable, limits, most_faults)
+    except msgspec.ValidationError:
+        _refuse(readable, limits, most_faults)
+
+
+def _at_once(steps: Generator[None, None, bytes]) -> bytes:
+    while True:
         try:
-            wire = _decode_wire(text)
-        except msgspec.DecodeError:
-            _refuse(text, limits, suspect)
+            next(steps)
+        except StopIteration as end:
+            result: bytes = end.value
+            return result
+
+
+def _readable(text: bytes) -> Generator[None, None, bytes]:
+    """The text as `_well_formed` makes it, with what the decoder cannot descend into cut away; in steps."""
+    try:
+        return _well_formed(text)
+    except RecursionError:
+        yield
+    flat = pruned(text)
+    if flat is None:
+        raise SubmissionError([("body", f"expected at most {MAX_DEPTH} levels of nesting in an event")])
+    yield
+    return _well_formed(flat)
+
+
+def _well_formed(text: bytes) -> bytes:
+    """The text, with ``\\u0000`` for lone surrogates. Raises JsonError if it is malformed otherwise.
+
+    An error of the decoder does not tell: it stops at the first value that breaks a rule, and may not have seen all.
+    """
+    try:
+        _decode_any(text)
+    except msgspec.DecodeError as error:
+        mended = with_nul_for_surrogates(text)
+        if mended == text:
+            raise _json_error(text, error) from None
+        try:
+            _decode_any(mended)
+        except msgspec.DecodeError as other:
+            raise _json_error(mended, other) from None
+        return mended
+    return text
+
+
+def _valid(text: bytes | msgspec.Raw, limits: Limits, most_faults: int) -> Submission:
+    wire = _decode_wire(text)
     at = wire.scheduled_at
     job = wire.external_job_id
     payload = bytes(wire.payload)
@@ -214,11 +286,13 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
     key = wire.ordering_key
     if (
         destination_fault(kind, wire.destination)
-        or payload_fault(payload, limits, suspect)
+        or payload_fault(payload, limits)
         or (wire.headers and headers_fault(wire.headers))
-        or (suspect and ("\x00" in wire.source or "\x00" in (job or "") or "\x00" in (key or "")))
+        or "\x00" in wire.source
+        or (job and "\x00" in job)
+        or (key and "\x00" in key)
     ):
-        _refuse(text, limits, suspect)
+        _refuse(text, limits, most_faults)
     if not EARLIEST <= at <= LATEST:
         raise OutOfRangeError([("scheduled_at", scheduled_at_fault(at) or "")])
     expires_at = wire.expires_at
@@ -246,12 +320,23 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> Submissi
     )
 
 
-def submission_row(raw: bytes, limits: Limits, n: int, given_id: str | None = None) -> bytes:
+def require_topic(submission: Submission, topics: TopicRules) -> Submission:
+    """The submission, if its events may be delivered there. Raises SubmissionError."""
+    if fault := topics.fault(submission.delivery_type, submission.destination):
+        raise SubmissionError([("destination", fault)])
+    return submission
+
+
+def submission_row(
+    raw: bytes, limits: Limits, n: int, given_id: str | None = None, topics: TopicRules | None = None
+) -> bytes:
     """The line of COPY text for a submission that came as a Kafka record; `given_id` is its EVENT_ID_HEADER.
 
-    Raises as `parse_submission` does, and SubmissionError when the event cannot have the id that was given.
+    Raises as `parse_submission` does, with one rule, and SubmissionError when the event cannot have the id given.
     """
-    submission = parse_submission(raw, limits)
+    submission = _one(raw, limits, 1)
+    if topics is not None:
+        require_topic(submission, topics)
     if given_id is not None:
         if fault := _given_id_fault(given_id, submission):
             raise SubmissionError([(EVENT_ID_HEADER, fault)])
@@ -288,25 +373,17 @@ def encode_submission(s: Submission) -> bytes:
     return _encode({name: value for name, value in fields.items() if value is not None})
 
 
-def _raise_if_malformed(text: bytes | msgspec.Raw, error: msgspec.DecodeError) -> None:
-    """The decoder stops at the first wrong value: what it calls invalid may be malformed further on."""
-    if isinstance(error, msgspec.ValidationError):
-        try:
-            _decode_any(text)
-        except msgspec.DecodeError as malformed:
-            error = malformed
-        else:
-            return
+def _json_error(text: bytes, error: msgspec.DecodeError) -> JsonError:
     reason = str(error).removeprefix("JSON is malformed: ")
     found = _POSITION.search(reason)
     if found:
-        raise JsonError(f"expected JSON, got {reason[: found.start()]}", int(found[1])) from None
-    raise JsonError("expected JSON, got a text that ends early", len(memoryview(text))) from None
+        return JsonError(f"expected JSON, got {reason[: found.start()]}", int(found[1]))
+    return JsonError("expected JSON, got a text that ends early", len(text))
 
 
-def _refuse(text: bytes | msgspec.Raw, limits: Limits, suspect: bool) -> NoReturn:
+def _refuse(text: bytes | msgspec.Raw, limits: Limits, most_faults: int) -> NoReturn:
     # The decoder looks at every occurrence of a field, the list of faults at the last one.
-    faults = faults_of(bytes(text), limits, suspect) or [("body", "expected each field once")]
+    faults = faults_of(bytes(text), limits, most_faults) or [("body", "expected each field once")]
     raise SubmissionError(faults) from None
 
 

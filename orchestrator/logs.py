@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ from orchestrator.errors import SettingsError
 _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
 """Attributes that a record has without `extra`; the last is uvicorn's coloured copy of its message."""
 _TALKATIVE = {
+    # In detail it writes every request down, that of the log-in with its password among them.
+    "aiokafka.conn": "INFO",
     # A line for each request says little at a thousand requests a second; the metrics count them.
     "uvicorn.access": "WARNING",
     "aiohttp.access": "WARNING",
@@ -28,6 +31,9 @@ _TALKATIVE = {
     "aiokafka": "CRITICAL",
 }
 """Loggers of others, and the least severity that is worth a line."""
+_NEVER_IN_DETAIL = ("aiokafka.conn",)
+# What PostgreSQL adds to an error: whole rows, and lines of COPY, which hold what clients sent.
+_ROWS = re.compile(r"^(DETAIL|CONTEXT):.*?(?=\n\n(?:The above|During)|\Z)", re.MULTILINE | re.DOTALL)
 # Neither a message nor a value may forge a line or drive the reader's terminal; a traceback keeps its lines.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {10: "\\n", 13: "\\r"}
 _CONTROLS_BUT_LINES = {code: escape for code, escape in _CONTROLS.items() if code not in (9, 10)}
@@ -54,10 +60,21 @@ def configure(settings: Settings, role: str) -> None:
     handler.setFormatter(ConsoleFormatter() if console else JsonFormatter(settings, role))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    access = logging.getLogger("uvicorn.access")
+    if _without_query not in access.filters:
+        access.addFilter(_without_query)
     for name, level in _TALKATIVE.items():
         logger = logging.getLogger(name)
-        logger.setLevel("NOTSET" if settings.log_level == "DEBUG" else level)
+        logger.setLevel("NOTSET" if settings.log_level == "DEBUG" and name not in _NEVER_IN_DETAIL else level)
         logger.propagate = True  # uvicorn cuts its own off where it was once started without them
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """Takes the query off the address in a line of uvicorn's access log: clients put keys there."""
+    if isinstance(record.args, tuple) and len(record.args) == 5:
+        client, method, address, *rest = record.args
+        record.args = (client, method, str(address).partition("?")[0], *rest)
+    return True
 
 
 def extra_fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -65,7 +82,12 @@ def extra_fields(record: logging.LogRecord) -> dict[str, Any]:
     return {key: value for key, value in vars(record).items() if key not in _STANDARD}
 
 
-class JsonFormatter(logging.Formatter):
+class _Discreet(logging.Formatter):
+    def formatException(self, ei: Any) -> str:  # noqa: N802  # logging's name
+        return _ROWS.sub(r"\1: (left out)", super().formatException(ei))
+
+
+class JsonFormatter(_Discreet):
     """``ts`` (UTC), ``level``, ``logger``, ``message``, who speaks, fields of `extra`, ``exception``."""
 
     def __init__(self, settings: Settings, role: str) -> None:
@@ -97,7 +119,7 @@ class JsonFormatter(logging.Formatter):
             return json.dumps({key: str(value) for key, value in line.items()})
 
 
-class ConsoleFormatter(logging.Formatter):
+class ConsoleFormatter(_Discreet):
     """``12:30:01.250 INFO     orchestrator.api: message  key=value``, in local time."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -12,9 +12,10 @@ from orchestrator.config import Settings
 from orchestrator.database.maintenance import Maintenance, Problem, Retention, Upkeep
 from orchestrator.errors import OrchestratorError
 from orchestrator.metrics import Metrics
-from orchestrator.tasks import end
+from orchestrator.tasks import end, within
 
 _EVERY_S = 60.0
+_RUN_S = 900.0  # one run is bounded; a connection that does not answer must not end all upkeep
 _AT_ONCE_S = 0.05
 _ARCHIVE_AGAIN_S = 600.0  # after a failure: a disk that is full would be filled again each minute
 
@@ -76,15 +77,16 @@ class _Minutes:
         try:
             async with Maintenance.open(self._settings) as maintenance:
                 while True:
-                    told = await maintenance.run()
+                    told = await within(_RUN_S, maintenance.run())
                     _log.debug("maintenance done", extra=_fields(told))
                     self._warn(told.problems)
                     if not told.more or told.problems:
                         break
                     await asyncio.sleep(_AT_ONCE_S)
             await self._archive()
-        except OrchestratorError as error:
-            _log.error("maintenance failed; trying again in a minute", extra={"error": str(error)})
+        except (OrchestratorError, TimeoutError) as error:
+            why = str(error) or f"no answer within {_RUN_S:g} s"
+            _log.error("maintenance failed; trying again in a minute", extra={"error": why})
         except Exception:
             _log.exception("maintenance failed; trying again in a minute")
 

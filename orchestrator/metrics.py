@@ -7,6 +7,7 @@ the series are read, so counting pays nothing for them.
 from __future__ import annotations
 
 import math
+import operator
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from orchestrator.config import Settings
 
 if TYPE_CHECKING:
     from orchestrator.database.maintenance import Condition
 
+Samples = dict[str, list[tuple[str, dict[str, str], float]]]
+"""By metric: name, labels and value of each of its samples."""
 PREFIX = "orchestrator"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LATENESS_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -67,8 +71,23 @@ class Metrics:
         self.events_released_total = self._counter(
             "events_released_total", "Events given back unattempted, as a stopping dispatcher does."
         )
+        self.results_set_aside = self._gauge(
+            "results_set_aside", "Results that wait for the end of another session's open transaction."
+        )
+        self.submissions_set_aside_total: Callable[[str], Counter] = cache(
+            self._counter(
+                "submissions_set_aside_total",
+                "Submissions that had to wait for the end of another session's open transaction.",
+                "channel",
+            ).labels
+        )
         self.event_slots_missed_total = self._counter(
             "event_slots_missed_total", "Slots under a rate that passed before their attempt could begin."
+        )
+        self.own_faults_total: Callable[[str], Counter] = cache(
+            self._counter(
+                "own_faults_total", "Attempts put off, and not spent, as this machine itself failed.", "fault"
+            ).labels
         )
         self.database_reconnects_total = self._counter(
             "database_reconnects_total", "Times the database was found again after it was away."
@@ -133,6 +152,13 @@ class Metrics:
             ).labels
         )
 
+        self.http_refusals_total: Callable[[str], Counter] = cache(
+            self._counter(
+                "http_refusals_total", "Requests and connections that the API refused before it read them.", "reason"
+            ).labels
+        )
+        self.http_connections = self._gauge("http_connections", "Open connections of the API's clients.")
+
         self.events_in_flight = self._gauge("events_in_flight", "Deliveries under way.")
         self.events_held = self._gauge("events_held", "Claimed events that wait in memory to become due.")
         self.events_backlog = self._gauge(
@@ -140,6 +166,9 @@ class Metrics:
         )
         self.paused = self._gauge("paused", "1 while everything is paused, else 0; NaN while the database is away.")
         self.destinations_paused = self._gauge("destinations_paused", "Destinations that are paused by themselves.")
+        self.lock_holders = self._gauge(
+            "lock_holders", "Sessions that have held locks in a transaction for longer than 2 seconds; NaN: unknown."
+        )
         self.breakers_open = self._gauge("breakers_open", "Destinations whose breaker is open, or trying one event.")
         self.maintenance_age_seconds = self._gauge(
             "maintenance_age_seconds", "Time since maintenance last ran, wherever that was; NaN: unknown, or never."
@@ -191,9 +220,19 @@ class Metrics:
         self.dead_letters.set(unknown if found is None else found.dead_letters)
         self.dead_letters_expiring.set(unknown if found is None else found.expiring)
 
-    def exposition(self) -> tuple[bytes, str]:
-        """All series as Prometheus reads them, and the content type to send them with."""
-        return generate_latest(self._labelled), CONTENT_TYPE
+    def exposition(self, beside: Samples | None = None) -> tuple[bytes, str]:
+        """All series as Prometheus reads them, and the content type to send them with.
+
+        With those of the process `beside` this one: as if both were one.
+        """
+        return generate_latest(_Merged(self._labelled, beside) if beside else self._labelled), CONTENT_TYPE
+
+    def samples(self) -> Samples:
+        """All series, to be merged with those of another process."""
+        return {
+            metric.name: [(sample.name, sample.labels, sample.value) for sample in metric.samples]
+            for metric in self._labelled.collect()
+        }
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(name, about, labels, namespace=PREFIX, registry=self.registry)
@@ -221,6 +260,38 @@ class _Labelled(Collector):
                 if not sample.name.endswith("_created")
             ]
             yield metric
+
+
+class _Merged(Collector):
+    """Adds what another process counts and measures."""
+
+    def __init__(self, ours: Collector, theirs: Samples) -> None:
+        self._ours = ours
+        self._theirs = theirs
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._ours.collect():
+            theirs = {
+                (name, *sorted(labels.items())): (name, labels, value)
+                for name, labels, value in self._theirs.get(metric.name, ())
+            }
+            merged = []
+            for sample in metric.samples:
+                other = theirs.pop((sample.name, *sorted(sample.labels.items())), None)
+                if other is not None:
+                    merge: Callable[[float, float], float] = _MERGES.get(sample.name, operator.add)
+                    sample = sample._replace(value=merge(sample.value, other[2]))
+                merged.append(sample)
+            metric.samples = merged + [Sample(*other) for other in theirs.values()]
+            yield metric
+
+
+_MERGES: dict[str, Callable[[float, float], float]] = {
+    "orchestrator_build_info": max,
+    "process_max_fds": max,
+    "process_start_time_seconds": min,
+}
+"""How values of one series become one; all others are added, as a gauge is fed by one of the processes only."""
 
 
 def _version() -> str:

@@ -20,9 +20,10 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import TupleRow
 
+from orchestrator.database.blocking import OnConnected
 from orchestrator.database.connection import BlockingConnection, connect_blocking
 from orchestrator.database.maintenance import CONFIGURE, Retention
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError
+from orchestrator.errors import DatabaseUnavailable, InDoubt, OrchestratorError
 
 _PATIENCE_S = 30.0
 _LONG = "set local lock_timeout = '2 s'"
@@ -90,6 +91,10 @@ def migrate(database_url: str, *, days_ahead: int | None = None, retention: Rete
             raise OrchestratorError(
                 f"the server is PostgreSQL {connection.info.server_version // 10000}: expected 18 or newer; upgrade it"
             )
+        if connection.execute("show transaction_read_only").fetchone() != ("off",):
+            raise DatabaseUnavailable(
+                "the database takes no writes: it is a standby, or default_transaction_read_only is on"
+            )
         give_up = time.monotonic() + _PATIENCE_S
         busy: list[str] = []
         while True:
@@ -102,6 +107,13 @@ def migrate(database_url: str, *, days_ahead: int | None = None, retention: Rete
                 if ended > give_up:
                     raise OrchestratorError(f"nothing was changed: {_holders(connection)}") from error
                 time.sleep(ended - began)  # others have waited as long
+            except psycopg.OperationalError as error:
+                if not connection.closed:
+                    raise
+                raise InDoubt(
+                    f"the database went away, and may have been migrated all the same: {error}; run it again, which "
+                    "changes nothing when all is up to date"
+                ) from error
         return Report(applied, _make_partitions(connection, days_ahead))
 
 
@@ -151,9 +163,10 @@ def _make_partitions(connection: psycopg.Connection[TupleRow], days_ahead: int |
     return 0
 
 
-def check(database_url: str) -> list[str]:
+def check(database_url: str, on_connected: OnConnected = lambda _: None) -> list[str]:
     """The files that `migrate` would apply; empty when the database is up to date. Changes nothing."""
     with _connect(database_url) as connection:
+        on_connected(connection)
         exists = connection.execute("select to_regclass('orchestrator.migration') is not null").fetchone()
         recorded = _recorded(connection) if exists and exists[0] else {}
     return [file.name for file in _pending(_versioned(), _repeatable(), recorded)]

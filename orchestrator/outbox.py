@@ -8,7 +8,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import lru_cache
 
 import msgspec
@@ -20,9 +20,12 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
 from orchestrator.kafka.lanes import Record, RecordRefusedError, TopicUnavailableError
 from orchestrator.metrics import Metrics
-from orchestrator.tasks import end
+from orchestrator.tasks import end, within
+from orchestrator.topic_rules import topic_rules
 
 _BATCH = 5000
+_ANSWER_S = 30.0  # for a call of the database; one that hangs is given up, and the connection with it
+_BATCH_S = 60.0  # longer than its transaction may last
 _ACKNOWLEDGED_S = 15.0  # finding a topic included, half of the transaction's time-out
 _GATHER_S = 0.05  # between batches that were not full
 _PENDING_EVERY_S = 1.0
@@ -77,26 +80,31 @@ class _Publisher:
             self._stopping = True
             self._wake.set()
             producer.stop_waiting()
-            await asyncio.wait([working], timeout=0.8 * self._settings.shutdown_timeout_s)
+            if self._switched:  # else it waits for the database, and has nothing under way
+                await asyncio.wait([working], timeout=0.8 * self._settings.shutdown_timeout_s)
             await end(working, listening)
 
     async def _work(self, producer: BulkProducer[Message]) -> None:
         backoff_s = 0.0
         while not self._stopping:
             try:
-                async with Outbox.open(self._settings) as outbox:
+                async with AsyncExitStack() as opened:
+                    outbox = await within(_ANSWER_S, opened.enter_async_context(Outbox.open(self._settings)))
                     if not self._switched:
-                        await outbox.switch(self._settings.outbox_topics)
+                        await within(_ANSWER_S, outbox.switch(self._settings.outbox_topics))
+                        await within(_ANSWER_S, outbox.tell_topics(topic_rules(self._settings)))
                         self._switched = True
                     self._floor = 0
                     while not self._stopping:
                         await self._round(outbox, producer)
                         backoff_s = 0.0
             except Exception as error:
-                if not isinstance(error, OrchestratorError):
+                if not isinstance(error, OrchestratorError | TimeoutError):
                     _log.exception("publishing the outbox failed in a way not foreseen")
                 elif not backoff_s:
-                    _log.warning("the outbox waits for the database", extra={"error": str(error)})
+                    _log.warning(
+                        "the outbox waits for the database", extra={"error": str(error) or "no answer in time"}
+                    )
                 backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s or _FIRST_BACKOFF_S)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(backoff_s * random.uniform(0.5, 1.0)):
@@ -114,14 +122,14 @@ class _Publisher:
         reachable = await producer.ready() and producer.away is None
         full, pause_s = False, _GATHER_S
         if reachable and not self._stopping:
-            full, kept = await self._publish_batch(outbox, producer)
+            full, kept = await within(_BATCH_S, self._publish_batch(outbox, producer))
             if kept:
                 full, pause_s = False, _PENDING_EVERY_S
         else:
             pause_s = _PENDING_EVERY_S
         if time.monotonic() > self._pending_read_s + _PENDING_EVERY_S:
             self._pending_read_s = time.monotonic()
-            self._metrics.outbox_event_pending_total.set(await outbox.pending())
+            self._metrics.outbox_event_pending_total.set(await within(_ANSWER_S, outbox.pending()))
         if not full:
             await self._rest(began_s + pause_s, began_s + self._settings.outbox_interval_s)
 

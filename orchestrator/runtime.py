@@ -1,4 +1,6 @@
-"""The roles of a process, on one event loop: the API, the ingester, the dispatcher, maintenance, or all of them.
+"""The roles of a process: the API, the ingester, the dispatcher, maintenance, or all of them.
+
+They share one event loop, but for the API, which has a process of its own beside the others.
 
 The first SIGTERM or SIGINT stops everything in order, within SHUTDOWN_TIMEOUT_SECONDS; a second one ends the
 process at once, and what it held is delivered by others when its leases run out.
@@ -9,32 +11,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import signal
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NoReturn
 
 import psycopg
 import uvloop
 
-from orchestrator import database_url, migrate
-from orchestrator.api.server import serve as serve_api
-from orchestrator.api.server import serve_management
+from orchestrator import database_url, descriptors, migrate
 from orchestrator.config import Settings
-from orchestrator.database import Database
+from orchestrator.database import Database, translated
+from orchestrator.database.blocking import OnConnected, blocking
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
 from orchestrator.maintenance import maintain, prepare
 from orchestrator.metrics import Metrics
+from orchestrator.starting import until_done
 
 Role = Literal["run", "api", "ingest", "dispatch", "maintain"]
 Part = Callable[[asyncio.Event], Awaitable[None]]
 """Something that works until the event is set, and then ends by itself."""
 
 _WITHOUT_API = ("ingest", "dispatch", "maintain")
-_FIRST_BACKOFF_S = 0.2
-_LAST_BACKOFF_S = 5.0
+_PREPARED_S = 120.0  # after a long pause maintenance has days of work, bounded as it is
 _AFTER_DEADLINE_S = 2.0  # the parts keep the deadline themselves; this is for one that does not
 
 _log = logging.getLogger(__name__)
@@ -63,11 +63,16 @@ class _Process:
         self._handle_signals()
         for notice in settings.notices:
             _log.warning("%s", notice)
+        limit = descriptors.raise_limit()
+        for shortage in descriptors.shortages(settings, limit):
+            _log.warning("%s", shortage)
+        settings = replace(settings, http_max_connections=descriptors.deliveries(settings, limit))
+        self._settings = settings
         _log.info("starting", extra={"database": database_url.masked(settings.database_url), "pid": os.getpid()})
         if self._role == "ingest" and settings.kafka_servers is None:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
         # These have connections of their own; their pool only answers health checks.
-        pool = replace(settings, pool_min_idle=0, pool_max_size=2) if self._role in _WITHOUT_API else settings
+        pool = settings if self._role == "api" else replace(settings, pool_min_idle=0, pool_max_size=2)
         try:
             async with asyncio.timeout(None) as deadline, Database(pool, role=self._role) as database:
                 await self._run_parts(self._parts(database), beside, database, deadline)
@@ -83,8 +88,6 @@ class _Process:
     def _parts(self, database: Database) -> list[Part]:
         settings, metrics = self._settings, self._metrics
         parts: list[Part] = []
-        if self._role in ("run", "api"):
-            parts.append(lambda stop: serve_api(settings, database, metrics, stop=stop))
         if self._role in ("run", "dispatch"):
             parts.append(lambda stop: _dispatch(settings, metrics, stop))
             if settings.kafka_servers is not None:
@@ -101,12 +104,16 @@ class _Process:
         settings = self._settings
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._limit(deadline))
-            if self._role in _WITHOUT_API and settings.management_port is not None:
-                # From the start, so that a probe sees a process that lives and waits for its database.
-                management: Part = lambda stop: serve_management(  # noqa: E731
-                    settings, database, self._metrics, stop=stop
-                )
-                tasks.create_task(self._watched(management))
+            # From the start, so that a probe sees a process that lives and waits for its database.
+            served: Part | None = None
+            if self._role == "run":
+                served = lambda stop: _serve_apart(settings, self._metrics, stop)  # noqa: E731
+            elif self._role == "api":
+                served = lambda stop: _serve_api(settings, database, self._metrics, stop)  # noqa: E731
+            elif settings.management_port is not None:
+                served = lambda stop: _serve_management(settings, database, self._metrics, stop)  # noqa: E731
+            if served is not None:
+                tasks.create_task(self._watched(served))
             await self._watched(lambda stop: _until_usable(settings, database, self._role, stop), stops=False)
             if not self._stop.is_set():
                 for part in (*parts, *beside):
@@ -147,6 +154,30 @@ def _exit_at_once(status: int) -> NoReturn:
 # These import what they run: the clients of HTTP and Kafka cost every process that loads them 10 MiB each.
 
 
+async def _serve_api(settings: Settings, database: Database, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.api.server import serve
+
+    await serve(settings, database, metrics, stop=stop)
+
+
+async def _require_keys(settings: Settings, database: Database) -> None:
+    from orchestrator.api.auth import require_keys
+
+    await require_keys(settings, database)
+
+
+async def _serve_apart(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.api.apart import serve_apart
+
+    await serve_apart(settings, "run", metrics, stop=stop)
+
+
+async def _serve_management(settings: Settings, database: Database, metrics: Metrics, stop: asyncio.Event) -> None:
+    from orchestrator.api.server import serve_management
+
+    await serve_management(settings, database, metrics, stop=stop)
+
+
 async def _dispatch(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
     from orchestrator.dispatch.dispatcher import Dispatcher
     from orchestrator.dispatch.http import HttpSender
@@ -169,35 +200,29 @@ async def _publish(settings: Settings, metrics: Metrics, stop: asyncio.Event) ->
 
 async def _until_usable(settings: Settings, database: Database, role: Role, stop: asyncio.Event) -> None:
     """Returns when the database can be used, or at `stop`. Raises OrchestratorError when it is not migrated."""
-    backoff_s = _FIRST_BACKOFF_S
-    while not stop.is_set():
-        try:
-            await asyncio.to_thread(_require_schema, settings.database_url)
-            if role in ("run", "maintain"):
-                await prepare(settings)
-            await database.ready()
-            if backoff_s > _FIRST_BACKOFF_S:
-                _log.info("the database is there")
+    url = settings.database_url
+    if not await until_done("schema", lambda: blocking(partial(_require_schema, url)), stop):
+        return
+    if role in ("run", "api") and not await until_done("API keys", lambda: _require_keys(settings, database), stop):
+        return
+    if role in ("run", "maintain"):
+        prepared = await until_done("maintenance", lambda: prepare(settings), stop, answer_s=_PREPARED_S)
+        if not prepared:
             return
-        except DatabaseUnavailable as error:
-            _log.warning(
-                "waiting for the database", extra={"error": str(error).splitlines()[0], "retry_in_s": backoff_s}
-            )
-        with suppress(TimeoutError):
-            async with asyncio.timeout(backoff_s * random.uniform(0.8, 1.2)):
-                await stop.wait()
-        backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s)
+    await until_done("readiness", database.ready, stop)
 
 
-def _require_schema(url: str) -> None:
+def _require_schema(url: str, on_connected: OnConnected) -> None:
     """Raises OrchestratorError when tables are missing.
 
     During a rollout the database may be a newer program's already, which this one can work with.
     """
     try:
-        pending = migrate.check(url)
-    except psycopg.errors.InsufficientPrivilege:
-        return  # a login that may not read the record of migrations finds out when it calls
+        with translated():
+            try:
+                pending = migrate.check(url, on_connected)
+            except psycopg.errors.InsufficientPrivilege:
+                return  # a login that may not read the record of migrations finds out when it calls
     except (DatabaseUnavailable, UnusableDatabase):
         raise
     except OrchestratorError as error:

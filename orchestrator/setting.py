@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import operator
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator import jaas
 from orchestrator.dispatch.signing import decode_secret
 from orchestrator.event_rules import TOPIC_PATTERN
 
@@ -39,7 +41,8 @@ class Setting:
     """One setting. The first of `names` is the one the documentation uses, the others are accepted as well.
 
     `default` is text as it would stand in the environment, None where there is none; `otherwise` then says
-    what happens without it. The values of `secret` settings never appear in messages.
+    what happens without it. The values of `secret` settings never appear in messages. `kinds` has the names that take
+    something else than the others; `agree` says whether the values of two names may stand side by side.
     """
 
     names: tuple[str, ...]
@@ -48,6 +51,8 @@ class Setting:
     default: str | None = None
     otherwise: str = ""
     secret: bool = False
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    agree: Callable[[Any, Any], bool] = operator.eq
 
     @property
     def name(self) -> str:
@@ -59,28 +64,39 @@ class Setting:
 
     def read(self, environ: Mapping[str, str]) -> Any:
         """The value in force; ValueError carries the line for the user."""
-        given = self.given(environ)
-        if given is None:
+        given, *others = [name for name in self.names if environ.get(name, "").strip()] or [""]
+        if not given:
             return None if self.default is None else self.kind.parse(self.default)
-        raw = environ[given]
-        for other in self.names:
-            if environ.get(other, "").strip() not in ("", raw.strip()):
+        value = self._parsed(given, environ[given])
+        for other in others:
+            if not self.agree(value, self._parsed(other, environ[other])):
                 raise ValueError(f"{given} and {other}: both are set and differ; keep {self.name}")
+        return value
+
+    def _parsed(self, given: str, raw: str) -> Any:
+        kind = self.kinds.get(given, self.kind)
         try:
-            return self.kind.parse(raw)
+            return kind.parse(raw)
         except BadItemError as wrong:
-            got = f"item {wrong.position} is not one" if self.secret else f"got {_shortened(wrong.item)}"
-            raise ValueError(f"{given}: expected {self.kind.expects}; {got}") from None
+            got = f"item {wrong.position} is not one" if self.secret else f"got {shown(wrong.item)}"
+            raise ValueError(f"{given}: expected {kind.expects}; {got}") from None
         except ValueError:
-            got = _scheme(raw) if self.secret else _shortened(raw)
-            raise ValueError(f"{given}: expected {self.kind.expects}{got and f', got {got}'}") from None
+            got = _scheme(raw) if self.secret else shown(raw)
+            raise ValueError(f"{given}: expected {kind.expects}{got and f', got {got}'}") from None
 
 
 def defined(
-    *names: str, kind: Kind, about: str, default: str | None = None, otherwise: str = "", secret: bool = False
+    *names: str,
+    kind: Kind,
+    about: str,
+    default: str | None = None,
+    otherwise: str = "",
+    secret: bool = False,
+    kinds: Mapping[str, Kind] | None = None,
+    agree: Callable[[Any, Any], bool] = operator.eq,
 ) -> Any:
     """A field of a dataclass of settings that carries its definition; a secret stays out of the repr."""
-    definition = Setting(names, kind, about, default, otherwise, secret)
+    definition = Setting(names, kind, about, default, otherwise, secret, kinds or {}, agree)
     return field(repr=not secret, metadata={"setting": definition})
 
 
@@ -89,8 +105,16 @@ def _scheme(raw: str) -> str:
     return repr(f"{match[1]}…") if match else ""
 
 
-def _shortened(raw: str) -> str:
-    return repr(raw if len(raw) <= 80 else raw[:77] + "...")
+# What stands before an @, and what is called a password, in whatever setting it was put by mistake.
+_LOGIN = re.compile(r"[^\s/,;'\"]*@")
+_NAMED = re.compile(r"(?i)(\w*(?:password|passwd|secret|token|api_?key)\w*\s*[=:]\s*)(\"[^\"]*\"?|'[^']*'?|[^\s&;,]+)")
+_KEYS = re.compile(r"whsec_\S+|orch_[A-Za-z0-9_-]+")
+
+
+def shown(raw: str) -> str:
+    """A value as it is quoted in a message: short, and without what looks like a secret."""
+    text = _KEYS.sub("***", _NAMED.sub(r"\1***", _LOGIN.sub("***@", raw[:1000])))
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def whole(least: int, most: int) -> Kind:
@@ -149,6 +173,44 @@ def _host(raw: str) -> str:
 
 
 host = Kind("a host name, an address without its port, or the directory of a socket", _host)
+
+
+class _Profiles(str):
+    """The one of Spring's active profiles that says the stage: the first that means production, else the first."""
+
+    __slots__ = ("names",)
+    names: tuple[str, ...]
+
+
+def _active_profiles(raw: str) -> str:
+    names = tuple(name for item in raw.split(",") if (name := text().parse(item)))
+    if not names:
+        raise ValueError
+    stage = _Profiles(next(filter(is_production, names), names[0]))
+    stage.names = names
+    return stage
+
+
+active_profiles = Kind("a comma-separated list of profiles", _active_profiles)
+
+
+def is_production(stage: str) -> bool:
+    return stage.lower().startswith("prod")
+
+
+def stages_agree(stage: str, profiles: str) -> bool:
+    """Whether a name of a stage and Spring's profiles may stand side by side: never if one alone means production."""
+    names = getattr(profiles, "names", (profiles,))
+    if is_production(stage) or is_production(profiles):
+        return is_production(stage) and is_production(profiles)
+    return stage.lower() in (name.lower() for name in names)
+
+
+jaas_config = Kind(
+    'a JAAS entry such as org.apache.kafka.common.security.plain.PlainLoginModule required username="…" password="…";',
+    jaas.parse,
+    lambda _: "***",
+)
 
 
 def _directory(raw: str) -> str:
@@ -253,6 +315,19 @@ def _topic(raw: str) -> str:
 
 
 topic = Kind("the name of a topic: 1 to 249 letters, digits, dots, underscores and hyphens", _topic)
+
+
+def _topic_pattern(item: str) -> str:
+    if not re.fullmatch(r"[a-zA-Z0-9._*-]{1,249}", item):
+        raise ValueError
+    return item
+
+
+topic_patterns = Kind(
+    "a comma-separated list of topics, in which * stands for any characters",
+    lambda raw: _items(raw, _topic_pattern),
+    lambda value: ",".join(value),
+)
 
 OUTBOX_KINDS = ("scheduled", "timestamp", "dlq")
 

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.jaas import Jaas
 from orchestrator.setting import (
     boolean,
     bootstrap_servers,
     defined,
+    jaas_config,
     milliseconds,
     one_of,
     outbox_kinds,
     password,
     text,
     topic,
+    topic_patterns,
     whole,
 )
 
@@ -44,18 +47,24 @@ class KafkaSettings:
 
     kafka_servers: str | None = defined(
         "KAFKA_BOOTSTRAP_SERVERS",
+        "KAFKA_BROKERS",
+        "SPRING_KAFKA_BOOTSTRAP_SERVERS",
+        "SPRING_KAFKA_BOOTSTRAPSERVERS",
         kind=bootstrap_servers,
         otherwise="none: no Kafka; events come and go over HTTP and SQL alone",
         about="Brokers to begin with.",
     )
     kafka_security_protocol: str = defined(
         "KAFKA_SECURITY_PROTOCOL",
+        "SPRING_KAFKA_SECURITY_PROTOCOL",
+        "SPRING_KAFKA_PROPERTIES_SECURITY_PROTOCOL",
         kind=one_of(_PROTOCOLS, "PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL"),
         default="PLAINTEXT",
         about="How brokers are spoken to.",
     )
     kafka_sasl_mechanism: str = defined(
         "KAFKA_SASL_MECHANISM",
+        "SPRING_KAFKA_PROPERTIES_SASL_MECHANISM",
         kind=one_of(_MECHANISMS, "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512"),
         default="PLAIN",
         about="How to log in, with the SASL protocols.",
@@ -65,6 +74,14 @@ class KafkaSettings:
     )
     kafka_sasl_password: str | None = defined(
         "KAFKA_SASL_PASSWORD", kind=password, otherwise="none", secret=True, about="Its password."
+    )
+    kafka_sasl_jaas: Jaas | None = defined(  # noqa: RUF009  # a field, as the others are
+        "KAFKA_SASL_JAAS_CONFIG",
+        "SPRING_KAFKA_PROPERTIES_SASL_JAAS_CONFIG",
+        kind=jaas_config,
+        otherwise="none",
+        secret=True,
+        about="User name and password as Java clients have them; in place of the two.",
     )
     kafka_ssl_ca_file: str | None = defined(
         "KAFKA_SSL_CA_FILE",
@@ -86,12 +103,15 @@ class KafkaSettings:
     )
     kafka_group: str = defined(
         "KAFKA_CONSUMER_GROUP",
+        "SPRING_KAFKA_CONSUMER_GROUP_ID",
+        "SPRING_KAFKA_CONSUMER_GROUPID",
         kind=text(),
         otherwise="`DEPLOYMENT_NAME`",
         about="Consumer group that shares the partitions out among ingesters.",
     )
     kafka_concurrency: int = defined(
         "KAFKA_CONSUMER_CONCURRENCY",
+        "SPRING_KAFKA_LISTENER_CONCURRENCY",
         kind=whole(1, 100),
         default="1",
         about="Consumers of submissions in each ingester, with a database connection each.",
@@ -109,6 +129,13 @@ class KafkaSettings:
     topic_scheduled: str = _topic("topic_scheduled", "Out: events accepted.")
     topic_timestamp: str = _topic("topic_timestamp", "Out: the times of each finished event.")
     topic_dlq: str = _topic("topic_dlq", "Out: dead events and rejected submissions, with the reason.")
+    kafka_allow_topics: tuple[str, ...] = defined(
+        "KAFKA_ALLOW_TOPICS",
+        kind=topic_patterns,
+        default="",
+        about="Topics that events may be delivered to; set it where deployments share brokers. Never one that the "
+        "product reads or writes itself, nor Kafka's own (`__…`).",
+    )
     kafka_partitions: int = defined(
         "KAFKA_PARTITIONS",
         kind=whole(1, 10_000),
@@ -145,4 +172,11 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
         made |= {key: f"{values['customer']}.{tail}" for key, tail in _TOPICS.items() if values.get(key, "") is None}
     if "deployment" in values and values.get("kafka_group", "") is None:
         made["kafka_group"] = values["deployment"]
+    login: Jaas | None = values.get("kafka_sasl_jaas")
+    if login is not None:
+        made |= {
+            key: value
+            for key, value in (("kafka_sasl_username", login.username), ("kafka_sasl_password", login.password))
+            if values.get(key, "") is None
+        }
     return made

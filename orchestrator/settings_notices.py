@@ -9,9 +9,18 @@ from difflib import get_close_matches
 # Names that deployments of the systems this one replaces carry along; they must keep starting unchanged.
 _WITHOUT_EFFECT = {
     r"REDIS_\w+": "locks, limits and caches live in PostgreSQL",
-    "KAFKA_STREAMS_APP_ID": "KAFKA_CONSUMER_GROUP names the group that reads submissions",
+    r"SPRING_(DATA_)?REDIS_\w+": "locks, limits and caches live in PostgreSQL",
+    r"KAFKA_STREAMS_APP(LICATION)?_ID|SPRING_KAFKA_STREAMS_\w+": "KAFKA_CONSUMER_GROUP names the group that reads "
+    "submissions",
+    r"(SPRING_KAFKA_|KAFKA_)(PROPERTIES_)?SSL_(TRUST|KEY)_?STORE_\w+": "certificates are PEM files here: "
+    "KAFKA_SSL_CA_FILE, KAFKA_SSL_CERT_FILE and KAFKA_SSL_KEY_FILE",
+    r"SPRING_APPLICATION_NAME": "DEPLOYMENT_NAME is the name of the deployment",
+    r"SPRING_(JPA|FLYWAY|LIQUIBASE)_\w+": "orchestrator migrate keeps the schema",
+    r"WORKFLOW_\w+": "max_retries, retry policies and time-outs of destinations say it",
+    r"(SPRING|MANAGEMENT|LOGGING)_\w+": "it is a setting of Spring without a counterpart here",
+    r"JAVA_OPTS|JAVA_TOOL_OPTIONS|JDK_JAVA_OPTIONS|JVM_OPTS": "there is no JVM here",
 }
-_OURS = ("SCHEDULER_", "HTTP_MAX_", "DB_", "KAFKA_", "OUTBOX_")
+_OURS = ("SCHEDULER_", "HTTP_MAX_", "API_MAX_", "DB_", "KAFKA_", "OUTBOX_")
 # Kubernetes and Docker set these for every neighbouring service, also for one that is called "db".
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?|ENV_\w+)")
 

@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from orchestrator import jaas
+from orchestrator.database_url import TARGET, DatabaseUrl
+
+_MECHANISMS = {jaas.PLAIN: ("PLAIN",), jaas.SCRAM: ("SCRAM-SHA-256", "SCRAM-SHA-512")}
 MARGIN_S = 5.0
 """What a lease must leave beyond look-ahead and time-out, to finish an attempt in the database."""
 
@@ -71,11 +75,44 @@ def _parquet_can_be_written(v: Mapping[str, Any]) -> str | None:
     )
 
 
+def _sessions_can_write(v: Mapping[str, Any]) -> str | None:
+    url: DatabaseUrl | None = v["database_url"]
+    wanted = None if url is None else url.parameters.get(TARGET)
+    if wanted in (None, "any", "read-write", "primary"):
+        return None
+    return f"DATABASE_URL: expected a {TARGET} of read-write or primary, as all roles write, got {wanted}; leave it out"
+
+
 def _ports_differ(v: Mapping[str, Any]) -> str | None:
     if v["management_port"] != v["server_port"]:
         return None
     port = v["server_port"]
     return f"MANAGEMENT_SERVER_PORT: expected another port than SERVER_PORT, got {port}; unset it to share"
+
+
+def _login_module_is_known(v: Mapping[str, Any]) -> str | None:
+    login: jaas.Jaas | None = v["kafka_sasl_jaas"]
+    if login is None:
+        return None
+    if login.module not in _MECHANISMS or login.token:
+        got = f"{login.module} with tokenauth" if login.token else login.module
+        return f"KAFKA_SASL_JAAS_CONFIG: expected PlainLoginModule or ScramLoginModule of Kafka's, got {got}"
+    mechanisms = _MECHANISMS[login.module]
+    if v["kafka_sasl_mechanism"] not in mechanisms:
+        expected, got = " or ".join(mechanisms), v["kafka_sasl_mechanism"]
+        return f"KAFKA_SASL_MECHANISM: expected {expected}, by the module of KAFKA_SASL_JAAS_CONFIG, got {got}"
+    return None
+
+
+def _logins_agree(v: Mapping[str, Any]) -> str | None:
+    login: jaas.Jaas | None = v["kafka_sasl_jaas"]
+    if login is None:
+        return None
+    for part in ("username", "password"):
+        if v[f"kafka_sasl_{part}"] != getattr(login, part):
+            name = f"KAFKA_SASL_{part.upper()}"
+            return f"{name} and KAFKA_SASL_JAAS_CONFIG: both are set and differ; keep one of them"
+    return None
 
 
 def _login_is_whole(v: Mapping[str, Any]) -> str | None:
@@ -115,7 +152,10 @@ _RULES = (
     _body_holds_payload,
     _partitions_within_reach,
     _parquet_can_be_written,
+    _sessions_can_write,
     _ports_differ,
+    _login_module_is_known,
+    _logins_agree,
     _login_is_whole,
     _certificate_has_key,
     _topics_differ,

@@ -37,6 +37,11 @@ def settings_table(environ: Mapping[str, str]) -> list[Row]:
     """One row for each setting, in the order of the README. SettingsError as from `Settings.from_env`."""
     settings = Settings.from_env(environ)
     rows = {key: _row(setting, getattr(settings, key), environ) for key, setting in SETTINGS.items()}
+    if settings.kafka_sasl_jaas is not None:
+        login = SETTINGS["kafka_sasl_jaas"].given(environ) or ""
+        for key in ("kafka_sasl_username", "kafka_sasl_password"):
+            if rows[key].source == "default":
+                rows[key] = rows[key]._replace(source=login)
     replaced = superseded(SETTINGS["database_url"].read(environ))
     parts = [
         _row(setting, setting.read(environ), environ)

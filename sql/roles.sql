@@ -20,23 +20,28 @@ revoke all on all functions in schema orchestrator from public;
 grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz, text, integer), orchestrator.random_event_id(timestamptz, integer),
   orchestrator.bucket(uuid), orchestrator.bucket_of_key(text), orchestrator.destination_name(text, text), orchestrator.spread_shift(uuid, interval),
-  orchestrator.partition_bounds(), orchestrator.standstills()
+  orchestrator.partition_bounds(), orchestrator.standstills(), orchestrator.lock_holders(interval), orchestrator.holder_text(orchestrator.lock_holder),
+  orchestrator.holders_text(interval), orchestrator.prove_writing()
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
-grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_staged_with_status(), orchestrator.submit_events(jsonb),
+grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_staged_with_status(), orchestrator.try_submit_staged(),
+  orchestrator.try_submit_staged_with_status(), orchestrator.submit_events(jsonb),
   orchestrator.schedule_event(text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval, timestamptz)
   to orchestrator_submit, orchestrator_ingest, orchestrator_ops;
 grant execute on function orchestrator.cancel_event(uuid, text), orchestrator.reschedule_event(uuid, timestamptz, text, timestamptz),
   orchestrator.cancel_events(text, text, timestamptz, timestamptz, boolean, integer, uuid), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()
   to orchestrator_submit, orchestrator_ops;
+grant execute on function orchestrator.keep_answer(uuid, json), orchestrator.kept_answer(uuid) to orchestrator_submit, orchestrator_ops;
 grant execute on function orchestrator.register_worker(text), orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer),
   orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
-  orchestrator.release_events(uuid[], integer[]), orchestrator.own_lane(text, boolean), orchestrator.next_due_at(), orchestrator.backlog(),
-  orchestrator.set_outbox(text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
+  orchestrator.finish_free_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
+  orchestrator.release_events(uuid[], integer[]), orchestrator.release_free_events(uuid[], integer[]), orchestrator.own_lane(text, boolean), orchestrator.next_due_at(), orchestrator.backlog(),
+  orchestrator.set_outbox(text[]), orchestrator.configure_topics(text, text[], text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
   orchestrator.outbox_pending(), orchestrator.raise_floors()
   to orchestrator_dispatch, orchestrator_ops;
 grant execute on function orchestrator.ingest_offsets(text), orchestrator.advance_offsets(text, integer[], bigint[], bigint[], bigint[], bigint[]),
-  orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]), orchestrator.execute_commands(text, jsonb)
+  orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]), orchestrator.execute_commands(text, jsonb),
+  orchestrator.set_aside_staged(text, integer[], integer[], bigint[], bytea[], bytea[]), orchestrator.keep_aside(integer)
   to orchestrator_ingest, orchestrator_ops;
 grant execute on function orchestrator.set_ingest_offset(text, integer, bigint), orchestrator.get_reject(bigint), orchestrator.resubmitted_reject(bigint, uuid),
   orchestrator.redrive_event(uuid), orchestrator.pass_dead_letter(uuid),

@@ -18,16 +18,21 @@ from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.migrate import migrate
 from tests.support.brokers import Kafka, KafkaBroker, SharedBrokerHold, description, fetch, own_broker, shared_broker
 from tests.support.databases import Databases, temporary_server
+from tests.support.exploring import Exploration, load_profile
 from tests.support.processes import Spawned
 from tests.support.receiver import Receiver
 
 MakeSettings = Callable[..., Settings]
 Spawn = Callable[..., Spawned]
 
+load_profile()
+
+_EXPLORATION = pytest.StashKey[Exploration]()
 _HOLD = pytest.StashKey[SharedBrokerHold]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_EXPLORATION] = Exploration()
     if not hasattr(config, "workerinput"):  # which only workers of pytest-xdist have
         fetch()
         config.stash[_HOLD] = SharedBrokerHold()
@@ -37,6 +42,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     hold = config.stash.get(_HOLD, None)
     if hold is not None:
         hold.release()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[_EXPLORATION].begin(items)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.config.stash[_EXPLORATION].is_over():
+        pytest.skip("the time to explore is up")
 
 
 def pytest_report_header() -> str:

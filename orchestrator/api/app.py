@@ -110,7 +110,8 @@ async def api_app(settings: Settings, database: Database, metrics: Metrics, heal
     async def openapi(request: Request) -> Response:
         return Response(described, media_type="application/json")
 
-    async with intake(settings, database) as taken:
+    on_aside = metrics.submissions_set_aside_total("http").inc
+    async with intake(settings, database, on_aside) as taken:
         routes = [
             Route("/api/v1/events", SubmitOne(settings, guard, taken, metrics), methods=["POST"]),
             Route("/api/v1/events/batch", SubmitBatch(settings, guard, taken, metrics), methods=["POST"]),

@@ -16,9 +16,12 @@ from orchestrator.api.problems import Problem
 from orchestrator.config import Settings
 from orchestrator.database import ApiKey, Database
 from orchestrator.errors import OrchestratorError
+from orchestrator.tasks import retrieve
 
 SCOPES = ("read", "submit", "admin")
 KEY_PATTERN = "^orch_[A-Za-z0-9_-]{43}$"
+DELIVERY_HEADER = b"orchestrator-attempt"
+"""Every delivery over HTTP has this header, and no event can set it."""
 CACHE_S = 10.0
 CACHE_SIZE = 1024
 
@@ -59,6 +62,9 @@ class Guard:
         """Raises a 401 or 403 problem; does nothing when the request may go on."""
         key = _presented(scope)
         if key is None:
+            if header(scope, DELIVERY_HEADER) is not None:
+                # Else whoever may submit an event could have it call this API with the rights of this network.
+                raise _unauthorized("A delivery may use this API with an API key in the headers of its event alone.")
             if self._anonymous:
                 return
             raise _unauthorized("Send an API key as `Authorization: Bearer orch_…` or `X-API-Key: orch_…`.")
@@ -84,6 +90,7 @@ class Guard:
             lookup = asyncio.create_task(self._look_up(digest))
             self._lookups[digest] = lookup
             lookup.add_done_callback(lambda _: self._lookups.pop(digest))
+            lookup.add_done_callback(retrieve)  # the requests may have gone by then
         return await asyncio.shield(lookup)
 
     async def _look_up(self, digest: bytes) -> ApiKey | None:

@@ -12,7 +12,15 @@ from typing import Annotated, Any
 import msgspec
 
 from orchestrator.api.fields import Field, number, whole
-from orchestrator.event_rules import HEADER_NAME_PATTERN, MAX_HEADERS, RETRY_POLICY_PATTERN, headers_fault, shown
+from orchestrator.event_rules import (
+    HEADER_NAME_PATTERN,
+    MAX_FAULTS,
+    MAX_HEADERS,
+    RETRY_POLICY_PATTERN,
+    headers_fault,
+    kind_of,
+    shown,
+)
 
 MAX_NAME_CHARS = 300
 # A host and port, or kafka: and a topic; with * a pattern. Never "." or "..", which clients take for folders.
@@ -109,8 +117,10 @@ def name_fault(name: str) -> str | None:
 def settings_of(fields: Mapping[str, msgspec.Raw]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The settings given, by columns, and the rules they break as (field, reason)."""
     given: dict[str, Any] = {}
-    faults = []
+    faults: list[tuple[str, str]] = []
     for name, raw in fields.items():
+        if len(faults) == MAX_FAULTS:
+            break
         setting = SETTINGS.get(name)
         if setting is None:
             faults.append((shown(name), f"unknown field; expected {', '.join(SETTINGS)}"))
@@ -130,7 +140,7 @@ def settings_of(fields: Mapping[str, msgspec.Raw]) -> tuple[dict[str, Any], list
 
 def _shown(name: str, raw: msgspec.Raw) -> str:
     """A secret may stand where its name belongs."""
-    return "something else" if "secret" in name else shown(raw)
+    return kind_of(raw) if "secret" in name else shown(raw)
 
 
 def _secret_fault(name: str, value: Any) -> str | None:

@@ -10,8 +10,7 @@ from starlette.responses import Response
 
 from orchestrator.api.auth import Guard
 from orchestrator.api.destination_rules import FIELDS, SETTINGS, name_fault, settings_of
-from orchestrator.api.fields import fields_of, unprocessable
-from orchestrator.api.http import read_json
+from orchestrator.api.fields import read_fields, unprocessable
 from orchestrator.api.problems import Problem
 from orchestrator.api.queries import as_json, invalid, page_limit, whole_number
 from orchestrator.config import Settings
@@ -92,8 +91,7 @@ class DestinationRoutes:
         return as_json(await self._destinations.forecast(bucket_s=bucket_s, until_s=until_s, destination=destination))
 
     async def _configure(self, request: Request, name: str) -> Response:
-        raw = await read_json(request.scope, request.receive, self._settings.max_body_bytes)
-        given, faults = settings_of(fields_of(raw))
+        given, faults = settings_of(await read_fields(request, self._settings.max_body_bytes))
         if faults:
             raise unprocessable(faults)
         # A PUT replaces what there was.

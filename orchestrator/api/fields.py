@@ -8,11 +8,11 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from starlette.requests import Request
 
-from orchestrator.api.http import read_json
+from orchestrator.api.http import MAX_FIELDS_BYTES, read_json
 from orchestrator.api.problems import Problem
 from orchestrator.api.queries import invalid
 from orchestrator.api.schema_parts import Schema
-from orchestrator.event_rules import MAX_FAULTS, shown, with_usual_time
+from orchestrator.event_rules import MAX_FAULTS, kind_of, shown, with_usual_time
 from orchestrator.json_text import utf8_fault
 
 
@@ -43,6 +43,11 @@ def whole(column: str, about: str, least: int, most: int) -> Field:
     return Field(column, f"a whole number from {least} to {most}", schema, wire)
 
 
+async def read_fields(request: Request, max_bytes: int) -> dict[str, msgspec.Raw]:
+    """The fields of the body of a request that is no event: a small JSON object. Raises a 4xx problem."""
+    return fields_of(await read_json(request.scope, request.receive, min(max_bytes, MAX_FIELDS_BYTES)))
+
+
 def fields_of(raw: bytes) -> dict[str, msgspec.Raw]:
     """The fields of a body that is a JSON object. Raises a 400 or 422 problem."""
     if utf8_fault(raw) is not None:
@@ -50,7 +55,7 @@ def fields_of(raw: bytes) -> dict[str, msgspec.Raw]:
     try:
         return msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
-        raise invalid("body", f"expected a JSON object, got {shown(raw)}") from None
+        raise invalid("body", f"expected a JSON object, got {kind_of(raw)}") from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise _malformed(str(error)) from None
 
@@ -66,7 +71,7 @@ def unprocessable(faults: list[tuple[str, str]]) -> Problem:
 
 async def body_values(request: Request, table: Mapping[str, Field], max_bytes: int, *required: str) -> dict[str, Any]:
     """The values of a JSON body, by columns. Raises a problem that names every rule it breaks."""
-    return _values(fields_of(await read_json(request.scope, request.receive, max_bytes)), table, required)
+    return _values(await read_fields(request, max_bytes), table, required)
 
 
 def query_values(request: Request, table: Mapping[str, Field]) -> dict[str, Any]:
@@ -86,6 +91,8 @@ def _values(given: Mapping[str, msgspec.Raw], table: Mapping[str, Field], requir
     values: dict[str, Any] = {}
     faults = [(name, f"required: {table[name].expected}") for name in required if name not in given]
     for name, raw in given.items():
+        if len(faults) == MAX_FAULTS:
+            break
         field = table.get(name)
         if field is None:
             faults.append((shown(name), f"unknown field; expected {', '.join(table)}"))

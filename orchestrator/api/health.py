@@ -13,11 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from orchestrator.api.link import Deliverer
 from orchestrator.database import Database
 from orchestrator.database.destinations import Destinations
 from orchestrator.database.maintenance import condition
 from orchestrator.errors import OrchestratorError
 from orchestrator.metrics import Metrics
+from orchestrator.tasks import within
 
 CHECK_TIMEOUT_S = 2.0
 CACHE_S = 1.0
@@ -34,12 +36,14 @@ _log = logging.getLogger(__name__)
 class Health:
     """Tells whether this process lives and whether it can serve; the second by asking the database."""
 
-    def __init__(self, database: Database, metrics: Metrics) -> None:
+    def __init__(self, database: Database, metrics: Metrics, deliverer: Deliverer | None = None) -> None:
         self._database = database
         self._metrics = metrics
+        self._deliverer = deliverer
         self._destinations = Destinations(database)
         self._standstills_at = -STANDSTILLS_CACHE_S
         self._condition_at = -CONDITION_CACHE_S
+        self._holders_at = -CONDITION_CACHE_S
         self._lock = asyncio.Lock()
         self._checked_at = -CACHE_S
         self._reason: str | None = None
@@ -53,6 +57,10 @@ class Health:
         ]
 
     async def live(self, request: Request) -> Response:
+        if self._deliverer is not None and await self._deliverer.samples() is None:
+            return _status(
+                False, {"process": {"status": "DOWN", "reason": "the process that delivers does not answer"}}
+            )
         return _status(True, {"process": {"status": "UP"}})
 
     async def ready(self, request: Request) -> Response:
@@ -65,7 +73,9 @@ class Health:
         self._metrics.set_pool(self._database.pool_stats())
         await self._read_standstills()
         await self._read_condition()
-        text, content_type = self._metrics.exposition()
+        await self._read_holders()
+        theirs = None if self._deliverer is None else await self._deliverer.samples()
+        text, content_type = self._metrics.exposition(theirs or {})
         return Response(text, headers={"content-type": content_type})
 
     async def _read_standstills(self) -> None:
@@ -74,8 +84,7 @@ class Health:
             return
         self._standstills_at = time.monotonic()
         try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                found = await self._destinations.standstills()
+            found = await within(CHECK_TIMEOUT_S, self._destinations.standstills())
         except (TimeoutError, OrchestratorError) as error:
             _log.debug("metrics: what stands still is unknown", extra={"error": str(error)})
             self._metrics.set_standstills(math.nan, math.nan, math.nan)
@@ -89,21 +98,32 @@ class Health:
             return
         self._condition_at = time.monotonic()
         try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                found = await condition(self._database)
+            found = await within(CHECK_TIMEOUT_S, condition(self._database))
         except (TimeoutError, OrchestratorError) as error:
             _log.debug("metrics: how maintenance fares is unknown", extra={"error": str(error)})
             self._metrics.set_condition(None)
         else:
             self._metrics.set_condition(found)
 
+    async def _read_holders(self) -> None:
+        """Asks the database who holds others up, at most once in CONDITION_CACHE_S, and never for long."""
+        if time.monotonic() - self._holders_at < CONDITION_CACHE_S:
+            return
+        self._holders_at = time.monotonic()
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                count = await self._database.value("select count(*) from orchestrator.lock_holders()")
+        except (TimeoutError, OrchestratorError) as error:
+            _log.debug("metrics: who holds others up is unknown", extra={"error": str(error)})
+            count = math.nan
+        self._metrics.lock_holders.set(count)
+
     async def _database_fault(self) -> str | None:
         """Why the database cannot be used, or None. Asks it at most once in CACHE_S, however many ask."""
         async with self._lock:
             if time.monotonic() - self._checked_at >= CACHE_S:
                 try:
-                    async with asyncio.timeout(CHECK_TIMEOUT_S):
-                        await self._database.ready()
+                    await within(CHECK_TIMEOUT_S, self._database.ready())
                     self._reason = None
                 except TimeoutError:
                     self._reason = f"no answer within {CHECK_TIMEOUT_S:.0f} seconds"

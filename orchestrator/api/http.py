@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.api.problems import Problem
 
-BODY_TIMEOUT_S = 30.0
+MAX_FIELDS_BYTES = 1 << 16
+"""Longest body of a request that is no event."""
 
 
 class ClientGoneError(Exception):
@@ -24,17 +23,15 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 async def read_json(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The body, as it was sent. Refuses what is not declared as JSON, and stops reading at `max_bytes`."""
+    """The body, as it was sent. Refuses what is not declared as JSON, and stops reading at `max_bytes`.
+
+    How long it may take is the connection's to decide, which then is gone.
+    """
     _require_json(scope)
     declared = header(scope, b"content-length")
     if declared is not None and int(declared) > max_bytes:
         raise _too_large(max_bytes)
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await _read(receive, max_bytes)
-    except TimeoutError:
-        detail = f"The body was not complete after {BODY_TIMEOUT_S:.0f} seconds."
-        raise Problem("timeout", detail, headers={"Connection": "close"}) from None
+    return await _read(receive, max_bytes)
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:
@@ -68,7 +65,8 @@ def _require_json(scope: Scope) -> None:
 
 
 def _too_large(max_bytes: int) -> Problem:
-    return Problem("too-large", f"Expected at most {max_bytes} bytes (MAX_BODY_BYTES); send smaller batches.")
+    remedy = "." if max_bytes == MAX_FIELDS_BYTES else " (MAX_BODY_BYTES); send smaller batches."
+    return Problem("too-large", f"Expected at most {max_bytes} bytes{remedy}")
 
 
 async def send_json(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:

@@ -12,14 +12,16 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Scope, Send
 
-from orchestrator.errors import DatabaseUnavailable, KafkaUnavailable, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, InDoubt, KafkaUnavailable, ValidationError
 from orchestrator.events import JsonError, OutOfRangeError, SubmissionError
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:orchestrator:problem:"
 RETRY_AFTER_S = 1
+BLOCKED_RETRY_AFTER_S = 5
 
 KINDS: dict[str, tuple[int, str]] = {
+    "malformed-request": (400, "The request is not HTTP"),
     "malformed-json": (400, "The body is not JSON"),
     "bad-cursor": (400, "The cursor is not one that this API gave out"),
     "unauthorized": (401, "A valid API key is needed"),
@@ -33,10 +35,14 @@ KINDS: dict[str, tuple[int, str]] = {
     "refused": (409, "The event cannot be kept as things stand"),
     "not-configurable": (409, "The destination cannot be configured so"),
     "too-large": (413, "The body is too large"),
+    "target-too-long": (414, "The path and query are too long"),
     "unsupported-media-type": (415, "The body must be JSON"),
     "validation": (422, "The request breaks a rule"),
+    "too-many-requests": (429, "One client asks for too much at once"),
+    "head-too-large": (431, "The headers are too large"),
     "internal": (500, "Something went wrong here"),
     "unavailable": (503, "The database, or Kafka, is away or overloaded"),
+    "too-many-connections": (503, "The API has as many clients as it can serve"),
 }
 """Each kind of problem: the end of its type URI, its status and its title."""
 
@@ -89,6 +95,14 @@ def unavailable(detail: str) -> Problem:
     return Problem("unavailable", detail, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
+def blocked(kept: str = "Nothing was changed") -> Problem:
+    detail = (
+        f"Another session of the database holds what this needs in a transaction that is open. {kept}; "
+        "the same request, sent again, succeeds once that has ended."
+    )
+    return Problem("unavailable", detail, headers={"Retry-After": str(BLOCKED_RETRY_AFTER_S)})
+
+
 def as_problem(error: Exception) -> Problem:
     """The problem that tells a client of an error. What is not foreseen is logged and told without its details."""
     match error:
@@ -104,6 +118,14 @@ def as_problem(error: Exception) -> Problem:
             return Problem("validation", detail, errors=error.errors)
         case ValidationError():
             return Problem("validation", str(error), errors=[(error.field, error.reason)])
+        case Blocked():
+            _log.warning("answered 503: %s", error)
+            return blocked()
+        case InDoubt():
+            _log.warning("answered 503: %s", error)
+            return unavailable(
+                "The database went away meanwhile. It may have been done all the same; look, or try again."
+            )
         case DatabaseUnavailable():
             _log.warning("answered 503: %s", error)
             return unavailable("The database cannot be reached. Try again shortly; nothing was lost by this.")

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from orchestrator.api.problems import Problem
 from orchestrator.event_rules import EARLIEST, shown
+from orchestrator.json_text import pruned
 
 # A place in a list: a microsecond and the id of an event. Opaque to clients, and no string of this form is wrong.
 CURSOR_PATTERN = "^[0-9a-f]{46}$"
@@ -66,6 +67,9 @@ def page_of(name: str, found: Sequence[bytes], limit: int, time_field: str) -> b
 
 
 def _cursor(item: bytes, time_field: str) -> bytes:
-    fields = msgspec.json.decode(item, type=dict[str, msgspec.Raw])
+    try:
+        fields = msgspec.json.decode(item, type=dict[str, msgspec.Raw])
+    except RecursionError:  # PostgreSQL takes deeper payloads than the API does
+        fields = msgspec.json.decode(pruned(item) or b"{}", type=dict[str, msgspec.Raw])
     micros = (msgspec.json.decode(fields[time_field], type=datetime) - EARLIEST) // _MICROSECOND
     return b"%014x%b" % (micros, msgspec.json.decode(fields["id"], type=str).replace("-", "").encode())

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import Any, cast
 
 import uvicorn
 
 from orchestrator.api.app import Edge, api_app, management_app
-from orchestrator.api.auth import require_keys
+from orchestrator.api.front import Front
 from orchestrator.api.health import Health
+from orchestrator.api.link import Deliverer
+from orchestrator.api.listening import BACKLOG, Listeners, listen, listening
 from orchestrator.config import Settings
 from orchestrator.database import Database
-from orchestrator.errors import OrchestratorError
 from orchestrator.metrics import Metrics
-
-KEEP_ALIVE_S = 75  # longer than the idle time-out of the usual load balancers, so that they close first
-BACKLOG = 2048
 
 _log = logging.getLogger(__name__)
 
@@ -31,28 +29,35 @@ class _Server(uvicorn.Server):
         yield  # signals are the caller's
 
 
-async def serve(settings: Settings, database: Database, metrics: Metrics, *, stop: asyncio.Event) -> None:
+async def serve(
+    settings: Settings,
+    database: Database,
+    metrics: Metrics,
+    *,
+    stop: asyncio.Event,
+    listeners: Listeners | None = None,
+    deliverer: Deliverer | None = None,
+    on_serving: Callable[[], None] = lambda: None,
+) -> None:
     """Serve the API until `stop` is set, then finish what is running, within `shutdown_timeout_s`.
 
     Health and metrics are on the same port, or on `management_port` if it is set; there they answer until the API
-    has stopped, not ready from the moment of `stop`. Raises OrchestratorError when a port is taken, or when keys are
-    needed and there is none.
+    has stopped, not ready from the moment of `stop`. They speak for the `deliverer` too, if that is another process.
+    Raises OrchestratorError when a port is taken.
     """
-    await require_keys(settings, database)
-    health = Health(database, metrics)
+    health = Health(database, metrics, deliverer)
     with contextlib.ExitStack() as sockets:
-        listener = sockets.enter_context(_listen("SERVER_PORT", settings.server_host, settings.server_port))
-        if settings.management_port is None:
-            await _serve_api(settings, database, metrics, health, listener, stop)
+        api, management = listeners or sockets.enter_context(listening(settings))
+        on_serving()
+        if management is None:
+            await _serve_api(settings, database, metrics, health, api, stop)
             return
-        port = settings.management_port
-        management = sockets.enter_context(_listen("MANAGEMENT_SERVER_PORT", settings.server_host, port))
         async with asyncio.TaskGroup() as group:
             api_stopped = asyncio.Event()
             app = management_app(health, metrics)
-            group.create_task(_run(settings, app, management, stop=api_stopped))
+            group.create_task(_run(settings, app, Front(settings, metrics), management, stop=api_stopped))
             try:
-                await _serve_api(settings, database, metrics, health, listener, stop)
+                await _serve_api(settings, database, metrics, health, api, stop)
             finally:
                 api_stopped.set()
 
@@ -65,8 +70,9 @@ async def serve_management(settings: Settings, database: Database, metrics: Metr
     health = Health(database, metrics)
     name = "SERVER_PORT" if settings.management_port is None else "MANAGEMENT_SERVER_PORT"
     port = settings.management_port or settings.server_port
-    with _listen(name, settings.server_host, port) as listener:
-        await _run(settings, management_app(health, metrics), listener, stop=stop, health=health)
+    with listen(name, settings.server_host, port) as listener:
+        front = Front(settings, metrics)
+        await _run(settings, management_app(health, metrics), front, listener, stop=stop, health=health)
 
 
 async def _serve_api(
@@ -78,15 +84,21 @@ async def _serve_api(
     stop: asyncio.Event,
 ) -> None:
     async with api_app(settings, database, metrics, health) as app:
-        await _run(settings, app, listener, stop=stop, health=health)
+        await _run(settings, app, Front(settings, metrics), listener, stop=stop, health=health)
 
 
 async def _run(
-    settings: Settings, app: Edge, listener: socket.socket, *, stop: asyncio.Event, health: Health | None = None
+    settings: Settings,
+    app: Edge,
+    front: Front,
+    listener: socket.socket,
+    *,
+    stop: asyncio.Event,
+    health: Health | None = None,
 ) -> None:
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=cast(Any, front.connection),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -94,7 +106,7 @@ async def _run(
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_keep_alive=3600,  # the front's to decide, and sooner
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout_s)),
     )
     server = _Server(config)
@@ -105,27 +117,11 @@ async def _run(
             health.stopping = True
         server.should_exit = True
 
-    stopper = asyncio.create_task(stop_it())
+    besides = asyncio.create_task(stop_it()), asyncio.create_task(front.sweep_for_ever())
     _log.info("listening", extra={"address": "{}:{}".format(*listener.getsockname()[:2])})
     try:
         await server.serve(sockets=[listener])
     finally:
-        stopper.cancel()
-        await asyncio.gather(stopper, return_exceptions=True)
-
-
-def _listen(setting: str, host: str, port: int) -> socket.socket:
-    """A listening socket; opened here since uvicorn would end the process when the port is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        why = {
-            errno.EADDRINUSE: "another process listens there; stop it or choose another port",
-            errno.EACCES: "not permitted; choose a port above 1023",
-        }.get(error.errno or 0, error.strerror or str(error))
-        raise OrchestratorError(f"{setting}: cannot listen on {host}:{port}: {why}") from error
-    # Connections inherit it. uvicorn writes head and body apart; without it the body of each answer waits 40 ms
-    # for the client's acknowledgement of the head.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
+        for task in besides:
+            task.cancel()
+        await asyncio.gather(*besides, return_exceptions=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from orchestrator import descriptors
 from orchestrator.cli.support import console, environ, json_option, plain, print_json
 from orchestrator.config import DATABASE_PARTS, SETTINGS, Settings
 from orchestrator.database.session import SESSION, Session
@@ -28,7 +29,8 @@ def check(as_json: bool) -> None:
     ours = Settings.from_env(given)
     session = Session.of(ours.database_url, "…")
     connection = {**session.parameters, "options": session.options}
-    notices = [*ours.notices, *map(_overruled, session.overruled.items())]
+    shortages = descriptors.shortages(ours, descriptors.limit(hard=True))
+    notices = [*ours.notices, *map(_overruled, session.overruled.items()), *shortages]
     if as_json:
         settings = {row.name: {"value": row.value, "source": row.source, "default": row.default} for row in rows}
         print_json({"settings": settings, "connection": connection, "notices": notices})

@@ -143,7 +143,11 @@ def _redrive_one(event_id: str, as_json: bool) -> None:
     if result is None:
         raise OrchestratorError(f"there is no event with the id {event_id}")
     if result != "redriven":
-        why = {"expired": "it has expired", "purged": "it was purged"}.get(result, f"it is not dead ({result})")
+        why = {
+            "expired": "it has expired",
+            "purged": "it was purged",
+            "refused": "events may not be delivered to its topic; see KAFKA_ALLOW_TOPICS",
+        }.get(result, f"it is not dead ({result})")
         raise OrchestratorError(f"{event_id} was not redriven: {why}")
     if as_json:
         print_json({"id": event_id, "result": result})

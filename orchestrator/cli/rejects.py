@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import IO, TYPE_CHECKING, TypeVar
 
 import click
 
-from orchestrator.cli.support import console, json_option, kept_before, moment, plain, print_json, settings
+from orchestrator.cli.support import console, json_option, kept_before, moment, plain, print_json, with_database
 from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError
 
@@ -25,12 +24,7 @@ _SHOWN_CHARS = 2000
 def _with_rejects(work: Callable[[Rejects, Settings], Awaitable[T]]) -> T:
     from orchestrator.database.rejects import Rejects
 
-    async def run() -> T:
-        ours = settings()
-        async with Rejects.open(ours) as rejects:
-            return await work(rejects, ours)
-
-    return asyncio.run(run())
+    return with_database(lambda database, ours: work(Rejects(database), ours))
 
 
 async def _found(rejects: Rejects, number: int) -> KeptReject:
@@ -127,7 +121,8 @@ def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) ->
     corrected = None if file is None else file.read()
 
     async def work(rejects: Rejects, ours: Settings) -> Submitted:
-        from orchestrator.events import parse_submission
+        from orchestrator.events import parse_submission, require_topic
+        from orchestrator.topic_rules import topic_rules
 
         found = await _found(rejects, number)
         if found.topic == ours.topic_processing:
@@ -137,7 +132,7 @@ def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) ->
         value = found.value if corrected is None else corrected
         if value is None:
             raise OrchestratorError(f"reject {number} has no value; give what it should have been in a file")
-        return await rejects.resubmit(number, parse_submission(value, ours))
+        return await rejects.resubmit(number, require_topic(parse_submission(value, ours), topic_rules(ours)))
 
     kept = _with_rejects(work)
     duplicate = kept.result == "duplicate"

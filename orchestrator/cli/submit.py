@@ -26,6 +26,7 @@ from orchestrator.cli.support import (
 from orchestrator.cli.times import a_duration, relative
 from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError, ValidationError
+from orchestrator.event_rules import MAX_FRAME_BYTES
 
 if TYPE_CHECKING:
     from orchestrator.database import Database, Submitted
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _BATCH = 1000
 _SHOWN_REFUSALS = 20
+_TOO_SHORT_FOR_A_SECRET = 5
 _OVER = ("cancelled", "rescheduled", "expired", "dead")
 
 
@@ -57,9 +59,14 @@ def _after(scheduled_at: str, duration: timedelta) -> str | None:
 def _headers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
     for value in values:
         if ":" not in value:
-            raise click.BadParameter(f"expected 'Name: value', got {value!r}")
+            raise click.BadParameter(f"expected 'Name: value', got {_start(value)!r}")
     parts = (value.partition(":") for value in values)
     return {name.strip(): content.strip() for name, _, content in parts} or None
+
+
+def _start(value: str) -> str:
+    """So much of a value as is no credential."""
+    return value if len(value) <= _TOO_SHORT_FOR_A_SECRET else f"{value[:_TOO_SHORT_FOR_A_SECRET]}…"
 
 
 def _spread(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -184,17 +191,18 @@ def _payload(given: str) -> bytes:
     try:
         json.loads(text)
     except ValueError as error:
-        raise click.BadParameter(f"expected JSON, got {plain(given[:80])!r}: {error}", param_hint="--payload") from None
+        raise click.BadParameter(f"expected JSON, got {_start(given)!r}: {error}", param_hint="--payload") from None
     return text
 
 
 def _submit_one(fields: dict[str, object], payload: bytes, as_json: bool) -> None:
     async def work(database: Database, settings: Settings) -> tuple[Submission, Submitted]:
-        from orchestrator.events import parse_submission
+        from orchestrator.events import parse_submission, require_topic
+        from orchestrator.topic_rules import topic_rules
 
         # Spliced in as it is, since the payload is kept and delivered byte for byte.
         raw = b'%b,"payload":%b}' % (json.dumps(fields).encode()[:-1], payload)
-        submission = parse_submission(raw, settings)
+        submission = require_topic(parse_submission(raw, settings), topic_rules(settings))
         return submission, (await database.submit([submission]))[0]
 
     submission, kept = with_database(work)
@@ -248,19 +256,30 @@ def _submit_file(file: IO[bytes], as_json: bool) -> None:
 
 def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Submission | ValidationError]]]:
     """Lists of (line number, what stands there), empty lines left out."""
-    from orchestrator.events import parse_submission
+    from orchestrator.events import parse_submission, require_topic
+    from orchestrator.topic_rules import topic_rules
+
+    topics = topic_rules(settings)
 
     def parsed() -> Iterator[tuple[int, Submission | ValidationError]]:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, settings.max_payload_bytes + MAX_FRAME_BYTES + 2), start=1):
             if not line.isspace():
                 try:
-                    yield number, parse_submission(line, settings)
+                    yield number, require_topic(parse_submission(line, settings), topics)
                 except ValidationError as error:
                     yield number, error
 
     items = parsed()
     while batch := list(islice(items, _BATCH)):
         yield batch
+
+
+def _lines(file: IO[bytes], most_bytes: int) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer, which is refused, so many bytes."""
+    while line := file.readline(most_bytes):
+        yield line
+        while len(line) == most_bytes and not line.endswith(b"\n"):
+            line = file.readline(most_bytes)
 
 
 def _count(tally: Tally, line: int, outcome: ValidationError | Submitted, as_json: bool) -> None:

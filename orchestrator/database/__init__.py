@@ -11,6 +11,7 @@ from orchestrator.database.pool import (
     Rescheduled,
     Submitted,
     submit_all,
+    submit_free,
 )
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "Submitted",
     "connect",
     "submit_all",
+    "submit_free",
     "translated",
 ]

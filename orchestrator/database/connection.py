@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self
+from typing import Any, LiteralString, Self
 
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, Cursor, IsolationLevel, Transaction, errors
@@ -13,12 +13,17 @@ from psycopg.abc import Params, QueryNoTemplate
 from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow
 from psycopg.types.string import TextLoader
+from psycopg_pool import PoolTimeout
 
 from orchestrator.config import Settings
 from orchestrator.database.session import MARK, SESSION, Session
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError, UnusableDatabase, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError, UnusableDatabase, ValidationError
 
-_AWAY = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)
+HOLDERS: LiteralString = "select coalesce(orchestrator.holders_text(), 'it has ended by now')"
+"""Names the sessions whose open transactions may be in the way."""
+
+_AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
+_ENDED = {"57P01", "57P02", "57P03", "57P05", "08000", "08003", "08006"}
 _NOT_MIGRATED = (
     errors.UndefinedFunction,
     errors.UndefinedTable,
@@ -32,6 +37,10 @@ def translated() -> Iterator[None]:
     """Raises what psycopg raises as this product's errors."""
     try:
         yield
+    except errors.LockNotAvailable as error:
+        raise Blocked(f"another session's open transaction holds what is needed: {_first_line(error)}") from error
+    except errors.ReadOnlySqlTransaction as error:
+        raise DatabaseUnavailable(f"the database takes no writes: {_first_line(error)}") from error
     except _AWAY as error:
         raise DatabaseUnavailable(f"the database is away: {_first_line(error)}") from error
     except _NOT_MIGRATED as error:
@@ -42,6 +51,23 @@ def translated() -> Iterator[None]:
         raise OrchestratorError(f"{_first_line(error)}; grant the user one of the roles in sql/roles.sql") from error
     except (psycopg.DataError, psycopg.IntegrityError) as error:
         raise ValidationError(error.diag.column_name or "value", _first_line(error)) from error
+
+
+def is_lost(error: DatabaseUnavailable) -> bool:
+    """Whether the connection ended, so that what was sent over it may have been done: nothing answered."""
+    cause = error.__cause__
+    if not isinstance(cause, psycopg.Error) or isinstance(cause, PoolTimeout):
+        return False
+    # Connections that the server ends say so; what libpq finds by itself has no code.
+    return cause.sqlstate is None or cause.sqlstate in _ENDED
+
+
+def is_worth_another_try(error: DatabaseUnavailable) -> bool:
+    """Whether the same may succeed at once: on another connection, or in another transaction."""
+    cause = error.__cause__
+    return is_lost(error) or isinstance(
+        cause, (errors.ReadOnlySqlTransaction, errors.DeadlockDetected, errors.SerializationFailure)
+    )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ SETTINGS = (
 TIMES = frozenset({"timeout", "spread", "breaker_window", "breaker_cooldown", "breaker_max_cooldown"})
 
 _CONFIGURE: LiteralString = """
-select d.name, orchestrator.destination_json(d.name), d.waiting, d.overlaps, d.note
+select orchestrator.destination_json(d.name)::text, d.waiting, d.overlaps, d.note
 from orchestrator.configure_destination(%s, %s::float8, %s::integer, %s::integer, %s::boolean, make_interval(secs => %s)
   , %s::text, %s::text, %s::jsonb, make_interval(secs => %s), %s::integer, %s::float8, %s::integer
   , make_interval(secs => %s), make_interval(secs => %s), make_interval(secs => %s), %s::text[]) d
@@ -69,32 +69,35 @@ class Destinations:
         """
         values = [_checked(name, settings.get(name)) for name in SETTINGS]
         with named():
-            [(_, kept, waiting, overlaps, note)] = await self._database.rows(_CONFIGURE, name, *values, list(clear))
+            [(kept, waiting, overlaps, note)] = await self._database.once(_CONFIGURE, name, *values, list(clear))
         told = {"destination": msgspec.Raw(kept.encode()), "waiting": waiting, "overlaps": overlaps, "note": note}
         return msgspec.json.encode(told)
 
     async def delete(self, name: str) -> bytes | None:
         """None when it was not configured."""
-        return await self._row("select row_to_json(d) from orchestrator.delete_destination(%s) d", name)
+        return await self._changed("select row_to_json(d)::text from orchestrator.delete_destination(%s) d", name)
 
     async def pause(self, name: str) -> bytes:
-        [told] = await self._rows("select row_to_json(d) from orchestrator.pause_destination(%s) d", name)
+        told = await self._changed("select row_to_json(d)::text from orchestrator.pause_destination(%s) d", name)
+        assert told is not None
         return told
 
     async def resume(self, name: str) -> bytes | None:
         """None when there is no such destination."""
-        return await self._row("select row_to_json(d) from orchestrator.resume_destination(%s) d", name)
+        return await self._changed("select row_to_json(d)::text from orchestrator.resume_destination(%s) d", name)
 
     async def close_breaker(self, name: str) -> bytes | None:
         """None when there is no such destination."""
-        return await self._row("select row_to_json(d) from orchestrator.close_breaker(%s) d", name)
+        return await self._changed("select row_to_json(d)::text from orchestrator.close_breaker(%s) d", name)
 
     async def pause_all(self) -> bytes:
-        [told] = await self._rows("select row_to_json(a) from orchestrator.pause_all() a")
+        told = await self._changed("select row_to_json(a)::text from orchestrator.pause_all() a")
+        assert told is not None
         return told
 
     async def resume_all(self) -> bytes:
-        [told] = await self._rows("select row_to_json(a) from orchestrator.resume_all() a")
+        told = await self._changed("select row_to_json(a)::text from orchestrator.resume_all() a")
+        assert told is not None
         return told
 
     async def forecast(self, *, bucket_s: float, until_s: float, destination: str | None = None) -> bytes:
@@ -115,6 +118,12 @@ class Destinations:
     async def _rows(self, query: LiteralString, *values: object) -> list[bytes]:
         with named():
             return [row[0].encode() for row in await self._database.rows(query, *values)]
+
+    async def _changed(self, query: LiteralString, *values: object) -> bytes | None:
+        """What a query answers that changes something: one text, or nothing."""
+        with named():
+            rows = await self._database.once(query, *values)
+        return rows[0][0].encode() if rows else None
 
     async def _row(self, query: LiteralString, *values: object) -> bytes | None:
         with named():

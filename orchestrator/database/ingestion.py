@@ -2,10 +2,15 @@
 
 The transaction moves the offsets first, by compare-and-set. That serialises everyone who reads the same partition,
 zombies included, and makes the batch and its offsets one: both are kept, or neither.
+
+A record that waits for another session's open transaction, as one whose id somebody has kept and not committed, must
+not stop its partition: it is set aside, in the same transaction, and kept as soon as that has ended.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, LiteralString, NamedTuple, TypeVar
@@ -14,12 +19,16 @@ import msgspec
 from psycopg import errors
 
 from orchestrator.config import Settings
-from orchestrator.database.connection import Connection, connect, translated
+from orchestrator.database.connection import HOLDERS, Connection, connect, translated
 from orchestrator.database.pool import COPY_SUBMISSIONS
-from orchestrator.errors import OrchestratorError, ValidationError
+from orchestrator.errors import Blocked, OrchestratorError, ValidationError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_APART_S = 2.0  # for finding out which items of a batch are blocked
+
+_log = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
@@ -52,7 +61,10 @@ class Reject(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """How many events of a batch were new, kept before, or refused by a rule that only the database knows."""
+    """How many events of a batch were new, kept before, or refused by a rule that only the database knows.
+
+    All others wait for another session's open transaction.
+    """
 
     accepted: int
     duplicates: int
@@ -78,11 +90,15 @@ class Ingestion:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._apart_until_s = 0.0  # when the batch under way is waited for no longer; 0: it waits for nobody
+        self._blocked: list[int] = []
+        self.has_aside = False
+        """Whether it has set records aside that may still wait."""
 
     @classmethod
     @asynccontextmanager
     async def open(cls, settings: Settings) -> AsyncGenerator[Ingestion, None]:
-        async with await connect(settings, "ingest", **_PAUSED) as connection:
+        async with await connect(settings, "ingest", **_SESSION) as connection:
             if not connection.pooled:
                 with translated():
                     await connection.execute("select orchestrator.open_staging()")
@@ -105,7 +121,16 @@ class Ingestion:
             duplicates = sum(count for count, _ in answers)
             refused += [each for _, some in answers for each in some]
             await self._keep_rejects(topic, [*rejects, *(rejected(*each) for each in refused)])
-        return Kept(len(rows) - duplicates - len(refused), duplicates, len(refused))
+            aside, self._blocked = self._blocked, []
+            if aside:
+                await self._set_aside(topic, [rows[n] for n in aside], [rejected(n, "id", "") for n in aside])
+        self.has_aside |= bool(aside)
+        return Kept(len(rows) - duplicates - len(refused) - len(aside), duplicates, len(refused))
+
+    async def keep_aside(self) -> None:
+        """Keeps what was set aside, as far as nobody is in its way any more."""
+        [(_, left)] = await self._all("select kept, waiting from orchestrator.keep_aside()")
+        self.has_aside = left > 0
 
     async def execute(
         self,
@@ -122,7 +147,9 @@ class Ingestion:
             await self._all("select orchestrator.execute_commands(%s, %s::jsonb)", topic, document)
 
         async with self._transaction(topic, moves):
+            await self._all(_COMMAND_PATIENCE)
             _, refused = await self._apart(commands, execute)
+            refused += [(n, "event_id", _HELD) for n in self._blocked]
             for n, field, reason in refused:
                 await execute([{**commands[n], "problem": {"field": field, "reason": _storable(reason)}}])
             await self._keep_rejects(topic, [*rejects, *(rejected(*each) for each in refused)])
@@ -133,6 +160,7 @@ class Ingestion:
         columns = [list(column) for column in zip(*sorted(moves), strict=True)] or [[]] * 5
         with translated():
             async with self._connection.transaction():
+                self._apart_until_s, self._blocked = 0.0, []
                 moved = await self._all(_ADVANCE, topic, *columns)
                 if moved:
                     raise OffsetsMovedError(dict(moved))
@@ -141,8 +169,14 @@ class Ingestion:
     async def _apart(
         self, items: Sequence[T], work: Callable[[Sequence[T]], Awaitable[R]], first: int = 0
     ) -> tuple[list[R], list[Refused]]:
-        """The answers of `work` on all items, and those that it fails for, found by bisecting."""
+        """The answers of `work` on all items, and those that it fails for, found by bisecting.
+
+        Notes in `_blocked` the numbers of those that another session is in the way of.
+        """
         if not items:
+            return [], []
+        if self._apart_until_s and time.monotonic() > self._apart_until_s:
+            self._blocked += range(first, first + len(items))
             return [], []
         try:
             with _refusing():
@@ -151,6 +185,11 @@ class Ingestion:
         except ValidationError as error:
             if len(items) == 1:
                 return [], [(first, error.field, error.reason)]
+        except Blocked as error:
+            if len(items) == 1:
+                self._blocked.append(first)
+                return [], []
+            await self._be_hasty(error)
         middle = len(items) // 2
         answers, refused = await self._apart(items[:middle], work, first)
         more_answers, more_refused = await self._apart(items[middle:], work, first + middle)
@@ -162,9 +201,34 @@ class Ingestion:
             await cursor.execute("select orchestrator.open_staging()")
             async with cursor.copy(COPY_SUBMISSIONS) as copy:
                 await copy.write(b"".join(rows))
-            await cursor.execute(_SUBMIT)
+            await cursor.execute(_SUBMIT_HASTILY if self._apart_until_s else _SUBMIT)
             duplicates, numbers, fields, reasons = await cursor.fetchone() or (0, None, None, None)
         return duplicates, list(zip(numbers or (), fields or (), reasons or (), strict=True))
+
+    async def _be_hasty(self, error: Blocked) -> None:
+        """Waits for nobody any more, for the rest of the transaction."""
+        if not self._apart_until_s:
+            self._apart_until_s = time.monotonic() + _APART_S
+            await self._all("set local lock_timeout = '20 ms'")
+            holders = await self.holders()
+            _log.warning(
+                "records wait for another session's open transaction; the others of their batch go first",
+                extra={"error": str(error), "holders": holders},
+            )
+
+    async def holders(self) -> str:
+        """The sessions whose open transactions may be in the way, for an operator."""
+        [(holders,)] = await self._all(HOLDERS)
+        return str(holders)
+
+    async def _set_aside(self, topic: str, rows: Sequence[bytes], records: Sequence[Reject]) -> None:
+        async with self._connection.cursor() as cursor:
+            await cursor.execute("select orchestrator.open_staging()")
+            async with cursor.copy(COPY_SUBMISSIONS) as copy:
+                await copy.write(b"".join(rows))
+        numbers = [int(row.partition(b"\t")[0]) for row in rows]
+        columns = zip(*((r.partition, r.offset, r.key, r.value) for r in records), strict=True)
+        await self._all(_SET_ASIDE, topic, numbers, *map(list, columns))
 
     async def _keep_rejects(self, topic: str, rejects: Sequence[Reject]) -> None:
         if rejects:
@@ -174,7 +238,8 @@ class Ingestion:
 
     async def _all(self, query: LiteralString, *values: object) -> list[tuple[Any, ...]]:
         with translated():
-            return await (await self._connection.execute(query, values)).fetchall()
+            cursor = await self._connection.execute(query, values)
+            return await cursor.fetchall() if cursor.description else []
 
 
 @contextmanager
@@ -199,7 +264,7 @@ def _storable(text: str) -> str:
 
 
 # A process that is paused within its transaction must not keep the partitions from whoever has taken them over.
-_PAUSED = {"idle_in_transaction_session_timeout": "5s"}
+_SESSION = {"idle_in_transaction_session_timeout": "5s", "lock_timeout": "10s"}
 _ADVANCE: LiteralString = """
 select partition, next_offset from orchestrator.advance_offsets(
   %s, %s::integer[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[])
@@ -207,7 +272,13 @@ select partition, next_offset from orchestrator.advance_offsets(
 _SUBMIT: LiteralString = """
 select count(*) filter (where result = 'duplicate'), array_agg(n) filter (where result = 'refused')
 , array_agg(field) filter (where result = 'refused'), array_agg(reason) filter (where result = 'refused')
-from orchestrator.submit_staged()
+from orchestrator.try_submit_staged()
+"""
+_SUBMIT_HASTILY = _SUBMIT.replace("try_submit_staged", "submit_staged")
+_COMMAND_PATIENCE: LiteralString = "set local lock_timeout = '2 s'"
+_HELD = "another session holds the event in a transaction that is open; send the command again once it has ended"
+_SET_ASIDE: LiteralString = """
+select orchestrator.set_aside_staged(%s, %s::integer[], %s::integer[], %s::bigint[], %b::bytea[], %b::bytea[])
 """
 _KEEP_REJECTS: LiteralString = """
 select orchestrator.keep_rejects(

@@ -7,11 +7,13 @@ from contextlib import asynccontextmanager
 from typing import LiteralString, NamedTuple
 
 import msgspec
+from psycopg.rows import TupleRow
 
 from orchestrator.config import Settings
-from orchestrator.database.connection import Connection, connect, translated
+from orchestrator.database.connection import HOLDERS, Connection, connect, translated
 
 NOTIFY_CHANNEL = "orchestrator_due"
+_PATIENCE = "100ms"  # claims and other finishes hold their locks for less
 
 
 class Claimed(msgspec.Struct, gc=False):
@@ -57,7 +59,10 @@ class Finished(msgspec.Struct, gc=False):
 
 
 class NotDelivered(NamedTuple):
-    """What `Leases.finish` made of a result: ``retried`` (due again at `due_at`), ``dead`` or ``stale``."""
+    """What `Leases.finish` made of a result: ``retried`` (due again at `due_at`), ``dead`` or ``stale``.
+
+    ``blocked``, by `Leases.finish_free` alone: another session has the event; nothing was recorded.
+    """
 
     event_id: str
     result: str
@@ -68,12 +73,14 @@ class Claims(NamedTuple):
     """What a claim gave. Times are Unix seconds by the database's clock.
 
     `database_s` was read before claiming. `again_at` says when limits, breakers or moves make another claim
-    worthwhile; None: nothing but the caller's own poll.
+    worthwhile; None: nothing but the caller's own poll. `locked_out`: how many claims in turn have left out lanes or
+    ordering keys that another session has.
     """
 
     database_s: float
     events: list[Claimed]
     again_at: float | None
+    locked_out: int = 0
 
 
 class Leases:
@@ -90,7 +97,7 @@ class Leases:
         """Connects; registers the process as a worker unless it has a number already."""
         async with (
             await connect(settings, "dispatch") as claiming,
-            await connect(settings, "dispatch") as finishing,
+            await connect(settings, "dispatch", lock_timeout=_PATIENCE) as finishing,
         ):
             if worker is None:
                 with translated():
@@ -119,9 +126,10 @@ class Leases:
                 _CLAIM, (batch, self.worker, lease_s, lookahead_s, lanes, max_parallel)
             )
             rows = await cursor.fetchall()
-        again_at: float | None = rows.pop()[0]
+        again_at, _, locked_out, *_ = rows.pop()
         database_s: float = rows[0][0]
-        return Claims(database_s, [Claimed(*row) for row in rows] if rows[0][1] is not None else [], again_at)
+        events = [Claimed(*row) for row in rows] if rows[0][1] is not None else []
+        return Claims(database_s, events, again_at, locked_out or 0)
 
     async def own_lane(self, delivery_type: str, destination: str | None) -> int | None:
         """Gives a destination a lane of its own, unless it has one; None: too many have got one this way."""
@@ -149,11 +157,22 @@ class Leases:
         return row[0] if row else 0
 
     async def finish(self, results: Sequence[Finished]) -> list[NotDelivered]:
-        """Records results; answers those not delivered. Raises ValidationError for a text the database refuses."""
+        """Records results; answers those not delivered. Raises ValidationError for a text the database refuses.
+
+        Raises Blocked, and has recorded nothing, when another session's open transaction holds any of the events, or
+        what has to change with them.
+        """
+        return await self._record(_FINISH, results)
+
+    async def finish_free(self, results: Sequence[Finished]) -> list[NotDelivered]:
+        """As `finish`, without waiting: what another session holds is answered as blocked."""
+        return await self._record(_FINISH_FREE, results)
+
+    async def _record(self, query: LiteralString, results: Sequence[Finished]) -> list[NotDelivered]:
         ordered = sorted(results, key=_event_id)
         with translated():
             cursor = await self._finishing.execute(
-                _FINISH,
+                query,
                 (
                     _array([r.event_id for r in ordered]),
                     _array([str(r.attempt) for r in ordered]),
@@ -172,18 +191,26 @@ class Leases:
             return [NotDelivered(*row) for row in await cursor.fetchall()]
 
     async def release(self, leases: Sequence[Claimed]) -> int:
-        """Hands leases back unused; returns how many were still held."""
+        """Hands leases back unused; returns how many were still held. Raises Blocked as `finish`."""
+        [(released,)] = await self._hand_back(_RELEASE, leases)
+        return int(released)
+
+    async def release_free(self, leases: Sequence[Claimed]) -> tuple[int, set[str]]:
+        """As `release`, without waiting; names the events that another session holds, too."""
+        [(released, blocked)] = await self._hand_back(_RELEASE_FREE, leases)
+        return int(released), set(blocked)
+
+    async def _hand_back(self, query: LiteralString, leases: Sequence[Claimed]) -> list[TupleRow]:
         ordered = sorted(leases, key=_event_id)
+        ids, attempts = [lease.event_id for lease in ordered], [str(lease.attempt) for lease in ordered]
         with translated():
-            cursor = await self._finishing.execute(
-                "select orchestrator.release_events(%s::uuid[], %s::integer[])",
-                (
-                    _array([lease.event_id for lease in ordered]),
-                    _array([str(lease.attempt) for lease in ordered]),
-                ),
-            )
-            row = await cursor.fetchone()
-        return row[0] if row else 0
+            return await (await self._finishing.execute(query, (_array(ids), _array(attempts)))).fetchall()
+
+    async def holders(self) -> str:
+        """The sessions whose open transactions may be in the way, for an operator."""
+        with translated():
+            row = await (await self._finishing.execute(HOLDERS)).fetchone()
+        return row[0] if row else ""
 
 
 def _event_id(item: Claimed | Finished) -> str:
@@ -207,11 +234,21 @@ left join lateral orchestrator.claim_due_events(
   %s, %s, make_interval(secs => %s), make_interval(secs => %s), %s::integer[], %s::integer) c on true
 union all
 select nullif(current_setting('orchestrator.claim_again_at', true), '')::float8
-     , null, null, null, null, null, null, null, null, null, null, null, null, null, null, null
+     , null, nullif(current_setting('orchestrator.locked_out', true), '')::smallint
+     , null, null, null, null, null, null, null, null, null, null, null, null, null
 """
 _OWN_LANE: LiteralString = "select orchestrator.own_lane(orchestrator.destination_name(%s, %s), false)"
 _FINISH: LiteralString = """
 select event_id, result, extract(epoch from due_at)::float8 from orchestrator.finish_events(
   %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[], %s::text[], %s::text[],
   %s::float8[], %s, %s::float8[], %s::text[])
+"""
+_FINISH_FREE: LiteralString = """
+select event_id, result, extract(epoch from due_at)::float8 from orchestrator.finish_free_events(
+  %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[], %s::text[], %s::text[],
+  %s::float8[], %s, %s::float8[], %s::text[])
+"""
+_RELEASE: LiteralString = "select orchestrator.release_events(%s::uuid[], %s::integer[])"
+_RELEASE_FREE: LiteralString = """
+select coalesce(released, 0), blocked::text[] from orchestrator.release_free_events(%s::uuid[], %s::integer[])
 """

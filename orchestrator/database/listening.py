@@ -46,6 +46,8 @@ async def listen(settings: Settings, channel: LiteralString, on_notified: Callab
                         async for notification in connection.notifies(timeout=_HEARING_S):
                             with suppress(ValueError):  # anybody may notify anything
                                 on_notified(notification.payload)
+                        async with asyncio.timeout(_ANSWER_S):
+                            await connection.execute("select 1")  # whether anybody is still there to be heard
         except Exception as error:
             if heard:
                 context = {"channel": channel, "error": str(error)}

@@ -8,11 +8,21 @@ from dataclasses import dataclass, field
 from typing import Any, LiteralString, NamedTuple
 
 import msgspec
+import psycopg
 from psycopg import sql
 
 from orchestrator.config import Settings, given
-from orchestrator.database.connection import BlockingConnection, Connection, connect, connect_blocking, translated
+from orchestrator.database.blocking import cut
+from orchestrator.database.connection import (
+    HOLDERS,
+    BlockingConnection,
+    Connection,
+    connect,
+    connect_blocking,
+    translated,
+)
 from orchestrator.database.pool import Database
+from orchestrator.errors import Blocked
 
 Buffer = bytes | bytearray | memoryview
 
@@ -112,13 +122,21 @@ class Maintenance:
     @classmethod
     @asynccontextmanager
     async def open(cls, settings: Settings) -> AsyncGenerator[Maintenance, None]:
-        async with await connect(settings, "maintain") as connection:
+        async with await connect(settings, "maintain", lock_timeout="5s") as connection:
             yield cls(connection)
 
     async def configure(self, retention: Retention) -> None:
-        """Says what is kept and made from now on. Raises ValidationError when the database refuses."""
-        with translated():
-            await self._connection.execute(CONFIGURE, retention)
+        """Says what is kept and made from now on. Raises ValidationError when the database refuses.
+
+        Raises Blocked, naming the session, when another's open transaction has changed it.
+        """
+        try:
+            with translated():
+                await self._connection.execute(CONFIGURE, retention)
+        except Blocked as error:
+            with translated():
+                row = await (await self._connection.execute(HOLDERS)).fetchone()
+            raise Blocked(f"{error}; {row[0] if row else ''}") from error.__cause__
 
     async def run(self) -> Upkeep:
         """Runs maintenance once: bounded work, unless another is at it."""
@@ -238,4 +256,7 @@ class Retired:
 
     def cancel(self) -> None:
         """Ends the query that runs; from another thread."""
-        self._connection.cancel_safe(timeout=2.0)
+        try:
+            self._connection.cancel_safe(timeout=2.0)
+        except psycopg.Error:  # the server does not answer
+            cut(self._connection)

@@ -8,6 +8,7 @@ from typing import LiteralString, NamedTuple
 
 from orchestrator.config import Settings
 from orchestrator.database.connection import Connection, connect, translated
+from orchestrator.topic_rules import TopicRules
 
 OUTBOX_CHANNEL = "orchestrator_outbox"
 
@@ -44,6 +45,12 @@ class Outbox:
         """Says which kinds of messages are written to the outbox from now on."""
         with translated():
             await self._connection.execute("select orchestrator.set_outbox(%s)", (list(kinds),))
+
+    async def tell_topics(self, rules: TopicRules) -> None:
+        """Says which topics events may be delivered to, to submissions in SQL."""
+        with translated():
+            values = (rules.ready, list(rules.own), list(rules.allowed))
+            await self._connection.execute("select orchestrator.configure_topics(%s, %s, %s)", values)
 
     async def pending(self) -> int:
         """Messages that wait, counted up to 10,000."""

@@ -2,23 +2,68 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import math
+import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, LiteralString, NamedTuple, Self, TypeVar
+from uuid import UUID, uuid4
 
+import msgspec
+import psycopg
+from psycopg import errors
 from psycopg.rows import TupleRow
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import AsyncConnectionPool
 
 from orchestrator.config import Settings
-from orchestrator.database.connection import Connection, connection_arguments, keep_text, named, translated
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError, ValidationError
+from orchestrator.database.connection import (
+    HOLDERS,
+    Connection,
+    connection_arguments,
+    is_lost,
+    is_worth_another_try,
+    keep_text,
+    named,
+    translated,
+)
+from orchestrator.errors import Blocked, DatabaseUnavailable, InDoubt, OrchestratorError, ValidationError
 from orchestrator.events import Submission, copy_row
+from orchestrator.tasks import within
 
 T = TypeVar("T")
 
-_POOL_TIMEOUT_S = 5.0
+_log = logging.getLogger(__name__)
 
+_POOL_TIMEOUT_S = 5.0
+_ANSWER_S = 120.0  # longer than anything that is asked takes
+_CHECK_S = 1.0
+_FULL_S = 5.0  # how long a disk that was full counts as full, unless something is kept
+_CLOSE_S = 1.0  # for connections that are being opened
+_NEW_S = 1.0
+_SLICE_BYTES = 1 << 20
+_LOOK = "whether it was done is not known, so look before you repeat it"
+
+_ONCE = """
+with answer as materialized ({}), kept as materialized (
+  select orchestrator.keep_answer(%s, (select json_agg(a) from answer a)))
+select a.* from kept cross join answer a
+"""
+_PATIENCE = "3s"
+_LEFT_FOR_OTHERS = 3  # connections: two that submit, and one
+_HOLDERS_S = 2.0
+_HASTE: LiteralString = "set local lock_timeout = '20 ms'"
+_APART_S = 2.0  # for finding out which submissions of a batch are blocked
+
+_SUBMIT: LiteralString = (
+    "select n, id::text, result, field, reason, status from orchestrator.try_submit_staged_with_status()"
+)
+_SUBMIT_HASTILY: LiteralString = (
+    "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
+)
 COPY_SUBMISSIONS: LiteralString = (
     "copy pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload,"
     " headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at) from stdin"
@@ -29,7 +74,8 @@ COPY_SUBMISSIONS: LiteralString = (
 class Submitted(NamedTuple):
     """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason.
 
-    `id` is the one that the event is kept under, `status` the state that a duplicate is in.
+    `id` is the one that the event is kept under, `status` the state that a duplicate is in. ``blocked``, by
+    `submit_all` alone: another session has an uncommitted event of that id, and nothing was kept.
     """
 
     id: str
@@ -87,16 +133,21 @@ class ApiKey(NamedTuple):
 class Database:
     """A pool of connections, and what the API and the CLI ask of the database.
 
-    Every method raises DatabaseUnavailable when the database is away, after one more try on fresh connections:
-    all of them may be repeated safely.
+    Every method raises DatabaseUnavailable when the database is away, after one more try on fresh connections, and
+    Blocked when another session's open transaction holds what it needs for longer than 3 seconds. What changes
+    something is done once, and answers what it did, although the reply to its commit was lost: see `once`. InDoubt: it
+    may have been done.
     """
 
     def __init__(self, settings: Settings, *, role: str) -> None:
         self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
-        self._pool = AsyncConnectionPool(
+        self._turns = asyncio.Semaphore(max(1, settings.pool_max_size - _LEFT_FOR_OTHERS))
+        self._doubtful = False
+        self._full_at = -math.inf
+        self._pool = _Pool(
             settings.database_url,
             connection_class=Connection,
-            kwargs=connection_arguments(settings.database_url, role),
+            kwargs=connection_arguments(settings.database_url, role, lock_timeout=_PATIENCE),
             min_size=settings.pool_min_idle,
             max_size=settings.pool_max_size,
             timeout=_POOL_TIMEOUT_S,
@@ -116,21 +167,124 @@ class Database:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._pool.close()
+        await self._pool.close(timeout=_CLOSE_S)
 
-    async def _run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+    async def _run(
+        self,
+        work: Callable[[Connection], Awaitable[T]],
+        again: Callable[[Connection], Awaitable[T]] | None = None,
+        *,
+        changes: bool = False,
+    ) -> T:
+        """Runs `work`, and `again`, or else `work` again, when the connection was lost or cannot write.
+
+        This is the one place where anything is tried again. What `changes` something must bear it.
+        """
         try:
-            return await self._run_once(work)
+            if self._doubtful:
+                self._doubtful = False
+                await self._pool.check()
+            answer = await self._run_once(work)
+        except Blocked as error:
+            raise Blocked(f"{error}; {await self.holders()}") from error.__cause__
+        except TimeoutError:
+            silent = f"the database has not answered within {_ANSWER_S:g} s"
+            if changes:
+                raise InDoubt(f"{silent}; {_LOOK}") from None
+            raise DatabaseUnavailable(silent) from None
         except DatabaseUnavailable as error:
-            if isinstance(error.__cause__, PoolTimeout):
+            if isinstance(error.__cause__, errors.DiskFull):
+                self._full_at = time.monotonic()
+            if not is_worth_another_try(error):
                 raise
-            await self._pool.check()  # drops connections that a restart of the server has broken
-            return await self._run_once(work)
+            in_doubt = changes and is_lost(error)
+            try:
+                await self._pool.check()  # drops connections that a restart has broken, or that cannot write
+                return await self._run_once(again or work)
+            except DatabaseUnavailable as later:
+                if in_doubt or (changes and is_lost(later)):
+                    raise InDoubt(f"{later}; {_LOOK}") from later
+                raise
+        if changes:
+            self._full_at = -math.inf
+        return answer
 
     async def _run_once(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         with translated():
             async with self._pool.connection() as connection:
-                return await work(connection)
+                try:
+                    async with asyncio.timeout(_ANSWER_S):
+                        return await work(connection)
+                except errors.ReadOnlySqlTransaction:
+                    if _is_old(connection):
+                        await connection.close()
+                    raise
+                except (asyncio.CancelledError, TimeoutError):
+                    self._doubtful = True  # if this one does not answer, the others may not either
+                    raise
+
+    async def once(self, query: LiteralString, *values: object) -> list[Any]:
+        """The rows that a query answers which changes something, done once however often it has to be sent.
+
+        The answer is kept with the change (orchestrator.request), and asked for when its reply was lost. Columns are
+        texts, numbers, booleans or arrays of those: what JSON gives back as it was.
+        """
+
+        async def work(connection: Connection, request: UUID) -> list[Any]:
+            return await (await connection.execute(_ONCE.format(query), (*values, request))).fetchall()
+
+        return await self.done_once(work)
+
+    async def done_once(self, work: Callable[[Connection, UUID], Awaitable[list[Any]]]) -> list[Any]:
+        """As `once`, for work that gives its answer to keep_answer() by itself, in its transaction."""
+        request = uuid4()
+
+        async def kept(connection: Connection) -> list[Any] | None:
+            row = await (await connection.execute("select orchestrator.kept_answer(%s)", (request,))).fetchone()
+            if row is None or row[0] is None:
+                return None
+            return [tuple(each.values()) for each in msgspec.json.decode(row[0], type=list[dict[str, Any]])]
+
+        async def again(connection: Connection) -> list[Any]:
+            answer = await kept(connection)
+            if answer is None:
+                try:
+                    return await work(connection, request)
+                except psycopg.Error:
+                    # The first run may have been under way still, and have committed meanwhile.
+                    answer = None if connection.closed else await kept(connection)
+                    if answer is None:
+                        raise
+            return answer
+
+        async with self._turn():
+            return await self._run(lambda connection: work(connection, request), again, changes=True)
+
+    async def holders(self) -> str:
+        """The sessions whose open transactions may be in the way, for an operator."""
+
+        async def work(connection: Connection) -> str:
+            row = await (await connection.execute(HOLDERS)).fetchone()
+            return row[0] if row else ""
+
+        try:
+            async with asyncio.timeout(_HOLDERS_S):
+                return await self._run_once(work)
+        except (OrchestratorError, TimeoutError):
+            return "who it is could not be found out"
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None, None]:
+        """For what may wait for another session: some connections are left for all else."""
+        try:
+            async with asyncio.timeout(_POOL_TIMEOUT_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise DatabaseUnavailable("others wait for another session's open transaction already") from None
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     async def rows(self, query: LiteralString, *values: object) -> list[TupleRow]:
         """What a query of this package's modules answers."""
@@ -148,25 +302,43 @@ class Database:
     async def submit(self, submissions: Sequence[Submission]) -> list[Submitted]:
         """Keeps the submissions, in one transaction; one answer each, in order.
 
-        Raises ValidationError when the database refuses a value that no rule foresaw; nothing is kept then.
+        Raises ValidationError when the database refuses a value that no rule foresaw, and Blocked when one of them has
+        waited for another session for 250 ms; nothing is kept then.
         """
-        text = b"".join([copy_row(submission, n) for n, submission in enumerate(submissions)])
+        return await self._submit(submissions, _SUBMIT)
+
+    async def submit_hastily(self, submissions: Sequence[Submission]) -> list[Submitted] | None:
+        """As `submit`, but waits for no other session for longer than 20 ms; None: one does, and none is kept."""
+        try:
+            return await self._submit(submissions, _SUBMIT_HASTILY, _HASTE)
+        except Blocked:
+            return None
+
+    async def _submit(
+        self, submissions: Sequence[Submission], submit: LiteralString, first: LiteralString | None = None
+    ) -> list[Submitted]:
+        text = await _copied(submissions)
+        answered: list[TupleRow] | None = None
 
         async def work(connection: Connection) -> list[TupleRow]:
+            nonlocal answered
+            before = answered
             if connection not in self._staged and not connection.pooled:
                 await connection.execute("select orchestrator.open_staging()")
                 self._staged.add(connection)
             async with connection.transaction(), connection.cursor() as cursor:
                 if connection.pooled:
                     await cursor.execute("select orchestrator.open_staging()")
+                if first is not None:
+                    await cursor.execute(first)
                 async with cursor.copy(COPY_SUBMISSIONS) as copy:
                     await copy.write(text)
-                await cursor.execute(
-                    "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
-                )
-                return await cursor.fetchall()
+                await cursor.execute(submit)
+                answered = await cursor.fetchall()
+            # The reply to a commit may have been lost: then all that was new to that run is a duplicate to this one.
+            return answered if before is None or _are_new(before, answered, len(submissions)) else before
 
-        exceptions = {row[0]: Submitted(*row[1:]) for row in await self._run(work)}
+        exceptions = {row[0]: Submitted(*row[1:]) for row in await self._run(work, changes=True)}
         return [
             exceptions.get(n) or Submitted(submission.id, "accepted", status="scheduled")
             for n, submission in enumerate(submissions)
@@ -190,12 +362,12 @@ class Database:
         return [row[0].encode() for row in rows]
 
     async def cancel(self, event_id: str) -> Cancelled:
-        rows = await self.rows("select * from orchestrator.cancel_event(%s::uuid)", event_id)
+        rows = await self.once("select * from orchestrator.cancel_event(%s::uuid)", event_id)
         return Cancelled(*rows[0]) if rows else Cancelled(event_id, "not_found", None)
 
     async def cancel_external(self, external_job_id: str) -> list[Cancelled]:
         """Cancels every event with this external id; empty when there is none."""
-        rows = await self.rows("select * from orchestrator.cancel_event(p_external_job_id => %s)", external_job_id)
+        rows = await self.once("select * from orchestrator.cancel_event(p_external_job_id => %s)", external_job_id)
         return [Cancelled(*row) for row in rows]
 
     async def reschedule(
@@ -206,7 +378,7 @@ class Database:
         It is named by its id, or by its external id when it is the only live one of that name. Without `expires_at`
         it keeps its own.
         """
-        rows = await self.rows(
+        rows = await self.once(
             """select event_id, result, status, successor, field, reason from orchestrator.reschedule_event(
               %s::uuid, %s::timestamptz, %s, %s::timestamptz)""",
             event_id,
@@ -217,10 +389,10 @@ class Database:
         return Rescheduled(*rows[0]) if rows else None
 
     async def redrive(self, event_id: str) -> str | None:
-        """Has a dead event tried again: ``redriven``, or ``expired``, which purged ones are too, or the status of one
+        """Has a dead event tried again: ``redriven``, or ``expired``, ``purged`` or ``refused``, or the status of one
         that is not dead; None: there is no such event.
         """
-        rows = await self.rows("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)
+        rows = await self.once("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)
         return next((status if result == "not_dead" else result for result, status in rows), None)
 
     async def statistics(self) -> bytes:
@@ -273,7 +445,7 @@ class Database:
 
     async def create_api_key(self, name: str, key_hash: bytes, scopes: Sequence[str]) -> None:
         """Raises ValidationError when the name is taken or a scope unknown."""
-        await self.rows("select orchestrator.create_api_key(%s, %s, %s)", name, key_hash, list(scopes))
+        await self.once("select orchestrator.create_api_key(%s, %s, %s)", name, key_hash, list(scopes))
 
     async def list_api_keys(self) -> list[bytes]:
         rows = await self.rows(
@@ -283,30 +455,112 @@ class Database:
         return [row[0].encode() for row in rows]
 
     async def revoke_api_key(self, name: str) -> bool:
-        return bool(await self.value("select orchestrator.revoke_api_key(%s)", name))
+        [(revoked,)] = await self.once("select orchestrator.revoke_api_key(%s)", name)
+        return bool(revoked)
 
     async def ready(self) -> None:
-        """Raises DatabaseUnavailable, or OrchestratorError when the schema, or a partition for today, is missing."""
+        """Raises DatabaseUnavailable, also when it takes no writes, or has had no room for one in the last seconds;
+        OrchestratorError when the schema, or a partition for today, is missing.
+        """
         today = await self.value(
-            "select orchestrator.now() between first_day and end_day from orchestrator.partition_bounds()"
+            "select orchestrator.now() between first_day and end_day"
+            " from orchestrator.prove_writing() cross join orchestrator.partition_bounds()"
         )
         if not today:
             raise OrchestratorError("no partition for today; run: orchestrator migrate")
+        if time.monotonic() < self._full_at + _FULL_S:
+            raise DatabaseUnavailable("the database takes no writes: its disk is full")
 
     def pool_stats(self) -> dict[str, int]:
         return self._pool.get_stats()
 
 
+def _are_new(before: Sequence[TupleRow], now: Sequence[TupleRow], count: int) -> bool:
+    """Whether something that was new to the run before is so to this one: then that one was undone."""
+    exceptions = {row[0] for row in before}
+    duplicates = {row[0] for row in now if row[2] == "duplicate"}
+    return any(n not in duplicates for n in range(count) if n not in exceptions)
+
+
+class _Pool(AsyncConnectionPool[Connection]):
+    @staticmethod
+    async def check_connection(conn: Connection) -> None:
+        """Raises when the connection does not answer within moments, or cannot write."""
+        if not await within(_CHECK_S, _can_write(conn)) and _is_old(conn):
+            await conn.close()
+            raise psycopg.OperationalError("this session cannot write")
+
+
+def _is_old(connection: Connection) -> bool:
+    """Whether a session that cannot write should be given up: it may stay so, whatever its server is by now.
+
+    A new one says how the server is, and another would say the same.
+    """
+    return time.monotonic() > connection._created_at + _NEW_S
+
+
+async def _can_write(connection: Connection) -> bool:
+    row = await (await connection.execute("show transaction_read_only")).fetchone()
+    return row == ("off",)
+
+
+async def _copied(submissions: Sequence[Submission]) -> bytes:
+    """The lines of all; others get on in between when that is many MiB."""
+    rows = []
+    size_bytes = 0
+    for n, submission in enumerate(submissions):
+        row = copy_row(submission, n)
+        rows.append(row)
+        size_bytes += len(row)
+        if size_bytes > _SLICE_BYTES:
+            size_bytes = 0
+            await asyncio.sleep(0)
+    return b"".join(rows)
+
+
 async def submit_all(database: Database, submissions: Sequence[Submission]) -> list[Submitted]:
     """Submits in one transaction; a value that only the database refuses is found by bisecting, and refused alone.
 
-    Raises DatabaseUnavailable. Halves that were already kept stay kept: submitting them again changes nothing.
+    What waits for another session's open transaction is set aside, as blocked, and all others are kept. Raises
+    DatabaseUnavailable. Halves that were already kept stay kept: submitting them again changes nothing.
     """
     try:
         return await database.submit(submissions)
+    except Blocked as error:
+        _log.warning("submissions are set aside", extra={"error": str(error)})
+        return await submit_free(database, submissions)
     except ValidationError as error:
         if len(submissions) == 1:
             return [Submitted(submissions[0].id, "refused", error.field, error.reason)]
         middle = len(submissions) // 2
         first = await submit_all(database, submissions[:middle])
         return first + await submit_all(database, submissions[middle:])
+
+
+async def submit_free(
+    database: Database, submissions: Sequence[Submission], deadline_s: float | None = None
+) -> list[Submitted]:
+    """As `submit_all`, but waits for no other session: by bisecting it finds what is blocked, in about two seconds.
+
+    What was not looked at by then (`deadline_s`, monotonic) is blocked, too.
+    """
+    if deadline_s is None:
+        deadline_s = time.monotonic() + _APART_S
+    elif time.monotonic() > deadline_s:
+        return [_blocked(submission) for submission in submissions]
+    try:
+        kept = await database.submit_hastily(submissions)
+        if kept is not None:
+            return kept
+        if len(submissions) == 1:
+            return [_blocked(submissions[0])]
+    except ValidationError as error:
+        if len(submissions) == 1:
+            return [Submitted(submissions[0].id, "refused", error.field, error.reason)]
+    middle = len(submissions) // 2
+    first = await submit_free(database, submissions[:middle], deadline_s)
+    return first + await submit_free(database, submissions[middle:], deadline_s)
+
+
+def _blocked(submission: Submission) -> Submitted:
+    return Submitted(submission.id, "blocked", "id", "another session holds it in a transaction that is open")

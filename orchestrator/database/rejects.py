@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from typing import NamedTuple
+from uuid import UUID
 
-from orchestrator.config import Settings
-from orchestrator.database.connection import Connection, connect, translated
-from orchestrator.database.pool import COPY_SUBMISSIONS, Submitted
+import msgspec
+
+from orchestrator.database.connection import Connection
+from orchestrator.database.pool import COPY_SUBMISSIONS, Database, Submitted
 from orchestrator.errors import OrchestratorError, ValidationError
 from orchestrator.events import Submission, copy_row
 
@@ -30,35 +30,27 @@ class KeptReject(NamedTuple):
 
 
 class Rejects:
-    """One connection. Methods raise DatabaseUnavailable."""
+    """What operators ask of the database, by its pool. Methods raise DatabaseUnavailable."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    @classmethod
-    @asynccontextmanager
-    async def open(cls, settings: Settings) -> AsyncGenerator[Rejects, None]:
-        async with await connect(settings, "cli") as connection:
-            yield cls(connection)
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     async def page(self, *, limit: int, before: int | None = None) -> list[bytes]:
         """Rejects as JSON, newest first, without their bytes; `before` is the last number of the page before."""
-        with translated():
-            cursor = await self._connection.execute("select orchestrator.list_rejects(%s, %s)", (limit, before))
-            return [row[0].encode() for row in await cursor.fetchall()]
+        rows = await self._database.rows("select orchestrator.list_rejects(%s, %s)", limit, before)
+        return [row[0].encode() for row in rows]
 
     async def get(self, number: int) -> KeptReject | None:
-        with translated():
-            cursor = await self._connection.execute("select * from orchestrator.get_reject(%s)", (number,))
-            row = await cursor.fetchone()
-        return None if row is None else KeptReject(number, *row)
+        rows = await self._database.rows("select * from orchestrator.get_reject(%s)", number)
+        return KeptReject(number, *rows[0]) if rows else None
 
     async def resubmit(self, number: int, submission: Submission) -> Submitted:
         """Keeps the event and notes it with the reject, both or neither.
         Raises ValidationError when the database refuses it.
         """
-        with translated():
-            async with self._connection.transaction(), self._connection.cursor() as cursor:
+
+        async def work(connection: Connection, request: UUID) -> list[Submitted]:
+            async with connection.transaction(), connection.cursor() as cursor:
                 await cursor.execute("select orchestrator.open_staging()")
                 async with cursor.copy(COPY_SUBMISSIONS) as copy:
                     await copy.write(copy_row(submission, 0))
@@ -72,4 +64,11 @@ class Rejects:
                 await cursor.execute("select orchestrator.resubmitted_reject(%s, %s::uuid)", (number, kept.id))
                 if await cursor.fetchone() != (True,):
                     raise OrchestratorError(f"there is no reject {number} any more")
-        return kept
+                await cursor.execute(
+                    "select orchestrator.keep_answer(%s, json_build_array(%s::json))",
+                    (request, msgspec.json.encode(kept._asdict()).decode()),
+                )
+            return [kept]
+
+        [kept] = await self._database.done_once(work)
+        return Submitted(*kept)

@@ -79,12 +79,12 @@ SESSION: Mapping[str, str] = {
 MARK = ("scram_iterations", "4099")
 
 _CONNECT_TIMEOUT_S = 5
-# A dead peer is noticed within a minute; the default is two hours.
+# A peer that vanished is noticed within 20 seconds, in time for a failover; the default is two hours.
 _KEEPALIVE = {
-    "keepalives_idle": "20",
+    "keepalives_idle": "10",
     "keepalives_interval": "10",
     "keepalives_count": "3",
-    "tcp_user_timeout": "60000",
+    "tcp_user_timeout": "15000",
 }
 _OPTION = re.compile(r"(?:-c\s*|--)((?:\\.|[^\s=\\])+)=((?:\\.|[^\s\\])*)", re.DOTALL)
 

@@ -36,7 +36,7 @@ class Sweeps:
     async def cancel(self, which: Filter, *, limit: int, dry_run: bool = False, after: str | None = None) -> Swept:
         """Cancels live events, in order of scheduled_at; the filter must not be empty."""
         narrowing = which.source, which.destination, which.since, which.until
-        return await self._one(_CANCEL, *narrowing, dry_run, limit, after)
+        return await self._one(dry_run, _CANCEL, *narrowing, dry_run, limit, after)
 
     async def redrive(
         self,
@@ -49,15 +49,16 @@ class Sweeps:
         start_at: str | None = None,
     ) -> Swept:
         """Has dead events tried again, `rate` of them a second from `start_at` on; without them all at once."""
-        return await self._one(_REDRIVE, *which, rate, dry_run, limit, after, start_at)
+        return await self._one(dry_run, _REDRIVE, *which, rate, dry_run, limit, after, start_at)
 
     async def purge(self, which: Filter, *, limit: int, dry_run: bool = False, after: str | None = None) -> Swept:
         """Forgets dead letters; the filter must not be empty. The events stay, and stay dead."""
-        return await self._one(_PURGE, *which, dry_run, limit, after)
+        return await self._one(dry_run, _PURGE, *which, dry_run, limit, after)
 
-    async def _one(self, query: LiteralString, *values: object) -> Swept:
+    async def _one(self, dry_run: bool, query: LiteralString, *values: object) -> Swept:
+        ask = self._database.rows if dry_run else self._database.once
         with named():
-            [row] = await self._database.rows(query, *values)
+            [row] = await ask(query, *values)
         return Swept(*row)
 
 
@@ -66,11 +67,11 @@ select seen, matched, cancelled, in_flight, examples, next_after from orchestrat
   %s, %s, %s::timestamptz, %s::timestamptz, %s, %s, %s::uuid)
 """
 _REDRIVE: LiteralString = """
-select seen, matched, redriven, 0, examples, next_after, to_json(next_start_at) #>> '{}'
+select seen, matched, redriven, 0 as in_flight, examples, next_after, to_json(next_start_at) #>> '{}' as next_start_at
 from orchestrator.redrive_dead_letters(
   %s, %s, %s::timestamptz, %s::timestamptz, %s, %s::float8, %s, %s, %s::uuid, %s::timestamptz)
 """
 _PURGE: LiteralString = """
-select seen, matched, purged, 0, examples, next_after from orchestrator.purge_dead_letters(
+select seen, matched, purged, 0 as in_flight, examples, next_after from orchestrator.purge_dead_letters(
   %s, %s, %s::timestamptz, %s::timestamptz, %s, %s, %s, %s::uuid)
 """

@@ -63,12 +63,19 @@ def exclusive(directory: Path, timeout_s: float) -> Iterator[int]:
     Yields the lock's descriptor: a child that it is passed to holds the lock until it has ended, even when this
     process is killed meanwhile. Raises OrchestratorError when others do not let go of it in time.
     """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OrchestratorError(f"{directory}: cannot be locked: {error.strerror}") from error
     try:
         for _ in until(timeout_s):
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise OrchestratorError(f"{directory}: cannot be locked: {error.strerror}") from error
         else:
             raise OrchestratorError(
                 f"{directory}: another process has kept it locked for {timeout_s:g} s; end it (fuser -v {directory})"

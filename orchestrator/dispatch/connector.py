@@ -8,11 +8,13 @@ import socket
 import ssl
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from aiohttp import ClientTimeout, TCPConnector
+from aiohttp import ClientConnectorCertificateError, ClientTimeout, TCPConnector
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
+
+from orchestrator.own_faults import no_authorities, own_fault, trusts_nobody
 
 from .answer import AnswerProtocol
 from .guard import AddressGuard, AddressRefusedError
@@ -46,10 +48,7 @@ class GuardedResolver(AbstractResolver):
     ) -> list[ResolveResult]:
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.run_in_executor(
-                self._threads,
-                lambda: socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG),
-            )
+            found = await loop.run_in_executor(self._threads, _addresses, host, port, family)
         except UnicodeError as error:  # an empty or overlong label
             raise socket.gaierror(socket.EAI_NONAME, str(error)) from error
         allowed: list[ResolveResult] = []
@@ -77,8 +76,19 @@ class GuardedResolver(AbstractResolver):
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[tuple[Any, ...]]:
+    try:
+        return [*socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)]
+    except socket.gaierror as error:
+        if fault := own_fault(error):  # asked at once: descriptors come and go
+            raise fault from error
+        raise
+
+
 class GuardedConnector(TCPConnector):
     """aiohttp's connector, with the guard on the very address of every socket.
+
+    Raises OwnFaultError when it is this machine that cannot connect.
 
     Resolving, connecting and the TLS handshake share one deadline, however many addresses a name has.
     aiohttp bounds the connections in use but not the idle ones; here those are bounded by the same number, so
@@ -103,6 +113,7 @@ class GuardedConnector(TCPConnector):
         protocol: Callable[..., ResponseHandler] = AnswerProtocol
         self._factory = functools.partial(protocol, loop=self._loop)
         self._connect_timeout_s = connect_timeout_s
+        self._trusts_nobody = trusts_nobody()
 
     def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
         super()._release(key, protocol, should_close=should_close)
@@ -116,8 +127,19 @@ class GuardedConnector(TCPConnector):
         timeout: ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
     ) -> ResponseHandler:
         self._close_oldest_idle()
-        async with asyncio.timeout(self._connect_timeout_s):
-            return await super()._create_connection(req, traces, timeout)
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                return await super()._create_connection(req, traces, timeout)
+        except ClientConnectorCertificateError as error:
+            if self._trusts_nobody:
+                raise no_authorities() from error
+            raise
+        except Exception as error:
+            fault = own_fault(error)
+            # A machine without IPv6 has no address for it, either.
+            if fault is None or (fault.kind == "EADDRNOTAVAIL" and ":" in (req.url.raw_host or "")):
+                raise
+            raise fault from error
 
     def _close_oldest_idle(self) -> None:
         # Hosts are kept in the order in which they last went from no idle connection to one.

@@ -25,10 +25,13 @@ from orchestrator.dispatch.http_deliveries import HttpDeliveries, Sender
 from orchestrator.dispatch.kafka import KafkaDeliveries
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
-from orchestrator.tasks import end
+from orchestrator.tasks import end, within
 
 _CLAIM_GAP_S = 0.01  # between claims that found less than a batch
-_LOCKED_GAP_S = 0.1  # before looking again for what is due but was not to be had
+_LOCKED_GAP_S = 0.1  # before looking again for what is due but was not to be had, doubling up to
+_LAST_LOCKED_GAP_S = 1.0
+_LOCKED_OUT = 5  # claims in turn, before it is told that another session is in the way
+_TOLD_EVERY_S = 30.0
 _CLAIM_AHEAD_S = 0.25  # how long before it is due an expected event is claimed
 _AGAIN_WITHIN_S = 0.02  # after the moment that a claim named, at random, so that dispatchers do not claim in step
 _HOLD = "hold "
@@ -51,7 +54,7 @@ class Dispatcher:
         self._metrics = metrics
         self._clock = DatabaseClock()
         self._finisher = Finisher(metrics, self._expect, self._note_freed)
-        common = settings, metrics, self._clock.now, self._finisher, self._note_taken, self._note_room
+        common = settings, metrics, self._clock, self._finisher, self._note_taken, self._note_room
         self._http = HttpDeliveries(*common, sender)
         self._kafka = KafkaDeliveries(*common)
         self._name = f"{settings.deployment} {socket.gethostname()}:{os.getpid()}"
@@ -67,6 +70,8 @@ class Dispatcher:
         self._wake_due = float("inf")
         self._freed = False
         self._low = -1  # the number held at which a claim is waited for
+        self._locked_gap_s = _LOCKED_GAP_S
+        self._told_s = -_TOLD_EVERY_S
         self._on_hold: set[int | None] = set()  # lanes put on hold since the last claim began; None: all
         metrics.events_held.set_function(lambda: self._held)
         metrics.events_in_flight.set_function(lambda: self._http.in_flight + self._kafka.in_flight)
@@ -99,7 +104,9 @@ class Dispatcher:
         if running:
             await asyncio.wait(running, timeout=_ENDING_S)
         self._finisher.close()
-        await asyncio.wait([recording], timeout=max(0.5, deadline_s - time.monotonic()))
+        # Without a claim there is nothing to record, but perhaps one on its way.
+        left_s = max(0.5, deadline_s - time.monotonic()) if self._has_claimed else _ENDING_S
+        await asyncio.wait([recording], timeout=left_s)
         recording.cancel()  # ends both of its tasks as end() does
         await end(listening)
         if cut_short or self._finisher.pending:
@@ -126,9 +133,8 @@ class Dispatcher:
     async def _connect_once(self) -> None:
         """Claims and finishes on one pair of connections. Returns when everything is recorded after a stop."""
         async with AsyncExitStack() as connections:
-            async with asyncio.timeout(ANSWER_S):
-                opening = Leases.open(self._settings, self._name, self._worker)
-                leases = await connections.enter_async_context(opening)
+            opening = Leases.open(self._settings, self._name, self._worker)
+            leases = await within(ANSWER_S, connections.enter_async_context(opening))
             self._worker = leases.worker
             # Before claiming: a lease may have run out meanwhile, and a claim would have its event delivered again.
             await self._finisher.flush(leases)
@@ -193,6 +199,8 @@ class Dispatcher:
                 self._finisher.release(claims.events)
                 return
             self._take_in(claims)
+            if claims.locked_out >= _LOCKED_OUT:
+                await self._tell_locked_out(leases)
             short = len(claims.events) < batch
             if short and not skip and claims.again_at is None:
                 self._metrics.events_backlog.set(0)
@@ -203,10 +211,22 @@ class Dispatcher:
             if short:
                 await self._rest(leases)
 
+    async def _tell_locked_out(self, leases: Leases) -> None:
+        if time.monotonic() < self._told_s + _TOLD_EVERY_S:
+            return
+        self._told_s = time.monotonic()
+        async with asyncio.timeout(ANSWER_S):
+            holders = await leases.holders()
+        _log.warning(
+            "claims leave out destinations or ordering keys that another session's open transaction has",
+            extra={"holders": holders},
+        )
+
     def _take_in(self, claims: Claims) -> None:
         self._metrics.events_claimed_total.inc(len(claims.events))
         if claims.events:
             self._given.set()
+            self._locked_gap_s = _LOCKED_GAP_S
         if claims.again_at is not None:
             at_once = claims.again_at <= claims.database_s
             self._wake_at(claims.again_at if at_once else claims.again_at + random.uniform(0.0, _AGAIN_WITHIN_S))
@@ -230,6 +250,9 @@ class Dispatcher:
                 await asyncio.sleep(_FLOORS_EVERY_S)
             except (OrchestratorError, TimeoutError) as error:
                 _log.warning("floors cannot be raised, and claims may become slower", extra={"error": str(error)})
+                await asyncio.sleep(_FLOORS_AGAIN_S)
+            except Exception:
+                _log.exception("floors cannot be raised, in a way not foreseen; claims may become slower")
                 await asyncio.sleep(_FLOORS_AGAIN_S)
 
     async def _lanes_to_skip(self, leases: Leases) -> set[int]:
@@ -266,7 +289,9 @@ class Dispatcher:
                 next_due = await leases.next_due_at()
             if next_due is not None:
                 # What is due already was locked by another, or came just now.
-                self._wake_at(max(self._ahead_of(next_due), self._clock.now() + _LOCKED_GAP_S))
+                wake_at, now = self._ahead_of(next_due), self._clock.now()
+                self._wake_at(max(wake_at, now + self._locked_gap_s))
+                self._locked_gap_s = min(_LAST_LOCKED_GAP_S, 2 * self._locked_gap_s) if wake_at < now else _LOCKED_GAP_S
         ends_s = time.monotonic() + poll_s
         earliest_s = time.monotonic() + _CLAIM_GAP_S
         while (now_s := time.monotonic()) < ends_s and self._claiming and not self._freed:

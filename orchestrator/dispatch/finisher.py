@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from orchestrator.database import Claimed, Finished, Leases, NotDelivered
-from orchestrator.errors import ValidationError
+from orchestrator.errors import Blocked, ValidationError
 from orchestrator.metrics import Metrics
 
 ANSWER_S = 30.0
@@ -17,6 +18,12 @@ _MAX_BATCH = 1000
 _FULL_BATCH = 500
 _GATHER_S = 0.025
 _REFUSED = "error text refused by the database"
+_CAREFUL_S = 1.0  # after another session was in the way: nothing is waited for
+_FIRST_ASIDE_S = 0.05
+_LAST_ASIDE_S = 0.5
+_TOLD_EVERY_S = 30.0
+
+_Record = Callable[[Sequence[Finished]], Awaitable[list[NotDelivered]]]
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +35,9 @@ class Finisher:
 
     What it holds survives the loss of the database: `run` is called again with new connections and goes on. A
     batch whose reply was lost is sent again; the database answers a repeated result as done, not as stale.
+
+    A batch that another session's open transaction holds up is recorded without what that holds, which is set aside
+    and tried again, ever more rarely. Nobody can claim those events either until that transaction ends.
     """
 
     def __init__(
@@ -42,6 +52,13 @@ class Finisher:
         self._full = asyncio.Event()
         self._closing = False
         self._freeing = 0  # of the results, up to which others wait for
+        self._aside: list[Finished] = []
+        self._unused_aside: list[Claimed] = []
+        self._aside_s = _FIRST_ASIDE_S
+        self._taking_up: asyncio.TimerHandle | None = None
+        self._careful_until_s = 0.0
+        self._told_s = -_TOLD_EVERY_S
+        metrics.results_set_aside.set_function(lambda: len(self._aside) + len(self._unused_aside))
 
     def add(self, *results: Finished, at_once: bool = False) -> None:
         self._results += results
@@ -59,6 +76,10 @@ class Finisher:
 
     @property
     def pending(self) -> int:
+        return self._at_hand + len(self._aside) + len(self._unused_aside)
+
+    @property
+    def _at_hand(self) -> int:
         return len(self._results) + len(self._unused)
 
     @property
@@ -82,40 +103,101 @@ class Finisher:
                         await self._full.wait()
             self._full.clear()
             await self._record_batch(leases)
-            if not self._closing and not self.pending:
+            if not self._at_hand:
                 self._ready.clear()
 
     async def flush(self, leases: Leases) -> None:
-        """Records all that it holds now."""
-        while self.pending:
+        """Records all that it holds now, but for what is set aside."""
+        while self._at_hand:
             await self._record_batch(leases)
 
     async def _record_batch(self, leases: Leases) -> None:
         if self._results:
             batch = self._results[:_MAX_BATCH]
             with self._metrics.finish_seconds.time():
-                exceptions = await self._finish(leases, batch)
+                exceptions = await self._finish_all(leases, batch)
             del self._results[: len(batch)]
-            self._report(batch, exceptions)
+            blocked = {exception.event_id for exception in exceptions if exception.result == "blocked"}
+            self._aside += [result for result in batch if result.event_id in blocked]
+            self._report([result for result in batch if result.event_id not in blocked], exceptions)
             if self._freeing:
                 self._freeing = max(0, self._freeing - len(batch))
                 self._on_freed()
         if self._unused:
             unused = self._unused[:_MAX_BATCH]
-            async with asyncio.timeout(ANSWER_S):
-                released = await leases.release(unused)
+            released, blocked = await self._release_all(leases, unused)
             del self._unused[: len(unused)]
+            self._unused_aside += [lease for lease in unused if lease.event_id in blocked]
             self._metrics.events_released_total.inc(released)
+        if self._aside or self._unused_aside:
+            await self._note_aside(leases)
+        else:
+            self._aside_s = _FIRST_ASIDE_S
 
-    async def _finish(self, leases: Leases, batch: Sequence[Finished]) -> list[NotDelivered]:
+    async def _finish_all(self, leases: Leases, batch: Sequence[Finished]) -> list[NotDelivered]:
+        """Records what no other session holds."""
+        if not self._careful:
+            try:
+                return await self._finish(leases.finish, batch)
+            except Blocked:
+                self._be_careful()
+        try:
+            return await self._finish(leases.finish_free, batch)
+        except Blocked:  # the whole table
+            self._be_careful()
+            return [NotDelivered(result.event_id, "blocked", None) for result in batch]
+
+    async def _release_all(self, leases: Leases, unused: Sequence[Claimed]) -> tuple[int, set[str]]:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                if not self._careful:
+                    return await leases.release(unused), set()
+                return await leases.release_free(unused)
+        except Blocked:
+            if self._careful:
+                return 0, {lease.event_id for lease in unused}
+            self._be_careful()
+            return await self._release_all(leases, unused)
+
+    @property
+    def _careful(self) -> bool:
+        return bool(self._aside or self._unused_aside) or time.monotonic() < self._careful_until_s
+
+    def _be_careful(self) -> None:
+        self._careful_until_s = time.monotonic() + _CAREFUL_S
+
+    async def _note_aside(self, leases: Leases) -> None:
+        """Has what is set aside tried again after a while, and tells now and then who is in the way."""
+        if self._taking_up is None:
+            self._taking_up = asyncio.get_running_loop().call_later(self._aside_s, self._take_up)
+            self._aside_s = min(_LAST_ASIDE_S, 2 * self._aside_s)
+        if time.monotonic() < self._told_s + _TOLD_EVERY_S:
+            return
+        self._told_s = time.monotonic()
+        async with asyncio.timeout(ANSWER_S):
+            holders = await leases.holders()
+        _log.warning(
+            "results are set aside, and tried again, while another session's open transaction holds their events",
+            extra={"results": len(self._aside) + len(self._unused_aside), "holders": holders},
+        )
+
+    def _take_up(self) -> None:
+        self._taking_up = None
+        self._careful_until_s = time.monotonic() + _CAREFUL_S
+        self._results += self._aside
+        self._unused += self._unused_aside
+        self._aside, self._unused_aside = [], []
+        self._ready.set()
+
+    async def _finish(self, record: _Record, batch: Sequence[Finished]) -> list[NotDelivered]:
         """Records; what the database refuses is found by bisecting, so that it holds up nothing else."""
         try:
             async with asyncio.timeout(ANSWER_S):
-                return await leases.finish(batch)
+                return await record(batch)
         except (ValidationError, UnicodeError) as error:  # the latter before anything was sent
             if len(batch) > 1:
                 middle = len(batch) // 2
-                return await self._finish(leases, batch[:middle]) + await self._finish(leases, batch[middle:])
+                return await self._finish(record, batch[:middle]) + await self._finish(record, batch[middle:])
             (result,) = batch
             context = {"event_id": result.event_id, "attempt": result.attempt, "reason": str(error)}
             if result.error in (None, _REFUSED) and not result.response:
@@ -124,7 +206,7 @@ class Finisher:
             # A result is worth more than the words about it.
             _log.error("the database refused the text of a result, which is recorded without", extra=context)
             result.error, result.response = result.error and _REFUSED, None
-            return await self._finish(leases, batch)
+            return await self._finish(record, batch)
 
     def _report(self, batch: Sequence[Finished], exceptions: Sequence[NotDelivered]) -> None:
         stale = {exception.event_id for exception in exceptions if exception.result == "stale"}
@@ -144,6 +226,6 @@ class Finisher:
             elif exception.result == "dead":
                 self._metrics.events_dead_total.inc()
                 _log.warning("event is dead", extra=context)
-            else:
+            elif exception.result == "stale":
                 self._metrics.events_stale_total.inc()
                 _log.warning("lease was lost before its result was recorded", extra=context)

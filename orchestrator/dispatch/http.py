@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -20,9 +20,13 @@ from typing import TYPE_CHECKING, Self
 import aiohttp
 import msgspec
 
+from orchestrator.errors import OwnFaultError
+from orchestrator.own_faults import own_fault
+
 from .answer import answering, head_of
 from .attempt import DELIVERED, FAIL, RETRY, Attempted
 from .connector import GuardedConnector
+from .echoes import without_credentials
 from .guard import AddressGuard, AddressRefusedError
 from .request import custom_headers, destination_url, quoted
 from .retry_after import parse_retry_after
@@ -99,7 +103,7 @@ class HttpSender:
             await self._session.close()
 
     async def send(self, delivery: Delivery) -> Attempted:
-        """Makes one attempt within the total timeout. Raises nothing but CancelledError."""
+        """Makes one attempt within the total timeout. Raises nothing but OwnFaultError and CancelledError."""
         try:
             url = destination_url(delivery.destination)
             headers = self._headers(delivery)
@@ -114,7 +118,10 @@ class HttpSender:
             # `closed` means that the whole answer is here and its connection is back in the pool.
             if response.closed and 200 <= response.status < 300:
                 return Attempted(DELIVERED, response.status)
-            return await self._judge(response)
+            attempted = await self._judge(response)
+            return _discreet(attempted, headers, delivery.secret_headers or (), url)
+        except OwnFaultError:
+            raise
         except Exception as error:
             connection = answering.get()
             if connection is not None and (head := head_of(connection.received)) is not None:
@@ -133,7 +140,7 @@ class HttpSender:
         return await session.post(url, data=payload, headers=headers, allow_redirects=False, timeout=timeout)
 
     def _unanswered(self, error: Exception, url: URL, timeout_s: float, event_id: str) -> Attempted:
-        """What comes of an attempt that got no status line."""
+        """What comes of an attempt that got no status line. Raises OwnFaultError for what this machine lacks."""
         place = url.host_port_subcomponent
         match error:
             case aiohttp.ClientConnectorError():
@@ -147,10 +154,12 @@ class HttpSender:
                 return Attempted(RETRY, error=f"{place} answered with something that is not HTTP")
             case aiohttp.InvalidURL():
                 return Attempted(FAIL, error=f"destination: {quoted(place or '')} is not a plain host")
-            case aiohttp.ClientConnectionError() | OSError():
+            case aiohttp.ClientConnectionError() | OSError() if own_fault(error) is None:
                 if fault := tls_fault(error):
                     return Attempted(RETRY, error=f"no TLS connection with {url.raw_host}:{url.port}: {fault}")
                 return Attempted(RETRY, error=f"connection closed by {place} before it answered")
+        if own := own_fault(error):
+            raise own from error
         _log.error("a delivery failed in a way not foreseen", extra={"event_id": event_id}, exc_info=error)
         return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
 
@@ -160,7 +169,7 @@ class HttpSender:
         response.close()  # changes nothing after a body read to its end
         excerpt = None
         if body and "content-encoding" not in response.headers:
-            excerpt = body.decode("utf-8", "replace").replace("\0", "\ufffd")[:EXCERPT_CHARS]
+            excerpt = body.decode("utf-8", "replace").replace("\0", "\ufffd")
         headers = response.headers
         return _decided(
             status, headers.getall("location", []), headers.getall("retry-after", []), excerpt=excerpt, odd=broken
@@ -202,6 +211,19 @@ class HttpSender:
         return headers
 
 
+def _discreet(attempted: Attempted, headers: Mapping[str, str], secret_headers: Collection[str], url: URL) -> Attempted:
+    """The same with a short excerpt that repeats no credential."""
+    if attempted.response is None:
+        return attempted
+    said = without_credentials(attempted.response, headers, secret_headers, url.raw_query_string)
+    return attempted._replace(response=said[:EXCERPT_CHARS])
+
+
+def _without_query(location: str) -> str:
+    path, mark, _ = location.partition("?")
+    return path + (mark and "?…")
+
+
 def _total(seconds: float) -> aiohttp.ClientTimeout:
     # Above its threshold aiohttp rounds deadlines up, by as much as a second; leases count on this one.
     return aiohttp.ClientTimeout(total=seconds, ceil_threshold=float("inf"))
@@ -229,7 +251,7 @@ def _decided(
     if 200 <= status < 300:
         return Attempted(DELIVERED, status, error if odd else None)
     if 300 <= status < 400:
-        location = quoted(locations[0] if locations else "")
+        location = quoted(_without_query(locations[0]) if locations else "")
         return Attempted(FAIL, status, f"{_described(status)}: redirect to {location} is not followed{note}", excerpt)
     if status not in _RETRIED_4XX and not 500 <= status < 600:
         return Attempted(FAIL, status, error, excerpt)

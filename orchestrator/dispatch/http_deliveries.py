@@ -13,13 +13,16 @@ import msgspec
 from orchestrator.config import Settings
 from orchestrator.database import Claimed, Finished
 from orchestrator.dispatch.attempt import FAIL, RETRY, Attempted
+from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.due_queue import DueQueue
 from orchestrator.dispatch.finisher import Finisher
 from orchestrator.dispatch.http import Delivery
 from orchestrator.dispatch.lines import http_windows
 from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
 from orchestrator.dispatch.stalls import QUICK_S, Stalls
+from orchestrator.errors import OwnFaultError
 from orchestrator.metrics import Metrics
+from orchestrator.own_faults import Postponing
 
 RECORDING_S = 1.0
 """What an attempt must leave of its lease, to record its result."""
@@ -47,7 +50,7 @@ class HttpDeliveries:
         self,
         settings: Settings,
         metrics: Metrics,
-        now: Callable[[], float],
+        clock: DatabaseClock,
         finisher: Finisher,
         on_taken: Callable[[], None],
         on_room: Callable[[], None],
@@ -55,15 +58,16 @@ class HttpDeliveries:
     ) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._now = now
+        self._clock = clock
         self._finisher = finisher
         self._on_taken = on_taken
         self._sender = sender
         windows = http_windows(settings)
         kept = min(windows.first, max(0, settings.prefetch - 2 * settings.batch_size) // 10)
-        self.due = DueQueue(now, windows, on_room)
+        self.due = DueQueue(clock.now, windows, on_room)
         self.stalls = Stalls(self.due, finisher.release, on_taken, windows.first, kept)
         self.in_flight = 0
+        self._postponing = Postponing(metrics)
 
     async def run(self) -> None:
         """Works until closed and done; cancelled, it records what it cut short."""
@@ -76,6 +80,7 @@ class HttpDeliveries:
 
     def close(self) -> list[Claimed]:
         """Begins no more attempts; returns the events that still wait for theirs."""
+        self._postponing.close()
         return self.due.close()
 
     async def _deliver(self) -> None:
@@ -83,10 +88,10 @@ class HttpDeliveries:
         while (event := await due.get()) is not None:
             self._on_taken()
             options = NO_OPTIONS if event.options is None else options_of(event.options)
-            started_at = self._now()
+            started_at, latest = self._clock.now(), self._clock.latest()
             timeout_s = options.timeout_s or self._settings.http_timeout_s
             # It might end after somebody else had begun.
-            too_late = started_at + timeout_s + RECORDING_S > event.lease_until or has_expired(event, started_at)
+            too_late = latest + timeout_s + RECORDING_S > event.lease_until or has_expired(event, latest)
             if too_late or (options.rate and slot_missed(event, started_at, self._metrics)):
                 due.ended(event)
                 self._finisher.release([event])
@@ -94,20 +99,27 @@ class HttpDeliveries:
             self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
             began_s = time.monotonic()
             self.in_flight += 1
-            attempted = _CUT_SHORT
+            attempted: Attempted | None = _CUT_SHORT
             try:
                 attempted = options.fault or await self._sender.send(_delivery(event, options))
             except msgspec.MsgspecError as error:
                 attempted = Attempted(FAIL, error=f"headers: cannot be read: {error}")
+            except OwnFaultError as fault:
+                attempted = None
+                await self._postponing.pause(fault)  # in its place: all others would fare alike
             except Exception as error:  # one event must not end all the others
                 _log.exception("an attempt failed in a way not foreseen", extra={"event_id": event.event_id})
                 attempted = Attempted(RETRY, error=f"internal error: {type(error).__name__}")
             finally:
                 self.in_flight -= 1
                 took_s = time.monotonic() - began_s
-                due.ended(event, took_s <= QUICK_S and (attempted.error is None or not attempted.timed_out))
-                self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
-                self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
+                if attempted is None:
+                    due.ended(event)
+                    self._finisher.release([event])
+                else:
+                    due.ended(event, took_s <= QUICK_S and (attempted.error is None or not attempted.timed_out))
+                    self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
+                    self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
 
 
 def slot_missed(event: Claimed, started_at: float, metrics: Metrics) -> bool:
@@ -118,9 +130,9 @@ def slot_missed(event: Claimed, started_at: float, metrics: Metrics) -> bool:
     return True
 
 
-def has_expired(event: Claimed, started_at: float) -> bool:
+def has_expired(event: Claimed, latest: float) -> bool:
     """Whether no attempt may begin any more; the next claim ends it."""
-    return event.expires_at is not None and started_at >= event.expires_at
+    return event.expires_at is not None and latest >= event.expires_at
 
 
 def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: float) -> Finished:

@@ -17,16 +17,19 @@ import msgspec
 from orchestrator.config import Settings
 from orchestrator.database import Claimed
 from orchestrator.dispatch.attempt import DELIVERED, FAIL, RETRY, Attempted
+from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.due_queue import DueQueue
 from orchestrator.dispatch.finisher import Finisher
 from orchestrator.dispatch.http_deliveries import RECORDING_S, finished, has_expired, rfc3339, slot_missed
 from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
 from orchestrator.dispatch.secrets import SECRET_WAIT_S, SecretError, Secrets
 from orchestrator.dispatch.stalls import QUICK_S, Stalls
-from orchestrator.errors import KafkaUnavailable, OrchestratorError
+from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
 from orchestrator.kafka.lanes import Record, RecordRefusedError
 from orchestrator.metrics import Metrics
+from orchestrator.own_faults import Postponing
+from orchestrator.topic_rules import topic_rules
 
 _MAX_IN_FLIGHT = 2000
 _MAX_IN_FLIGHT_BYTES = 1 << 25
@@ -61,24 +64,27 @@ class KafkaDeliveries:
         self,
         settings: Settings,
         metrics: Metrics,
-        now: Callable[[], float],
+        clock: DatabaseClock,
         finisher: Finisher,
         on_taken: Callable[[], None],
         on_room: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._now = now
+        self._clock = clock
         self._finisher = finisher
         self._on_taken = on_taken
         self._needed_s = settings.http_timeout_s + RECORDING_S
         self._secrets = Secrets(settings.secrets_directory)
+        self._topics = topic_rules(settings)
         self._bytes = 0
         self._acknowledged = asyncio.Event()
         self._producer: BulkProducer[_Attempt] | None = None
-        self.due = DueQueue(now, on_room=on_room)
+        self.due = DueQueue(clock.now, on_room=on_room)
         self.stalls = Stalls(self.due, finisher.release, on_taken, window=0)
         self.in_flight = 0
+        self._postponing = Postponing(metrics)
+        self._fault: OwnFaultError | None = None
 
     async def run(self) -> None:
         """Works until closed and done; cancelled, it records what it cut short."""
@@ -95,6 +101,10 @@ class KafkaDeliveries:
                 if not await producer.ready():
                     self._finisher.release(events)
                     continue
+                fault = self._fault or (producer.away.own if producer.away else None)
+                if fault is not None:
+                    await self._postpone(events, fault)
+                    continue
                 self._send(producer, self._begun(events))
                 while self.in_flight >= _MAX_IN_FLIGHT or self._bytes >= _MAX_IN_FLIGHT_BYTES:
                     await self._next_result()
@@ -105,7 +115,15 @@ class KafkaDeliveries:
         """Begins no more attempts; returns the events that still wait for theirs."""
         if self._producer is not None:
             self._producer.stop_waiting()
+        self._postponing.close()
         return self.due.close()
+
+    async def _postpone(self, events: Sequence[Claimed], fault: OwnFaultError) -> None:
+        self._fault = None
+        try:
+            await self._postponing.pause(fault, len(events))
+        finally:
+            self._finisher.release(events)
 
     async def _next_result(self) -> None:
         self._acknowledged.clear()
@@ -116,12 +134,12 @@ class KafkaDeliveries:
             self.stalls.stall_all()
 
     def _begun(self, events: Sequence[Claimed]) -> list[_Attempt]:
-        started_at, began_s = self._now(), time.monotonic()
+        started_at, latest, began_s = self._clock.now(), self._clock.latest(), time.monotonic()
         attempts = []
         for event in events:
             options = NO_OPTIONS if event.options is None else options_of(event.options)
             # It might end after somebody else had begun.
-            too_late = started_at + self._needed_s > event.lease_until or has_expired(event, started_at)
+            too_late = latest + self._needed_s > event.lease_until or has_expired(event, latest)
             if too_late or (options.rate and slot_missed(event, started_at, self._metrics)):
                 self._finisher.release([event])
                 continue
@@ -138,11 +156,16 @@ class KafkaDeliveries:
             if attempt.options.fault is not None:
                 self._conclude([attempt], attempt.options.fault)
                 continue
+            if refusal := self._topics.fault("KAFKA", attempt.event.destination):
+                self._conclude([attempt], Attempted(FAIL, error=f"destination: {refusal}"))
+                continue
             try:
                 record = _record(attempt, self._secrets)
                 topics[attempt.event.destination or self._settings.topic_ready].append(record)
             except SecretError as error:
                 self._conclude([attempt], Attempted(RETRY, error=str(error), retry_after_s=SECRET_WAIT_S))
+            except OwnFaultError as fault:
+                self._give_back([attempt], fault)
             except ValueError as error:  # what headers may hold when they come through SQL
                 self._conclude([attempt], Attempted(FAIL, error=f"headers: cannot be sent: {error}"))
         for topic, records in topics.items():
@@ -153,9 +176,19 @@ class KafkaDeliveries:
             self._conclude(attempts, _DELIVERED)
         elif isinstance(error, RecordRefusedError):
             self._conclude(attempts, Attempted(FAIL, error=str(error)))
+        elif isinstance(error, KafkaUnavailable) and error.own is not None:
+            self._give_back(attempts, error.own)
         else:
             retry_after_s = _AWAY_S if isinstance(error, KafkaUnavailable) else None
             self._conclude(attempts, Attempted(RETRY, error=str(error), retry_after_s=retry_after_s))
+
+    def _give_back(self, attempts: Sequence[_Attempt], fault: OwnFaultError) -> None:
+        """Spends none of them: it is this machine that failed. The next ones are begun after a pause."""
+        self._fault = fault
+        self._bytes -= sum(attempt.payload_bytes for attempt in attempts)
+        self.in_flight -= len(attempts)
+        self._finisher.release([attempt.event for attempt in attempts])
+        self._acknowledged.set()
 
     def _conclude(self, attempts: Sequence[_Attempt], attempted: Attempted) -> None:
         now_s = time.monotonic()

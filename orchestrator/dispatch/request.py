@@ -44,7 +44,7 @@ def custom_headers(headers: Mapping[str, object]) -> dict[str, str]:
     kept = {}
     for name, value in headers.items():
         if not _TOKEN.fullmatch(name):
-            raise ValueError(f"headers: {quoted(name)} is not a header name")
+            raise ValueError(f"headers: {quoted(name.partition(':')[0])} is not a header name")
         if not isinstance(value, str) or not is_field_value(value):
             raise ValueError(f"headers: the value of {quoted(name)} cannot be sent")
         lower = name.lower()

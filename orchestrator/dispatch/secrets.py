@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.dispatch.request import is_field_value, quoted
+from orchestrator.dispatch.request import is_field_value
 from orchestrator.dispatch.signing import Signer
 from orchestrator.errors import OrchestratorError, SettingsError
+from orchestrator.own_faults import own_fault
 
 SECRET_WAIT_S = 60.0
 """How long an attempt waits at least that lacked a secret: an operator has to put it there."""
@@ -40,7 +41,7 @@ class _Kept:
 
 
 class Secrets:
-    """Reads each file when it is first named, and again when it has changed."""
+    """Reads each file when it is first named, and again when it has changed. OwnFaultError when no file can be."""
 
     def __init__(self, directory: str | None, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._directory = None if directory is None else Path(directory)
@@ -69,7 +70,8 @@ class Secrets:
 
     def _read(self, name: str) -> _Kept:
         if not _NAME.fullmatch(name):
-            raise SecretError(f"secret {quoted(name)}: not the name of a file in SECRETS_DIRECTORY")
+            # It may be the secret itself.
+            raise SecretError("a secret of this destination: not the name of a file in SECRETS_DIRECTORY")
         if self._directory is None:
             raise SecretError(f"secret {name}: SECRETS_DIRECTORY is not set for this dispatcher")
         now_s = self._monotonic()
@@ -81,6 +83,8 @@ class Secrets:
             if kept is None or _version(path.stat()) != kept.version:
                 kept = self._kept[name] = _Kept(*_contents(path), now_s)
         except (OSError, ValueError) as error:
+            if fault := own_fault(error):
+                raise fault from error
             self._kept.pop(name, None)
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise SecretError(f"secret {name}: cannot be read from SECRETS_DIRECTORY: {reason}") from None

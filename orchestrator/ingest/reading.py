@@ -89,6 +89,8 @@ class Reading:
             if time.monotonic() > self._ticked_s + _TICK_S:
                 self._ticked_s = time.monotonic()
                 self._tick()
+                if self._writing is None:
+                    await self._writer.keep_aside()
                 if await self._may_go_on():
                     return
             if self._steps and self._writing is None and self._ripe():

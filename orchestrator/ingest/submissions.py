@@ -10,6 +10,7 @@ from orchestrator.errors import ValidationError
 from orchestrator.events import EVENT_ID_HEADER, submission_row
 from orchestrator.ingest.partition import Record
 from orchestrator.metrics import Metrics
+from orchestrator.topic_rules import topic_rules
 
 _MAX_RECORDS = 5000
 
@@ -19,6 +20,7 @@ class Submissions:
 
     def __init__(self, settings: Settings, metrics: Metrics, max_bytes: int) -> None:
         self._settings = settings
+        self._topics = topic_rules(settings)
         self._metrics = metrics
         self._max_bytes = max_bytes
         self._rows: list[bytes] = []
@@ -41,7 +43,7 @@ class Submissions:
                     raise ValidationError("body", "expected a submission, got a record without a value")
                 size_bytes += len(value)
                 given_id = _given_id(record) if record.headers else None
-                rows.append(submission_row(value, limits, len(rows), given_id))
+                rows.append(submission_row(value, limits, len(rows), given_id, self._topics))
             except ValidationError as error:
                 self._rejects.append(reject(record, error.field, error.reason))
             else:
@@ -54,6 +56,7 @@ class Submissions:
             topic, moves, self._rows, self._rejects, lambda n, field, reason: reject(self._kept[n], field, reason)
         )
         self._metrics.events_received_total("kafka").inc(len(self._rows) + len(self._rejects))
+        self._metrics.submissions_set_aside_total("kafka").inc(len(self._rows) - sum(done))
         self._metrics.events_duplicate_total.inc(done.duplicates)
         self._metrics.events_rejected_total.inc(len(self._rejects) + done.refused)
 

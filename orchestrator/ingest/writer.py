@@ -12,9 +12,9 @@ import psycopg
 
 from orchestrator.config import Settings
 from orchestrator.database.ingestion import Ingestion, Move, OffsetsMovedError, Position
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError
+from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
-from orchestrator.tasks import backoff_s
+from orchestrator.tasks import backoff_s, within
 
 T = TypeVar("T")
 
@@ -65,15 +65,22 @@ class Writer:
             if tries == 1 or moved.stand_at != {move.partition: move.next_offset for move in moves}:
                 raise
 
+    async def keep_aside(self) -> None:
+        """Keeps records that batches of this connection have set aside; maintenance does, too."""
+        if self._database is not None and self._database.has_aside:
+            await self._until_done(lambda database: database.keep_aside())
+
     async def _until_done(self, work: Callable[[Ingestion], Awaitable[T]]) -> T:
         failures = 0
         while True:
             try:
-                async with asyncio.timeout(_ANSWER_S):
-                    found = await work(await self._connected())
+                found = await within(_ANSWER_S, self._once(work))
             except OffsetsMovedError:
                 self._note_served(failures)
                 raise
+            except Blocked as error:
+                failures += 1
+                await self._back_off(failures, error, await self._holders())
             except (OrchestratorError, psycopg.Error, TimeoutError) as error:
                 failures += 1
                 await self.close()
@@ -85,6 +92,9 @@ class Writer:
                 self._note_served(failures)
                 return found
 
+    async def _once(self, work: Callable[[Ingestion], Awaitable[T]]) -> T:
+        return await work(await self._connected())
+
     def _note_served(self, failures: int) -> None:
         if failures:
             self._metrics.database_reconnects_total.inc()
@@ -95,16 +105,26 @@ class Writer:
             self._database = await self._connection.enter_async_context(Ingestion.open(self._settings))
         return self._database
 
-    async def _back_off(self, failures: int, error: Exception) -> None:
+    async def _holders(self) -> str:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return await (await self._connected()).holders()
+        except (OrchestratorError, psycopg.Error, TimeoutError):
+            await self.close()
+            return "unknown"
+
+    async def _back_off(self, failures: int, error: Exception, holders: str | None = None) -> None:
         wait_s = backoff_s(failures)
         away = isinstance(error, DatabaseUnavailable | TimeoutError)
-        _log.log(
-            logging.WARNING if away else logging.ERROR,
-            "the database is away; trying again" if away else "the database refuses to serve; trying again",
-            extra={
-                "topic": self._topic,
-                "error": str(error) or f"no answer within {_ANSWER_S:g} s",
-                "retry_in_s": round(wait_s, 3),
-            },
-        )
+        message = "the database is away" if away else "the database refuses to serve"
+        if holders:
+            message = "another session holds a batch up"
+        extra = {
+            "topic": self._topic,
+            "error": str(error) or f"no answer within {_ANSWER_S:g} s",
+            "retry_in_s": round(wait_s, 3),
+        }
+        if holders:
+            extra["holders"] = holders
+        _log.log(logging.WARNING if away else logging.ERROR, f"{message}; trying again", extra=extra)
         await asyncio.sleep(wait_s)

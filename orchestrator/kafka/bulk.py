@@ -13,10 +13,11 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from orchestrator.config import Settings
-from orchestrator.errors import KafkaUnavailable, OrchestratorError
+from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.kafka.client import started_producer
 from orchestrator.kafka.lanes import Lanes, OnResult, Record, T, TopicUnavailableError
 from orchestrator.kafka.partitions import partition_of
+from orchestrator.own_faults import own_fault
 
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
@@ -106,11 +107,14 @@ class BulkProducer(Generic[T]):
                     await self._broken.wait()
                     await self._lanes.settled()
                     await producer.abandon()  # what was given up must not be delivered later
-            except OrchestratorError as error:
-                self._disconnected(KafkaUnavailable(str(error)))
+            except KafkaUnavailable as error:
+                self._disconnected(error)
+            except OrchestratorError as error:  # a file that KAFKA_SSL_CA_FILE or the like names
+                fault = OwnFaultError("settings", str(error), "mend it and start again")
+                self._disconnected(KafkaUnavailable(str(error), fault))
             except Exception as error:
                 _log.exception("connecting to Kafka failed in a way not foreseen")
-                self._disconnected(KafkaUnavailable(f"internal error: {type(error).__name__}"))
+                self._disconnected(KafkaUnavailable(f"internal error: {type(error).__name__}", own_fault(error)))
             if self.away is not None:
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s)

@@ -29,6 +29,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 from orchestrator.config import Settings
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, SettingsError
 from orchestrator.kafka.producer import Producer
+from orchestrator.own_faults import own_fault
 
 _REQUEST_TIMEOUT_S = 15.0
 _METADATA_AGE_S = 60.0  # how soon partitions that were added are noticed
@@ -157,6 +158,9 @@ async def unavailable(settings: Settings, role: str, error: BaseException) -> Or
     arguments = client_arguments(settings, role)
     servers = [(host, port) for host, port, _ in collect_hosts(arguments["bootstrap_servers"], randomize=False)]
     failures = await asyncio.gather(*(_failure(host, port, arguments) for host, port in servers))
+    for fault in map(own_fault, filter(None, (error, *failures))):
+        if fault is not None:
+            return KafkaUnavailable(f"KAFKA_BOOTSTRAP_SERVERS: {fault}", fault)
     reasons = [
         _explained(settings, f"{host}:{port}", failure)
         for (host, port), failure in zip(servers, failures, strict=True)

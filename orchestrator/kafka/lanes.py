@@ -23,6 +23,7 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from orchestrator.errors import KafkaUnavailable, OrchestratorError
+from orchestrator.own_faults import own_fault, without_descriptors
 
 _LINGER_S = 0.01
 _STALLED_S = 5.0  # after which a partition takes no more until it has answered
@@ -225,7 +226,9 @@ class Lanes(Generic[T]):
                         self._settled.set()
             return None
         except TimeoutError:
-            error: OrchestratorError = KafkaUnavailable(f"{topic}: no acknowledgement within {self._timeout_s:g} s")
+            late = f"{topic}: no acknowledgement within {self._timeout_s:g} s"
+            # aiokafka tries to connect until then, and does not say why it cannot.
+            error: OrchestratorError = KafkaUnavailable(late, without_descriptors())
         except _TOO_LARGE:
             size = sum(len(record.key or b"") + len(record.value or b"") for record in batch.records)
             error = RecordRefusedError(f"{topic}: a record of {size} bytes is larger than max.message.bytes allows")
@@ -236,10 +239,11 @@ class Lanes(Generic[T]):
         except UnknownTopicOrPartitionError:
             error = TopicUnavailableError(f"{topic}: no such topic")
         except KafkaError as failure:
-            error = KafkaUnavailable(f"{topic}: {type(failure).__name__}: {str(failure) or 'no answer'}")
+            said = f"{topic}: {type(failure).__name__}: {str(failure) or 'no answer'}"
+            error = KafkaUnavailable(said, without_descriptors())
         except Exception as failure:  # one batch must not end all the others
             _log.exception("a batch failed in a way not foreseen", extra={"topic": topic})
-            error = KafkaUnavailable(f"{topic}: internal error: {type(failure).__name__}")
+            error = KafkaUnavailable(f"{topic}: internal error: {type(failure).__name__}", own_fault(failure))
         if producer is not None and producer is self._producer and isinstance(error, KafkaUnavailable):
             self._producer = None
             self._on_broken()

@@ -9,9 +9,11 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import BrokerResponseError, ProducerClosed, UnknownError
-from aiokafka.producer.message_accumulator import MessageBatch
+from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator, MessageBatch
 from aiokafka.producer.sender import Sender
 from aiokafka.structs import TopicPartition
+
+from orchestrator.tasks import retrieve
 
 _CLOSE_TIMEOUT_S = 2.0
 
@@ -28,6 +30,7 @@ class Producer(AIOKafkaProducer):  # type: ignore[misc]  # untyped
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self._message_accumulator.__class__ = _Accumulator
         theirs = self._sender
         self._sender = _CountingSender(
             theirs.client,
@@ -56,10 +59,26 @@ class Producer(AIOKafkaProducer):  # type: ignore[misc]  # untyped
             if connection._writer is not None:
                 connection._writer.transport.abort()  # an orderly end would wait for the broker
         if tasks:
-            await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
+            ended, _ = await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
+            retrieve(*ended)
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await self.client.close()
+
+
+class _Accumulator(MessageAccumulator):  # type: ignore[misc]  # untyped
+    """Makes batches that may fail when nobody waits for them any more: whoever gave one up has told its sender."""
+
+    def _append_batch(self, builder: BatchBuilder, tp: TopicPartition) -> MessageBatch:
+        batch = super()._append_batch(builder, tp)
+        batch.__class__ = _Batch
+        return batch
+
+
+class _Batch(MessageBatch):  # type: ignore[misc]  # untyped
+    def failure(self, exception: BaseException) -> None:
+        super().failure(exception)
+        retrieve(self.future, self._drain_waiter)
 
 
 class _CountingSender(Sender):  # type: ignore[misc]  # untyped

@@ -34,6 +34,15 @@ begin
 end $$;
 comment on function orchestrator.check_staging() is 'Refuses a staging table that open_staging() did not make; adds what one lacks that was made before a migration';
 
+create or replace function orchestrator.shown(p_text text, p_most integer) returns text
+language sql immutable parallel safe
+return case
+  when p_text is null then 'null'
+  when p_text like '%://%' then left(split_part(p_text, '://', 1), 40) || '://…'
+  when p_text ~ '[@?]' then format('%s characters', length(p_text))
+  else left(p_text, p_most) end;
+comment on function orchestrator.shown(text, integer) is 'A text as a message quotes it: short, and without what may be a password or a token in a URL';
+
 -- Set-returning and without settings of its own, so that the planner inlines it.
 create or replace function orchestrator.check_submission(
   p_scheduled_at timestamptz, p_source text, p_external_job_id text, p_delivery_type text, p_destination text, p_headers json,
@@ -53,17 +62,19 @@ language sql stable parallel safe as $$
     when length(p_external_job_id) not between 1 and 200
       then format('external_job_id: expected 1 to 200 characters or null, got %s', length(p_external_job_id))
     when p_delivery_type not in ('HTTP', 'KAFKA')
-      then format('delivery_type: expected HTTP or KAFKA, got %s', left(p_delivery_type, 40))
+      then format('delivery_type: expected HTTP or KAFKA, got %s', orchestrator.shown(p_delivery_type, 40))
     when p_delivery_type = 'HTTP' and (p_destination is null or length(p_destination) > 2048 or p_destination !~ '^https?://[^/]')
-      then format('destination: expected an http:// or https:// URL of at most 2048 characters, got %s', coalesce(left(p_destination, 100), 'null'))
+      then format('destination: expected an http:// or https:// URL of at most 2048 characters, got %s', orchestrator.shown(p_destination, 100))
+    when p_delivery_type = 'HTTP' and p_destination ~ '^https?://[^/?#]*@'
+      then 'destination: expected no user name or password in the URL: send credentials in headers'
     when p_delivery_type = 'KAFKA' and p_destination !~ '^(?![.]{1,2}$)[A-Za-z0-9._-]{1,249}$'
-      then format('destination: expected a topic of 1 to 249 letters, digits, dots, underscores and hyphens, or none, got %s', left(p_destination, 100))
+      then format('destination: expected a topic of 1 to 249 letters, digits, dots, underscores and hyphens, or none, got %s', orchestrator.shown(p_destination, 100))
     when json_typeof(p_headers) <> 'object'
       then 'headers: expected an object of strings'
     when p_max_retries not between 0 and 100
       then format('max_retries: expected 0 to 100, got %s', p_max_retries)
     when not exists (select from orchestrator.retry_policy r where r.name = p_retry_policy) and p_retry_policy is not null
-      then format('retry_policy: there is no policy named %s; see table orchestrator.retry_policy', left(p_retry_policy, 63))
+      then format('retry_policy: there is no policy named %s; see table orchestrator.retry_policy', orchestrator.shown(p_retry_policy, 63))
     when length(p_ordering_key) not between 1 and 200
       then format('ordering_key: expected 1 to 200 characters or null, got %s', length(p_ordering_key))
     when p_priority not between -9 and 9
@@ -121,6 +132,7 @@ declare
   v_policies text[];
   v_priorities smallint[];
   v_horizon_at timestamptz;
+  v_new_priority boolean;
   v_own_lanes boolean;
   v_former_ids boolean;
   v_told constant boolean := exists (select from orchestrator.outbox_kind where kind = 'scheduled');
@@ -135,11 +147,12 @@ begin
     , array_agg(distinct s.priority) filter (where s.priority between -9 and 9)
   into v_first, v_last, v_policies, v_priorities
   from pg_temp.submission s;
-  -- Locks the row of control, once in the life of a priority.
-  update orchestrator.control c
-  set priorities = array(select distinct p from unnest(c.priorities || v_priorities) p order by p desc)
-  where not c.priorities @> v_priorities;
-  select c.horizon_at, c.former_ids_until is not null into v_horizon_at, v_former_ids from orchestrator.control c;
+  select c.horizon_at, c.former_ids_until is not null, not c.priorities @> v_priorities
+  into v_horizon_at, v_former_ids, v_new_priority
+  from orchestrator.control c;
+  if v_new_priority then
+    perform orchestrator.note_control('priorities', v_priorities);
+  end if;
   perform orchestrator.recognise_former_ids() where v_former_ids;
   begin
     if v_last >= v_horizon_at or v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy) then
@@ -269,6 +282,21 @@ set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as
 $$;
 comment on function orchestrator.status_of(uuid) is 'The state that an event is in; null: there is none';
 
+create or replace function orchestrator.try_submit_staged()
+returns table (n integer, id uuid, result text, field text, reason text)
+language sql security definer set search_path = orchestrator, pg_temp set lock_timeout = '250 ms' as $$
+  select * from orchestrator.keep_staged(null)
+$$;
+comment on function orchestrator.try_submit_staged() is
+  'submit_staged() for a batch of many clients: fails after 250 ms behind another session, as one with an uncommitted event of the same id, so that the rest can go without that one';
+
+create or replace function orchestrator.try_submit_staged_with_status()
+returns table (n integer, id uuid, result text, field text, reason text, status text)
+language sql security definer set search_path = orchestrator, pg_temp set lock_timeout = '250 ms' as $$
+  select * from orchestrator.submit_staged_with_status()
+$$;
+comment on function orchestrator.try_submit_staged_with_status() is 'try_submit_staged(), with the state that each duplicate is in now';
+
 -- The lock keeps days from getting their partition meanwhile: whoever gives a day one waits until all that went to the horizon is there to see.
 create or replace function orchestrator.keep_each(p_now timestamptz, p_told boolean, p_predecessor uuid)
 returns table (n integer, id uuid, result text, field text, reason text)
@@ -283,8 +311,11 @@ declare
   v_waiting_from timestamptz;
   v_numbers integer[]; v_answered uuid[]; v_results text[]; v_fields text[]; v_reasons text[];
 begin
-  perform orchestrator.open_days(array(
-    select distinct (s.scheduled_at at time zone 'UTC')::date from pg_temp.submission s where isfinite(s.scheduled_at)), p_now);
+  begin
+    perform orchestrator.open_days(array(
+      select distinct (s.scheduled_at at time zone 'UTC')::date from pg_temp.submission s where isfinite(s.scheduled_at)), p_now);
+  exception when lock_not_available then null;  -- a session that stays in the horizon: they wait there for maintenance
+  end;
   perform pg_advisory_xact_lock_shared(hashtext('orchestrator.horizon'));
   select * into v_control from orchestrator.control;
   v_days := orchestrator.partition_days();
@@ -398,8 +429,8 @@ language sql immutable parallel safe as $$
     when count(*) > 20 then format('expected at most 20 headers, got %s', count(*))
     when count(distinct lower(h.key)) < count(*) then 'expected each header once: names differ in more than case'
     else min(case
-      when jsonb_typeof(h.value) <> 'string' then format('expected a string for %s, got %s', left(h.key, 80), jsonb_typeof(h.value))
-      when h.key !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]{1,100}$' then format('expected a header name of 1 to 100 token characters, got %s', left(h.key, 80))
+      when jsonb_typeof(h.value) <> 'string' then format('expected a string for %s, got %s', left(split_part(h.key, ':', 1), 80), jsonb_typeof(h.value))
+      when h.key !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]{1,100}$' then format('expected a header name of 1 to 100 token characters, got %s', left(split_part(h.key, ':', 1), 80))
       when lower(h.key collate "C") ~ '^(orchestrator|proxy|webhook)-' or lower(h.key collate "C") = any (
         '{connection,content-encoding,content-length,content-type,expect,host,http2-settings,keep-alive,te,trailer,transfer-encoding,upgrade,user-agent}')
         then format('expected no %s header: it is set on delivery', left(h.key, 80))
@@ -440,19 +471,23 @@ begin
         when u.unknown is not null then left(u.unknown, 80) || ': unknown field; expected source, external_job_id, scheduled_at, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread_seconds, expires_at'
         when w.wrong is not null then w.wrong
         when e.scheduled_at is null then 'scheduled_at: required'
-        when e.at is null then format('scheduled_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', left(e.scheduled_at, 50))
+        when e.at is null then format('scheduled_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', orchestrator.shown(e.scheduled_at, 50))
         when i.event ->> 'expires_at' is not null and e.expires_at is null
-          then format('expires_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', left(i.event ->> 'expires_at', 50))
+          then format('expires_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', orchestrator.shown(i.event ->> 'expires_at', 50))
         when e.source is null then 'source: required'
         when e.destination is null and e.delivery_type = 'HTTP' then 'destination: required'
+        when e.delivery_type = 'HTTP' and e.destination ~ '^https?://[^/?#]*@'
+          then 'destination: expected no user name or password in the URL: send credentials in headers'
+        when e.delivery_type = 'KAFKA' and orchestrator.topic_fault(e.delivery_type, e.destination) is not null
+          then 'destination: ' || orchestrator.topic_fault(e.delivery_type, e.destination)
         when not i.event ? 'payload' then 'payload: required'
         when jsonb_typeof(i.event -> 'max_retries') not in ('number', 'null') or not pg_input_is_valid(e.max_retries, 'smallint')
-          then format('max_retries: expected 0 to 100, got %s', left((i.event -> 'max_retries')::text, 20))
+          then format('max_retries: expected 0 to 100, got %s', case jsonb_typeof(i.event -> 'max_retries') when 'object' then 'an object' when 'array' then 'an array' else left((i.event -> 'max_retries')::text, 20) end)
         when jsonb_typeof(i.event -> 'priority') not in ('number', 'null') or not pg_input_is_valid(i.event ->> 'priority', 'smallint')
-          then format('priority: expected -9 to 9, got %s', left((i.event -> 'priority')::text, 20))
+          then format('priority: expected -9 to 9, got %s', case jsonb_typeof(i.event -> 'priority') when 'object' then 'an object' when 'array' then 'an array' else left((i.event -> 'priority')::text, 20) end)
         when jsonb_typeof(i.event -> 'spread_seconds') not in ('number', 'null')
           or (case jsonb_typeof(i.event -> 'spread_seconds') when 'number' then (i.event ->> 'spread_seconds')::numeric end) not between 0.000001 and 604800
-          then format('spread_seconds: expected more than 0 and at most 604800 seconds, got %s', left((i.event -> 'spread_seconds')::text, 20))
+          then format('spread_seconds: expected more than 0 and at most 604800 seconds, got %s', case jsonb_typeof(i.event -> 'spread_seconds') when 'object' then 'an object' when 'array' then 'an array' else left((i.event -> 'spread_seconds')::text, 20) end)
         else 'headers: ' || orchestrator.check_headers(i.event -> 'headers')
       end as problem
     from jsonb_array_elements(p_events) with ordinality as i (event, n)

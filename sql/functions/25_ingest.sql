@@ -112,3 +112,51 @@ set enable_seqscan = off set enable_bitmapscan = off as $$
   select exists (select from noted)
 $$;
 comment on function orchestrator.resubmitted_reject(bigint, uuid) is 'Notes which event a reject became when it was submitted again; false: there is no such reject';
+
+-- What waits for another session's open transaction must not stop its partition.
+
+create or replace function orchestrator.set_aside_staged(p_topic text, p_numbers integer[], p_partitions integer[], p_offsets bigint[], p_keys bytea[], p_values bytea[])
+returns void
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+begin
+  perform orchestrator.check_staging();
+  insert into orchestrator.submission_aside
+    (topic, partition, "offset", since, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at, key, value)
+  select p_topic, r.partition, r."offset", orchestrator.now(), s.id, s.scheduled_at, s.source, s.external_job_id, s.delivery_type, s.destination, s.payload, s.headers
+    , s.max_retries, s.retry_policy, s.ordering_key, s.priority, s.spread, s.expires_at, r.key, r.value
+  from unnest(p_numbers, p_partitions, p_offsets, p_keys, p_values) as r (n, partition, "offset", key, value)
+  join pg_temp.submission s on s.n = r.n
+  order by r.partition, r."offset";
+end $$;
+comment on function orchestrator.set_aside_staged(text, integer[], integer[], bigint[], bytea[], bytea[]) is
+  'Sets the rows of pg_temp.submission aside, with the record that each came from, by its number n';
+
+-- One at a time, as each may wait; rows that another call has are left to it.
+create or replace function orchestrator.keep_aside(p_limit integer default 100, out kept bigint, out waiting bigint)
+language plpgsql security definer set search_path = orchestrator, pg_temp set lock_timeout = '20 ms' as $$
+declare
+  v_row orchestrator.submission_aside;
+  v_answer record;
+begin
+  kept := 0;
+  waiting := 0;
+  for v_row in select * from orchestrator.submission_aside order by aside limit p_limit for update skip locked loop
+    begin
+      perform orchestrator.open_staging();
+      insert into pg_temp.submission
+        (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at)
+      values (1, v_row.id, v_row.scheduled_at, v_row.source, v_row.external_job_id, v_row.delivery_type, v_row.destination, v_row.payload, v_row.headers
+        , v_row.max_retries, v_row.retry_policy, v_row.ordering_key, v_row.priority, v_row.spread, v_row.expires_at);
+      select * into v_answer from orchestrator.keep_staged(null);
+      if v_answer.result = 'refused' then
+        perform orchestrator.keep_rejects(v_row.topic, array[v_row.partition], array[v_row."offset"], array[v_row.key], array[v_row.value], array[v_answer.field], array[v_answer.reason]);
+      end if;
+      delete from orchestrator.submission_aside a where a.aside = v_row.aside;
+      kept := kept + 1;
+    exception when lock_not_available then
+      waiting := waiting + 1;
+    end;
+  end loop;
+end $$;
+comment on function orchestrator.keep_aside(integer) is
+  'Submits up to p_limit records that were set aside, the oldest first; says how many became events, duplicates or rejects, and how many of them still wait for another session';

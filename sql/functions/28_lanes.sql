@@ -1,6 +1,7 @@
 -- Lanes: which one a destination's timers wait in, its breaker, and the order of events that share a key.
 -- Used by submission, claims, finishes and operators. Locks, in this order everywhere: timers by event id, ordering keys by
--- bucket, new destinations by name, control, old destinations, lanes by number. A claim locks lanes first, and waits for nothing after that.
+-- bucket, destinations that are made or deleted by the advisory lock of their name, old destinations, lanes by number. Nobody waits for
+-- the row of control, see 26_control.sql. A claim waits a moment for lanes, and for nothing else.
 
 create or replace function orchestrator.is_pattern(p_name text) returns boolean
 language sql immutable parallel safe
@@ -45,6 +46,12 @@ declare
   v_now constant timestamptz := orchestrator.now();
   v_made integer;
 begin
+  -- Whoever watches one that fails must not wait for an operator.
+  p_names := array(
+    select n.name from (select distinct n as name from unnest(p_names) n order by 1) n
+    where p_configured or exists (select from orchestrator.destination d where d.name = n.name)
+      or pg_try_advisory_xact_lock(hashtext('orchestrator.destination'), hashtext(n.name)));
+  perform pg_advisory_xact_lock(hashtext('orchestrator.destination'), hashtext(n)) from unnest(p_names) n where p_configured;
   -- What a pattern matches is one destination from now on.
   perform orchestrator.forget_destination(d.name)
   from (select d.name from orchestrator.destination d join unnest(p_names) as n (name) on orchestrator.is_pattern(n.name) and orchestrator.matches(d.name, n.name)
@@ -67,7 +74,7 @@ begin
   )
   select count(*) into v_made from laned;
   if v_made > 0 then
-    update orchestrator.control set rerouted_by = pg_current_xact_id();
+    perform orchestrator.note_control('reroute');
   end if;
   if p_configured then
     update orchestrator.destination d set configured = true where d.name = any (p_names) and not d.configured;
@@ -77,7 +84,7 @@ begin
   from unnest(p_names) as n (name) left join orchestrator.lane l on l.name = n.name;
 end $$;
 comment on function orchestrator.own_lanes(text[], boolean) is
-  'Gives destinations lanes of their own, unless they have one; claims move the timers that wait elsewhere. Lane null: too many misbehave already';
+  'Gives destinations lanes of their own, unless they have one; claims move the timers that wait elsewhere. Lane null: too many misbehave already, or (then it is left out) another session is about to make or delete it';
 
 create or replace function orchestrator.own_lane(p_name text, p_configured boolean) returns integer
 language sql security definer set search_path = orchestrator, pg_temp
@@ -93,8 +100,8 @@ begin
   if v_lane is null then
     return false;
   end if;
-  -- Before the rest, as finish_events() has it when it waits for lanes.
-  update orchestrator.control set rerouted_by = pg_current_xact_id();
+  perform pg_advisory_xact_lock(hashtext('orchestrator.destination'), hashtext(p_name));
+  perform orchestrator.note_control('reroute');
   delete from orchestrator.destination d where d.name = p_name;
   if not found then
     return false;
@@ -112,6 +119,7 @@ comment on function orchestrator.forget_destination(text) is
 -- Breakers
 
 -- Locks the lanes in order, and only those whose state may change: the successes of a healthy destination write nothing.
+-- finish_free_events() has it leave out those that another session has: a result is worth more than its count.
 create or replace function orchestrator.note_results(
   p_lanes integer[], p_delivered boolean[], p_status_codes integer[], p_started_at double precision[], p_finished_at double precision[])
 returns void
@@ -119,15 +127,26 @@ language plpgsql security definer set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
+  v_locked integer[];
   v_opened integer[];
   v_closed boolean;
 begin
-  perform from orchestrator.lane l
-  where l.lane = any (p_lanes) and l.name is not null
-    and (l.failures > 0 or l.window_at is not null or l.breaker <> 'closed' or l.parallel_now is not null or false = any (p_delivered))
-  order by l.lane
-  for update;
-  if not found then
+  if current_setting('orchestrator.wait', true) = 'off' then
+    v_locked := array(
+      select l.lane from orchestrator.lane l
+      where l.lane = any (p_lanes) and l.name is not null
+        and (l.failures > 0 or l.window_at is not null or l.breaker <> 'closed' or l.parallel_now is not null or false = any (p_delivered))
+      order by l.lane
+      for update skip locked);
+  else
+    v_locked := array(
+      select l.lane from orchestrator.lane l
+      where l.lane = any (p_lanes) and l.name is not null
+        and (l.failures > 0 or l.window_at is not null or l.breaker <> 'closed' or l.parallel_now is not null or false = any (p_delivered))
+      order by l.lane
+      for update);
+  end if;
+  if v_locked = '{}' then
     return;
   end if;
   with result as (
@@ -136,7 +155,7 @@ begin
     from unnest(p_lanes, p_delivered, p_status_codes, p_started_at, p_finished_at) as r (lane, delivered, status_code, started_at, finished_at)
     join orchestrator.lane l on l.lane = r.lane and l.lane = any (p_lanes)
     -- What began before the breaker opened says nothing about its try. A worker's idea of the time may be a little early.
-    where l.name is not null and (l.breaker = 'closed' or l.breaker = 'half_open' and coalesce(to_timestamp(r.started_at), v_now) >= l.tried_at - interval '10 ms')
+    where l.lane = any (v_locked) and (l.breaker = 'closed' or l.breaker = 'half_open' and coalesce(to_timestamp(r.started_at), v_now) >= l.tried_at - interval '10 ms')
   ), batch as (
     select r.lane, count(*)::integer as attempts, (count(*) filter (where not r.delivered))::integer as failed
       , (count(*) filter (where not r.delivered and r.finished_at > r.last_delivered_at is not false))::integer as trailing
@@ -267,7 +286,8 @@ end $$;
 comment on function orchestrator.advance_ordering(bigint[]) is 'Lets the first waiting event of each ordering key be claimed, where nothing holds it any more';
 
 -- The caller has the rows locked. Never waits: keys whose lock another has are left for the next claim.
-create or replace function orchestrator.sort_out(p_at tid[], p_rerouted boolean, p_bounded boolean, p_skip integer[], out ready tid[], out changed boolean)
+create or replace function orchestrator.sort_out(p_at tid[], p_rerouted boolean, p_bounded boolean, p_skip integer[]
+, out ready tid[], out changed boolean, out locked bigint, out buckets integer[])
 language plpgsql security definer set search_path = orchestrator, pg_temp
 set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
@@ -321,11 +341,15 @@ begin
   select array(select r from unnest(ready) r where r <> all (array(select l.at from late l))), v_moved + (select count(*) from put_off) into ready, v_moved;
   changed := v_moved > 0;
   -- Fenced off: where a stale statistic says that the index of ordering keys is empty, the planner would read all of it.
-  with keyed as materialized (select t.ctid as at, t.ordering from orchestrator.timer t where t.ctid = any (ready))
-  select array(select k.at from keyed k where k.ordering is null)
-    , array(select k.at from keyed k
-        where k.ordering is not null and pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(k.ordering)))
-  into ready, v_ordered;
+  with keyed as materialized (select t.ctid as at, t.ordering from orchestrator.timer t where t.ctid = any (ready)
+  ), tried as materialized (
+    select k.at, orchestrator.ordering_bucket(k.ordering) as bucket
+      , pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(k.ordering)) as had
+    from keyed k where k.ordering is not null
+  )
+  select array(select k.at from keyed k where k.ordering is null), array(select t.at from tried t where t.had)
+    , (select count(*) from tried t where not t.had), array(select distinct t.bucket from tried t where not t.had)
+  into ready, v_ordered, locked, buckets;
   if v_ordered <> '{}' then
     -- A new statement, and so a new snapshot: it sees what those did who had the locks before.
     with parked as (
@@ -342,7 +366,7 @@ begin
   end if;
 end $$;
 comment on function orchestrator.sort_out(tid[], boolean, boolean, integer[]) is
-  'Of due timers that a claim has locked: moves those in a wrong lane (which it may lease all the same, unless that lane has limits or is to be skipped; p_bounded: all own lanes have limits), puts off those whose destination was spread since, and parks those that wait for their ordering key. Answers which may be leased, and whether others became due elsewhere';
+  'Of due timers that a claim has locked: moves those in a wrong lane (which it may lease all the same, unless that lane has limits or is to be skipped; p_bounded: all own lanes have limits), puts off those whose destination was spread since, and parks those that wait for their ordering key. Answers which may be leased, whether others became due elsewhere, and how many wait because another session has the lock of their ordering key, and which locks';
 
 -- Limits. A claim locks the lanes that have any, reads what they allow, leases, and books what it took, all in one transaction:
 -- any number of claims obey a limit together. What is under way is counted from the timers themselves, so no counter can go wrong.
@@ -358,19 +382,31 @@ return case when p_next_slot_at <= p_now + interval '11 s' + (p_burst + 1) * p_g
 comment on function orchestrator.next_slot(timestamptz, timestamptz, interval, integer) is
   'lane.next_slot_at, if claims can have booked as far as that; null, and so anew, when the clock was set back since';
 
--- Locks in order of lane; what it then reads, it reads in a new snapshot.
+-- Locks in order of lane; what it then reads, it reads in a new snapshot. A lane that an open transaction has gives nothing: another claim
+-- has it for milliseconds, which are waited for, but not any more once three claims of this session in turn have failed to get it.
 create or replace function orchestrator.lane_limits(
   p_queues integer[], p_limited integer[], p_now timestamptz, p_until timestamptz, p_max_parallel integer,
   out caps integer[], out untils timestamptz[], out lanes integer[], out allowed integer[], out kinds text[], out bounded integer[], out spread integer[], out again_at timestamptz)
 language plpgsql security definer set search_path = orchestrator, pg_temp set enable_hashjoin = on set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_patience constant text := current_setting('lock_timeout');
+  v_locked integer[] := array(select l.lane from orchestrator.lane l where l.lane = any (p_limited) order by l.lane for update skip locked);
 begin
-  perform from orchestrator.lane l where l.lane = any (p_limited) order by l.lane for update;
+  if not p_limited <@ v_locked and coalesce(current_setting('orchestrator.locked_out', true), '') in ('', '0', '1', '2') then
+    begin
+      perform set_config('lock_timeout', '50ms', true);
+      perform from orchestrator.lane l where l.lane = any (p_limited) and l.lane <> all (v_locked) order by l.lane for update;
+      v_locked := p_limited;
+      perform set_config('lock_timeout', v_patience, true);
+    exception when lock_not_available then null;
+    end;
+  end if;
   with bound as (
     select l.*, d.rate_per_second, d.burst, d.spread, orchestrator.lane_open(l, p_now) as is_open
       , case when l.name is not null then least(coalesce(d.max_parallel, p_max_parallel), floor(l.parallel_now))::integer end as bound
       , make_interval(secs => 1 / d.rate_per_second) as gap
     from orchestrator.lane l left join orchestrator.destination d on d.name = l.name
-    where l.lane = any (p_limited)
+    where l.lane = any (v_locked)
   ), free as (
     select b.*
       , least(p_until, p_now + case when b.bound is null then interval '10 s' else orchestrator.limited_ahead() end) as slots_until
@@ -388,14 +424,14 @@ begin
       , case when s.slots < coalesce(s.free, s.slots + 1) then 'rate' when s.free is not null then 'parallel' end as kind
     from slots s
   )
-  select array_agg(l.allowed order by q.n), array_agg(coalesce(l.until, p_until) order by q.n)
+  select array_agg(case when l.lane is not null then l.allowed when q.lane = any (p_limited) then 0 end order by q.n), array_agg(coalesce(l.until, p_until) order by q.n)
     , array_agg(l.lane order by q.n) filter (where l.lane is not null and q.first), array_agg(l.allowed order by q.n) filter (where l.lane is not null and q.first)
     , array_agg(l.kind order by q.n) filter (where l.lane is not null and q.first), array_agg(l.lane) filter (where l.bound is not null and q.first)
     , array_agg(l.lane) filter (where l.spread is not null and q.first)
     , min(least(
         case when l.kind = 'rate' then greatest(p_now, l.next_slot_at - (l.slots_until - p_now) / 2) end
       , case when l.until < p_until then (
-          select t.due_at - orchestrator.limited_ahead() from orchestrator.control c cross join unnest(c.priorities) as p (priority)
+          select t.due_at - orchestrator.limited_ahead() from orchestrator.control_now() c cross join unnest(c.priorities) as p (priority)
           cross join lateral (
             select t.due_at from orchestrator.timer t
             where t.lane = l.lane and t.priority = p.priority and t.due_at > l.until and t.due_at <= p_until order by t.due_at limit 1) t
@@ -405,7 +441,7 @@ begin
   left join limits l on l.lane = q.lane;
 end $$;
 comment on function orchestrator.lane_limits(integer[], integer[], timestamptz, timestamptz, integer) is
-  'Locks limited lanes and says how many events a claim may take and due until when, for each queue given (caps, untils; null: any number), and for each limited lane: allowed, the limit that decides (rate or parallel), and which give slots of a bound or are spread; again_at: when a rate has more to give, or events of a bound become due';
+  'Locks limited lanes and says how many events a claim may take and due until when, for each queue given (caps, untils; null: any number), and for each limited lane that no other session has locked: allowed, the limit that decides (rate or parallel), and which give slots of a bound or are spread; again_at: when a rate has more to give, or events of a bound become due';
 
 create or replace function orchestrator.is_limited(p_destination orchestrator.destination) returns boolean
 language sql immutable

@@ -5,8 +5,9 @@ language sql security definer set search_path = orchestrator, pg_temp
 as $$ insert into orchestrator.worker (name) values (left(p_name, 200)) returning worker $$;
 comment on function orchestrator.register_worker(text) is 'Makes a worker number for one process; never used again by another';
 
--- Locks limited lanes in order, then timers with skip locked, so it waits for nobody but other claims and finishes of those
--- lanes. Each round shares what is left of the batch equally among the lanes that gave all they were asked for in the round
+-- Locks limited lanes in order, then timers with skip locked, so it waits for nobody but, for a moment, other claims and finishes of
+-- those lanes. Those that it cannot lock, and ordering keys that another session has, are left out, and looked at again ever more rarely.
+-- Each round shares what is left of the batch equally among the lanes that gave all they were asked for in the round
 -- before (nothing, where the batch is smaller than their number); a lane gives its higher priorities first. Attempt grows with
 -- the lease, which fences every earlier holder.
 -- Rows are changed by ctid = any (array): a tenth less work than a join with them, and it leaves the planner no choice of plan.
@@ -38,6 +39,9 @@ declare
   v_stopped_at integer;
   v_more boolean;
   v_control orchestrator.control;
+  v_paused bigint[] := '{}'; v_buckets integer[] := '{}'; v_left_out boolean := false; v_locked_out boolean := false;
+  v_misses integer := nullif(current_setting('orchestrator.locked_out', true), '')::integer;
+  v_wanted integer[];
   v_floors timestamptz[];
   v_floors_hold boolean;
   v_own_floor timestamptz;
@@ -62,7 +66,14 @@ begin
   if p_lease is null or p_lookahead is null or p_lease <= '0 s' or p_lookahead < '0 s' then
     raise exception 'p_lease, p_lookahead: expected a positive lease and a lookahead of 0 or more, got % and %', p_lease, p_lookahead using errcode = 'invalid_parameter_value';
   end if;
-  select * into v_control from orchestrator.control;
+  select * into v_control from orchestrator.control where not exists (select from orchestrator.control_note);
+  if not found then
+    perform orchestrator.fold_notes();
+    select * into v_control from orchestrator.control_now();
+    select coalesce(array_agg(n.destination) filter (where n.destination is not null), '{}'), p_skip || array_agg(n.lane) filter (where n.lane is not null)
+    into v_paused, p_skip from orchestrator.noted_pauses() n;
+    v_left_out := v_paused <> '{}';
+  end if;
   if v_control.paused_at is not null then
     perform set_config('orchestrator.claim_again_at', '', false);
     return;
@@ -109,9 +120,12 @@ begin
       limit v_own_at_most) own) q;
   v_queues := array(select n from generate_subscripts(v_lanes, 1) n where v_lanes[n - 1] is distinct from v_lanes[n]);
   if v_limited is not null then
+    v_wanted := v_limited;
     select l.caps, l.untils, l.lanes, l.allowed, l.kinds, l.bounded, l.spread, l.again_at
     into v_caps, v_untils, v_limited, v_allowed, v_kinds, v_bounded, v_spread, v_again_at
     from orchestrator.lane_limits(v_lanes, v_limited, v_now, v_until, p_max_parallel) l;
+    v_limited := coalesce(v_limited, '{}');
+    v_locked_out := not v_wanted <@ v_limited;
   end if;
 
   -- A lane that is behind while most are not is full of some destination's events. The youngest that are due show who else waits in it.
@@ -123,7 +137,7 @@ begin
       cross join lateral (
         select t.ctid as at, t.destination, t.lease_until from orchestrator.timer t
         where t.lane = d.lane and t.priority = 0 and t.due_at <= v_until order by t.due_at desc limit least(64, 8 + p_batch / 4)) y
-      where y.destination <> front.destination and (y.lease_until is null or y.lease_until <= v_now)
+      where y.destination <> front.destination and y.destination <> all (v_paused) and (y.lease_until is null or y.lease_until <= v_now)
       limit greatest(1, p_batch / 4));
     if v_odd_at <> '{}' then
       select array_agg(t.at) filter (where not t.odd), array_agg(t.at) filter (where t.odd)
@@ -139,8 +153,9 @@ begin
   loop
     if v_odd_at <> '{}' then
       -- A statement of its own: what it moves, only the next one sees.
-      select v_at || s.ready, v_changed or s.changed or cardinality(s.ready) < cardinality(v_odd_at)
-      into v_at, v_changed
+      select v_at || s.ready, v_changed or s.changed or cardinality(s.ready) + s.locked < cardinality(v_odd_at)
+        , v_left + s.locked, v_buckets || s.buckets, v_left_out or s.locked > 0, v_locked_out or s.locked > 0
+      into v_at, v_changed, v_left, v_buckets, v_left_out, v_locked_out
       from orchestrator.sort_out(v_odd_at, v_control.rerouted_by is not null, p_max_parallel is not null, p_skip) s;
     end if;
     if v_at <> '{}' then
@@ -168,6 +183,7 @@ begin
           , t.ordering is not null or v_control.rerouted_by is not null or t.lane = any (v_spread) is true as odd
         from orchestrator.timer t
         where t.lane = q.lane and t.priority = q.priority and t.due_at >= q.floor and t.due_at <= q.until and (t.lease_until is null or t.lease_until <= v_now)
+          and (not v_left_out or not (t.destination = any (v_paused) or t.ordering is not null and orchestrator.ordering_bucket(t.ordering) = any (v_buckets)))
         order by t.due_at
         limit q.share
         for update skip locked) t
@@ -188,9 +204,10 @@ begin
     from (select * from leased order by due_at, event_id) l;
     v_all_ids := v_all_ids || v_ids; v_all_scheduled := v_all_scheduled || v_scheduled; v_all_due := v_all_due || v_due;
     v_all_attempts := v_all_attempts || v_attempts; v_all_from := v_all_from || v_from;
-    -- Those whose ordering key another has stay, and would be met again.
     if v_lost_at <> '{}' and orchestrator.bury(v_lost_at) < cardinality(v_lost_at) then
-      v_full := '{}';
+      -- Those whose ordering key another has stay, and would be met again.
+      v_buckets := v_buckets || array(select orchestrator.ordering_bucket(t.ordering) from orchestrator.timer t where t.ctid = any (v_lost_at));
+      v_left_out := true;
     end if;
     -- Those that were not asked, those that gave all they were asked for, and the next priority of those that did not.
     v_queues := v_queues[v_left + 1:] || v_full || case when cardinality(v_control.priorities) > 1 then array(
@@ -206,11 +223,14 @@ begin
     select s.start_at, s.lease_until, s.options, s.waited into v_start, v_lease, v_options, v_waited
     from orchestrator.take_slots(v_all_ids, v_all_due, v_all_from, v_limited, v_allowed, v_kinds, v_bounded, v_now, v_lease_until, p_lease) s;
   end if;
-  -- What went elsewhere, a lane that was not looked at, a limit that has more to give, or a breaker that lets its next try through.
-  v_again_at := least(case when v_changed or v_more and v_left > 0 then v_now end, v_again_at
+  -- What went elsewhere, a lane that was not looked at, a limit that has more to give, a breaker that lets its next try through, or what another session has locked.
+  v_again_at := least(case when v_locked_out then v_now + interval '10 ms' * power(2, least(7, coalesce(v_misses, 0) + 1)) end, case when v_changed or v_more and v_left > 0 then v_now end, v_again_at
     , (select min(l.open_until) from orchestrator.lane l where l.breaker <> 'closed' and l.open_until > v_now));
   perform set_config('orchestrator.claim_again_at', coalesce(extract(epoch from v_again_at)::text, ''), false)
     , set_config('orchestrator.last_own_lane', v_stopped_at::text, false);
+  if v_locked_out or v_misses > 0 then
+    perform set_config('orchestrator.locked_out', (case when v_locked_out then least(7, coalesce(v_misses, 0) + 1) else 0 end)::text, false);
+  end if;
   select min(s), max(s) into v_first, v_last_scheduled from unnest(v_all_scheduled) s;
   return query
   select e.id, l.attempt, l.due_at, coalesce(l.lease_until, v_lease_until), e.scheduled_at, e.source, e.external_job_id, e.delivery_type, e.destination
@@ -300,7 +320,7 @@ comment on function orchestrator.lost_leases_borne() is
 create or replace function orchestrator.next_due_at() returns timestamptz
 language sql volatile security definer set search_path = orchestrator, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off as $$
-  select min(t.due_at) from orchestrator.control c cross join unnest(c.priorities) as p (priority) cross join orchestrator.lane l
+  select min(t.due_at) from orchestrator.control_now() c cross join unnest(c.priorities) as p (priority) cross join orchestrator.lane l
   cross join lateral (
     select t.due_at from orchestrator.timer t
     where t.lane = l.lane and t.priority = p.priority and t.due_at >= coalesce((orchestrator.floors(c, orchestrator.now()))[l.lane + 1], '-infinity') and (t.lease_until is null or t.lease_until <= orchestrator.now())

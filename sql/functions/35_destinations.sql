@@ -1,6 +1,6 @@
 -- Destinations as operators see them: their settings, pauses and breakers. Called from psql, the CLI and the API.
--- Each function locks the destination's row first, then control, then its lane, as 28_lanes.sql says: two operators at once wait for
--- one another, and neither deadlocks. All of it holds from the next claim on; attempts under way are left alone.
+-- Each function locks the destination's name and row first, then its lane, as 28_lanes.sql says: two who configure one at once wait for
+-- one another, and neither deadlocks. Pausing, resuming and closing a breaker wait for nobody: what they cannot lock, they note. All of it holds from the next claim on; attempts under way are left alone.
 
 create or replace function orchestrator.as_destination(p_name text) returns text
 language plpgsql stable security definer set search_path = orchestrator, pg_temp as $$
@@ -22,10 +22,10 @@ begin
     when v_name ~ '[[:space:][:cntrl:]]' then 'one with white space or a control character'
     when v_name ~ '^[*]+$' then '* alone: limits are per destination; orchestrator.pause_all() pauses everything'
     when v_name ^@ 'kafka:' and v_name !~ '^kafka:[A-Za-z0-9._*-]{0,249}$'
-      then format('%s: a topic has at most 249 letters, digits, dots, underscores and hyphens', left(v_name, 80))
+      then format('%s: a topic has at most 249 letters, digits, dots, underscores and hyphens', orchestrator.shown(v_name, 80))
     when v_name ^@ 'kafka:' then null
-    when v_name ~ E'[/?#\\\\]' then format('%s: limits go by host and port, not by path', left(v_name, 80))
-    when v_name !~ E'^(\\[[0-9a-f:.*]+\\]|[^]:[]+)(:[0-9*]{1,5})?$' then left(coalesce(nullif(v_name, ''), p_name), 80)
+    when v_name ~ E'[/?#\\\\]' then format('%s: limits go by host and port, not by path', orchestrator.shown(v_name, 80))
+    when v_name !~ E'^(\\[[0-9a-f:.*]+\\]|[^]:[]+)(:[0-9*]{1,5})?$' then orchestrator.shown(coalesce(nullif(v_name, ''), p_name), 80)
   end;
   if v_problem is not null then
     raise exception 'name: expected a host such as example.com or example.com:8443, a URL, kafka: and a topic, or a pattern such as *.example.com, got %', v_problem
@@ -146,6 +146,7 @@ declare
   v_problem text;
 begin
   v_problem := case
+    when cardinality(p_clear) > 100 then format('p_clear: expected names of settings, got %s of them', cardinality(p_clear))
     when p_clear is null or not p_clear <@ v_settings then format('p_clear: expected names of settings (%s), got %s', array_to_string(v_settings, ', '), left(p_clear::text, 200))
     when v_given ?| p_clear then (select format('%s: given, and in p_clear: leave one of them out', min(c)) from unnest(p_clear) c where v_given ? c)
     when not (p_rate_per_second > 0 and p_rate_per_second <= 100000) then format('rate_per_second: expected more than 0 and at most 100000, got %s', p_rate_per_second)
@@ -230,7 +231,7 @@ begin
       , case when v_under_way > v_after.max_parallel then format('%s attempts are under way: the next starts when fewer than %s are', v_under_way, v_after.max_parallel) end
       , case when v_state.paused_at is not null then 'it is paused' end
       , case when v_state.breaker <> 'closed' then format('its breaker is %s', replace(v_state.breaker, '_', ' ')) end
-      , case when (select c.paused_at from orchestrator.control c) is not null then 'everything is paused' end);
+      , case when (select c.paused_at from orchestrator.control_now() c) is not null then 'everything is paused' end);
 end $$;
 comment on function orchestrator.configure_destination(text, double precision, integer, integer, boolean, interval, text, text, jsonb, interval, integer, double precision, integer, interval, interval, interval, text[]) is
   'Sets the settings of a destination that are given, leaves the others, and sets those that p_clear names back to their defaults (limits: none); see \d+ orchestrator.destination. Breakers: 0 failures, or a ratio of 0, is not by that. p_name: example.com, localhost:8443, a URL, kafka:topic, or with * for any characters: all names that match are one destination. Answers what is in force now, how many events wait for it, and which other destinations overlap';
@@ -273,12 +274,23 @@ declare
   v_lane integer;
   v_since timestamptz;
 begin
-  -- Again, where another has deleted it just then.
-  loop
-    v_lane := orchestrator.own_lane(v_name, true);
-    perform from orchestrator.destination d where d.name = v_name for update;
-    exit when found;
-  end loop;
+  if not orchestrator.await_destination(v_name) or orchestrator.is_pattern(v_name) and not (
+    select coalesce(bool_and(orchestrator.try_destination(d.name)), true) from orchestrator.destination d where not d.configured and orchestrator.matches(d.name, v_name)) then
+    select l.lane into v_lane from orchestrator.lane l where l.name = v_name;
+    if v_lane is null and orchestrator.is_pattern(v_name) then
+      raise exception 'name: % cannot be paused yet: %', v_name, orchestrator.note_destination(v_name, 'pause') using errcode = 'lock_not_available';
+    end if;
+    perform orchestrator.hold_lane(h.lane)
+    from unnest(case when orchestrator.is_pattern(v_name) then array[null::integer] else array[v_lane, (hashtextextended(v_name, 0) & 63)::integer] end) as h (lane)
+    where h.lane is not null or orchestrator.is_pattern(v_name);
+    return query
+    select v_name, v_now, (select count(*) from orchestrator.timer t where t.destination = hashtextextended(v_name, 0) and t.lease_until > v_now)
+      , orchestrator.waiting_for(v_name)
+      , concat_ws('; ', 'no attempt begins until it is resumed; those under way are left alone', orchestrator.note_destination(v_name, 'pause'));
+    return;
+  end if;
+  perform orchestrator.fold_destination(v_name) where exists (select from orchestrator.control_note n where n.name = v_name);
+  v_lane := orchestrator.own_lane(v_name, true);
   if v_part_of is not null then
     update orchestrator.destination d
     set (rate_per_second, burst, max_parallel, adaptive, timeout, retry_policy, signing_secret, secret_headers, spread
@@ -318,7 +330,11 @@ declare
   v_before timestamptz;
   v_breaker text;
 begin
-  perform from orchestrator.destination d where d.name = v_name for update;
+  if not orchestrator.await_destination(v_name) then
+    return query select v_name, null::timestamptz, true, orchestrator.waiting_for(v_name), orchestrator.note_destination(v_name, 'resume');
+    return;
+  end if;
+  perform orchestrator.fold_destination(v_name) where exists (select from orchestrator.control_note n where n.name = v_name);
   update orchestrator.lane l
   set paused_at = null
     , last_paused_at = coalesce(l.paused_at, l.last_paused_at)
@@ -333,7 +349,7 @@ begin
   select v_name, null::timestamptz, v_before is not null, orchestrator.waiting_for(v_name)
     , concat_ws('; ', case when v_before is null then 'it was not paused' else format('it was paused since %s', to_json(v_before) #>> '{}') end
       , case when v_breaker <> 'closed' then format('its breaker is %s', replace(v_breaker, '_', ' ')) end
-      , case when (select c.paused_at from orchestrator.control c) is not null then 'everything is paused, and so is it' end);
+      , case when (select c.paused_at from orchestrator.control_now() c) is not null then 'everything is paused, and so is it' end);
 end $$;
 comment on function orchestrator.resume_destination(text) is 'Ends the pause of a destination; what is due goes at once, under its limits. No row: there is no such destination';
 
@@ -345,7 +361,8 @@ declare
   v_now constant timestamptz := orchestrator.now();
   v_since timestamptz;
 begin
-  update orchestrator.control c set paused_at = coalesce(c.paused_at, v_now) returning c.paused_at into v_since;
+  perform orchestrator.note_control('pause');
+  v_since := (select c.paused_at from orchestrator.control_now() c);
   perform orchestrator.hold_lane(null);
   return query
   select v_since, (select count(*) from orchestrator.timer t where t.lease_until > v_now)
@@ -360,13 +377,9 @@ language plpgsql security definer set search_path = orchestrator, pg_temp set ti
 #variable_conflict use_column
 declare
   v_now constant timestamptz := orchestrator.now();
-  v_before timestamptz;
+  v_before constant timestamptz := (select c.paused_at from orchestrator.control_now() c);
 begin
-  update orchestrator.control c
-  set paused_at = null
-    , last_paused_at = coalesce(c.paused_at, c.last_paused_at)
-    , resumed_at = case when c.paused_at is null then c.resumed_at else v_now end
-  returning old.paused_at into v_before;
+  perform orchestrator.note_control('resume');
   perform orchestrator.tell_due(v_now);
   return query
   select s.paused_at, v_before is not null, s.destinations_paused, s.breakers_open
@@ -386,7 +399,11 @@ declare
   v_before text;
   v_paused boolean;
 begin
-  perform from orchestrator.destination d where d.name = v_name for update;
+  if not orchestrator.await_destination(v_name) then
+    return query select v_name, true, orchestrator.waiting_for(v_name), orchestrator.note_destination(v_name, 'close_breaker');
+    return;
+  end if;
+  perform orchestrator.fold_destination(v_name) where exists (select from orchestrator.control_note n where n.name = v_name);
   update orchestrator.lane l
   set breaker = 'closed', open_until = '-infinity', openings = 0, failures = 0, window_at = null, window_attempts = 0, window_failures = 0
     , closed_at = case when l.breaker = 'closed' then l.closed_at else v_now end
@@ -408,7 +425,9 @@ comment on function orchestrator.close_breaker(text) is 'Closes a destination''s
 create or replace function orchestrator.standstills()
 returns table (paused_at timestamptz, destinations_paused bigint, breakers_open bigint)
 language sql stable security definer set search_path = orchestrator, pg_temp as $$
-  select (select c.paused_at from orchestrator.control c), count(*) filter (where l.paused_at is not null), count(*) filter (where l.breaker <> 'closed')
+  select (select c.paused_at from orchestrator.control_now() c)
+    , count(*) filter (where l.paused_at is not null) + (select count(*) from orchestrator.noted_pauses() n left join orchestrator.lane l on l.name = n.name where l.paused_at is null)
+    , count(*) filter (where l.breaker <> 'closed')
   from orchestrator.lane l
   where l.name is not null and (l.paused_at is not null or l.breaker <> 'closed')
 $$;

@@ -223,11 +223,75 @@ begin
     perform orchestrator.advance_ordering(v_orderings);
   end if;
   if v_lanes is not null then
-    perform from orchestrator.lane l where l.lane = any (v_lanes) and l.breaker = 'half_open' order by l.lane for update;
-    update orchestrator.lane l set open_until = orchestrator.now() where l.lane = any (v_lanes) and l.breaker = 'half_open';
+    -- One that another session has lets its next try through when the lease would have ended.
+    update orchestrator.lane l set open_until = orchestrator.now()
+    where l.lane = any (array(
+      select l.lane from orchestrator.lane l where l.lane = any (v_lanes) and l.breaker = 'half_open' order by l.lane for update skip locked));
   end if;
   perform orchestrator.tell_due(v_first);
   return v_released;
 end $$;
 comment on function orchestrator.release_events(uuid[], integer[]) is
   'Hands leases back unused, spending no attempt, and wakes the dispatchers if one is due soon. Returns how many were still held';
+
+-- What another session's open transaction holds is set aside: the caller asked finish_events() first, and got no lock in time.
+
+-- Never waits. What it has locked, whoever comes next in the transaction need not wait for.
+create or replace function orchestrator.lock_free(p_event_ids uuid[]) returns uuid[]
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+declare
+  v_free uuid[];
+begin
+  with free as materialized (
+    select t.event_id, t.ordering from orchestrator.timer t where t.event_id = any (p_event_ids) order by t.event_id for update skip locked
+  )
+  select array_agg(f.event_id) into v_free
+  from free f
+  where f.ordering is null or pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(f.ordering));
+  return array(select t.event_id from orchestrator.timer t where t.event_id = any (p_event_ids) and t.event_id <> all (coalesce(v_free, '{}')));
+end $$;
+comment on function orchestrator.lock_free(uuid[]) is
+  'Locks the timers of events, with their ordering keys, but for those that another session has locked; answers these';
+
+-- Leaves the count of a result for a breaker out where another session has the lane: its lease must not run out for that.
+create or replace function orchestrator.finish_free_events(
+  p_event_ids uuid[], p_attempts integer[], p_results text[], p_status_codes integer[] default null,
+  p_started_at double precision[] default null, p_finished_at double precision[] default null,
+  p_errors text[] default null, p_responses text[] default null, p_retry_after double precision[] default null, p_worker integer default 0,
+  p_claimed_at double precision[] default null, p_waited text[] default null)
+returns table (event_id uuid, result text, due_at timestamptz)
+language plpgsql security definer set search_path = orchestrator, pg_temp rows 10 as $$
+#variable_conflict use_column
+declare
+  v_blocked constant uuid[] := orchestrator.lock_free(p_event_ids);
+begin
+  perform set_config('orchestrator.wait', 'off', true);
+  return query
+  select f.* from (
+    select array_agg(r.event_id) as event_ids, array_agg(r.attempt) as attempts, array_agg(r.result) as results, array_agg(r.status_code) as status_codes
+      , array_agg(r.started_at) as started_at, array_agg(r.finished_at) as finished_at, array_agg(r.error) as errors, array_agg(r.response) as responses
+      , array_agg(r.retry_after) as retry_after, array_agg(r.claimed_at) as claimed_at, array_agg(r.waited) as waited
+    from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses, p_retry_after, p_claimed_at, p_waited)
+      as r (event_id, attempt, result, status_code, started_at, finished_at, error, response, retry_after, claimed_at, waited)
+    where r.event_id <> all (v_blocked)) r
+  cross join lateral orchestrator.finish_events(r.event_ids, r.attempts, r.results, r.status_codes, r.started_at, r.finished_at, r.errors
+    , r.responses, r.retry_after, p_worker, r.claimed_at, r.waited) f
+  where r.event_ids is not null
+  union all
+  select b, 'blocked', null from unnest(v_blocked) b;
+  perform set_config('orchestrator.wait', '', true);
+end $$;
+comment on function orchestrator.finish_free_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]) is
+  'finish_events() that waits for no other session: answers blocked, and records nothing, for events that one has locked, or whose ordering key one has. No claim can take those either; try them again';
+
+create or replace function orchestrator.release_free_events(p_event_ids uuid[], p_attempts integer[]) returns table (released integer, blocked uuid[])
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+begin
+  blocked := orchestrator.lock_free(p_event_ids);
+  released := (
+    select orchestrator.release_events(array_agg(r.event_id), array_agg(r.attempt))
+    from unnest(p_event_ids, p_attempts) as r (event_id, attempt) where r.event_id <> all (blocked));
+  return next;
+end $$;
+comment on function orchestrator.release_free_events(uuid[], integer[]) is 'release_events() that waits for no other session''s events: answers how many it released, and which are blocked';

@@ -3,6 +3,10 @@
 create or replace function orchestrator.set_outbox(p_kinds text[]) returns void
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 begin
+  -- A publisher that starts says what was said before, and must not wait for it.
+  if (select array_agg(k.kind) from orchestrator.outbox_kind k) @> p_kinds and p_kinds @> (select array_agg(k.kind) from orchestrator.outbox_kind k) then
+    return;
+  end if;
   delete from orchestrator.outbox_kind where kind <> all (p_kinds);
   insert into orchestrator.outbox_kind select unnest(p_kinds) on conflict do nothing;
 end $$;

@@ -11,6 +11,27 @@ begin
 end $$;
 comment on function orchestrator.lock_events(uuid[]) is 'Locks what may change of events, wherever they are kept';
 
+-- Waits for a second, as for a claim, and then leaves out what another session has: one of them must not hold up all others.
+create or replace function orchestrator.lock_most_events(p_ids uuid[]) returns uuid[]
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+declare
+  v_patience constant text := current_setting('lock_timeout');
+  v_blocked uuid[];
+begin
+  perform set_config('lock_timeout', '1s', true);
+  perform orchestrator.lock_events(p_ids);
+  perform set_config('lock_timeout', v_patience, true);
+  return p_ids;
+exception when lock_not_available then
+  v_blocked := orchestrator.lock_free(p_ids) || array(
+    select h.id from orchestrator.horizon h where h.id = any (p_ids)
+    except select f.id from (select h.id from orchestrator.horizon h where h.id = any (p_ids) order by h.id for update skip locked) f);
+  return array(select i from unnest(p_ids) i where i <> all (v_blocked));
+end $$;
+comment on function orchestrator.lock_most_events(uuid[]) is
+  'lock_events() of many: answers those that it has locked, which are all but for those that another session''s open transaction has';
+
 -- The caller has them locked.
 create or replace function orchestrator.end_events(p_ids uuid[], p_result text, p_successor uuid default null) returns uuid[]
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
@@ -152,11 +173,10 @@ begin
   examples := coalesce(v_ids[:10], '{}');
   next_after := case when seen >= p_limit then v_last end;
   if matched > 0 and not p_dry_run then
-    perform orchestrator.lock_events(v_ids);
-    cancelled := cardinality(orchestrator.end_events(v_ids, 'cancelled'));
+    cancelled := cardinality(orchestrator.end_events(orchestrator.lock_most_events(v_ids), 'cancelled'));
   end if;
   in_flight := (select count(*) from orchestrator.timer t where t.event_id = any (v_ids) and t.lease_until > v_now);
   return next;
 end $$;
 comment on function orchestrator.cancel_events(text, text, timestamptz, timestamptz, boolean, integer, uuid) is
-  'Cancels the live events that have that source, go to that destination (host and port, or kafka: and topic; * for any characters) and are scheduled from p_from to before p_until; looks at no more than p_limit, from after p_after on. One row: how many it saw, how many of them match, were cancelled (none in a dry run), or are being attempted and go on, up to ten that match, and p_after of the next call; null: that was all';
+  'Cancels the live events that have that source, go to that destination (host and port, or kafka: and topic; * for any characters) and are scheduled from p_from to before p_until; looks at no more than p_limit, from after p_after on. One row: how many it saw, how many of them match, were cancelled (none in a dry run), or are being attempted and go on (matched but neither: another session''s open transaction has them), up to ten that match, and p_after of the next call; null: that was all';

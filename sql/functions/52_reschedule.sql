@@ -58,6 +58,13 @@ begin
     return next;
     return;
   end if;
+  reason := orchestrator.topic_fault(v_old.delivery_type, v_old.destination);
+  if reason is not null then
+    result := 'refused';
+    field := 'destination';
+    return next;
+    return;
+  end if;
   if p_scheduled_at not between '1970-01-01 00:00:00+00' and '2200-12-31 23:59:59.999999+00' then
     result := 'refused';
     field := 'scheduled_at';

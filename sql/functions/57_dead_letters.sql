@@ -19,6 +19,7 @@ begin
         select from orchestrator.event e
         where e.id = r.event_id and e.scheduled_at >= uuid_extract_timestamp(r.event_id) and e.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms'
           and (e.expires_at is null or e.expires_at > r.due_at)
+          and orchestrator.topic_fault(e.delivery_type, e.destination) is null
         limit 1) e))
     returning d.event_id, d.scheduled_at, d.attempts
   )
@@ -41,7 +42,7 @@ begin
   return v_ids;
 end $$;
 comment on function orchestrator.redrive(uuid[], timestamptz[]) is
-  'Has dead events tried again, due when p_due_at says, with as many attempts as they had at first; those that will have expired stay dead. Returns which';
+  'Has dead events tried again, due when p_due_at says, with as many attempts as they had at first; those that will have expired, or whose topic is not allowed, stay dead. Returns which';
 
 create or replace function orchestrator.redrive_event(p_event_id uuid)
 returns table (event_id uuid, result text, status text)
@@ -54,15 +55,16 @@ begin
     return query
     select s.id, case
       when s.status <> 'dead' then 'not_dead'
+      when orchestrator.topic_fault(s.delivery_type, s.destination) is not null then 'refused'
       when exists (select from orchestrator.dead_letter d where d.event_id = s.id) then 'expired'
       else 'purged' end, s.status
     from orchestrator.find_events(p_event_id, null) e
     cross join lateral (
-      select s.id, s.status from orchestrator.event_status s where s.id = e.id and s.scheduled_at = e.scheduled_at limit 1) s;
+      select s.id, s.status, s.delivery_type, s.destination from orchestrator.event_status s where s.id = e.id and s.scheduled_at = e.scheduled_at limit 1) s;
   end if;
 end $$;
 comment on function orchestrator.redrive_event(uuid) is
-  'Has a dead event tried again at once, with as many attempts as it had at first. One row: redriven, not_dead, expired (past its expires_at) or purged, and the status it has; no row: there is no such event';
+  'Has a dead event tried again at once, with as many attempts as it had at first. One row: redriven, not_dead, expired (past its expires_at), refused (its topic is no destination) or purged, and the status it has; no row: there is no such event';
 
 create or replace function orchestrator.pass_dead_letter(p_event_id uuid) returns boolean
 language plpgsql security definer set search_path = orchestrator, pg_temp
@@ -134,6 +136,7 @@ language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 declare
   v_start_at constant timestamptz := greatest(p_start_at, orchestrator.now());
   v_found record;
+  v_ids uuid[];
 begin
   if p_rate <= 0 or p_rate > 1e6 or p_rate = 'NaN' then
     raise exception 'p_rate: expected more than 0 and at most 1000000 events a second, got %', p_rate using errcode = 'invalid_parameter_value';
@@ -144,8 +147,13 @@ begin
   examples := v_found.ids[:10];
   next_after := v_found.next_after;
   next_start_at := v_start_at + make_interval(secs => coalesce(matched / p_rate, 0));
-  redriven := case when p_dry_run or matched = 0 then 0 else cardinality(orchestrator.redrive(v_found.ids
-    , array(select v_start_at + make_interval(secs => coalesce((n - 1) / p_rate, 0)) from generate_series(1, matched) n order by n))) end;
+  redriven := 0;
+  if not p_dry_run and matched > 0 then
+    -- But for those that another session is redriving or purging just now.
+    v_ids := array(select d.event_id from orchestrator.dead_letter d where d.event_id = any (v_found.ids) order by d.event_id for update skip locked);
+    redriven := cardinality(orchestrator.redrive(v_ids
+      , array(select v_start_at + make_interval(secs => coalesce((n - 1) / p_rate, 0)) from generate_series(1, cardinality(v_ids)) n order by n)));
+  end if;
   return next;
 end $$;
 comment on function orchestrator.redrive_dead_letters(text, text, timestamptz, timestamptz, text, double precision, boolean, integer, uuid, timestamptz) is
@@ -171,7 +179,11 @@ begin
   next_after := v_found.next_after;
   purged := 0;
   if matched > 0 and not p_dry_run then
-    with gone as (delete from orchestrator.dead_letter d where d.event_id = any (v_found.ids) returning d.blocks)
+    with gone as (
+      delete from orchestrator.dead_letter d
+      where d.event_id = any (array(
+        select d.event_id from orchestrator.dead_letter d where d.event_id = any (v_found.ids) order by d.event_id for update skip locked))
+      returning d.blocks)
     select count(*), array_agg(distinct g.blocks) filter (where g.blocks is not null) into purged, v_orderings from gone g;
     perform orchestrator.advance_ordering(v_orderings) where v_orderings is not null;
     insert into orchestrator.statistic (minute, name, value) select date_trunc('minute', orchestrator.now()), 'purged', purged where purged > 0;

@@ -16,7 +16,7 @@ language plpgsql volatile security definer set search_path = orchestrator, pg_te
 #variable_conflict use_column
 declare
   v_now constant timestamptz := orchestrator.now();
-  v_paused constant boolean := (select c.paused_at is not null from orchestrator.control c);
+  v_paused constant boolean := (select c.paused_at is not null from orchestrator.control_now() c);
   v_name text;
   v_bucket interval;
   v_first timestamptz;
@@ -171,7 +171,7 @@ language sql volatile security definer set search_path = orchestrator, pg_temp s
       left join orchestrator.lane l on l.name = r.name
       where r.place <= p_limit), '[]')
   , 'others', (select count(*) from ranked r where r.place > p_limit))
-  from (select orchestrator.now() as now, c.paused_at from orchestrator.control c) n
+  from (select orchestrator.now() as now, c.paused_at from orchestrator.control_now() c) n
 $$;
 comment on function orchestrator.forecast(interval, interval, text, integer) is
   'backlog_forecast() with its sums: when the herd is due, and for each of p_limit destinations, those with most late events first, when its backlog will have drained and how late events are due to be; others: how many more there are';

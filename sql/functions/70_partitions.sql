@@ -66,9 +66,14 @@ comment on function orchestrator.create_partitions(date, date) is
 
 create or replace function orchestrator.attach_partition(p_parent text, p_day date) returns void
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+declare
+  v_patience constant text := current_setting('lock_timeout');
 begin
   if p_parent = 'event' then
+    -- Whoever submits beyond the last day waits behind this wait, so it is never a long one.
+    perform set_config('lock_timeout', '2s', true) where v_patience = '0';
     perform pg_advisory_xact_lock(hashtext('orchestrator.horizon'));
+    perform set_config('lock_timeout', v_patience, true);
   end if;
   execute format('alter table orchestrator.%I attach partition orchestrator.%I for values from (%L) to (%L)'
     , p_parent, orchestrator.partition_name(p_parent, p_day), p_day::timestamptz, (p_day + 1)::timestamptz);

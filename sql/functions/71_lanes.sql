@@ -10,7 +10,8 @@ declare
   v_ended boolean;
   v_moved bigint;
 begin
-  select c.rerouted_by, c.rerouted_by < pg_snapshot_xmin(pg_current_snapshot()) into v_rerouted_by, v_ended from orchestrator.control c;
+  perform orchestrator.fold_notes() where exists (select from orchestrator.control_note);
+  select c.rerouted_by, c.rerouted_by < pg_snapshot_xmin(pg_current_snapshot()) into v_rerouted_by, v_ended from orchestrator.control_now() c;
   if v_rerouted_by is null then
     return 0;
   end if;
@@ -36,11 +37,16 @@ begin
   select (select count(*) from moved), v_ended and not exists (select from wrong) into v_moved, v_ended;
   -- Floors are used again from here on, and those of before the lanes changed may be too high.
   if v_ended and pg_try_advisory_xact_lock(hashtext('orchestrator.floors')) then
-    perform orchestrator.reset_floors();
-    -- Nobody can put a timer into a lane that has had no name since before the oldest transaction began.
-    delete from orchestrator.lane l
-    where l.lane > 63 and l.name is null and not exists (select from orchestrator.timer t where t.lane in (l.lane, -1 - l.lane));
-    update orchestrator.control c set rerouted_by = null where c.rerouted_by = v_rerouted_by;
+    begin
+      perform from orchestrator.control for update;
+      perform orchestrator.reset_floors();
+      -- Nobody can put a timer into a lane that has had no name since before the oldest transaction began.
+      delete from orchestrator.lane l
+      where l.lane > 63 and l.name is null and not exists (select from orchestrator.timer t where t.lane in (l.lane, -1 - l.lane));
+      update orchestrator.control c set rerouted_by = null where c.rerouted_by = v_rerouted_by;
+    exception when lock_not_available then
+      perform set_config('orchestrator.problem', 'timers were moved, but claims go on looking for others while another session has a lane or control', true);
+    end;
   end if;
   return v_moved;
 end $$;
@@ -54,6 +60,6 @@ set enable_seqscan = off set enable_bitmapscan = off as $$
     and case when case l.breaker
         when 'closed' then greatest(d.changed_at, l.failed_at, l.closed_at) < n.now - interval '10 min'
         else l.open_until < n.now - interval '1 hour' and (select true from orchestrator.timer t where t.lane = l.lane limit 1) is null
-      end then orchestrator.forget_destination(d.name) end
+      end and orchestrator.try_destination(d.name) then orchestrator.forget_destination(d.name) end
 $$;
 comment on function orchestrator.forget_well_destinations() is 'Gives up the lanes of destinations that were never configured and have not failed for ten minutes. Returns how many';

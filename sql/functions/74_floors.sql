@@ -24,8 +24,11 @@ begin
     or not pg_try_advisory_xact_lock(hashtext('orchestrator.floors')) then
     return 0;
   end if;
-  select * into v_control from orchestrator.control for update skip locked;
-  if not found or v_control.rerouted_by is not null then
+  if not orchestrator.fold_control() then
+    return 0;
+  end if;
+  select * into v_control from orchestrator.control;
+  if v_control.rerouted_by is not null then
     return 0;
   end if;
   v_now := orchestrator.now();
@@ -40,6 +43,9 @@ begin
   if v_control.marked_writers && v_writers then
     return 0;
   end if;
+  -- Again, for the priorities that those have noted who have just ended.
+  perform orchestrator.fold_control();
+  v_control.priorities := (select c.priorities from orchestrator.control c);
   v_floors := v_control.floors;
   v_own_floor := v_control.own_floor;
   if v_control.marked_at is not null then

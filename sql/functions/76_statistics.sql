@@ -136,7 +136,7 @@ create or replace function orchestrator.first_timers(p_until timestamptz)
 returns table (due_at timestamptz, lease_until timestamptz, retrying boolean)
 language sql volatile security definer set search_path = orchestrator, pg_temp set enable_seqscan = off set enable_bitmapscan = off as $$
   select t.due_at, t.lease_until, t.retrying
-  from orchestrator.control c
+  from orchestrator.control_now() c
   cross join lateral (select orchestrator.floors(c, orchestrator.now()) as floors) f
   cross join (select l.lane, l.lane as own from orchestrator.lane l union all select -1 - l.lane, l.lane from orchestrator.lane l) l
   cross join unnest(c.priorities) as p (priority)

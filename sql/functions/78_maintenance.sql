@@ -7,6 +7,14 @@ language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 declare
   v_new orchestrator.control;
 begin
+  select * into v_new from orchestrator.control;
+  -- A process that starts says what the database was told before, and must not wait for it.
+  if (p_retention_days, p_partition_days_ahead, p_max_schedule_ahead_days, p_archive) is distinct from (null, null, null, null)
+    and (coalesce(p_retention_days, v_new.retention_days), coalesce(p_partition_days_ahead, v_new.partition_days_ahead)
+      , coalesce(p_max_schedule_ahead_days, v_new.max_schedule_ahead_days), coalesce(p_archive, v_new.archive))
+    is not distinct from (v_new.retention_days, v_new.partition_days_ahead, v_new.max_schedule_ahead_days, v_new.archive) then
+    return;
+  end if;
   select * into v_new from orchestrator.control for update;
   v_new.retention_days := coalesce(p_retention_days, v_new.retention_days);
   v_new.partition_days_ahead := coalesce(p_partition_days_ahead, v_new.partition_days_ahead);
@@ -42,17 +50,18 @@ declare
   v_did jsonb := '{}';
   v_problems jsonb := '[]';
   v_count bigint;
+  v_waiting bigint;
   v_retired record;
   v_more boolean := false;
   v_run bigint;
 begin
   if not pg_try_advisory_xact_lock(hashtext('orchestrator.run_maintenance')) then
-    return json_build_object('skipped', 'another run_maintenance is at work');
+    return json_build_object('skipped', concat_ws('; ', 'another run_maintenance is at work', orchestrator.holders_text('10 s')));
   end if;
   perform orchestrator.configure_retention(p_retention_days, p_days_ahead, null, null) where num_nonnulls(p_retention_days, p_days_ahead) > 0;
   foreach v_step in array array[
     'statistics_folded', 'events_expired', 'orderings_advanced', 'destinations_forgotten', 'timers_moved', 'floors_lowered', 'partitions_dropped', 'horizon_moved'
-  , 'runs_forgotten', 'partitions_attached', 'partitions_created', 'partitions_detached']
+  , 'runs_forgotten', 'requests_forgotten', 'partitions_attached', 'partitions_created', 'partitions_detached']
   loop
     begin
       v_count := case v_step
@@ -66,6 +75,7 @@ begin
         when 'partitions_dropped' then orchestrator.drop_partitions(v_now)
         when 'horizon_moved' then orchestrator.move_horizon()
         when 'runs_forgotten' then orchestrator.forget_runs(v_now)
+        when 'requests_forgotten' then orchestrator.forget_requests(v_now)
         when 'partitions_attached' then orchestrator.attach_partitions(v_now)
         when 'partitions_created' then orchestrator.make_ready(v_now)
       end;
@@ -78,13 +88,28 @@ begin
         end if;
       end if;
       v_did := v_did || jsonb_build_object(v_step, coalesce(v_count, 0));
+      if current_setting('orchestrator.problem', true) <> '' then
+        v_problems := v_problems || jsonb_build_object('step', v_step, 'problem', concat_ws('; ', current_setting('orchestrator.problem'), orchestrator.holders_text()));
+        perform set_config('orchestrator.problem', '', true);
+      end if;
       v_more := v_more or v_step = 'horizon_moved' and v_count > 0 or v_step = 'statistics_folded' and v_count >= 500000 or v_step = 'events_expired' and v_count >= 10000
+        or v_step = 'requests_forgotten' and v_count >= 100000
         or v_step in ('partitions_attached', 'partitions_created', 'partitions_detached') and v_count > 0;
     exception when others then
       v_did := v_did || jsonb_build_object(v_step, 0);
-      v_problems := v_problems || jsonb_build_object('step', v_step, 'problem', sqlerrm);
+      v_problems := v_problems || jsonb_build_object('step', v_step
+        , 'problem', concat_ws('; ', sqlerrm, case when sqlstate = '55P03' then orchestrator.holders_text() end));
     end;
   end loop;
+  begin
+    select a.kept, a.waiting into v_count, v_waiting from orchestrator.keep_aside(1000) a where exists (select from orchestrator.submission_aside);
+    v_did := v_did || jsonb_strip_nulls(jsonb_build_object('submissions_kept', v_count));
+    if v_waiting > 0 then
+      v_problems := v_problems || jsonb_build_object('step', 'submissions_kept', 'problem', concat_ws('; ', format('%s records still wait for another session', v_waiting), orchestrator.holders_text()));
+    end if;
+  exception when others then
+    v_problems := v_problems || jsonb_build_object('step', 'submissions_kept', 'problem', sqlerrm);
+  end;
   insert into orchestrator.maintenance_run (started_at, took, did, problems)
   values (v_now, clock_timestamp() - v_began, v_did, v_problems)
   returning run into v_run;
@@ -97,12 +122,22 @@ create or replace function orchestrator.advance_waiting() returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
-  v_orderings constant bigint[] := array(select distinct t.ordering from orchestrator.timer t where t.lane < 0);
+  v_orderings constant bigint[] := array(
+    select o.ordering from (select distinct t.ordering from orchestrator.timer t where t.lane < 0) o
+    where pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(o.ordering)));
+  v_others constant bigint[] := array(select distinct t.ordering from orchestrator.timer t where t.lane < 0 and t.ordering <> all (v_orderings));
 begin
   perform orchestrator.advance_ordering(v_orderings) where v_orderings <> '{}';
-  return cardinality(v_orderings);
+  if v_others <> '{}' then
+    begin
+      perform orchestrator.advance_ordering(v_others);
+    exception when lock_not_available then
+      perform set_config('orchestrator.problem', format('%s ordering keys are left out, whose lock another session has', cardinality(v_others)), true);
+    end;
+  end if;
+  return cardinality(v_orderings || v_others);
 end $$;
-comment on function orchestrator.advance_waiting() is 'Lets the first waiting event of every ordering key be claimed, where nothing holds it any more; returns how many keys have any that wait';
+comment on function orchestrator.advance_waiting() is 'Lets the first waiting event of every ordering key be claimed, where nothing holds it any more, but for keys whose lock another session has; returns how many keys have any that wait';
 
 create or replace function orchestrator.forget_runs(p_now timestamptz) returns bigint
 language sql security definer set search_path = orchestrator, pg_temp as $$

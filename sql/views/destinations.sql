@@ -4,7 +4,7 @@ drop view if exists orchestrator.destinations;
 create view orchestrator.destinations as
 select d.name, d.configured
   , case
-      when l.paused_at is not null or n.paused_at is not null then 'paused'
+      when l.paused_at is not null or p.paused_at is not null or n.paused_at is not null then 'paused'
       when l.breaker <> 'closed' then 'breaker_' || l.breaker
       when l.held_by is not null then 'held_by_' || l.held_by
       else 'ok'
@@ -12,14 +12,15 @@ select d.name, d.configured
   , d.rate_per_second, d.burst, d.max_parallel, d.adaptive, d.timeout, d.retry_policy, d.signing_secret, d.secret_headers, d.spread
   , coalesce(d.breaker_failures, 0) as breaker_failures, coalesce(d.breaker_ratio, 0) as breaker_ratio, d.breaker_minimum, d.breaker_window
   , d.breaker_cooldown, d.breaker_max_cooldown
-  , l.paused_at, l.breaker, case when l.breaker <> 'closed' then l.opened_at end as opened_at
+  , coalesce(l.paused_at, p.paused_at) as paused_at, l.breaker, case when l.breaker <> 'closed' then l.opened_at end as opened_at
   , case when l.breaker = 'open' then l.open_until end as next_try_at
   , l.failures, l.held_by, l.parallel_now
   , (select count(*) from orchestrator.timer t where t.slot = l.lane and t.lease_until > n.now) + w.in_flight as in_flight
   , w.due, l.lane, d.changed_at
 from orchestrator.destination d
 join orchestrator.lane l on l.name = d.name
-cross join (select orchestrator.now() as now, c.paused_at from orchestrator.control c) n
+left join orchestrator.noted_pauses() p on p.name = d.name
+cross join (select orchestrator.now() as now, c.paused_at from orchestrator.control_now() c) n
 cross join lateral (
   -- Nobody claims further ahead than that.
   select count(*) filter (where t.slot is null and t.lease_until > n.now) as in_flight

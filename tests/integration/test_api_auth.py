@@ -95,6 +95,36 @@ async def test_a_key_may_do_what_its_scope_says_and_nothing_else(
             assert f'scope="{other}"' in response.headers["www-authenticate"]
 
 
+async def test_every_route_needs_the_scope_that_is_listed_here(closed: Settings, database: Database) -> None:
+    await key_with(database, "read")
+    async with running_api(closed, database) as client:
+        documented = (await client.get("/openapi.json")).json()["paths"]
+    needed = {
+        (method.upper(), path, operation["description"].split("`")[1])
+        for path, operations in documented.items()
+        for method, operation in operations.items()
+        if method in ("get", "post", "put", "delete") and operation.get("security") != []
+    }
+    names = {UNKNOWN_ID: "{id}", "j": "{external_job_id}", "api.example": "{name}"}
+    listed = {
+        (method, "/".join(names.get(part, part) for part in path.split("/")), scope)
+        for scope, requests in REQUESTS.items()
+        for method, path in requests
+    }
+    assert needed == listed
+
+
+async def test_a_delivery_to_this_api_needs_a_key_even_where_others_need_none(settings: MakeSettings) -> None:
+    chosen = settings(SERVER_PORT=str(free_port()), ALLOW_ANONYMOUS="true")
+    delivery = {"orchestrator-attempt": "1"}
+    async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
+        for method, path in ALL_REQUESTS:
+            assert_problem(await client.request(method, path, headers=delivery), 401, "unauthorized")
+        key = await key_with(database, "submit")
+        answer = await client.post("/api/v1/events", json=submission(), headers=delivery | bearer(key))
+        assert answer.status_code == 201
+
+
 async def test_admin_may_do_everything(closed: Settings, database: Database) -> None:
     headers = bearer(await key_with(database, "admin"))
     async with running_api(closed, database) as client:

@@ -22,6 +22,7 @@ from orchestrator.metrics import Metrics
 from tests.conftest import MakeSettings
 from tests.integration.api_support import free_port, running_api
 from tests.support.brokers import Kafka
+from tests.support.exploring import explored_seed
 
 CONFIGURATION = Path(__file__).parents[1] / "schemathesis.toml"
 EXAMPLES = 10
@@ -31,10 +32,14 @@ MORE_EXAMPLES = 30
 
 async def fuzz(settings: Settings, directory: Path, *arguments: str, examples: int = EXAMPLES) -> tuple[int, str]:
     """Runs schemathesis against the server of these settings; its exit status and what it printed."""
+    seed = explored_seed()
+    fixed, seeded = ["--generation-deterministic"], ["--generation-database=none", "--seed", str(seed)]
     process = await asyncio.create_subprocess_exec(
         *("nice", sys.executable),  # other tests, which run beside this one, look at the time
         *("-m", "schemathesis.cli", "--config-file", str(CONFIGURATION), "run", "--no-color"),
-        *("--max-examples", str(examples), *arguments),
+        *("--max-examples", str(examples), "--no-shrink", "--suppress-health-check=too_slow"),
+        *(fixed if seed is None else seeded),
+        *arguments,
         f"http://127.0.0.1:{settings.server_port}/openapi.json",
         cwd=directory,
         env={**os.environ, "NO_PROXY": "127.0.0.1"},
@@ -46,6 +51,7 @@ async def fuzz(settings: Settings, directory: Path, *arguments: str, examples: i
     return process.returncode, printed.decode()
 
 
+@pytest.mark.hypothesis
 @pytest.mark.timeout(600)
 async def test_every_answer_of_an_open_api_is_described(settings: MakeSettings, tmp_path: Path) -> None:
     chosen = settings(SERVER_PORT=str(free_port()))
@@ -54,6 +60,7 @@ async def test_every_answer_of_an_open_api_is_described(settings: MakeSettings, 
     assert status == 0, printed
 
 
+@pytest.mark.hypothesis
 @pytest.mark.timeout(600)
 async def test_every_answer_of_an_api_that_needs_keys_is_described(settings: MakeSettings, tmp_path: Path) -> None:
     chosen = settings(SERVER_PORT=str(free_port()), ALLOW_ANONYMOUS="false")
@@ -66,6 +73,7 @@ async def test_every_answer_of_an_api_that_needs_keys_is_described(settings: Mak
     assert status == 0, printed
 
 
+@pytest.mark.hypothesis
 @pytest.mark.timeout(600)
 async def test_every_answer_of_an_api_that_hands_events_to_kafka_is_described(
     kafka: Kafka, settings: MakeSettings, tmp_path: Path

@@ -13,10 +13,12 @@ import httpx
 import pytest
 
 from orchestrator.dev.postgres import EmbeddedPostgres
+from orchestrator.dispatch.http import HttpSender
 from tests.conftest import MakeSettings, Spawn
 from tests.integration.api_support import free_port, status, submission, until
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.dispatching import (
+    Running,
     arrivals,
     assert_laws,
     dispatching,
@@ -225,6 +227,27 @@ async def test_a_claim_whose_reply_is_lost_is_made_good_when_its_leases_end(
             assert proxy.cuts == 1
             assert client.value("select count(*) from orchestrator.timer where lease_until is not null") == 30
             await delivered(client, receiver, ids)
+    assert set(client.column("select attempt from orchestrator.outcome")) == {2}
+
+
+async def test_leases_that_ended_while_their_claim_waited_for_a_lock_are_not_used(
+    settings: MakeSettings, database_url: str, client: Client, receiver: Receiver
+) -> None:
+    client.rows("select * from orchestrator.configure_destination(%s, p_max_parallel => 10)", receiver.url())
+    ids = submitted(client, *spread(5, soon(0), 0.001, receiver.url()))
+    short = replace(settings(HTTP_TIMEOUT_SECONDS="0.5"), lease_s=2.0, lookahead_s=0.0)
+    waiting = """select count(*) from pg_stat_activity
+        where datname = current_database() and application_name ~ 'dispatch' and wait_event_type = 'Lock'"""
+    async with HttpSender(short) as sender:
+        with Client(database_url) as holder, holder.connection.transaction():
+            holder.rows("select from orchestrator.lane where name is not null for update")
+            running = Running(short, sender)
+            await eventually(lambda: client.value(waiting) == 1)
+            began = client.value("select clock_timestamp()")
+            await eventually(lambda: client.value("select clock_timestamp() - %s > interval '2.2 s'", began))
+        await delivered(client, receiver, ids)
+        await running.stop()
+    # The first lease of each was over before the dispatcher heard of it.
     assert set(client.column("select attempt from orchestrator.outcome")) == {2}
 
 

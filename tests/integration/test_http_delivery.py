@@ -30,6 +30,7 @@ import pytest
 from orchestrator.config import Settings
 from orchestrator.dispatch.attempt import Attempted
 from orchestrator.dispatch.http import Delivery, HttpSender
+from orchestrator.errors import OwnFaultError
 from orchestrator.event_rules import RESERVED_HEADERS
 from tests.support.certificates import Authority
 from tests.support.scripted_receiver import Receiver, Request, raw, reply
@@ -683,6 +684,15 @@ async def test_an_issuer_that_nobody_knows_is_named_as_the_cause(
     wrong_host = speaks(authority.certificate("host", subject_alt_name="DNS:other.example"))
     attempted, place, _ = await answer_over(wrong_host, host="localhost")
     assert attempted.error == f"the certificate of {place} is not trusted: it is for another host name"
+
+
+async def test_where_nobody_is_trusted_the_fault_is_this_machines(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/authorities.pem")
+    with pytest.raises(OwnFaultError, match="no certificates of authorities"):
+        await answer_over(speaks(authority.certificate("good")))
 
 
 def refuse_one(listener: socket.socket, tls: SSLContext) -> None:

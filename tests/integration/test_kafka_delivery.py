@@ -92,6 +92,24 @@ async def test_a_record_carries_the_payload_the_key_and_what_it_is_known_by(
     assert (outcome["result"], outcome["status_code"], outcome["error"]) == ("delivered", None, None)
 
 
+async def test_an_event_that_was_kept_for_a_topic_that_is_none_dies_at_its_first_attempt(
+    settings: MakeSettings, client: Client, kafka: Kafka
+) -> None:
+    chosen = settings(**kafka.environ, CUSTOMER_NAME=kafka.unique("ocean"), KAFKA_ALLOW_TOPICS="orders")
+    topics = [chosen.topic_processing, chosen.topic_dlq, chosen.topic_submission, "reminders"]
+    kept = submitted(client, *(to_kafka(f"kept-{n}", max_retries=5) for n in range(len(topics))))
+    # As a client of the staging table could have kept them, or a program of before.
+    for event_id, topic in zip(kept, topics, strict=True):
+        client.rows("update orchestrator.event set destination = %s where id = %s", topic, event_id)
+    async with dispatching(chosen):
+        await finished(client, kept)
+    assert set(statuses(client, kept)) == {"dead"}
+    for event_id, topic in zip(kept, topics, strict=True):
+        (outcome,) = outcomes(client, event_id)
+        assert outcome["error"].startswith("destination: expected ")
+        assert topic in outcome["error"]
+
+
 async def test_the_ordering_key_decides_the_partition_as_the_java_client_would(
     settings: MakeSettings, client: Client, kafka: Kafka
 ) -> None:

@@ -429,6 +429,7 @@ class Histories(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.hypothesis
 def test_every_history_keeps_the_laws(databases: Databases) -> None:
     with databases.migrated() as url, Client(url) as client:
         # Breakers have a model of their own, see test_limits.py.

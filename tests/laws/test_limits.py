@@ -772,6 +772,7 @@ class Histories(RuleBasedStateMachine):
         return min((at for at in moments if at is not None and at > self.now), default=self.now + seconds(LEASE_S))
 
 
+@pytest.mark.hypothesis
 @pytest.mark.timeout(300)
 def test_every_history_keeps_the_limits(databases: Databases) -> None:
     with databases.migrated() as url, Client(url) as client:

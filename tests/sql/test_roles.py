@@ -15,16 +15,21 @@ from tests.support.sql_client import NOON, Client, event, results
 ROLES = ["orchestrator_submit", "orchestrator_dispatch", "orchestrator_ingest", "orchestrator_ops", "orchestrator_read"]
 SHARED = {
     "now", "event_id", "random_event_id", "bucket", "bucket_of_key", "destination_name", "spread_shift",
-    "partition_bounds", "standstills",
+    "partition_bounds", "standstills", "lock_holders", "holder_text", "holders_text", "prove_writing",
 }  # fmt: skip
-SUBMITTING = {"open_staging", "submit_staged", "submit_staged_with_status", "submit_events", "schedule_event"}
+SUBMITTING = {
+    "open_staging", "submit_staged", "submit_staged_with_status", "submit_events", "schedule_event",
+    "try_submit_staged", "try_submit_staged_with_status",
+}  # fmt: skip
 KEYS = {"find_api_key", "count_api_keys"}
-CHANGING = {"cancel_event", "cancel_events", "reschedule_event"}
+CHANGING = {"cancel_event", "cancel_events", "reschedule_event", "keep_answer", "kept_answer"}
 DISPATCHING = {
     "register_worker", "claim_due_events", "finish_events", "release_events", "next_due_at", "backlog",
+    "finish_free_events", "release_free_events",
     "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published", "outbox_failed", "outbox_pending",
+    "configure_topics",
 }  # fmt: skip
-INGESTING = {"ingest_offsets", "advance_offsets", "keep_rejects", "execute_commands"}
+INGESTING = {"ingest_offsets", "advance_offsets", "keep_rejects", "execute_commands", "set_aside_staged", "keep_aside"}
 READING = {
     "get_event", "events_by_external_id", "list_dead_letters", "statistics", "statistics_by", "next_due_at", "backlog",
     "list_rejects", "ingest_offsets", "outbox_pending", "get_destination", "list_destinations", "destination_for",

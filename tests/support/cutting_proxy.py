@@ -1,4 +1,4 @@
-"""A TCP proxy before a database that cuts a connection at the worst moment: after the commit, before its reply."""
+"""A TCP proxy before a database that cuts connections at bad moments, the worst: after the commit, before its reply."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ _READY_FOR_QUERY = b"Z\x00\x00\x00\x05I"  # what a server sends last, when the t
 
 
 class CuttingProxy:
-    """Forwards connections to a database. `cut_after` arms it for the next statement with some text in it."""
+    """Forwards connections to a database. `cut_after` and others arm it for the next statement with some text in it."""
 
     def __init__(self, database_url: str) -> None:
         self._target = urlsplit(database_url)
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._armed: bytes | None = None
+        self._way = ""
+        self._refusing = False
+        self._hanging = False
+        self._accepted = 0
+        self._silent = 0
         self.cuts = 0
+        self._sent = b""
 
     @property
     def url(self) -> str:
@@ -31,7 +37,42 @@ class CuttingProxy:
 
     def cut_after(self, text: str) -> None:
         """The next statement that contains the text is forwarded; its reply is not, and the connection ends."""
-        self._armed = text.encode()
+        self._armed, self._way = text.encode(), "after"
+
+    def cut_during(self, text: str) -> None:
+        """The next statement that contains the text is forwarded, and the connection ends while it is carried out."""
+        self._armed, self._way = text.encode(), "during"
+
+    def cut_before(self, text: str) -> None:
+        """The next statement that contains the text is not forwarded, and the connection ends."""
+        self._armed, self._way = text.encode(), "before"
+
+    def cut_at(self, text: str) -> None:
+        """As `cut_before`, and no connection is accepted from then on until `mend`."""
+        self._armed, self._way = text.encode(), "refuse"
+
+    def hang_at(self, text: str) -> None:
+        """From the next statement that contains the text on nothing is forwarded, nor by new connections: they are
+        accepted, and never hear anything. Those that begin after `mend` do.
+        """
+        self._armed, self._way = text.encode(), "hang"
+
+    def hang(self) -> None:
+        """As `hang_at`, at once."""
+        self._hanging = True
+        self._silent = self._accepted  # for ever, whatever is mended
+        self.cuts += 1
+
+    def mend(self) -> None:
+        self._refusing = self._hanging = False
+
+    def forwarded(self, text: str) -> int:
+        """How often statements with this text were forwarded."""
+        return self._sent.count(text.encode())
+
+    def refuse(self) -> None:
+        """No connection is accepted any more; those there are go on."""
+        self._refusing = True
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -53,7 +94,10 @@ class CuttingProxy:
         self._connections.add(task)
         try:
             with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-                await self._forward(reader, writer)
+                if self._hanging:
+                    await asyncio.Event().wait()
+                if not self._refusing:
+                    await self._forward(reader, writer)
         finally:
             self._connections.discard(task)
             writer.close()
@@ -61,18 +105,35 @@ class CuttingProxy:
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection(self._target.hostname, self._target.port)
         swallowing = asyncio.Event()
+        self._accepted += 1
+        number = self._accepted
 
         async def upstream() -> None:
             while data := await reader.read(65536):
                 if self._armed is not None and self._armed in data:
                     self._armed = None
-                    swallowing.set()
+                    if self._way in ("before", "refuse"):
+                        self._refusing = self._way == "refuse"
+                        self.cuts += 1
+                        return
+                    if self._way == "hang":
+                        self.hang()
+                    else:
+                        swallowing.set()
+                if number <= self._silent:
+                    await asyncio.Event().wait()
+                self._sent += data
                 server_writer.write(data)
                 await server_writer.drain()
+                if swallowing.is_set() and self._way == "during":
+                    self.cuts += 1
+                    return
 
         async def downstream() -> None:
             swallowed = b""
             while data := await server_reader.read(65536):
+                if number <= self._silent:
+                    await asyncio.Event().wait()
                 if swallowing.is_set():
                     swallowed += data
                     if swallowed.endswith(_READY_FOR_QUERY):

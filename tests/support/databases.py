@@ -34,13 +34,11 @@ _SHARED_MEMORY_NEEDED = 2 << 30
 def scratch_directory() -> Path | None:
     """Where servers of tests keep their data: in memory, where a database is cloned up to 20 times faster.
 
-    None, the system's directory for temporary files, where memory has too little room for that.
+    None, the system's directory for temporary files, where memory has too little room for that or is not for us.
     """
-    try:
-        roomy = shutil.disk_usage(_SHARED_MEMORY).free >= _SHARED_MEMORY_NEEDED
-    except FileNotFoundError:
+    if not os.access(_SHARED_MEMORY, os.W_OK | os.X_OK):
         return None
-    return _SHARED_MEMORY if roomy else None
+    return _SHARED_MEMORY if shutil.disk_usage(_SHARED_MEMORY).free >= _SHARED_MEMORY_NEEDED else None
 
 
 def temporary_server() -> EmbeddedPostgres:

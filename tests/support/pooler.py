@@ -41,6 +41,7 @@ def pgbouncer(url: str, *, mode: str, pool_size: int = 8, ignore: str = "") -> I
             f"pool_mode = {mode}\ndefault_pool_size = {pool_size}\nmax_client_conn = 500\n"
             f"ignore_startup_parameters = {ignore}\n"
         )
+        file.chmod(0o644)
         as_nobody = ["-u", "nobody"] if os.geteuid() == 0 else []
         with (directory / "log").open("wb") as log:
             process = subprocess.Popen([program, *as_nobody, str(file)], stdout=log, stderr=subprocess.STDOUT)

@@ -14,6 +14,7 @@ ROUNDING_S = 2e-6  # of sums of Unix times in double precision
 waits = st.floats(0, 60)
 delays = st.floats(0, 2)
 rates = st.floats(-400e-6, 0.05)  # what a slewed clock gains a second, against ours
+disciplined = st.floats(-400e-6, 400e-6)  # what one gains that NTP disciplines
 
 
 class World:
@@ -39,6 +40,10 @@ class World:
     @property
     def ahead_s(self) -> float:
         return float(Fraction(self.clock.now()) - self.database_s)
+
+    @property
+    def latest_ahead_s(self) -> float:
+        return float(Fraction(self.clock.latest()) - self.database_s)
 
 
 @given(st.lists(st.tuples(waits, rates, delays, delays), min_size=1))
@@ -93,6 +98,45 @@ def test_a_step_forward_is_followed_by_the_next_answer(step_s: float, before_s: 
     assert -(after_s + 0.001 + ROUNDING_S) <= world.ahead_s <= ROUNDING_S
 
 
+@given(st.lists(st.tuples(waits, disciplined, waits, delays), min_size=1))
+def test_its_upper_bound_is_never_behind_the_database_however_long_an_answer_waits_for_a_lock(
+    history: list[tuple[float, float, float, float]],
+) -> None:
+    world = World()
+    world.ask(after_s=history[0][2])
+    assert world.latest_ahead_s >= -ROUNDING_S
+    for wait_s, rate, held_s, before_s in history:
+        world.pass_time(wait_s, rate)
+        assert world.latest_ahead_s >= -ROUNDING_S
+        world.ask(before_s, held_s)
+        assert world.latest_ahead_s >= -ROUNDING_S
+
+
+@given(st.lists(st.tuples(delays, delays), max_size=20))
+def test_a_fast_answer_makes_its_upper_bound_tight(later: list[tuple[float, float]]) -> None:
+    world = World()
+    world.ask(60.0, 60.0)
+    world.ask()
+    began_s = world.monotonic_s
+    for before_s, after_s in later:
+        world.ask(before_s, after_s)
+        assert world.latest_ahead_s <= 500e-6 * float(world.monotonic_s - began_s) + ROUNDING_S
+
+
+@given(st.floats(-1e6, 1e6), delays, delays)
+def test_its_upper_bound_follows_a_step_with_the_next_answers(step_s: float, before_s: float, after_s: float) -> None:
+    world = World()
+    world.ask()
+    world.pass_time(1.0)
+    world.database_s += Fraction(step_s)
+    world.ask(before_s, after_s)
+    # A step smaller than the time the answer took cannot be told from a slow answer.
+    assert world.latest_ahead_s >= -(after_s + 0.001 + ROUNDING_S)
+    world.ask()
+    assert -ROUNDING_S <= world.latest_ahead_s <= 0.001 + before_s + ROUNDING_S
+
+
 def test_it_refuses_to_guess_before_the_first_answer() -> None:
-    with pytest.raises(RuntimeError, match="not been read"):
-        DatabaseClock().now()
+    for bound in (DatabaseClock().now, DatabaseClock().latest):
+        with pytest.raises(RuntimeError, match="not been read"):
+            bound()

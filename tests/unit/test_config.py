@@ -335,6 +335,33 @@ class TestDatabaseUrl:
         wanted = "require" if "sslmode" in ssl else None
         assert database(DATABASE_URL=f"jdbc:postgresql://h/d?{ssl}").get("sslmode") == wanted
 
+    @pytest.mark.parametrize(
+        "url", ["postgresql://h1,h2:2/d", "jdbc:postgresql://h1:1,[::1]:2/d", "postgresql:///d?host=h1,h2"]
+    )
+    def test_of_several_hosts_the_one_that_takes_writes_is_meant(self, url: str) -> None:
+        assert database(DATABASE_URL=url)["target_session_attrs"] == "read-write"
+        asked = "targetServerType=any" if url.startswith("jdbc") else "target_session_attrs=any"
+        joined = "&" if "?" in url else "?"
+        assert database(DATABASE_URL=url + joined + asked)["target_session_attrs"] == "any"
+
+    def test_one_host_is_taken_as_it_is(self) -> None:
+        assert "target_session_attrs" not in database(DATABASE_URL="postgresql://h/d")
+
+    @pytest.mark.parametrize(
+        ("asked", "named"),
+        [
+            ("postgresql://h/d?target_session_attrs=standby", "standby"),
+            ("postgresql://h,i/d?target_session_attrs=read-only", "read-only"),
+            ("postgresql://h/d?target_session_attrs=prefer-standby", "prefer-standby"),
+            ("jdbc:postgresql://h/d?targetServerType=secondary", "standby"),
+        ],
+    )
+    def test_sessions_that_cannot_write_are_refused(self, asked: str, named: str) -> None:
+        assert problem(DATABASE_URL=asked) == (
+            "DATABASE_URL: expected a target_session_attrs of read-write or primary, as all roles write, "
+            f"got {named}; leave it out"
+        )
+
     def test_parameters_of_libpq_are_kept(self) -> None:
         found = database(DATABASE_URL="postgresql:///d?host=/tmp/sock&application_name=a+b&options=-c%20x%3D1")
         assert found == {"dbname": "d", "host": "/tmp/sock", "application_name": "a+b", "options": "-c x=1"}

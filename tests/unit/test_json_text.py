@@ -88,6 +88,7 @@ def test_every_text_is_judged_as_a_walk_through_it_judges(text: bytes, depth: in
 def test_what_is_pruned_is_as_deep_as_it_may_be_and_otherwise_the_same(text: bytes, depth: int) -> None:
     _, _, deepest = walked(text)
     cut = pruned(text, depth)
+    assert cut is not None
     assert walked(cut)[2] == min(deepest, depth)
     assert deepest > depth or cut == text
 

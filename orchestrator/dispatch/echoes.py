@@ -1,0 +1,43 @@
+"""What a receiver says of a failure is kept and shown; credentials that it repeats are not.
+
+Many answer an error with the request they got, headers and address included.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from urllib.parse import parse_qsl
+
+_MASK = "***"
+_CREDENTIAL = re.compile(r"auth|cookie|key|token|secret|passw|signature|session|credential", re.IGNORECASE)
+_SHORTEST = 4
+
+
+def without_credentials(text: str, headers: Mapping[str, str], secret_headers: Collection[str], query: str) -> str:
+    """The text with ``***`` for the credentials of the request that it answers, as they were sent and as JSON has them.
+
+    Those are the values of `secret_headers` and of whatever is called a token, a key and so on, in `headers` and
+    `query`.
+    """
+    names = {name.lower() for name in secret_headers}
+    secrets = {secret for secret in _credentials(headers, names, query) if len(secret) >= _SHORTEST}
+    # The longest first, or a part of one would leave the rest of it.
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, _MASK)
+    return text
+
+
+def _credentials(headers: Mapping[str, str], secret_headers: Collection[str], query: str) -> Iterator[str]:
+    for name, value in headers.items():
+        if name.lower() in secret_headers or _CREDENTIAL.search(name):
+            for part in (value, value.rpartition(" ")[2]):  # "Bearer …", too
+                yield part
+                yield json.dumps(part)[1:-1]
+                yield json.dumps(part, ensure_ascii=False)[1:-1]
+    if query:
+        for pair, (name, value) in zip(query.split("&"), parse_qsl(query, keep_blank_values=True), strict=False):
+            if _CREDENTIAL.search(name):
+                yield value
+                yield pair.partition("=")[2]

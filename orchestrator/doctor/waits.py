@@ -1,0 +1,53 @@
+"""Who holds others up: transactions that somebody has left open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
+
+_Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
+_SHOWN = 5
+
+
+def wait_findings(connection: psycopg.Connection[TupleRow], guarded: _Guarded) -> Iterator[Finding]:
+    yield from guarded("left open", lambda: _open_transactions(connection))
+    yield from guarded("set aside", lambda: _set_aside(connection))
+
+
+def _open_transactions(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
+    rows = connection.execute(
+        "select orchestrator.holder_text(h), h.pid, h.blocks from orchestrator.lock_holders() h"
+        " where h.blocks > 0 or h.state is distinct from 'active' limit %s",
+        (_SHOWN,),
+    ).fetchall()
+    for text, pid, blocks in rows:
+        level = problem if blocks else warning
+        waits = f"; {counted(blocks, 'session')} wait for it now" if blocks else ""
+        yield level(
+            "left open",
+            f"{text}{waits}; what it has locked is set aside by all others",
+            f"end it there, or: select pg_terminate_backend({pid})",
+        )
+    if not rows:
+        yield ok("left open", "no transaction that others wait for, or may")
+
+
+def _set_aside(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
+    row = connection.execute(
+        "select (select count(*) from (select from orchestrator.submission_aside limit 10000) a)"
+        ", (select count(*) from orchestrator.control_note)"
+    ).fetchone()
+    assert row is not None
+    records, notes = row
+    if records or notes:
+        yield warning(
+            "set aside",
+            f"{counted(records, 'record')} from Kafka and {counted(notes, 'change')} by operators wait for such a one",
+            "they are carried out by themselves when it has ended",
+        )
+    else:
+        yield ok("set aside", "nothing waits for another session's transaction")

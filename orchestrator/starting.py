@@ -1,0 +1,60 @@
+"""What a process does before it can work: each step is tried until the database answers, or a stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError
+from orchestrator.tasks import backoff_s, within
+
+ANSWER_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+# Of libpq and of a server that speaks English; in other languages the process waits and its log says why.
+_REFUSED = re.compile(
+    r'(?:password authentication failed for user|no password supplied|role "[^"]*" does not exist'
+    r'|database "[^"]*" does not exist|no pg_hba\.conf entry for).*'
+)
+
+
+async def until_done(
+    step: str, work: Callable[[], Awaitable[None]], stop: asyncio.Event, *, answer_s: float = ANSWER_S
+) -> bool:
+    """Does the work, again and again while the database is away or does not answer in time. False: `stop` came first.
+
+    Raises OrchestratorError for what waiting does not mend: a wrong login, a missing schema.
+    """
+    failures = 0
+    while not stop.is_set():
+        try:
+            await within(answer_s, work(), stop)
+        except (DatabaseUnavailable, TimeoutError) as error:
+            if stop.is_set():
+                break
+            if refusal := _refusal(error):
+                raise OrchestratorError(f"DATABASE_URL: the server refuses it: {refusal}") from error
+            failures += 1
+            wait_s = backoff_s(failures)
+            why = str(error).splitlines()[0] if str(error) else f"no answer within {answer_s:g} s"
+            _log.warning("waiting for the database", extra={"step": step, "error": why, "retry_in_s": round(wait_s, 3)})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await stop.wait()
+        else:
+            if failures:
+                _log.info("the database is there", extra={"step": step})
+            return True
+    return False
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Why a login is refused, by every server that was tried."""
+    text = str(error)
+    tried = [line for line in text.splitlines() if line.startswith("- ")] or [text]
+    found = [_REFUSED.search(each) for each in tried]
+    return found[0].group() if all(found) and found[0] else None

@@ -1,0 +1,153 @@
+-- What holds for all claims: the row of control, and notes of what is to be carried over to it. Whoever changes it waits for
+-- nobody: a change is noted, and carried over at once unless another session has the row in a transaction that is open.
+
+create or replace function orchestrator.with_notes(p_control orchestrator.control, p_notes orchestrator.control_note[]) returns orchestrator.control
+language plpgsql stable set search_path = orchestrator, pg_temp as $$
+declare
+  v_note orchestrator.control_note;
+begin
+  foreach v_note in array p_notes loop
+    case v_note.kind
+      when 'pause' then
+        p_control.paused_at := coalesce(p_control.paused_at, v_note.noted_at);
+      when 'resume' then
+        p_control.resumed_at := case when p_control.paused_at is null then p_control.resumed_at else v_note.noted_at end;
+        p_control.last_paused_at := coalesce(p_control.paused_at, p_control.last_paused_at);
+        p_control.paused_at := null;
+      when 'reroute' then
+        -- Whoever read the lanes of before has begun by now.
+        p_control.rerouted_by := greatest(p_control.rerouted_by, pg_snapshot_xmax(pg_current_snapshot()));
+      when 'priorities' then
+        p_control.priorities := array(select distinct p from unnest(p_control.priorities || v_note.priorities) p order by p desc);
+    end case;
+  end loop;
+  return p_control;
+end $$;
+comment on function orchestrator.with_notes(orchestrator.control, orchestrator.control_note[]) is 'The row of control with notes carried over, in their order';
+
+create or replace function orchestrator.control_now() returns setof orchestrator.control
+language sql stable security definer set search_path = orchestrator, pg_temp rows 1 as $$
+  select w.*
+  from orchestrator.control c
+  cross join lateral orchestrator.with_notes(c, array(select n from orchestrator.control_note n where n.name is null order by n.note)) w
+$$;
+comment on function orchestrator.control_now() is 'The row of control as it holds, with what is only noted so far';
+
+create or replace function orchestrator.note_control(p_kind text, p_priorities smallint[] default null) returns void
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+begin
+  insert into orchestrator.control_note (noted_at, kind, priorities)
+  select orchestrator.now(), p_kind, p_priorities
+  where p_kind <> 'priorities' or not exists (select from orchestrator.control_now() c where c.priorities @> p_priorities);
+  perform orchestrator.fold_control();
+end $$;
+comment on function orchestrator.note_control(text, smallint[]) is 'Notes pause, resume, reroute or priorities, from which on it holds, and carries it over unless the row of control is locked';
+
+-- Never waits. Notes are deleted by whoever has the row of control alone.
+create or replace function orchestrator.fold_control() returns boolean
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+declare
+  v_control orchestrator.control;
+  v_notes orchestrator.control_note[];
+begin
+  select * into v_control from orchestrator.control for update skip locked;
+  if not found then
+    return false;
+  end if;
+  with gone as (
+    delete from orchestrator.control_note n where n.name is null returning n
+  )
+  select array_agg(g.n order by (g.n).note) into v_notes from gone g;
+  if v_notes is not null then
+    v_control := orchestrator.with_notes(v_control, v_notes);
+    update orchestrator.control
+    set paused_at = v_control.paused_at, last_paused_at = v_control.last_paused_at, resumed_at = v_control.resumed_at
+      , rerouted_by = v_control.rerouted_by, priorities = v_control.priorities;
+  end if;
+  return true;
+end $$;
+comment on function orchestrator.fold_control() is 'Carries notes over to control, and keeps it locked; false: another session has it';
+
+-- Never waits.
+create or replace function orchestrator.try_destination(p_name text) returns boolean
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+begin
+  if not pg_try_advisory_xact_lock(hashtext('orchestrator.destination'), hashtext(p_name)) then
+    return false;
+  end if;
+  perform from orchestrator.destination d where d.name = p_name for update skip locked;
+  if not found and exists (select from orchestrator.destination d where d.name = p_name) then
+    return false;
+  end if;
+  perform from orchestrator.lane l where l.name = p_name for update skip locked;
+  return found or not exists (select from orchestrator.lane l where l.name = p_name);
+end $$;
+comment on function orchestrator.try_destination(text) is
+  'Locks a destination, there or not, with its lane; false: another session''s transaction has it, or is about to make or delete it';
+
+-- Claims and finishes have a lane for milliseconds.
+create or replace function orchestrator.await_destination(p_name text) returns boolean
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+declare
+  v_patience constant text := current_setting('lock_timeout');
+begin
+  if not orchestrator.try_destination(p_name) then
+    perform set_config('lock_timeout', '100ms', true);
+    perform pg_advisory_xact_lock(hashtext('orchestrator.destination'), hashtext(p_name));
+    perform from orchestrator.destination d where d.name = p_name for update;
+    perform from orchestrator.lane l where l.name = p_name for update;
+    perform set_config('lock_timeout', v_patience, true);
+  end if;
+  return true;
+exception when lock_not_available then
+  return false;
+end $$;
+comment on function orchestrator.await_destination(text) is 'try_destination() that waits for 100 ms';
+
+create or replace function orchestrator.note_destination(p_name text, p_kind text) returns text
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+begin
+  insert into orchestrator.control_note (noted_at, kind, name) values (orchestrator.now(), p_kind, p_name);
+  return concat_ws(': ', 'another session''s open transaction holds the destination', orchestrator.holders_text('0 s'));
+end $$;
+comment on function orchestrator.note_destination(text, text) is 'Notes pause, resume or close_breaker of a destination that another session has locked; says who';
+
+create or replace function orchestrator.noted_pauses()
+returns table (name text, paused_at timestamptz, lane integer, destination bigint)
+language sql stable security definer set search_path = orchestrator, pg_temp as $$
+  select n.name, n.noted_at, l.lane, case when not orchestrator.is_pattern(n.name) then hashtextextended(n.name, 0) end
+  from (select distinct on (n.name) n.* from orchestrator.control_note n where n.name is not null and n.kind in ('pause', 'resume')
+        order by n.name, n.note desc) n
+  left join orchestrator.lane l on l.name = n.name
+  where n.kind = 'pause'
+$$;
+comment on function orchestrator.noted_pauses() is 'Destinations that are paused by a note alone, each with its own lane and its hash, as far as it has them';
+
+-- The caller has the destination from try_destination(). The functions called come here again, and find nothing.
+create or replace function orchestrator.fold_destination(p_name text) returns void
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+declare
+  v_kinds text[];
+begin
+  with gone as (
+    delete from orchestrator.control_note n where n.name = p_name returning n.note, n.kind
+  )
+  select array_agg(g.kind order by g.note) into v_kinds from gone g;
+  perform case k.kind
+      when 'pause' then (select count(*) from orchestrator.pause_destination(p_name))
+      when 'resume' then (select count(*) from orchestrator.resume_destination(p_name))
+      else (select count(*) from orchestrator.close_breaker(p_name)) end
+  from unnest(v_kinds) as k (kind);
+end $$;
+comment on function orchestrator.fold_destination(text) is 'Carries the notes about a destination over, in their order';
+
+-- Never waits. Called by claims, and by maintenance, while there are notes.
+create or replace function orchestrator.fold_notes() returns void
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+begin
+  perform orchestrator.fold_control();
+  perform orchestrator.fold_destination(n.name)
+  from (select distinct n.name from orchestrator.control_note n where n.name is not null order by 1) n
+  where orchestrator.try_destination(n.name);
+end $$;
+comment on function orchestrator.fold_notes() is 'Carries all notes over whose rows no other session has locked';

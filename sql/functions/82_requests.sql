@@ -1,0 +1,24 @@
+-- Answers that are kept with what they tell of. Called by clients, in the transaction of the change, and after its reply was lost.
+
+-- Two runs of one call cannot both commit: the second breaks the key, and all that it did is undone.
+create or replace function orchestrator.keep_answer(p_request uuid, p_answer json) returns void
+language sql security definer set search_path = orchestrator, pg_temp as $$
+  insert into orchestrator.request (id, kept_at, answer) values (p_request, orchestrator.now(), coalesce(p_answer, '[]'))
+$$;
+comment on function orchestrator.keep_answer(uuid, json) is
+  'Keeps what a call answers, once for each p_request, in the transaction that does what it tells of; null: no rows. When it is kept already, the transaction fails with unique_violation';
+
+create or replace function orchestrator.kept_answer(p_request uuid) returns json
+language sql stable security definer set search_path = orchestrator, pg_temp
+as $$ select r.answer from orchestrator.request r where r.id = p_request $$;
+comment on function orchestrator.kept_answer(uuid) is 'What that call answered; null: it has not been done, is not done yet, or was answered more than ten minutes ago';
+
+create or replace function orchestrator.forget_requests(p_now timestamptz) returns bigint
+language sql security definer set search_path = orchestrator, pg_temp as $$
+  with gone as (
+    delete from orchestrator.request r
+    where r.ctid = any (array(select r.ctid from orchestrator.request r where r.kept_at < p_now - interval '10 minutes' limit 100000 for update skip locked))
+    returning 1)
+  select count(*) from gone
+$$;
+comment on function orchestrator.forget_requests(timestamptz) is 'Deletes answers whose callers have had them, or will not ask any more; returns how many';
