@@ -153,7 +153,7 @@ begin
     select l.lane, r.delivered, r.status_code, r.finished_at
       , max(r.finished_at) filter (where r.delivered) over (partition by l.lane) as last_delivered_at
     from unnest(p_lanes, p_delivered, p_status_codes, p_started_at, p_finished_at) as r (lane, delivered, status_code, started_at, finished_at)
-    join orchestrator.lane l on l.lane = r.lane and l.lane = any (p_lanes)
+    cross join lateral (select l.* from orchestrator.lane l where l.lane = r.lane limit 1) l
     -- What began before the breaker opened says nothing about its try. A worker's idea of the time may be a little early.
     where l.lane = any (v_locked) and (l.breaker = 'closed' or l.breaker = 'half_open' and coalesce(to_timestamp(r.started_at), v_now) >= l.tried_at - interval '10 ms')
   ), batch as (

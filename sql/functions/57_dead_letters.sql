@@ -132,7 +132,8 @@ create or replace function orchestrator.redrive_dead_letters(
   p_source text default null, p_destination text default null, p_died_from timestamptz default null, p_died_until timestamptz default null, p_reason text default null
 , p_rate double precision default null, p_dry_run boolean default false, p_limit integer default 10000, p_after uuid default null, p_start_at timestamptz default null)
 returns table (seen bigint, matched bigint, redriven bigint, examples uuid[], next_after uuid, next_start_at timestamptz)
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_start_at constant timestamptz := greatest(p_start_at, orchestrator.now());
   v_found record;
