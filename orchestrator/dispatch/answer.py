@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import select
+import time
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import BadStatusLine
 
 KEPT_BYTES = 16_384
+# A connection that has been used again before, and answered just now, is not asked for: that is a system call each.
+_JUST_NOW_S = 0.05
 _STATUS_LINE = re.compile(rb"[\r\n]*HTTP/[0-9](?:\.[0-9])?[ \t]+([0-9]{3})(?:[ \t][^\n]*)?\r?\n", re.IGNORECASE)
 _HEAD_END = re.compile(rb"\n\r?\n")
 _FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[ \t]*([^\r\n]*)", re.MULTILINE)
@@ -54,10 +57,13 @@ class AnswerProtocol(ResponseHandler):
 
     received = b""
     idle = False
+    _uses = 0
+    _rested_s = 0.0
     _poll: select.poll | None = None
 
     def set_response_params(self, **params: Any) -> None:
         self.idle = False
+        self._uses += 1
         answering.set(self)
         super().set_response_params(**params)
 
@@ -75,6 +81,7 @@ class AnswerProtocol(ResponseHandler):
         """The answer is complete, and the connection is kept: what comes now, nobody has asked for."""
         self.idle = True
         self.received = b""
+        self._rested_s = time.monotonic()
 
     def is_connected(self) -> bool:
         """Whether it can be used: an idle one must not have ended, nor said anything."""
@@ -83,6 +90,8 @@ class AnswerProtocol(ResponseHandler):
     def _is_quiet(self) -> bool:
         if self.received or self.should_close or self.transport is None:
             return False
+        if self._uses > 1 and time.monotonic() - self._rested_s < _JUST_NOW_S:
+            return True
         if self._poll is None:
             self._poll = select.poll()
             self._poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
