@@ -56,6 +56,7 @@ _SHORT_TIME = re.compile(
     r"([0-9-]{10}[Tt ][0-9]{2}:[0-9]{2})(:[0-9]{2}(?:\.[0-9]+)?)?([Zz]|[+-][0-9]{2}(?::?[0-9]{2})?)"
 )
 _TIMES = ("scheduled_at", "expires_at")
+DOTS = (".", "..")
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 ScheduledAt = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -228,8 +229,20 @@ def expires_at_fault(expires_at: datetime, scheduled_at: datetime) -> str | None
     return f"expected a time after scheduled_at, {scheduled_at.isoformat()}, got {expires_at.isoformat()}"
 
 
+def is_storable(text: str) -> bool:
+    """Whether the database can hold it: no NUL, no lone surrogate."""
+    return "\x00" not in text and text.encode(errors="ignore").decode() == text
+
+
 def text_fault(text: str) -> str | None:
     return "expected no NUL character and no lone surrogate" if "\x00" in text else None
+
+
+def external_job_id_fault(external_job_id: str) -> str | None:
+    """Why it can name no event: as a part of a path, clients and proxies take dots for folders."""
+    if external_job_id in DOTS:
+        return f"expected a text that can be a part of a path, got {external_job_id}"
+    return text_fault(external_job_id)
 
 
 def destination_fault(delivery_type: str | None, destination: str | None) -> str | None:
@@ -315,7 +328,7 @@ _CREDENTIALS = frozenset({"destination", "headers"})  # what they hold is never 
 _FAULTS: dict[str, Callable[[Any], str | None]] = {
     "source": text_fault,
     "scheduled_at": scheduled_at_fault,
-    "external_job_id": text_fault,
+    "external_job_id": external_job_id_fault,
     "headers": headers_fault,
     "ordering_key": text_fault,
     "priority": priority_fault,

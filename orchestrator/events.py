@@ -14,6 +14,7 @@ import msgspec
 
 from orchestrator.errors import ValidationError
 from orchestrator.event_rules import (
+    DOTS,
     EARLIEST,
     LATEST,
     MAX_FAULTS,
@@ -288,6 +289,7 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, most_faults: int) -> Submi
         destination_fault(kind, wire.destination)
         or payload_fault(payload, limits)
         or (wire.headers and headers_fault(wire.headers))
+        or job in DOTS
         or "\x00" in wire.source
         or (job and "\x00" in job)
         or (key and "\x00" in key)

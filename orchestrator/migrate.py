@@ -18,7 +18,6 @@ from pathlib import Path
 
 import psycopg
 from psycopg import sql
-from psycopg.rows import TupleRow
 
 from orchestrator.database.blocking import OnConnected
 from orchestrator.database.connection import BlockingConnection, connect_blocking
@@ -83,8 +82,8 @@ def migrate(database_url: str, *, days_ahead: int | None = None, retention: Rete
     A new schema is told of `retention` at once, before anybody could run its maintenance.
 
     Raises DatabaseUnavailable when the server cannot be reached, OrchestratorError when the database is newer than
-    this program, was migrated with another text of a versioned file, or is too old a server, and when others did not
-    let go of a table for half a minute.
+    this program, was migrated with another text of a versioned file, or is too old a server, when others did not
+    let go of a table for half a minute, and when its owner may not make temporary tables.
     """
     with _connect(database_url) as connection:
         if connection.info.server_version < MINIMUM_VERSION:
@@ -117,12 +116,14 @@ def migrate(database_url: str, *, days_ahead: int | None = None, retention: Rete
         return Report(applied, _make_partitions(connection, days_ahead))
 
 
-def _apply_pending(connection: psycopg.Connection[TupleRow], retention: Retention | None, busy: list[str]) -> list[str]:
+def _apply_pending(connection: BlockingConnection, retention: Retention | None, busy: list[str]) -> list[str]:
     """`busy` are tables that others did not let go of, the last one first; it is added to when there is another."""
     with connection.transaction():
         connection.execute(_LOCK)
         _apply(connection, _bootstrap())
         pending = _pending(_versioned(), _repeatable(), _recorded(connection))
+        if not pending and _rights_differ(connection):
+            pending = _repeatable()[-1:]
         if any(file.name.startswith("schema/") for file in pending):
             _lock_tables(connection, busy)
         connection.execute(_LONG)
@@ -132,10 +133,11 @@ def _apply_pending(connection: psycopg.Connection[TupleRow], retention: Retentio
             connection.execute(_RECORD, (file.name, file.checksum))
         if pending and retention is not None:
             connection.execute(CONFIGURE, retention)
+        _require_staging(connection)
     return [file.name for file in pending]
 
 
-def _lock_tables(connection: psycopg.Connection[TupleRow], busy: list[str]) -> None:
+def _lock_tables(connection: BlockingConnection, busy: list[str]) -> None:
     tables = [str(row[0]) for row in connection.execute(_TABLES)]
     connection.execute(_LONG)
     for table in sorted(tables, key=lambda table: busy.index(table) if table in busy else len(busy)):
@@ -147,12 +149,12 @@ def _lock_tables(connection: psycopg.Connection[TupleRow], busy: list[str]) -> N
         connection.execute(_SHORT)
 
 
-def _holders(connection: psycopg.Connection[TupleRow]) -> str:
+def _holders(connection: BlockingConnection) -> str:
     holders = [str(row[0]) for row in connection.execute(_HOLDERS)]
     return "; ".join(holders) or "tables are in use by many short transactions; try again when there is less to do"
 
 
-def _make_partitions(connection: psycopg.Connection[TupleRow], days_ahead: int | None) -> int:
+def _make_partitions(connection: BlockingConnection, days_ahead: int | None) -> int:
     """In a transaction of its own, when no table is locked any more, and after a maintenance that runs just now."""
     for _ in range(_MAINTENANCE_TRIES):
         with connection.transaction():
@@ -164,12 +166,31 @@ def _make_partitions(connection: psycopg.Connection[TupleRow], days_ahead: int |
 
 
 def check(database_url: str, on_connected: OnConnected = lambda _: None) -> list[str]:
-    """The files that `migrate` would apply; empty when the database is up to date. Changes nothing."""
+    """The files that `migrate` would apply; empty when the database is up to date. Changes nothing.
+
+    ``roles.sql`` is pending, too, when rights are not as it left them. Raises as `migrate`.
+    """
     with _connect(database_url) as connection:
         on_connected(connection)
         exists = connection.execute("select to_regclass('orchestrator.migration') is not null").fetchone()
         recorded = _recorded(connection) if exists and exists[0] else {}
-    return [file.name for file in _pending(_versioned(), _repeatable(), recorded)]
+        pending = _pending(_versioned(), _repeatable(), recorded)
+        if not pending:
+            _require_staging(connection)
+            if _rights_differ(connection):
+                pending = _repeatable()[-1:]
+    return [file.name for file in pending]
+
+
+def _rights_differ(connection: BlockingConnection) -> bool:
+    """Whether somebody changed them, or a dump was restored without: only when no function is pending."""
+    return bool(connection.execute("select from orchestrator.changed_rights() limit 1").fetchall())
+
+
+def _require_staging(connection: BlockingConnection) -> None:
+    row = connection.execute("select orchestrator.staging_problem()").fetchone()
+    if row is not None and row[0] is not None:
+        raise OrchestratorError(row[0])
 
 
 def _connect(database_url: str) -> BlockingConnection:
@@ -210,7 +231,7 @@ def _repeatable() -> list[_File]:
     )
 
 
-def _recorded(connection: psycopg.Connection[TupleRow]) -> dict[str, str]:
+def _recorded(connection: BlockingConnection) -> dict[str, str]:
     rows = connection.execute("select file, checksum from orchestrator.migration").fetchall()
     return {str(file): str(checksum) for file, checksum in rows}
 
@@ -233,7 +254,7 @@ def _pending(versioned: list[_File], repeatable: list[_File], recorded: dict[str
     return [file for file in versioned if file.name not in recorded] + changed
 
 
-def _apply(connection: psycopg.Connection[TupleRow], file: _File) -> None:
+def _apply(connection: BlockingConnection, file: _File) -> None:
     try:
         connection.execute(file.text.encode())
     except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):

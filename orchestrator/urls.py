@@ -33,9 +33,10 @@ _LAST_LABEL = (
     "(?:[A-Za-z_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?|[0-9]{1,31}[A-WYZa-wyz_](?:[A-Za-z0-9_-]{0,30}[A-Za-z0-9_])?)"
 )
 _NAME = rf"(?:{_LABEL}\.)*{_LAST_LABEL}\.?"
-_PORT = "(?:6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
+PORT_PATTERN = "(?:6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
 _REST = r"(?:[/?](?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*)?"
-URL_PATTERN = rf"^https?://(?:{_NAME}|{_IPV4}|\[(?:{_IPV6})\])(?::{_PORT})?{_REST}$"
+HOST_PATTERN = rf"(?:{_NAME}|{_IPV4}|\[(?:{_IPV6})\])"
+URL_PATTERN = rf"^https?://{HOST_PATTERN}(?::{PORT_PATTERN})?{_REST}$"
 
 _URL = re.compile(URL_PATTERN)
 _HOST = re.compile(r"^[^:]+://(\[[^\]]*\]|[^/?#:]*)")
@@ -77,8 +78,8 @@ def _why_not(url: str) -> str:
         return "expected a host after ://"
     if "#" in rest:
         return "expected no fragment: remove everything from # on"
-    if re.fullmatch(r"(?:\[[^]]*\]|[^:\[]*):.*", authority) and not re.fullmatch(rf".*:{_PORT}", authority):
+    if re.fullmatch(r"(?:\[[^]]*\]|[^:\[]*):.*", authority) and not re.fullmatch(rf".*:{PORT_PATTERN}", authority):
         return "expected a port from 1 to 65535 after the host"
-    if not re.fullmatch(rf"(?:{_NAME}|{_IPV4}|\[(?:{_IPV6})\])(?::{_PORT})?", authority):
+    if not re.fullmatch(rf"{HOST_PATTERN}(?::{PORT_PATTERN})?", authority):
         return "expected a host name, an IPv4 address or an IPv6 address in brackets"
     return "expected only URL characters: percent-encode spaces, quotes, brackets and the like"

@@ -15,13 +15,39 @@ begin
   end loop;
 end $$;
 
-revoke all on all tables in schema orchestrator from public;
-revoke all on all functions in schema orchestrator from public;
+-- Functions run as their owner, and must find all of it theirs, whoever migrated, or restored a dump, before.
+do $$
+declare
+  v_change text;
+begin
+  for v_change in
+    select format('alter %s orchestrator.%s owner to %I', o.kind, o.name, pg_get_userbyid(n.nspowner))
+    from pg_namespace n
+    cross join lateral (
+      select case c.relkind when 'v' then 'view' else 'table' end as kind, quote_ident(c.relname) as name, c.relowner as owner
+      from pg_class c where c.relnamespace = n.oid and c.relkind in ('r', 'p', 'v')
+      union all
+      select 'sequence', quote_ident(c.relname), c.relowner
+      from pg_class c where c.relnamespace = n.oid and c.relkind = 'S' and not exists (select from pg_depend d where d.objid = c.oid and d.deptype in ('a', 'i'))
+      union all
+      select 'function', format('%I(%s)', p.proname, pg_get_function_identity_arguments(p.oid)), p.proowner
+      from pg_proc p where p.pronamespace = n.oid) o
+    where n.nspname = 'orchestrator' and o.owner <> n.nspowner
+  loop
+    execute v_change;
+  end loop;
+end $$;
+
+-- Exactly what follows, whatever was granted, or came with a dump, before.
+revoke all on schema orchestrator from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
+revoke all on all tables in schema orchestrator from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
+revoke all on all sequences in schema orchestrator from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
+revoke all on all functions in schema orchestrator from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz, text, integer), orchestrator.random_event_id(timestamptz, integer),
   orchestrator.bucket(uuid), orchestrator.bucket_of_key(text), orchestrator.destination_name(text, text), orchestrator.spread_shift(uuid, interval),
   orchestrator.partition_bounds(), orchestrator.standstills(), orchestrator.lock_holders(interval), orchestrator.holder_text(orchestrator.lock_holder),
-  orchestrator.holders_text(interval), orchestrator.prove_writing()
+  orchestrator.holders_text(interval), orchestrator.prove_writing(), orchestrator.staging_problem()
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
 grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_staged_with_status(), orchestrator.try_submit_staged(),
@@ -37,7 +63,7 @@ grant execute on function orchestrator.register_worker(text), orchestrator.claim
   orchestrator.finish_free_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
   orchestrator.release_events(uuid[], integer[]), orchestrator.release_free_events(uuid[], integer[]), orchestrator.own_lane(text, boolean), orchestrator.next_due_at(), orchestrator.backlog(),
   orchestrator.set_outbox(text[]), orchestrator.configure_topics(text, text[], text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
-  orchestrator.outbox_pending(), orchestrator.raise_floors()
+  orchestrator.outbox_pending(), orchestrator.raise_floors(), orchestrator.settle_restored()
   to orchestrator_dispatch, orchestrator_ops;
 grant execute on function orchestrator.ingest_offsets(text), orchestrator.advance_offsets(text, integer[], bigint[], bigint[], bigint[], bigint[]),
   orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]), orchestrator.execute_commands(text, jsonb),
@@ -52,7 +78,7 @@ grant execute on function orchestrator.get_event(uuid), orchestrator.events_by_e
   orchestrator.list_dead_letters(integer, timestamptz, uuid, text, text, timestamptz, timestamptz, text),
   orchestrator.statistics_by(timestamptz, timestamptz, text[], text, text), orchestrator.list_rejects(integer, bigint), orchestrator.ingest_offsets(text),
   orchestrator.outbox_pending(), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog(),
-  orchestrator.get_destination(text), orchestrator.list_destinations(integer, text), orchestrator.destination_for(text),
+  orchestrator.get_destination(text), orchestrator.list_destinations(integer, text), orchestrator.destination_for(text), orchestrator.changed_rights(),
   orchestrator.backlog_forecast(interval, interval, text), orchestrator.forecast(interval, interval, text, integer)
   to orchestrator_read, orchestrator_ops;
 grant execute on function
@@ -80,10 +106,16 @@ begin
   for v_function in
     select p.oid from pg_proc p
     where p.pronamespace = 'orchestrator'::regnamespace and p.prosecdef and exists (select from aclexplode(p.proacl) a where a.grantee <> p.proowner)
-      and p.proname not in ('open_staging', 'submit_staged', 'claim_due_events', 'finish_events', 'release_events', 'raise_floors', 'next_due_at', 'backlog'
-        , 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending')
+      and p.proname not in ('open_staging', 'submit_staged', 'submit_staged_with_status', 'try_submit_staged', 'try_submit_staged_with_status'
+        , 'keep_answer', 'kept_answer', 'prove_writing', 'claim_due_events'
+        , 'finish_events', 'finish_free_events', 'release_events', 'release_free_events', 'raise_floors', 'next_due_at', 'backlog'
+        , 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending', 'staging_problem')
   loop
     execute format('alter function %s set timezone = ''UTC'' set datestyle = ISO set intervalstyle = postgres set extra_float_digits = 1', v_function);
     execute format('alter function %s set standard_conforming_strings = on', v_function);
   end loop;
 end $$;
+
+-- For migrate and doctor to compare with: a dump brings this table over, and may leave the rights behind.
+delete from orchestrator.granted;
+insert into orchestrator.granted (object, rights) select r.object, r.rights from orchestrator.rights() r;

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from starlette.convertors import Convertor, register_url_convertor
@@ -38,7 +38,8 @@ class _Segment(Convertor[str]):
     regex = "[^/]+"
 
     def convert(self, value: str) -> str:
-        return unquote(value)
+        # The path was decoded as Latin-1, see Edge. What is no UTF-8 becomes lone surrogates, which no name has.
+        return unquote_to_bytes(value.encode("latin-1")).decode("utf-8", "surrogateescape")
 
     def to_string(self, value: str) -> str:
         raise NotImplementedError("paths are matched here, never made")

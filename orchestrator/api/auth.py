@@ -68,7 +68,7 @@ class Guard:
             if self._anonymous:
                 return
             raise _unauthorized("Send an API key as `Authorization: Bearer orch_…` or `X-API-Key: orch_…`.")
-        found = await self._find(key) if _KEY.match(key) and len(key) == 48 else None
+        found = await self._find(key) if _is_key(key) else None
         if found is None:
             raise _unauthorized("The API key is unknown or was revoked.", 'error="invalid_token"')
         if needed not in found.scopes and "admin" not in found.scopes:
@@ -121,15 +121,24 @@ class _Recent:
 
 def _presented(scope: Scope) -> bytes | None:
     """The key that a request carries; an empty one when it carries credentials of another kind."""
-    authorization = header(scope, b"authorization")
-    if authorization is not None:
-        scheme, _, credentials = authorization.partition(b" ")
-        if scheme.lower() == b"bearer":
-            return credentials.strip()
-    key = header(scope, b"x-api-key")
-    if key is not None:
-        return key
-    return None if authorization is None else b""
+    # Blanks at its ends are no part of a value (RFC 9110, 5.5), and not every server takes them off.
+    given = [value.strip() for name, value in scope["headers"] if name == b"x-api-key"]
+    others = False
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, *credentials = value.split(None, 1) or [b""]
+            if scheme.lower() == b"bearer":
+                given.append(credentials[0].strip() if credentials else b"")
+            others = True
+    # One of them may be meant for a gateway before us.
+    keys = {key for key in given if _is_key(key)} or set(given)
+    if len(keys) > 1:
+        raise _unauthorized("Expected one API key, got several that differ.", 'error="invalid_request"')
+    return keys.pop() if keys else b"" if others else None
+
+
+def _is_key(text: bytes) -> bool:
+    return len(text) == 48 and _KEY.match(text) is not None
 
 
 def _unauthorized(detail: str, *challenge: str) -> Problem:

@@ -21,13 +21,16 @@ from orchestrator.event_rules import (
     kind_of,
     shown,
 )
+from orchestrator.urls import HOST_PATTERN, PORT_PATTERN
 
 MAX_NAME_CHARS = 300
-# A host and port, or kafka: and a topic; with * a pattern. Never "." or "..", which clients take for folders.
-NAME_PATTERN = (
-    r"^(?:kafka:[A-Za-z0-9._*-]{0,249}|\[[0-9A-Fa-f:.]{2,45}\](?::[0-9]{1,5})?"
-    r"|[A-Za-z0-9._*-]*[A-Za-z0-9_][A-Za-z0-9._*-]*(?::[0-9]{1,5})?)$"
+_HOST_AND_PORT = f"{HOST_PATTERN}(?::{PORT_PATTERN})?"
+_STARRED = (
+    rf"(?!\*+(?::|$))(?:[A-Za-z0-9_-]+\.)*[A-Za-z0-9_-]*\*[A-Za-z0-9_*-]*(?:\.[A-Za-z0-9_*-]+)*(?::{PORT_PATTERN})?"
 )
+# A host and port as URLs have them, or kafka: and a topic; with * a pattern. SQL's as_destination() takes no less.
+NAME_PATTERN = rf"^(?:kafka:(?!\.{{1,2}}$)[A-Za-z0-9._*-]{{0,249}}|{_HOST_AND_PORT}|{_STARRED})$"
+EXACT_NAME_PATTERN = rf"^(?:kafka:(?!\.{{1,2}}$)[A-Za-z0-9._-]{{0,249}}|{_HOST_AND_PORT})$"
 FILE_PATTERN = r"^(?!whsec_)[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 _NAME = re.compile(NAME_PATTERN.removesuffix("$"))

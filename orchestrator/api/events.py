@@ -27,7 +27,7 @@ from orchestrator.config import Settings
 from orchestrator.database import Cancelled, Database, Rescheduled
 from orchestrator.database.sweeps import Sweeps
 from orchestrator.errors import ValidationError
-from orchestrator.event_rules import MAX_NAME_CHARS, shown
+from orchestrator.event_rules import MAX_NAME_CHARS, is_storable, shown
 
 MAX_COUNTS = 50_000
 
@@ -131,8 +131,8 @@ def _event_id(request: Request) -> str:
 
 def _external_job_id(request: Request) -> str:
     job: str = request.path_params["external_job_id"]
-    if len(job) > MAX_NAME_CHARS or "\x00" in job:
-        reason = f"expected 1 to {MAX_NAME_CHARS} characters without NUL, got {shown(job)!r}"
+    if len(job) > MAX_NAME_CHARS or not is_storable(job):
+        reason = f"expected 1 to {MAX_NAME_CHARS} characters of UTF-8 without NUL, got {shown(job)!r}"
         raise invalid("external_job_id", reason)
     return job
 

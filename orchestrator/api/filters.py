@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import msgspec
 from starlette.responses import Response
 
+from orchestrator.api.destination_rules import EXACT_NAME_PATTERN, NAME_PATTERN
 from orchestrator.api.destination_rules import MAX_NAME_CHARS as MAX_DESTINATION_CHARS
-from orchestrator.api.destination_rules import NAME_PATTERN
 from orchestrator.api.fields import Field, number, unprocessable, whole
 from orchestrator.api.problems import Problem
 from orchestrator.api.queries import as_json
@@ -32,7 +32,6 @@ GROUPS = ("minute", "source", "destination")
 NARROWING = ("source", "destination", "from", "until")
 
 _NO_NUL = r"\A[^\x00]*\Z"
-_EXACT_PATTERN = NAME_PATTERN.replace("._*-", "._-")
 _A_GROUP = f"(?:{'|'.join(GROUPS)})"
 _BY_PATTERN = f"^{_A_GROUP}(?:,{_A_GROUP})*$"
 
@@ -107,7 +106,7 @@ COUNTS = {
         Annotated[str, msgspec.Meta(pattern=_anchored(_BY_PATTERN))],
     )
 } | _narrowing("Counts", "of")
-COUNTS["destination"] = _destination("Counts of this host, or of `kafka:` and this topic.", _EXACT_PATTERN)
+COUNTS["destination"] = _destination("Counts of this host, or of `kafka:` and this topic.", EXACT_NAME_PATTERN)
 
 
 def filter_of(values: Mapping[str, Any]) -> Filter:

@@ -36,7 +36,7 @@ _Waiting = tuple[Submission, asyncio.Future[Submitted], float]
 
 _UNKNOWN = (
     f"Not known to be kept after {FLUSH_TIMEOUT_S:.0f} seconds. Submitting it again with the same source, "
-    "external_job_id and scheduled_at is safe: it is kept once."
+    "external_job_id, scheduled_at and ordering_key is safe: it is kept once."
 )
 
 

@@ -29,9 +29,15 @@ async def read_json(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     """
     _require_json(scope)
     declared = header(scope, b"content-length")
-    if declared is not None and int(declared) > max_bytes:
+    if declared is not None and _is_more(declared, max_bytes):
         raise _too_large(max_bytes)
     return await _read(receive, max_bytes)
+
+
+def _is_more(digits: bytes, most: int) -> bool:
+    """Whether the number that digits write is more; int() refuses thousands of them."""
+    significant = digits.lstrip(b"0") or b"0"
+    return len(significant) > 18 or int(significant) > most
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:

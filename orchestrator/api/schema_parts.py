@@ -10,6 +10,7 @@ Schema = dict[str, Any]
 
 NO_NUL_PATTERN = "^[^\\u0000]*$"
 NAME: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS, "pattern": NO_NUL_PATTERN}
+EXTERNAL_ID: Schema = {**NAME, "pattern": "^(?!\\.{1,2}$)[^\\u0000]*$"}
 UUID: Schema = {"type": "string", "format": "uuid"}
 TIME: Schema = {"type": "string", "format": "date-time"}
 COUNT: Schema = {"type": "integer", "minimum": 0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.api.schema_parts import NAME, NO_NUL_PATTERN, TIME, Schema, closed, nullable, ref
+from orchestrator.api.schema_parts import EXTERNAL_ID, NAME, NO_NUL_PATTERN, TIME, Schema, closed, nullable, ref
 from orchestrator.config import Settings
 from orchestrator.event_rules import (
     HEADER_NAME_PATTERN,
@@ -74,9 +74,9 @@ def _submission(settings: Settings, target: dict[str, Schema], optional: str) ->
     fields: dict[str, Schema] = {
         "source": {**NAME, "description": "Who submits; part of what makes a submission the same as another."},
         "external_job_id": {
-            **nullable(NAME),
-            "description": "The client's own id. With `source` and `scheduled_at` it names the event: submitting "
-            "the three again keeps the one event there is.",
+            **nullable(EXTERNAL_ID),
+            "description": "The client's own id. With `source`, `scheduled_at` and `ordering_key` it names the event: "
+            "submitting the four again keeps the one event there is.",
         },
         "scheduled_at": {
             **TIME,

@@ -23,7 +23,7 @@ _AWAY = "Kafka cannot be reached. Nothing was submitted; try again shortly."
 _BUSY = "More submissions wait for Kafka than it keeps up with. Nothing was submitted; try again shortly."
 _UNKNOWN = (
     "Kafka has not confirmed it, and may have it all the same. Submitting it again with the same source, "
-    "external_job_id and scheduled_at is safe: it is kept once."
+    "external_job_id, scheduled_at and ordering_key is safe: it is kept once."
 )
 
 _log = logging.getLogger(__name__)

@@ -71,6 +71,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Section of the help → name → where the command is, and the first line of its help."""
 
+_MAX_CHARS = 1000  # of a complaint about the arguments
+
 _TARGETS = {name: target for section in COMMANDS.values() for name, (target, _) in section.items()}
 
 
@@ -118,7 +120,10 @@ def _told(ctx: click.Context) -> Iterator[None]:
         raise
     except click.UsageError as error:
         command = (error.ctx or ctx).command_path
-        click.echo(f"Error: {' '.join(error.format_message().split()).rstrip('.')}; see {command} --help", err=True)
+        said = " ".join(error.format_message().split()).rstrip(".")
+        if len(said) > _MAX_CHARS:  # it quotes what was given
+            said = f"{said[: _MAX_CHARS // 2]}…{said[-_MAX_CHARS // 2 :]}"
+        click.echo(f"Error: {said}; see {command} --help", err=True)
         ctx.exit(2)
     except SettingsError as error:
         for problem in error.problems:
@@ -127,6 +132,9 @@ def _told(ctx: click.Context) -> Iterator[None]:
     except DatabaseUnavailable as error:
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)  # libpq's text has several lines
         ctx.exit(1)
+    except UnicodeEncodeError as error:  # of an argument, whose bytes are no UTF-8
+        click.echo(f"Error: expected text in UTF-8, got {error.object[:80]!a}", err=True)
+        ctx.exit(2)
     except OrchestratorError as error:
         click.echo(f"Error: {error}", err=True)
         ctx.exit(1)

@@ -16,6 +16,7 @@ from orchestrator.cli.support import (
     json_option,
     plain,
     print_json,
+    read_event,
     target,
     with_database,
 )
@@ -87,7 +88,7 @@ def show(event_id: object, as_json: bool) -> None:
     found = with_database(lambda database, _: database.event(str(event_id)))
     if found is None:
         raise OrchestratorError(f"there is no event with the id {event_id}")
-    event = json.loads(found)
+    event = read_event(found)
     if event["status"] != "dead":
         raise OrchestratorError(f"{event_id} is not dead: its status is {event['status']}; see orchestrator get")
     if as_json:

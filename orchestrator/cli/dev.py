@@ -188,7 +188,7 @@ def _received(webhook: Webhook, signer: Signer) -> Text:
     signed = webhook.is_signed_by(signer)
     line.append("  signature ok" if signed else "  signature missing or wrong", style="" if signed else "red")
     body = webhook.body.decode("utf-8", "replace")
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         body = json.dumps(json.loads(body), ensure_ascii=False)
     line.append(f"  {plain(body[:_BODY_CHARS])}{'…' if len(body) > _BODY_CHARS else ''}", style="cyan")
     return line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -11,7 +10,7 @@ from uuid import UUID
 import click
 
 from orchestrator.cli.story import show_event, why_held_back
-from orchestrator.cli.support import console, exit_with, json_option, moment, print_json, with_database
+from orchestrator.cli.support import console, exit_with, json_option, moment, print_json, read_event, with_database
 from orchestrator.cli.sweeping import filter_of, narrowing, sweep, sweeping
 from orchestrator.cli.times import a_duration, a_time, iso
 from orchestrator.config import Settings
@@ -82,7 +81,7 @@ def get(event_id: str | None, external_id: str | None, show_all: bool, as_json: 
         else:
             assert external_id is not None
             found = await _by_external_id(database, external_id, show_all)
-        held_back = None if as_json or show_all or not found else await why_held_back(database, json.loads(found[0]))
+        held_back = None if as_json or show_all or not found else await why_held_back(database, read_event(found[0]))
         return found, held_back
 
     events, held_back = with_database(work)
@@ -93,7 +92,7 @@ def get(event_id: str | None, external_id: str | None, show_all: bool, as_json: 
         return
     out = console()
     for event in events if show_all else events[:1]:
-        show_event(out, json.loads(event), held_back)
+        show_event(out, read_event(event), held_back)
     if len(events) > 1 and not show_all:
         out.print("There are older events with this external id: --all shows them.")
 
@@ -110,7 +109,7 @@ async def _by_external_id(database: Database, external_id: str, show_all: bool) 
     page = await database.events_by_external_id(external_id, limit=_PAGE)
     while page:
         events += page
-        last = json.loads(page[-1])
+        last = read_event(page[-1])
         page = await database.events_by_external_id(external_id, limit=_PAGE, after=(last["scheduled_at"], last["id"]))
     return events
 

@@ -58,7 +58,7 @@ def show_event(out: Console, event: dict[str, Any], held_back: str | None) -> No
         ("attempts", attempts),
         ("retry policy", event["retry_policy"]),
         ("headers", event["headers"] and json.dumps(event["headers"], ensure_ascii=False)),
-        ("payload", _shortened(json.dumps(event["payload"], ensure_ascii=False))),
+        ("payload", _shortened(event["payload"])),
     ):
         if value is not None:
             facts.add_row(name, Text(plain(value)))

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import IO, TYPE_CHECKING
 
 import click
+import msgspec
 
 from orchestrator.cli.support import (
     console,
@@ -189,8 +190,10 @@ def _payload(given: str) -> bytes:
         with click.open_file(given[1:], "rb") as file:
             text = file.read()
     try:
-        json.loads(text)
-    except ValueError as error:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except RecursionError:
+        pass  # told with the event's other faults
+    except msgspec.DecodeError as error:
         raise click.BadParameter(f"expected JSON, got {_start(given)!r}: {error}", param_hint="--payload") from None
     return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
@@ -66,6 +67,12 @@ def console(*, stderr: bool = False) -> Console:
 def print_json(value: object) -> None:
     """Prints a value, or a text that is JSON already, as the one document on standard output."""
     click.echo(value if isinstance(value, bytes) else msgspec.json.encode(value))
+
+
+def read_event(found: bytes) -> dict[str, Any]:
+    """An event of the database. Its payload stays the text it is: no number in it is too long, nothing too deep."""
+    fields = msgspec.json.decode(found, type=dict[str, msgspec.Raw])
+    return {name: bytes(raw).decode() if name == "payload" else json.loads(bytes(raw)) for name, raw in fields.items()}
 
 
 def plain(text: object) -> str:

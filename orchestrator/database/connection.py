@@ -48,21 +48,27 @@ def translated() -> Iterator[None]:
             f"the database lacks this program's schema ({_first_line(error)}); run: orchestrator migrate"
         ) from error
     except errors.InsufficientPrivilege as error:
-        raise OrchestratorError(f"{_first_line(error)}; grant the user one of the roles in sql/roles.sql") from error
+        raise OrchestratorError(f"{_first_line(error)}; {_remedy(error)}") from error
     except (psycopg.DataError, psycopg.IntegrityError) as error:
         raise ValidationError(error.diag.column_name or "value", _first_line(error)) from error
 
 
-def is_lost(error: DatabaseUnavailable) -> bool:
+def _remedy(error: errors.InsufficientPrivilege) -> str:
+    if "create temporary tables" in str(error):
+        return "grant temporary on the database to who owns the schema: submissions go through one"
+    return "grant the user one of the roles in sql/roles.sql; after a restore without rights, run: orchestrator migrate"
+
+
+def is_lost(error: OrchestratorError) -> bool:
     """Whether the connection ended, so that what was sent over it may have been done: nothing answered."""
     cause = error.__cause__
-    if not isinstance(cause, psycopg.Error) or isinstance(cause, PoolTimeout):
+    if not isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError) or isinstance(cause, PoolTimeout):
         return False
     # Connections that the server ends say so; what libpq finds by itself has no code.
     return cause.sqlstate is None or cause.sqlstate in _ENDED
 
 
-def is_worth_another_try(error: DatabaseUnavailable) -> bool:
+def is_worth_another_try(error: OrchestratorError) -> bool:
     """Whether the same may succeed at once: on another connection, or in another transaction."""
     cause = error.__cause__
     return is_lost(error) or isinstance(
@@ -130,10 +136,11 @@ class Connection(AsyncConnection[TupleRow]):
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> AsyncGenerator[AsyncTransaction, None]:
         begins = self.pooled and self.info.transaction_status == TransactionStatus.IDLE
-        async with super().transaction(savepoint_name, force_rollback) as transaction:
-            if begins:
-                await super().execute(self.session.for_transaction.encode())
-            yield transaction
+        with _kept_together():
+            async with super().transaction(savepoint_name, force_rollback) as transaction:
+                if begins:
+                    await super().execute(self.session.for_transaction.encode())
+                yield transaction
 
 
 class BlockingConnection(psycopg.Connection[TupleRow]):
@@ -176,7 +183,7 @@ class BlockingConnection(psycopg.Connection[TupleRow]):
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> Generator[Transaction, None, None]:
         begins = self.pooled and self.info.transaction_status == TransactionStatus.IDLE
-        with super().transaction(savepoint_name, force_rollback) as transaction:
+        with _kept_together(), super().transaction(savepoint_name, force_rollback) as transaction:
             if begins:
                 super().execute(self.session.for_transaction.encode())
             yield transaction
@@ -194,6 +201,20 @@ def _refuses_options(error: psycopg.OperationalError) -> bool:
     """Whether a pooler takes no settings, or a server is too old to know all of them, which others find out then."""
     unknown = re.search(r'unrecognized configuration parameter "(\w+)"', str(error))
     return "unsupported startup parameter" in str(error) or (unknown is not None and unknown[1].lower() in SESSION)
+
+
+@contextmanager
+def _kept_together() -> Iterator[None]:
+    """Raises UnusableDatabase where a pooler allows no transactions."""
+    try:
+        yield
+    except psycopg.OperationalError as error:
+        if "statement pooling mode" not in str(error):
+            raise
+        raise UnusableDatabase(
+            f"a pooler is between that allows no transactions ({_first_line(error)}): expected transaction or session "
+            "mode; set pool_mode = transaction for this database, or name the server itself in DATABASE_URL"
+        ) from error
 
 
 def _is_pooled(info: psycopg.ConnectionInfo) -> bool:

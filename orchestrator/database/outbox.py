@@ -39,6 +39,8 @@ class Outbox:
     async def open(cls, settings: Settings) -> AsyncGenerator[Outbox, None]:
         """Raises DatabaseUnavailable."""
         async with await connect(settings, "outbox", **_TRANSACTION_TIMEOUT) as connection:
+            with translated():
+                await connection.execute("select orchestrator.settle_restored()")
             yield cls(connection)
 
     async def switch(self, kinds: Sequence[str]) -> None:

@@ -39,6 +39,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _POOL_TIMEOUT_S = 5.0
+_TRIES = 3
 _ANSWER_S = 120.0  # longer than anything that is asked takes
 _CHECK_S = 1.0
 _FULL_S = 5.0  # how long a disk that was full counts as full, unless something is kept
@@ -133,7 +134,7 @@ class ApiKey(NamedTuple):
 class Database:
     """A pool of connections, and what the API and the CLI ask of the database.
 
-    Every method raises DatabaseUnavailable when the database is away, after one more try on fresh connections, and
+    Every method raises DatabaseUnavailable when the database is away, after two more tries on fresh connections, and
     Blocked when another session's open transaction holds what it needs for longer than 3 seconds. What changes
     something is done once, and answers what it did, although the reply to its commit was lost: see `once`. InDoubt: it
     may have been done.
@@ -180,34 +181,37 @@ class Database:
 
         This is the one place where anything is tried again. What `changes` something must bear it.
         """
-        try:
-            if self._doubtful:
-                self._doubtful = False
-                await self._pool.check()
-            answer = await self._run_once(work)
-        except Blocked as error:
-            raise Blocked(f"{error}; {await self.holders()}") from error.__cause__
-        except TimeoutError:
-            silent = f"the database has not answered within {_ANSWER_S:g} s"
-            if changes:
-                raise InDoubt(f"{silent}; {_LOOK}") from None
-            raise DatabaseUnavailable(silent) from None
-        except DatabaseUnavailable as error:
-            if isinstance(error.__cause__, errors.DiskFull):
-                self._full_at = time.monotonic()
-            if not is_worth_another_try(error):
-                raise
-            in_doubt = changes and is_lost(error)
+        in_doubt = False
+        for tries_left in range(_TRIES - 1, -1, -1):
             try:
+                if self._doubtful:
+                    self._doubtful = False
+                    await self._pool.check()
+                answer = await self._run_once(work)
+            except TimeoutError:
+                in_doubt = changes
+                problem: OrchestratorError = DatabaseUnavailable(f"the database has not answered in {_ANSWER_S:g} s")
+                break
+            except Blocked as error:
+                problem = Blocked(f"{error}; {await self.holders()}")
+                problem.__cause__ = error.__cause__
+                break
+            except OrchestratorError as error:
+                if isinstance(error.__cause__, errors.DiskFull):
+                    self._full_at = time.monotonic()
+                in_doubt = in_doubt or (changes and is_lost(error))
+                problem = error
+                if not tries_left or not is_worth_another_try(error):
+                    break
                 await self._pool.check()  # drops connections that a restart has broken, or that cannot write
-                return await self._run_once(again or work)
-            except DatabaseUnavailable as later:
-                if in_doubt or (changes and is_lost(later)):
-                    raise InDoubt(f"{later}; {_LOOK}") from later
-                raise
-        if changes:
-            self._full_at = -math.inf
-        return answer
+                work = again or work
+            else:
+                if changes:
+                    self._full_at = -math.inf
+                return answer
+        if in_doubt and not isinstance(problem, ValidationError):
+            raise InDoubt(f"{problem}; {_LOOK}") from problem
+        raise problem
 
     async def _run_once(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         with translated():
@@ -460,12 +464,14 @@ class Database:
 
     async def ready(self) -> None:
         """Raises DatabaseUnavailable, also when it takes no writes, or has had no room for one in the last seconds;
-        OrchestratorError when the schema, or a partition for today, is missing.
+        OrchestratorError when the schema, or a partition for today, is missing, or nobody can submit.
         """
-        today = await self.value(
-            "select orchestrator.now() between first_day and end_day"
+        [(today, staging)] = await self.rows(
+            "select orchestrator.now() between first_day and end_day, orchestrator.staging_problem()"
             " from orchestrator.prove_writing() cross join orchestrator.partition_bounds()"
         )
+        if staging is not None:
+            raise OrchestratorError(staging)
         if not today:
             raise OrchestratorError("no partition for today; run: orchestrator migrate")
         if time.monotonic() < self._full_at + _FULL_S:

@@ -5,7 +5,7 @@ says them all when it connects (``options`` of libpq, at no round trip), or thro
 transaction.
 
 Left to whoever runs the server: where and how rows are stored (default_tablespace, default_toast_compression), memory,
-costs, jit and parallel workers, synchronous_commit (`orchestrator doctor` says when it is off), who one is (role), and
+costs and parallel workers, synchronous_commit (`orchestrator doctor` says when it is off), who one is (role), and
 session_replication_role, which only a superuser can set and nothing here depends on.
 """
 
@@ -33,7 +33,6 @@ SESSION: Mapping[str, str] = {
     "array_nulls": "on",
     "standard_conforming_strings": "on",
     "backslash_quote": "safe_encoding",
-    "escape_string_warning": "on",
     "transform_null_equals": "off",
     "quote_all_identifiers": "off",
     # What names mean, and what may be read.
@@ -53,6 +52,9 @@ SESSION: Mapping[str, str] = {
     # Errors and messages.
     "exit_on_error": "off",
     "client_min_messages": "warning",
+    "plpgsql.extra_errors": "none",
+    "plpgsql.extra_warnings": "none",
+    "orchestrator.now": "",  # the clock, which tests set
     # What the plans of functions rest on, which pin what differs from this.
     "enable_bitmapscan": "on",
     "enable_hashagg": "on",
@@ -68,6 +70,7 @@ SESSION: Mapping[str, str] = {
     "enable_sort": "on",
     "enable_tidscan": "on",
     "plan_cache_mode": "auto",
+    "jit": "off",  # nothing here runs long enough to gain by it
     "from_collapse_limit": "8",
     "join_collapse_limit": "8",
     "debug_parallel_query": "off",

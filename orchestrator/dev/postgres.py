@@ -30,6 +30,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
+from orchestrator.database.connection import connect_blocking
 from orchestrator.dev.ownership import Ownership
 from orchestrator.dev.postgres_install import Installation, find_installation
 from orchestrator.dev.postgres_tuning import configuration, default_tuning, memory_bytes
@@ -105,7 +106,7 @@ class EmbeddedPostgres:
     def ensure_database(self, database: str) -> str:
         """Creates the database unless it exists, and returns its URL."""
         with (
-            psycopg.connect(self.url(), autocommit=True) as connection,
+            connect_blocking(self.url(), "dev") as connection,
             contextlib.suppress(psycopg.errors.DuplicateDatabase),
         ):
             connection.execute(sql.SQL("create database {}").format(sql.Identifier(database)))

@@ -27,6 +27,9 @@ def destination_url(destination: str) -> URL:
         valid = url.scheme in ("http", "https") and url.raw_host and url.raw_user is None and url.port
     except ValueError:
         valid = False
+    if valid and destination.endswith("?") and destination.count("?") == 1:
+        # A query that is empty: only as a part of the path is its ? sent.
+        url = URL.build(scheme=url.scheme, authority=url.raw_authority, path=f"{url.raw_path}?", encoded=True)
     if not valid:
         raise ValueError("destination: expected an http or https URL with a host and without credentials")
     return url

@@ -10,7 +10,7 @@ from psycopg.rows import TupleRow
 
 from orchestrator import database_url, migrate
 from orchestrator.config import Settings
-from orchestrator.database.connection import connect_blocking
+from orchestrator.database.connection import BlockingConnection, connect_blocking
 from orchestrator.doctor.finding import Finding, is_production, ok, problem, warning
 from orchestrator.doctor.server import server_findings
 from orchestrator.doctor.standstill import standstill_findings
@@ -66,18 +66,19 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             )
             return
         yield ok("database", f"PostgreSQL {version // 10000}.{version % 10000} at {masked}")
+        try:
+            if connection.pooled:
+                yield _pooler(connection)
+        except UnusableDatabase as error:
+            what, _, mend = str(error).partition("; ")
+            yield problem("pooler", what, mend)
+            return
         yield from _guarded("writes", lambda: _writes(connection))
-        if connection.pooled:
-            yield ok(
-                "pooler",
-                "a pooler is between: each transaction sets what it relies on, and due events are found by polling "
-                "alone, every SCHEDULER_POLL_INTERVAL_MS",
-            )
         yield from _guarded("server", lambda: server_findings(connection, settings))
         yield from _guarded("clock", lambda: _clock(connection))
         yield from _guarded("roles", lambda: _roles(connection))
         migrated = True
-        for finding in _guarded("migrations", lambda: _migrations(settings)):
+        for finding in _guarded("migrations", lambda: _migrations(connection, settings)):
             migrated = migrated and finding.level != "problem"
             yield finding
         if migrated:
@@ -88,6 +89,15 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             yield from work_findings(connection, _guarded)
             yield from standstill_findings(connection, _guarded)
             yield from wait_findings(connection, _guarded)
+
+
+def _pooler(connection: BlockingConnection) -> Finding:
+    with connection.transaction():
+        return ok(
+            "pooler",
+            "a pooler is between: each transaction sets what it relies on, and due events are found by polling alone, "
+            "every SCHEDULER_POLL_INTERVAL_MS",
+        )
 
 
 def _guarded(check: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -152,18 +162,33 @@ def _roles(connection: Connection) -> Iterator[Finding]:
         yield ok("roles", "all are there")
 
 
-def _migrations(settings: Settings) -> Iterator[Finding]:
+def _migrations(connection: Connection, settings: Settings) -> Iterator[Finding]:
     try:
         pending = migrate.check(settings.database_url)
     except OrchestratorError as error:
         what, _, mend = str(error).partition("; ")
         yield problem("migrations", what, mend or "see the server's log")
         return
-    if pending:
+    if pending == ["roles.sql"]:
+        yield from _grants(connection)
+    elif pending:
         shown = ", ".join(pending[:3]) + (f" and {len(pending) - 3} more" if len(pending) > 3 else "")
         yield problem("migrations", f"{len(pending)} pending: {shown}", "run orchestrator migrate")
     else:
         yield ok("migrations", "the schema is up to date")
+
+
+def _grants(connection: Connection) -> Iterator[Finding]:
+    rows = connection.execute("select object, lacking, foreign_rights from orchestrator.changed_rights()").fetchall()
+    changes = [
+        f"{each}: {what} {', '.join(rights)}"
+        for each, lacking, foreign in rows
+        for what, rights in (("without", lacking), ("with", foreign))
+        if rights
+    ]
+    shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+    what = f"rights are not as migrate left them, as after pg_restore --no-acl: {shown or 'roles.sql is new'}"
+    yield problem("grants", what, "run orchestrator migrate")
 
 
 def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:

@@ -23,6 +23,8 @@ return encode(set_bit(set_bit(
 comment on function orchestrator.event_id(text, text, timestamptz, text, integer) is
   'The id of (source, external_job_id, scheduled_at, ordering_key): a UUID laid out as version 7 (RFC 9562) of 48 bits of milliseconds of scheduled_at, the 12 bits of its bucket, and 62 bits of a SHA-256 over all four; null without one of the first three';
 
+comment on column orchestrator.event.id is 'event_id() of it; random_event_id() without an external_job_id. It is the idempotency key';
+
 create or replace function orchestrator.random_event_id(p_scheduled_at timestamptz, p_bucket integer default null) returns uuid
 language sql volatile parallel safe
 return encode(substr(int8send((extract(epoch from p_scheduled_at) * 1000000)::bigint / 1000), 3)

@@ -153,7 +153,8 @@ begin
   if v_new_priority then
     perform orchestrator.note_control('priorities', v_priorities);
   end if;
-  perform orchestrator.recognise_former_ids() where v_former_ids;
+  -- A reschedule has looked already.
+  perform orchestrator.recognise_former_ids() where v_former_ids and p_predecessor is null;
   begin
     if v_last >= v_horizon_at or v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy) then
       raise check_violation;
@@ -218,9 +219,8 @@ declare
   v_until timestamptz;
 begin
   with named as materialized (
-    select s.ctid as place, s.id, s.scheduled_at, s.ordering_key
+    select s.ctid as place, s.id, s.scheduled_at, s.source, s.external_job_id, s.ordering_key
       , orchestrator.former_event_id(s.source, s.external_job_id, s.scheduled_at) as former
-      , orchestrator.event_id(s.source, s.external_job_id, s.scheduled_at, s.ordering_key) as present
     from pg_temp.submission s
     where s.external_job_id is not null and s.scheduled_at between '1970-01-01 00:00:00+00' and '2200-12-31 23:59:59.999999+00'
   ), other as (
@@ -230,16 +230,16 @@ begin
       select n.place, e.id
       from named n
       cross join lateral (
+        select case when n.id = n.former then orchestrator.event_id(n.source, n.external_job_id, n.scheduled_at, n.ordering_key) else n.former end as id offset 0) o
+      cross join lateral (
         select e.id from orchestrator.event e
-        where e.id = case when n.id = n.present then n.former else n.present end and e.scheduled_at = n.scheduled_at
-          and e.ordering_key is not distinct from n.ordering_key
+        where e.id = o.id and e.scheduled_at = n.scheduled_at and e.ordering_key is not distinct from n.ordering_key
         union all
         select h.id from orchestrator.horizon h
-        where h.id = case when n.id = n.present then n.former else n.present end and h.scheduled_at = n.scheduled_at
-          and h.ordering_key is not distinct from n.ordering_key) e) k
+        where h.id = o.id and h.scheduled_at = n.scheduled_at and h.ordering_key is not distinct from n.ordering_key) e) k
     where s.ctid = k.place
   )
-  select max(n.scheduled_at) filter (where n.id = n.former and n.id <> n.present) into v_until from named n;
+  select max(n.scheduled_at) filter (where n.id = n.former) into v_until from named n;
   -- Once a month at most, by a program of before.
   update orchestrator.control c set former_ids_until = v_until + interval '30 days' where c.former_ids_until < v_until;
 end $$;
@@ -267,8 +267,13 @@ begin
   into v_numbers, v_ids, v_results, v_fields, v_reasons
   from orchestrator.keep_staged(null) k;
   return query
-  select a.n, a.id, a.result, a.field, a.reason, case when a.result = 'duplicate' then orchestrator.status_of(a.id) end
-  from unnest(v_numbers, v_ids, v_results, v_fields, v_reasons) as a (n, id, result, field, reason);
+  select a.n, a.id, a.result, a.field, a.reason, s.status
+  from unnest(v_numbers, v_ids, v_results, v_fields, v_reasons) as a (n, id, result, field, reason)
+  left join lateral (
+    select s.status from orchestrator.event_status s
+    where a.result = 'duplicate' and s.id = a.id
+      and s.scheduled_at >= uuid_extract_timestamp(a.id) and s.scheduled_at < uuid_extract_timestamp(a.id) + interval '1 ms'
+    limit 1) s on true;
 end $$;
 comment on function orchestrator.submit_staged_with_status() is 'submit_staged(), with the state that each duplicate is in now';
 
@@ -449,7 +454,7 @@ language sql stable strict parallel safe as $$
     ((m[1] || ' ' || m[2] || coalesce(m[3], ''))::timestamp at time zone 'UTC')
     + (round(('0.' || rpad(left(coalesce(m[4], ''), 7), 7, '0'))::numeric, 6) * 1000000)::integer * interval '1 microsecond'
     - coalesce((m[5] || m[6] || ':' || coalesce(m[7], '00'))::interval, '0 s') end
-  from regexp_match(p_text, '^([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9])(?:(:[0-5][0-9])(?:\.([0-9]+))?)?(?:[Zz]|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)$') m
+  from regexp_match(p_text, '^([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9])(?:(:[0-5][0-9])(?:[.]([0-9]+))?)?(?:[Zz]|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?)$') m
 $$;
 comment on function orchestrator.as_time(text) is
   'The time that an RFC 3339 text with a zone names, rounded to the microsecond; null: it is none. The same texts as the API, the command line and Kafka take';
@@ -480,6 +485,10 @@ begin
           then 'destination: expected no user name or password in the URL: send credentials in headers'
         when e.delivery_type = 'KAFKA' and orchestrator.topic_fault(e.delivery_type, e.destination) is not null
           then 'destination: ' || orchestrator.topic_fault(e.delivery_type, e.destination)
+        when e.delivery_type = 'HTTP' and e.destination ~ E'[^\\x01-\\x7f]'
+          then 'destination: expected ASCII: write the host in its xn-- form and percent-encode the rest'
+        when e.external_job_id in ('.', '..')
+          then format('external_job_id: expected a text that can be a part of a path, got %s', e.external_job_id)
         when not i.event ? 'payload' then 'payload: required'
         when jsonb_typeof(i.event -> 'max_retries') not in ('number', 'null') or not pg_input_is_valid(e.max_retries, 'smallint')
           then format('max_retries: expected 0 to 100, got %s', case jsonb_typeof(i.event -> 'max_retries') when 'object' then 'an object' when 'array' then 'an array' else left((i.event -> 'max_retries')::text, 20) end)

@@ -23,9 +23,19 @@ begin
     when v_name ~ '^[*]+$' then '* alone: limits are per destination; orchestrator.pause_all() pauses everything'
     when v_name ^@ 'kafka:' and v_name !~ '^kafka:[A-Za-z0-9._*-]{0,249}$'
       then format('%s: a topic has at most 249 letters, digits, dots, underscores and hyphens', orchestrator.shown(v_name, 80))
+    when v_name in ('kafka:.', 'kafka:..') then format('%s: no topic has such a name', v_name)
     when v_name ^@ 'kafka:' then null
+    when v_name ~ E'[^\\x01-\\x7f]' then format('%s: URLs hold the xn-- form of such a host, so give that', orchestrator.shown(v_name, 80))
     when v_name ~ E'[/?#\\\\]' then format('%s: limits go by host and port, not by path', orchestrator.shown(v_name, 80))
     when v_name !~ E'^(\\[[0-9a-f:.*]+\\]|[^]:[]+)(:[0-9*]{1,5})?$' then orchestrator.shown(coalesce(nullif(v_name, ''), p_name), 80)
+    when v_name ~ ':[0-9]+$' and substring(v_name from ':([0-9]+)$') !~ '^[1-9]' or substring(v_name from ':([0-9]+)$')::integer > 65535
+      then format('%s: a port is from 1 to 65535', orchestrator.shown(v_name, 80))
+    when v_name ~ '[*]' then case when v_name ~ '[^][a-z0-9_.:*-]|[.][.]' then format('%s: no host has such a name', orchestrator.shown(v_name, 80)) end
+    when v_name ^@ '[' then case when not pg_input_is_valid(substring(v_name from '^.(.*)]'), 'inet') then format('%s: no address is written so', orchestrator.shown(v_name, 80)) end
+    -- As orchestrator/urls.py has it: the last part is no number, unless all four are.
+    when split_part(v_name, ':', 1) !~ '^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?[.])*([a-z_]([a-z0-9_-]{0,61}[a-z0-9_])?|[0-9]+[a-wyz_]([a-z0-9_-]{0,30}[a-z0-9_])?)[.]?$'
+        and split_part(v_name, ':', 1) !~ '^((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])[.]){3}(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])$'
+      then format('%s: no host has such a name', orchestrator.shown(v_name, 80))
   end;
   if v_problem is not null then
     raise exception 'name: expected a host such as example.com or example.com:8443, a URL, kafka: and a topic, or a pattern such as *.example.com, got %', v_problem

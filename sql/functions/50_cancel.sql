@@ -114,14 +114,26 @@ end $$;
 comment on function orchestrator.cancel_event(uuid, text) is
   'Cancels one event, or every event with an external_job_id. One row an event: cancelled, already_cancelled, in_flight (an attempt has been claimed and goes on) or finished, and its status now; no row: there is no such event';
 
+-- An id that a program of another version gave may be that of the other formula: only the events of its millisecond can have it.
 create or replace function orchestrator.find_events(p_event_id uuid, p_external_job_id text) returns table (id uuid, scheduled_at timestamptz)
 language plpgsql stable security definer set search_path = orchestrator, pg_temp
 set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_at constant timestamptz := uuid_extract_timestamp(p_event_id);
 begin
   if p_event_id is not null then
     return query
     select e.id, e.scheduled_at from orchestrator.stored_event e
-    where e.id = p_event_id and e.scheduled_at >= uuid_extract_timestamp(p_event_id) and e.scheduled_at < uuid_extract_timestamp(p_event_id) + interval '1 ms';
+    where e.id = p_event_id and e.scheduled_at >= v_at and e.scheduled_at < v_at + interval '1 ms';
+    if not found and exists (select from orchestrator.control c where c.former_ids_until is not null) then
+      return query
+      select e.id, e.scheduled_at from orchestrator.stored_event e
+      where e.id >= orchestrator.first_id(v_at) and e.id < orchestrator.first_id(v_at + interval '1 ms')
+        and e.scheduled_at >= v_at and e.scheduled_at < v_at + interval '1 ms'
+        and p_event_id in (orchestrator.former_event_id(e.source, e.external_job_id, e.scheduled_at)
+          , orchestrator.event_id(e.source, e.external_job_id, e.scheduled_at, e.ordering_key))
+      limit 1;
+    end if;
   else
     return query
     select e.id, e.scheduled_at from orchestrator.stored_event e

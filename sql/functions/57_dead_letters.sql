@@ -48,9 +48,11 @@ create or replace function orchestrator.redrive_event(p_event_id uuid)
 returns table (event_id uuid, result text, status text)
 language plpgsql security definer set search_path = orchestrator, pg_temp
 set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_id constant uuid := (select e.id from orchestrator.find_events(p_event_id, null) e);
 begin
-  if orchestrator.redrive(array[p_event_id], array[orchestrator.now()]) <> '{}' then
-    return query select p_event_id, 'redriven', 'retrying';
+  if orchestrator.redrive(array[v_id], array[orchestrator.now()]) <> '{}' then
+    return query select v_id, 'redriven', 'retrying';
   else
     return query
     select s.id, case
@@ -58,7 +60,7 @@ begin
       when orchestrator.topic_fault(s.delivery_type, s.destination) is not null then 'refused'
       when exists (select from orchestrator.dead_letter d where d.event_id = s.id) then 'expired'
       else 'purged' end, s.status
-    from orchestrator.find_events(p_event_id, null) e
+    from orchestrator.find_events(v_id, null) e
     cross join lateral (
       select s.id, s.status, s.delivery_type, s.destination from orchestrator.event_status s where s.id = e.id and s.scheduled_at = e.scheduled_at limit 1) s;
   end if;

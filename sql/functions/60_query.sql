@@ -47,8 +47,7 @@ comment on function orchestrator.waits_for(bigint, uuid, timestamptz) is
 
 create or replace function orchestrator.get_event(p_id uuid) returns json
 language sql stable security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
-  select orchestrator.event_json(e.id, e.scheduled_at) from orchestrator.stored_event e
-  where e.id = p_id and e.scheduled_at >= uuid_extract_timestamp(p_id) and e.scheduled_at < uuid_extract_timestamp(p_id) + interval '1 ms'
+  select orchestrator.event_json(e.id, e.scheduled_at) from orchestrator.find_events(p_id, null) e
 $$;
 comment on function orchestrator.get_event(uuid) is 'One event with its state and every outcome; null: there is none';
 

@@ -18,7 +18,7 @@ language sql volatile security definer set search_path = orchestrator, pg_temp a
       and (c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'p') and l.mode <> 'AccessShareLock' or l.locktype = 'advisory')
   )
   select a.pid, a.usename, a.application_name, a.state, a.xact_start
-    , regexp_replace(left(regexp_replace(regexp_replace(a.query, '\s+', ' ', 'g'), '''[^'']*''|\$(\w*)\$.*?\$\1\$', '…', 'g'), 200), '''.*$', '…')
+    , regexp_replace(left(regexp_replace(regexp_replace(a.query, E'\\s+', ' ', 'g'), E'''[^'']*''|\\$(\\w*)\\$.*?\\$\\1\\$', '…', 'g'), 200), '''.*$', '…')
     , (select count(*) from waiting w where w.pid = a.pid)::integer
   from pg_stat_activity a
   where a.pid in (select h.pid from held h union select w.pid from waiting w)

@@ -55,16 +55,22 @@ declare
   v_more boolean := false;
   v_run bigint;
 begin
+  -- A snapshot of before a lock was had would not show what those did that had it.
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    raise exception 'run_maintenance: expected the isolation level read committed, got %', current_setting('transaction_isolation')
+      using errcode = 'invalid_transaction_state', hint = format('alter role %I set default_transaction_isolation = ''read committed''', session_user);
+  end if;
   if not pg_try_advisory_xact_lock(hashtext('orchestrator.run_maintenance')) then
     return json_build_object('skipped', concat_ws('; ', 'another run_maintenance is at work', orchestrator.holders_text('10 s')));
   end if;
   perform orchestrator.configure_retention(p_retention_days, p_days_ahead, null, null) where num_nonnulls(p_retention_days, p_days_ahead) > 0;
   foreach v_step in array array[
-    'statistics_folded', 'events_expired', 'orderings_advanced', 'destinations_forgotten', 'timers_moved', 'floors_lowered', 'partitions_dropped', 'horizon_moved'
+    'restore_settled', 'statistics_folded', 'events_expired', 'orderings_advanced', 'destinations_forgotten', 'timers_moved', 'floors_lowered', 'partitions_dropped', 'horizon_moved'
   , 'runs_forgotten', 'requests_forgotten', 'partitions_attached', 'partitions_created', 'partitions_detached']
   loop
     begin
       v_count := case v_step
+        when 'restore_settled' then orchestrator.settle_restored()
         when 'statistics_folded' then orchestrator.fold_statistics(v_now)
         when 'events_expired' then orchestrator.expire_events()
         -- A net below finish_events() and the others, which do this at once.

@@ -283,12 +283,70 @@ async def test_the_newest_event_of_an_external_id_is_the_one_scheduled_last(clie
     assert event["id"] == event_id("orders", "j", at + timedelta(hours=3))
 
 
-@pytest.mark.parametrize("job", ["a/b", "all", "a b", "é😀", "%2F", "..", "a?b#c", "x" * 200])
+@pytest.mark.parametrize(
+    "job",
+    [
+        "a/b",
+        "all",
+        "a/all",
+        "a b",
+        "é😀",
+        "%2F",
+        "%252F",
+        "...",
+        "a/..",
+        "../a",
+        "./",
+        "a?b#c",
+        "?",
+        "#",
+        "&",
+        "+",
+        "\\",
+        ";a=b",
+        " ",
+        " a",
+        "a ",
+        "a\t",
+        "\n",
+        "\r\n",
+        "\x01",
+        "\x7f",
+        "\x80",
+        "\u200b",
+        "\ufeff",
+        "\ufffd",
+        "e\u0301",
+        "reschedule",
+        "/",
+        "//",
+        "x" * 200,
+        "😀" * 200,
+    ],
+)
 async def test_an_external_id_may_hold_any_character(client: httpx.AsyncClient, job: str) -> None:
     kept = await submit(client, external_job_id=job)
     path = f"/api/v1/events/external/{quote(job, safe='').replace('.', '%2E')}"
     assert (await client.get(path)).json()["id"] == kept
     assert [event["id"] for event in (await client.get(f"{path}/all")).json()["events"]] == [kept]
+    later = {"scheduled_at": (tomorrow() + timedelta(hours=1)).isoformat()}
+    moved = (await client.post(f"{path}/reschedule", json=later)).json()
+    assert moved["id"] == kept
+    cancelled = (await client.delete(path)).json()["events"]
+    assert [(event["id"], event["result"]) for event in cancelled] == [
+        (moved["successor"], "cancelled"),
+        (kept, "finished"),
+    ]
+
+
+@pytest.mark.parametrize("job", [".", ".."])
+async def test_an_external_id_that_no_path_can_hold_is_refused(client: httpx.AsyncClient, job: str) -> None:
+    response = await client.post("/api/v1/events", json=submission(external_job_id=job))
+    assert fields(assert_problem(response, 422, "validation")) == {"external_job_id"}
+    batch = {"events": [submission(external_job_id=job), submission(external_job_id=job * 3)]}
+    answer = (await client.post("/api/v1/events/batch", json=batch)).json()
+    assert answer["results"][0]["error"]["field"] == "external_job_id"
+    assert answer["accepted"] == 1
 
 
 async def test_pages_hold_every_event_once_newest_first(client: httpx.AsyncClient) -> None:
@@ -339,7 +397,7 @@ async def test_an_id_that_is_not_a_uuid_is_a_422(client: httpx.AsyncClient, path
         assert fields(assert_problem(await client.request(method, path), 422, "validation")) == {"id"}
 
 
-@pytest.mark.parametrize("job", ["%00", "x" * 201])
+@pytest.mark.parametrize("job", ["%00", "x" * 201, "%FF", "a%C3", "%ED%A0%80", "%C0%AF"])
 async def test_an_impossible_external_id_is_a_422(client: httpx.AsyncClient, job: str) -> None:
     response = await client.get(f"/api/v1/events/external/{job}")
     assert fields(assert_problem(response, 422, "validation")) == {"external_job_id"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import closing
+from http.client import HTTPConnection
 from time import monotonic
 
 import pytest
@@ -161,8 +163,46 @@ async def test_a_key_may_come_in_either_header(closed: Settings, database: Datab
             {"Authorization": f"bearer  {key}"},
             {"X-API-Key": key},
             {"X-API-Key": key, "Authorization": "Basic YTpi"},
+            {"X-API-Key": key, "Authorization": f"Bearer {key}"},
+            {"X-API-Key": key, "Authorization": "Bearer for-the-gateway"},
+            {"X-API-Key": key, "Authorization": "Bearer"},
+            [("X-API-Key", key), ("X-API-Key", key)],
         ):
-            assert (await client.get("/api/v1/events/statistics", headers=headers)).status_code == 200
+            assert (await client.get("/api/v1/events/statistics", headers=headers)).status_code == 200, headers
+
+
+async def test_blanks_around_a_key_are_no_part_of_it(closed: Settings, database: Database) -> None:
+    key = await key_with(database, "read")
+
+    def status(name: str, value: str) -> int:
+        """httpx would not send such a header."""
+        connection = HTTPConnection("127.0.0.1", closed.server_port, timeout=10)
+        with closing(connection):
+            connection.request("GET", "/api/v1/events/statistics", headers={name: value})
+            return connection.getresponse().status
+
+    async with running_api(closed, database):
+        for name, value in (
+            ("X-API-Key", f" {key} \t "),
+            ("X-API-KEY", f"{key} "),
+            ("Authorization", f"BEARER \t {key}  "),
+            ("authorization", f"Bearer\t{key}"),
+            ("Authorization", f"  bearer {key}"),
+        ):
+            assert await asyncio.to_thread(status, name, value) == 200, (name, value)
+        assert await asyncio.to_thread(status, "Authorization", " ") == 401
+
+
+async def test_keys_that_differ_are_refused(closed: Settings, database: Database) -> None:
+    key = await key_with(database, "read")
+    async with running_api(closed, database) as client:
+        for headers in (
+            {"X-API-Key": key, "Authorization": f"Bearer {new_key()}"},
+            [("X-API-Key", key), ("X-API-Key", new_key())],
+            [("X-API-Key", "a"), ("X-API-Key", "b")],
+        ):
+            response = await client.get("/api/v1/events/statistics", headers=headers)
+            assert "several that differ" in assert_problem(response, 401, "unauthorized")["detail"]
 
 
 async def test_where_anonymous_requests_are_allowed_a_wrong_key_is_still_refused(settings: MakeSettings) -> None:

@@ -210,6 +210,92 @@ def test_an_expiry_is_counted_from_a_time_however_that_is_written(cli: Cli, clie
     assert client.column("select expires_at from orchestrator.event") == [at + timedelta(hours=1)]
 
 
+@pytest.mark.parametrize("payload", ["9" * 4301, "[-" + "1" * 100_000 + ", 1e999]", '{"a": ' * 60 + "1" + "}" * 60])
+def test_a_payload_of_any_numbers_is_kept_and_shown(cli: Cli, client: Client, tmp_path: Path, payload: str) -> None:
+    file = tmp_path / "payload.json"
+    file.write_text(payload)
+    uid = document(cli("submit", "--destination", HOOK, "--payload", f"@{file}", "--external-id", "x", "--json"))["id"]
+    assert client.value("select payload::text from orchestrator.event") == payload
+    for how in ((uid,), ("--external-id", "x"), ("--external-id", "x", "--all")):
+        shown = cli("get", *how)
+        assert (shown.exit_code, shown.exception) == (0, None)
+        assert payload[:40] in shown.stdout
+        assert payload in cli("get", *how, "--json").stdout
+    client.rows("insert into orchestrator.dead_letter select id, scheduled_at, now(), 1, 'r' from orchestrator.event")
+    client.rows(
+        """insert into orchestrator.outcome (event_id, scheduled_at, finished_at, attempt, result)
+        select id, scheduled_at, now(), 1, 'dead' from orchestrator.event"""
+    )
+    client.rows("delete from orchestrator.timer")
+    shown = cli("dead-letters", "show", uid)
+    assert (shown.exit_code, shown.exception) == (0, None)
+
+
+NUMBERS = ("9" * 4301, "9" * 30, str(2**63), str(2**31), "-1", "1_000", "٣", "nan", "inf", "-inf", "1e400", "0x10", "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("submit", "--destination", HOOK, "--payload", "1", "--max-retries"),
+        ("submit", "--destination", HOOK, "--payload", "1", "--priority"),
+        ("submit", "--destination", HOOK, "--payload", "1", "--spread"),
+        ("submit", "--destination", HOOK, "--payload", "1", "--at"),
+        ("submit", "--destination", HOOK, "--payload", "1", "--expires-in"),
+        ("get",),
+        ("cancel",),
+        ("reschedule", "--in", "1h"),
+        ("reschedule", "--external-id", "x", "--in"),
+        ("reschedule", "--external-id", "x", "--at"),
+        ("dead-letters", "list", "--limit"),
+        ("dead-letters", "list", "--from"),
+        ("dead-letters", "redrive", "--source", "s", "--yes", "--rate"),
+        ("dead-letters", "redrive", "--source", "s", "--yes", "--limit"),
+        ("rejects", "list", "--limit"),
+        ("rejects", "list", "--before"),
+        ("rejects", "show"),
+        ("rejects", "resubmit"),
+        ("destinations", "list", "--limit"),
+        ("destinations", "set", "a.example", "--rate"),
+        ("destinations", "set", "a.example", "--rate", "1", "--burst"),
+        ("destinations", "set", "a.example", "--max-parallel"),
+        ("destinations", "set", "a.example", "--timeout"),
+        ("destinations", "set", "a.example", "--spread"),
+        ("destinations", "set", "a.example", "--breaker-failures"),
+        ("destinations", "set", "a.example", "--breaker-ratio"),
+        ("destinations", "set", "a.example", "--breaker-minimum"),
+        ("destinations", "set", "a.example", "--breaker-window"),
+        ("destinations", "set", "a.example", "--breaker-max-cooldown"),
+        ("forecast", "--hours"),
+        ("forecast", "--minutes"),
+        ("forecast", "--bucket"),
+        ("stats", "--from"),
+    ],
+    ids=lambda command: " ".join(part for part in command if part != HOOK),
+)
+def test_numbers_that_are_none_or_too_large_end_in_a_message(cli: Cli, command: tuple[str, ...]) -> None:
+    for number in NUMBERS:
+        result = cli(*command, number) if command[-1].startswith("--") else cli(*command, "--", number)
+        assert isinstance(result.exception, SystemExit | None), (number[:40], result.exception)
+        assert "Traceback" not in result.stderr
+        assert len(result.stderr) < 2000, number[:40]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("get", "--external-id"), ("cancel", "--external-id"), ("cancel", "--yes", "--source"),
+        ("cancel", "--yes", "--destination"), ("reschedule", "--in", "1h", "--external-id"), ("destinations", "show"),
+        ("destinations", "pause"), ("dead-letters", "list", "--reason"), ("forecast", "--destination"), ("get",),
+        ("stats", "--from", "-1h", "--source"), ("keys", "revoke"), ("submit",),
+    ],
+)  # fmt: skip
+def test_an_argument_that_is_no_utf_8_ends_in_a_message(cli: Cli, command: tuple[str, ...]) -> None:
+    result = cli(*command, "a\udcff")
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert error_of(result, result.exit_code)
+
+
 def test_an_event_for_a_day_that_is_too_far_is_refused(cli: Cli) -> None:
     event = ("submit", "--destination", HOOK, "--payload", "1", "--at")
     assert cli(*event, "+399d").exit_code == 0

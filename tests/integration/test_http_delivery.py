@@ -30,8 +30,10 @@ import pytest
 from orchestrator.config import Settings
 from orchestrator.dispatch.attempt import Attempted
 from orchestrator.dispatch.http import Delivery, HttpSender
+from orchestrator.dispatch.lines import destination_name
 from orchestrator.errors import OwnFaultError
 from orchestrator.event_rules import RESERVED_HEADERS
+from orchestrator.urls import url_fault
 from tests.support.certificates import Authority
 from tests.support.scripted_receiver import Receiver, Request, raw, reply
 
@@ -93,6 +95,22 @@ async def test_a_delivery_is_one_signed_post_of_the_payload_as_it_is(receiver: R
         "orchestrator-attempt": "1",
         "orchestrator-scheduled-at": "2026-11-21T09:00:00.000001Z",
     }
+
+
+@pytest.mark.parametrize("end", ["?", "/a?", "/a%20b?", "?a=b?", "??", "?a", "/?=", "/../a//b/.?", "/a;b?", ""])
+async def test_the_end_of_a_url_is_sent_as_it_was_given(receiver: Receiver, end: str) -> None:
+    assert url_fault(receiver.url + end) is None
+    assert await send(SETTINGS, receiver.url + end) == Attempted("delivered", 204)
+    [request] = receiver.requests
+    assert request.line == f"POST /hook{end} HTTP/1.1"
+    assert destination_name("HTTP", receiver.url + end) == f"127.0.0.1:{receiver.port}"
+
+
+async def test_a_query_of_a_host_alone_is_sent_as_it_was_given(receiver: Receiver) -> None:
+    root = receiver.url.removesuffix("/hook")
+    for end in ("?", "?a=b", "/?"):
+        assert (await send(SETTINGS, root + end)).status_code is not None
+    assert [request.line.split()[1] for request in receiver.requests] == ["/?", "/?a=b", "/?"]
 
 
 async def test_without_secrets_the_signature_is_left_out(receiver: Receiver) -> None:

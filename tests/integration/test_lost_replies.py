@@ -23,6 +23,7 @@ from tests.conftest import MakeSettings
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.ingesting import submission
 from tests.support.sql_client import NOON, Client, results
+from tests.support.waiting import eventually
 
 LATER = (NOON + timedelta(days=2)).isoformat()
 HERE = Filter(source="tests")
@@ -73,6 +74,12 @@ async def submits(world: World) -> None:
     answers = [(answer.id, answer.result) for answer in await world.database.submit(some)]
     assert answers == [(some[0].id, "accepted"), (some[1].id, "duplicate"), (some[2].id, "accepted")]
     assert [answer.result for answer in await world.database.submit(some)] == ["duplicate"] * 3
+
+
+@case("Database.submit_hastily", cut="COMMIT")
+async def submits_without_waiting(world: World) -> None:
+    some = [parsed(world, external_job_id=name) for name in ("new", "newer")]
+    assert [answer.result for answer in await world.database.submit_hastily(some) or ()] == ["accepted"] * 2
 
 
 @case("Database.cancel")
@@ -235,6 +242,22 @@ async def test_a_call_whose_reply_is_lost_answers_what_it_did(
             assert proxy.cuts == 1
 
 
+async def test_replies_that_are_lost_one_after_another_change_nothing_about_that(
+    settings: MakeSettings, database_url: str, client: Client
+) -> None:
+    ids = [client.schedule() for _ in range(5)]
+    async with (
+        CuttingProxy(database_url) as proxy,
+        Database(settings(DATABASE_URL=proxy.url), role="test") as database,
+    ):
+        proxy.cut_after("keep_answer")
+        sweeping = asyncio.create_task(Sweeps(database).cancel(HERE, limit=10))
+        await eventually(lambda: proxy.cuts == 1)
+        proxy.cut_after("kept_answer")
+        swept = await sweeping
+        assert (swept.done, set(swept.examples), proxy.cuts) == (5, set(ids), 2)
+
+
 def methods(*classes: type) -> set[str]:
     return {
         f"{cls.__name__}.{name}"
@@ -248,7 +271,7 @@ def test_every_method_that_changes_something_is_among_them() -> None:
     asking = {
         *("Database.rows", "Database.value", "Database.once", "Database.done_once", "Database.event", "Database.ready"),
         *("Database.events_by_external_id", "Database.statistics", "Database.statistics_by", "Database.dead_letters"),
-        *("Database.api_key", "Database.count_api_keys", "Database.list_api_keys"),
+        *("Database.holders", "Database.api_key", "Database.count_api_keys", "Database.list_api_keys"),
         *("Destinations.page", "Destinations.get", "Destinations.governing", "Destinations.forecast"),
         *("Destinations.standstills", "Rejects.page", "Rejects.get"),
     }

@@ -16,6 +16,7 @@ from orchestrator.database import Database
 from orchestrator.database.ingestion import Ingestion, Move, OffsetsMovedError, Reject
 from orchestrator.database.maintenance import Maintenance, Retention, Retired
 from orchestrator.database.outbox import Outbox
+from orchestrator.errors import UnusableDatabase
 from orchestrator.events import parse_submission, submission_row
 from orchestrator.migrate import check, migrate
 from tests.conftest import MakeSettings, Spawn
@@ -129,8 +130,19 @@ async def test_a_dispatcher_behind_a_pooler_says_that_it_only_polls(
         await process.wait_for_log("not listening, only polling")
         submitted = client.value("select orchestrator.schedule_event(%s, '{}')", receiver.url())
         await finished(client, [str(submitted)])
-        result = invoke("doctor", env={"DATABASE_URL": url, "COLUMNS": "200"})
+        result = await asyncio.to_thread(invoke, "doctor", env={"DATABASE_URL": url, "COLUMNS": "200"})
         assert "a pooler is between" in result.stdout
+
+
+async def test_a_pooler_in_statement_mode_is_refused_by_name(spawn: Spawn, database_url: str) -> None:
+    with pgbouncer(database_url, mode="statement") as url:
+        process = spawn("api", DATABASE_URL=url)
+        with pytest.raises(UnusableDatabase, match="set pool_mode = transaction"):
+            migrate(url)
+        assert await process.wait() == 1
+        assert "set pool_mode = transaction" in process.log()
+        told = await asyncio.to_thread(invoke, "doctor", env={"DATABASE_URL": url, "COLUMNS": "300"})
+        assert "set pool_mode = transaction" in told.stdout, told.output
 
 
 def _rejected(n: int, field: str, reason: str) -> Reject:

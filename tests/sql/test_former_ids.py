@@ -81,6 +81,30 @@ def test_a_program_of_before_does_not_keep_again_what_is_kept(client: Client, at
     assert client.totals() == {"accepted": 2, "duplicate": 1}
 
 
+@pytest.mark.parametrize("at", [SOON, FAR])
+@pytest.mark.parametrize("key", [None, "client-7"])
+@pytest.mark.parametrize("first", ["before", "now"])
+def test_either_id_finds_the_event(client: Client, at: datetime, key: str | None, first: str) -> None:
+    """A program of the other version may have told its client the other one."""
+    here, other = event_id("tests", "j", at, key), former(at, client)
+    client.schedule(scheduled_at=at, external_job_id="beside", ordering_key=key)
+    if first == "now":
+        client.schedule(scheduled_at=at, external_job_id="j", ordering_key=key)
+    else:
+        stage_as_before(client, at, key=key)
+        here, other = other, here
+    assert [client.get(uid)["id"] for uid in (here, other)] == [here] * 2
+    assert client.get(former(at, client, "nobody")) is None
+    assert [(answer.event_id, answer.result) for answer in client.cancel(other)] == [(here, "cancelled")]
+
+
+def test_either_id_redrives_the_event(client: Client) -> None:
+    uid = client.schedule(external_job_id="j")
+    client.finish(results(client.claim(), "fail"))
+    redriven = client.rows("select event_id::text, result from orchestrator.redrive_event(%s)", former(NOON, client))
+    assert redriven == [(uid, "redriven")]
+
+
 def test_another_ordering_key_is_another_event_than_one_of_before(client: Client) -> None:
     stage_as_before(client, SOON, key="client-7")
     assert client.schedule(scheduled_at=SOON, external_job_id="j", ordering_key="client-8")
@@ -97,6 +121,12 @@ def test_an_event_of_before_is_rescheduled_to_the_id_that_a_submission_has(clien
     [answer] = client.submit(event(scheduled_at=SOON, external_job_id="j"))
     assert (answer.id, answer.result, answer.status) == (uid, "duplicate", "rescheduled")
     assert violations(client.connection, acknowledged=[uid, successor, back]) == []
+
+
+def test_an_event_of_now_may_come_back_to_a_time_that_it_had(client: Client) -> None:
+    first = client.schedule(scheduled_at=SOON, external_job_id="j")
+    back = moved(client, moved(client, first, FAR), SOON)
+    assert (client.get(back)["scheduled_at"], client.status(first)) == (SOON.isoformat(), "rescheduled")
 
 
 def test_a_time_that_an_event_of_before_has_is_refused(client: Client) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from orchestrator.events import event_id
+from orchestrator.events import bucket, event_id
 from tests.sql.conftest import Connect
 from tests.support.laws import violations
 from tests.support.sql_client import NOON, Client, event, results, seconds
@@ -150,6 +150,74 @@ def test_a_chain_keeps_all_of_its_links(client: Client) -> None:
     assert [one["predecessor"] for one in shown] == [None, *chain[:-1]]
     assert [one["successor"] for one in shown] == [*chain[1:], None]
     assert intact(client, chain)
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+@pytest.mark.parametrize("job", [None, "j"])
+def test_its_bucket_stays(client: Client, key: str | None, job: str | None) -> None:
+    chain = [client.schedule(scheduled_at=SOON, external_job_id=job, ordering_key=key)]
+    for at in (LATER, SOON, LATER, FAR):
+        chain.append(moved(client, chain[-1], at))
+    assert len(set(chain)) == 5
+    assert len({bucket(uid) for uid in chain}) == 1
+
+
+# Back
+
+
+@pytest.mark.parametrize("times", [(SOON, LATER), (SOON, FAR), (FAR, FARTHER)])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_event_may_come_back_to_a_time_that_it_had(
+    client: Client, times: tuple[datetime, datetime], by_name: bool
+) -> None:
+    first = client.schedule(scheduled_at=times[0], external_job_id="j")
+    chain = [first]
+    for turn in range(1, 6):
+        answers = [
+            reschedule_external(client, "j", times[turn % 2])
+            if by_name
+            else reschedule(client, chain[-1], times[turn % 2])
+            for _ in range(2)
+        ]
+        assert [answer.result for [answer] in answers] == ["rescheduled", "already_rescheduled"]
+        assert answers[0][0].successor == answers[1][0].successor
+        chain.append(str(answers[0][0].successor))
+    assert len(set(chain)) == 6
+    assert chain[1] == event_id("tests", "j", times[1])
+    assert [client.get(uid)["status"] for uid in chain] == ["rescheduled"] * 5 + ["scheduled"]
+    for at, uid in zip(times, chain, strict=False):
+        [again] = client.submit(event(scheduled_at=at, external_job_id="j"))
+        assert (again.id, again.result, again.status) == (uid, "duplicate", "rescheduled")
+    assert intact(client, chain)
+    client.at(times[1])
+    maintain(client)
+    assert [lease.event_id for lease in client.claim_on()] == chain[-1:]
+
+
+def test_a_time_to_which_another_came_back_is_refused(client: Client) -> None:
+    first = client.schedule(scheduled_at=SOON, external_job_id="j")
+    there = moved(client, moved(client, first, LATER), SOON)
+    other = client.schedule(scheduled_at=FAR, external_job_id="j")
+    [answer] = reschedule(client, other, SOON)
+    assert (answer.result, answer.field) == ("refused", "scheduled_at")
+    assert there in str(answer.reason)
+
+
+def test_of_two_that_come_back_to_one_time_at_once_one_is_refused(
+    connect: Connect, observer: Client, threads: ThreadPoolExecutor
+) -> None:
+    first, second = connect(), connect()
+    one = moved(first, first.schedule(scheduled_at=SOON, external_job_id="j"), LATER)
+    other = first.schedule(scheduled_at=FAR, external_job_id="j")
+    first.rows("begin")
+    there = moved(first, one, SOON)
+    later = threads.submit(reschedule, second, other, SOON)
+    observer.wait_until_blocked(second)
+    first.rows("commit")
+    [answer] = later.result(10)
+    assert (answer.result, answer.field) == ("refused", "scheduled_at")
+    assert there in str(answer.reason)
+    assert intact(observer, [one, other, there])
 
 
 # Refused

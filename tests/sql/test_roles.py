@@ -16,6 +16,7 @@ ROLES = ["orchestrator_submit", "orchestrator_dispatch", "orchestrator_ingest", 
 SHARED = {
     "now", "event_id", "random_event_id", "bucket", "bucket_of_key", "destination_name", "spread_shift",
     "partition_bounds", "standstills", "lock_holders", "holder_text", "holders_text", "prove_writing",
+    "staging_problem",
 }  # fmt: skip
 SUBMITTING = {
     "open_staging", "submit_staged", "submit_staged_with_status", "submit_events", "schedule_event",
@@ -27,13 +28,14 @@ DISPATCHING = {
     "register_worker", "claim_due_events", "finish_events", "release_events", "next_due_at", "backlog",
     "finish_free_events", "release_free_events",
     "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published", "outbox_failed", "outbox_pending",
+    "settle_restored",
     "configure_topics",
 }  # fmt: skip
 INGESTING = {"ingest_offsets", "advance_offsets", "keep_rejects", "execute_commands", "set_aside_staged", "keep_aside"}
 READING = {
     "get_event", "events_by_external_id", "list_dead_letters", "statistics", "statistics_by", "next_due_at", "backlog",
     "list_rejects", "ingest_offsets", "outbox_pending", "get_destination", "list_destinations", "destination_for",
-    "backlog_forecast", "forecast",
+    "backlog_forecast", "forecast", "changed_rights",
 }  # fmt: skip
 OPERATING = {
     "run_maintenance", "settle_lanes", "create_partitions", "pass_dead_letter", "configure_destination",

@@ -642,6 +642,16 @@ def test_an_id_of_a_random_event_carries_its_time(client: Client) -> None:
     assert uuid.UUID(client.schedule()).int >> 80 == int(NOON.timestamp() * 1000)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [({"external_job_id": "."}, "external_job_id"), ({"external_job_id": ".."}, "external_job_id")]
+    + [({"destination": url}, "destination") for url in ("https://bücher.example/", "https://a.example/ä")],
+)
+def test_what_the_api_refuses_of_names_is_refused_here(client: Client, wrong: dict[str, str], field: str) -> None:
+    [answer] = client.submit(event(**wrong))
+    assert (answer.result, answer.field) == ("refused", field)
+
+
 # Submitting again what was right when it came
 
 

@@ -21,7 +21,6 @@ WORST = {
     "array_nulls": "off",
     "standard_conforming_strings": "off",
     "backslash_quote": "off",
-    "escape_string_warning": "off",
     "transform_null_equals": "on",
     "quote_all_identifiers": "on",
     "search_path": "nowhere",
@@ -38,6 +37,9 @@ WORST = {
     "idle_session_timeout": "1",
     "exit_on_error": "on",
     "client_min_messages": "debug5",
+    "plpgsql.extra_errors": "all",
+    "plpgsql.extra_warnings": "all",
+    "orchestrator.now": "2031-01-01T00:00:00Z",
     "enable_bitmapscan": "off",
     "enable_hashagg": "off",
     "enable_hashjoin": "off",
@@ -52,6 +54,7 @@ WORST = {
     "enable_sort": "off",
     "enable_tidscan": "off",
     "plan_cache_mode": "force_custom_plan",
+    "jit": "on",
     "from_collapse_limit": "1",
     "join_collapse_limit": "1",
     "debug_parallel_query": "regress",
@@ -63,7 +66,14 @@ WORST_IN_PSQL = {
     for name, value in WORST.items()
     if not name.startswith(("enable_", "default_transaction"))
     and not name.endswith(("timeout", "_limit"))
-    and name not in ("client_encoding", "client_min_messages", "restrict_nonsystem_relation_kind", "exit_on_error")
+    and name
+    not in (
+        "orchestrator.now",
+        "client_encoding",
+        "client_min_messages",
+        "restrict_nonsystem_relation_kind",
+        "exit_on_error",
+    )
 }
 
 

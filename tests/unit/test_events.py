@@ -486,6 +486,14 @@ def test_the_id_is_a_version_7_uuid_of_the_four_that_name_an_event(
     assert bucket(str(found)) == bucket_of_key(job if key is None else key)
 
 
+@pytest.mark.parametrize("job", [".", ".."])
+def test_an_external_id_that_no_path_can_hold_is_refused(job: str) -> None:
+    assert errors_of(body(external_job_id=job)) == {
+        "external_job_id": f"expected a text that can be a part of a path, got {job}"
+    }
+    assert parse_submission(body(external_job_id=job * 3), BOUNDS).external_job_id == job * 3
+
+
 def test_known_ids() -> None:
     at = datetime(2026, 1, 31, 9, 0, 0, 123456, tzinfo=UTC)
     assert event_id("orders", "job-1", at) == "019c1347-d2fb-7026-a717-2a27dd38d28f"
