@@ -38,12 +38,13 @@ MAX_FAULTS = 20
 MAX_FRAME_BYTES = 1 << 20
 """Most that an event may take beside its payload; what all other fields can hold, every character escaped, is less."""
 
-# What the dispatcher or HTTP itself sets; a client's value would break framing or forge a signature.
+# What is set on delivery, or would change what HTTP itself does with the request: how it is framed, which way it goes.
+# The one list: of the API, of the dispatcher, and of SQL's check_headers(), which a test compares with it.
 RESERVED_HEADERS = frozenset(
-    {"connection", "content-length", "content-type", "expect", "host", "keep-alive"}
-    | {"proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
+    {"connection", "content-encoding", "content-length", "content-type", "expect", "host", "http2-settings"}
+    | {"keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "user-agent"}
 )
-RESERVED_HEADER_PREFIXES = ("webhook-", "orchestrator-")
+RESERVED_HEADER_PREFIXES = ("orchestrator-", "proxy-", "webhook-")
 
 _HEADER_NAME = re.compile(HEADER_NAME_PATTERN)
 _HEADER_VALUE = re.compile(HEADER_VALUE_PATTERN, re.DOTALL)
@@ -275,6 +276,11 @@ def payload_fault(payload: bytes, limits: Limits) -> str | None:
     return None
 
 
+def is_reserved(name: str) -> bool:
+    """Whether a header, given in lower case, is not the client's to set."""
+    return name in RESERVED_HEADERS or name.startswith(RESERVED_HEADER_PREFIXES)
+
+
 def headers_fault(headers: dict[str, str]) -> str | None:
     if len(headers) > MAX_HEADERS:
         return f"expected at most {MAX_HEADERS} headers, got {len(headers)}"
@@ -283,8 +289,7 @@ def headers_fault(headers: dict[str, str]) -> str | None:
     for name, value in headers.items():
         if _HEADER_NAME.match(name) is None or name[-1] == "\n":
             return f"expected a header name of 1 to 100 token characters, got {shown(repr(before_colon(name)))}"
-        lowered = name.lower()
-        if lowered in RESERVED_HEADERS or lowered.startswith(RESERVED_HEADER_PREFIXES):
+        if is_reserved(lowered := name.lower()):
             return f"expected no {lowered} header: it is set on delivery"
         if len(value) > MAX_HEADER_CHARS or _HEADER_VALUE.match(value) is None or value[-1:] == "\n":
             return f"expected at most {MAX_HEADER_CHARS} characters, none of them control, in {name}"

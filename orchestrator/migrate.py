@@ -33,6 +33,7 @@ where relnamespace = 'orchestrator'::regnamespace and relkind in ('r', 'p') and 
   and relname <> 'migration'
 order by array_position(array['event', 'outcome', 'timer'], relname::text), relname
 """
+_ALWAYS = ("functions/90_plans.sql", "roles.sql")  # applied when anything else is
 _MAINTENANCE_TRIES = 100
 _MAINTENANCE_PAUSE_S = 0.1
 _LOCK = "select pg_advisory_xact_lock(hashtext('orchestrator.migrate'))"
@@ -248,8 +249,8 @@ def _pending(versioned: list[_File], repeatable: list[_File], recorded: dict[str
                 f"sql/{file.name} differs from what this database was migrated with; restore it, and add a new file"
             )
     changed = [file for file in repeatable if recorded.get(file.name) != file.checksum]
-    if changed and changed[-1].name != "roles.sql":
-        changed.append(repeatable[-1])  # new functions need their grants
+    if changed:  # new functions need the rest of their pins, and their grants
+        changed = [file for file in repeatable if file in changed or file.name in _ALWAYS]
     return [file for file in versioned if file.name not in recorded] + changed
 
 

@@ -98,8 +98,8 @@ def _submission(settings: Settings, target: dict[str, Schema], optional: str) ->
                 "maxLength": MAX_HEADER_CHARS,
                 "pattern": HEADER_VALUE_PATTERN.replace("\\x", "\\u00"),
             },
-            "description": "Headers to send with the payload. Those of HTTP's framing, Content-Type, webhook-* and "
-            "orchestrator-* are set on delivery and refused here.",
+            "description": "Headers to send with the payload. Those of HTTP's framing, Content-Type, Content-Encoding, "
+            "User-Agent, proxy-*, webhook-* and orchestrator-* are set on delivery, or not at all, and refused here.",
         },
         "max_retries": {
             "type": ["integer", "null"],

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import ssl
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import ClientConnectorCertificateError, ClientTimeout, TCPConnector
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
 
 from orchestrator.own_faults import no_authorities, own_fault, trusts_nobody
 
+from .answer import AnswerProtocol
 from .guard import AddressGuard, AddressRefusedError
 
 if TYPE_CHECKING:
     from aiohappyeyeballs import AddrInfoType
     from aiohttp import ClientRequest
-    from aiohttp.client_proto import ResponseHandler
+    from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.tracing import Trace
 
-# True once the current delivery has opened a connection rather than reused an idle one.
-opened_connection: ContextVar[bool] = ContextVar("opened_connection", default=False)
+# Receivers close idle connections, many after five seconds; a request that crosses that on its way is lost.
+_KEEPALIVE_S = 4.0
 _RESOLVER_THREADS = 32
 
 
@@ -105,9 +108,17 @@ class GuardedConnector(TCPConnector):
             resolver=self._guarded_resolver,
             socket_factory=guarded_socket,
             ssl=ssl.create_default_context(),
+            keepalive_timeout=_KEEPALIVE_S,
         )
+        protocol: Callable[..., ResponseHandler] = AnswerProtocol
+        self._factory = functools.partial(protocol, loop=self._loop)
         self._connect_timeout_s = connect_timeout_s
         self._trusts_nobody = trusts_nobody()
+
+    def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        super()._release(key, protocol, should_close=should_close)
+        if protocol.transport is not None and isinstance(protocol, AnswerProtocol):
+            protocol.rest()
 
     async def _create_connection(
         self,
@@ -115,7 +126,6 @@ class GuardedConnector(TCPConnector):
         traces: list[Trace],
         timeout: ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
     ) -> ResponseHandler:
-        opened_connection.set(True)
         self._close_oldest_idle()
         try:
             async with asyncio.timeout(self._connect_timeout_s):

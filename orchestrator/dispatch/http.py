@@ -2,6 +2,9 @@
 
 The status line decides an attempt: a receiver that has sent 2xx has the event, whatever becomes of the rest
 of its answer. Bodies are read only to reuse the connection and to quote failures, both within bounds.
+
+An attempt sends its request once. Over a kept connection that ends before it is answered, the receiver may have read
+it; that is a failed attempt like any other, and the retry policy says when the next one is.
 """
 
 from __future__ import annotations
@@ -9,8 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -21,14 +23,16 @@ import msgspec
 from orchestrator.errors import OwnFaultError
 from orchestrator.own_faults import own_fault
 
+from .answer import answering, head_of
 from .attempt import DELIVERED, FAIL, RETRY, Attempted
-from .connector import GuardedConnector, opened_connection
+from .connector import GuardedConnector
 from .echoes import without_credentials
 from .guard import AddressGuard, AddressRefusedError
 from .request import custom_headers, destination_url, quoted
 from .retry_after import parse_retry_after
 from .secrets import SECRET_WAIT_S, SecretError, Secrets
 from .signing import Signer
+from .tls import tls_fault
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -40,7 +44,6 @@ _EXCERPT_BYTES = 4 * EXCERPT_CHARS  # holds the excerpt in any UTF-8
 _USER_AGENT = "scheduled-event-orchestrator/1"
 _BODY_WAIT_S = 1.0  # for the rest of a body whose status has decided already
 _RETRIED_4XX = frozenset((408, 425, 429))
-_RESENDS = 2  # at most so many idle connections are found closed by one delivery
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +111,7 @@ class HttpSender:
             return Attempted(RETRY, error=str(error), retry_after_s=SECRET_WAIT_S)
         except ValueError as error:
             return Attempted(FAIL, error=str(error))
-        place = url.host_port_subcomponent
+        answering.set(None)
         timeout_s = delivery.timeout_s or self._timeout_s
         try:
             response = await self._post(url, headers, delivery.payload, timeout_s)
@@ -117,90 +120,77 @@ class HttpSender:
                 return Attempted(DELIVERED, response.status)
             attempted = await self._judge(response)
             return _discreet(attempted, headers, delivery.secret_headers or (), url)
-        except aiohttp.ClientConnectorError as error:
-            return _not_connected(error, f"{url.raw_host}:{url.port}")
-        except aiohttp.ConnectionTimeoutError:
-            waited_s = min(self._settings.http_connect_timeout_s, timeout_s)
-            return Attempted(RETRY, error=f"timeout: no connection to {place} within {waited_s:g} s")
-        except TimeoutError:
-            return Attempted(RETRY, error=f"timeout: no complete response within {timeout_s:g} s")
-        except aiohttp.ClientResponseError:
-            return Attempted(RETRY, error=f"{place} answered with something that is not HTTP")
-        except aiohttp.InvalidURL:
-            return Attempted(FAIL, error=f"destination: {quoted(place or '')} is not a plain host")
         except OwnFaultError:
             raise
-        except (aiohttp.ClientConnectionError, OSError) as error:
-            if fault := own_fault(error):
-                raise fault from error
-            return Attempted(RETRY, error=f"connection closed by {place} before it answered")
         except Exception as error:
-            if fault := own_fault(error):
-                raise fault from error
-            _log.exception("a delivery failed in a way not foreseen", extra={"event_id": delivery.event_id})
-            return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
+            connection = answering.get()
+            if connection is not None and (head := head_of(connection.received)) is not None:
+                return _decided(
+                    head.status, head.values(b"location"), head.values(b"retry-after"), odd=_oddity(error, timeout_s)
+                )
+            return self._unanswered(error, url, timeout_s, delivery.event_id)
 
     async def _post(
         self, url: URL, headers: dict[str, str], payload: bytes, timeout_s: float
     ) -> aiohttp.ClientResponse:
-        """Posts once, and again at once if the request only met a connection that had gone stale.
-
-        A receiver may close an idle connection just as we write to it. It has hardly seen that request then,
-        though it may have; but deliveries are at least once and `webhook-id` tells a repeat, so sending again
-        is better than spending an attempt and its backoff. A request that had opened its connection is never
-        repeated: that receiver has seen it.
-        """
         session = self._session
         if session is None:
             raise RuntimeError("HttpSender is used outside its context")
-        opened_connection.set(False)
-        started_s = time.monotonic()
         timeout = session.timeout if timeout_s == self._timeout_s else _total(timeout_s)
-        for resends_left in range(_RESENDS, -1, -1):
-            try:
-                return await session.post(url, data=payload, headers=headers, allow_redirects=False, timeout=timeout)
-            except aiohttp.ClientConnectorError:
-                raise
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError):
-                left_s = timeout_s - (time.monotonic() - started_s)
-                if opened_connection.get() or not resends_left or left_s <= 0:
-                    raise
-                timeout = _total(left_s)
-        raise AssertionError("the last round returns or raises")
+        return await session.post(url, data=payload, headers=headers, allow_redirects=False, timeout=timeout)
+
+    def _unanswered(self, error: Exception, url: URL, timeout_s: float, event_id: str) -> Attempted:
+        """What comes of an attempt that got no status line. Raises OwnFaultError for what this machine lacks."""
+        place = url.host_port_subcomponent
+        match error:
+            case aiohttp.ClientConnectorError():
+                return _not_connected(error, f"{url.raw_host}:{url.port}")
+            case aiohttp.ConnectionTimeoutError():
+                waited_s = min(self._settings.http_connect_timeout_s, timeout_s)
+                return Attempted(RETRY, error=f"timeout: no connection to {place} within {waited_s:g} s")
+            case TimeoutError():
+                return Attempted(RETRY, error=f"timeout: no complete response within {timeout_s:g} s")
+            case aiohttp.ClientResponseError():
+                return Attempted(RETRY, error=f"{place} answered with something that is not HTTP")
+            case aiohttp.InvalidURL():
+                return Attempted(FAIL, error=f"destination: {quoted(place or '')} is not a plain host")
+            case aiohttp.ClientConnectionError() | OSError() if own_fault(error) is None:
+                if fault := tls_fault(error):
+                    return Attempted(RETRY, error=f"no TLS connection with {url.raw_host}:{url.port}: {fault}")
+                return Attempted(RETRY, error=f"connection closed by {place} before it answered")
+        if own := own_fault(error):
+            raise own from error
+        _log.error("a delivery failed in a way not foreseen", extra={"event_id": event_id}, exc_info=error)
+        return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
 
     async def _judge(self, response: aiohttp.ClientResponse) -> Attempted:
         status = response.status
-        body = await self._read(response)
-        if 200 <= status < 300:
-            return Attempted(DELIVERED, status)
+        body, broken = (b"", None) if status == HTTPStatus.SWITCHING_PROTOCOLS else await self._read(response)
+        response.close()  # changes nothing after a body read to its end
         excerpt = None
         if body and "content-encoding" not in response.headers:
             excerpt = body.decode("utf-8", "replace").replace("\0", "\ufffd")
-        error = _described(status)
-        if 300 <= status < 400:
-            location = quoted(_without_query(response.headers.get("location", "")))
-            return Attempted(FAIL, status, f"{error}: redirect to {location} is not followed", excerpt)
-        if 400 <= status < 500 and status not in _RETRIED_4XX:
-            return Attempted(FAIL, status, error, excerpt)
-        retry_after_s = parse_retry_after(response.headers.get("retry-after"), time.time())
-        return Attempted(RETRY, status, error, excerpt, retry_after_s)
+        headers = response.headers
+        return _decided(
+            status, headers.getall("location", []), headers.getall("retry-after", []), excerpt=excerpt, odd=broken
+        )
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        """The start of the body. Reads on only while that may save the connection, and within the bounds."""
+    async def _read(self, response: aiohttp.ClientResponse) -> tuple[bytes, str | None]:
+        """The start of the body, and what broke it. Reads on only while that may save the connection, within bounds."""
         start = b""
         received = 0
-        # Cut short or too slow: the status has decided, and the connection is given up.
-        with suppress(TimeoutError, aiohttp.ClientError, OSError):
-            try:
-                async with asyncio.timeout(_BODY_WAIT_S):
-                    while chunk := await response.content.readany():
-                        start += chunk[: _EXCERPT_BYTES - len(start)]
-                        received += len(chunk)
-                        if received > self._settings.http_max_response_bytes:
-                            break
-            finally:
-                response.close()  # changes nothing after a body read to its end
-        return start
+        try:
+            async with asyncio.timeout(_BODY_WAIT_S):
+                while chunk := await response.content.readany():
+                    start += chunk[: _EXCERPT_BYTES - len(start)]
+                    received += len(chunk)
+                    if received > self._settings.http_max_response_bytes:
+                        break
+        except TimeoutError:
+            pass  # too slow: the status has decided, and the connection is given up
+        except (aiohttp.ClientError, OSError) as error:
+            return start, _oddity(error, _BODY_WAIT_S)
+        return start, None
 
     def _headers(self, delivery: Delivery) -> dict[str, str]:
         timestamp = int(time.time())
@@ -244,7 +234,43 @@ def _described(status: int) -> str:
     try:
         return f"HTTP {status} {HTTPStatus(status).phrase}"
     except ValueError:
-        return f"HTTP {status}"
+        return f"HTTP {status:03d}"
+
+
+def _decided(
+    status: int,
+    locations: Sequence[str],
+    waits: Sequence[str],
+    *,
+    excerpt: str | None = None,
+    odd: str | None = None,
+) -> Attempted:
+    """What a status means. `odd`: what was wrong with the rest of the answer, which is noted."""
+    note = "" if odd is None else f"; {odd}"
+    error = _described(status) + note
+    if 200 <= status < 300:
+        return Attempted(DELIVERED, status, error if odd else None)
+    if 300 <= status < 400:
+        location = quoted(_without_query(locations[0]) if locations else "")
+        return Attempted(FAIL, status, f"{_described(status)}: redirect to {location} is not followed{note}", excerpt)
+    if status not in _RETRIED_4XX and not 500 <= status < 600:
+        return Attempted(FAIL, status, error, excerpt)
+    now_s = time.time()
+    asked_s = [wait_s for value in waits if (wait_s := parse_retry_after(value, now_s)) is not None]
+    return Attempted(RETRY, status, error, excerpt, max(asked_s, default=None))
+
+
+def _oddity(error: Exception, timeout_s: float) -> str:
+    """What is wrong with an answer whose status line came."""
+    match error:
+        case TimeoutError():
+            return f"its answer was not complete within {timeout_s:g} s"
+        case aiohttp.ClientResponseError():
+            reason = error.message.strip().partition("\n")[0].rstrip(":")
+            return f"its answer broke the rules of HTTP: {quoted(reason)}"
+        case aiohttp.ClientPayloadError():
+            return "its body was broken or cut short"
+    return "the connection ended before its answer was complete"
 
 
 def _not_connected(error: aiohttp.ClientConnectorError, place: str) -> Attempted:
@@ -254,9 +280,11 @@ def _not_connected(error: aiohttp.ClientConnectorError, place: str) -> Attempted
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return Attempted(RETRY, error=f"host does not resolve: {error.host}")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return Attempted(RETRY, error=f"the certificate of {place} is not trusted")
-    if isinstance(error, aiohttp.ClientSSLError):
-        return Attempted(RETRY, error=f"no TLS connection with {place}")
+        return Attempted(RETRY, error=f"the certificate of {place} is not trusted: {tls_fault(error)}")
+    if fault := tls_fault(error):
+        return Attempted(RETRY, error=f"no TLS connection with {place}: {fault}")
     if isinstance(cause, ConnectionRefusedError):
         return Attempted(RETRY, error=f"connection refused by {place}")
+    if isinstance(cause, ConnectionResetError):
+        return Attempted(RETRY, error=f"no connection to {place}: the receiver closed it at once")
     return Attempted(RETRY, error=f"no connection to {place}: {cause.strerror or type(cause).__name__}")

@@ -11,6 +11,8 @@ from functools import lru_cache
 
 from yarl import URL
 
+from orchestrator.event_rules import is_reserved
+
 _QUOTED_CHARS = 200
 
 # Characters that may stand in a URL as they are (RFC 3986), so that it is sent exactly as it was given.
@@ -35,23 +37,6 @@ def destination_url(destination: str) -> URL:
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FIELD_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]*")
-_OWN_PREFIXES = ("webhook-", "orchestrator-", "proxy-")
-_OWN_HEADERS = frozenset(
-    (
-        "connection",
-        "content-encoding",
-        "content-length",
-        "content-type",
-        "expect",
-        "host",
-        "keep-alive",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "user-agent",
-    )
-)
 
 
 def custom_headers(headers: Mapping[str, object]) -> dict[str, str]:
@@ -66,7 +51,7 @@ def custom_headers(headers: Mapping[str, object]) -> dict[str, str]:
         if not isinstance(value, str) or not is_field_value(value):
             raise ValueError(f"headers: the value of {quoted(name)} cannot be sent")
         lower = name.lower()
-        if lower not in _OWN_HEADERS and not lower.startswith(_OWN_PREFIXES):
+        if not is_reserved(lower):
             kept[lower] = value
     return kept
 

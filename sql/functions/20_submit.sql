@@ -21,7 +21,7 @@ comment on function orchestrator.open_staging() is
 
 -- A table of that name made by somebody else could run their code with this owner's rights.
 create or replace function orchestrator.check_staging() returns void
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
 begin
   if not exists (select from pg_class
                  where oid = to_regclass('pg_temp.submission') and relkind = 'r' and relowner = current_user::regrole) then
@@ -106,7 +106,7 @@ begin
     , p.lane, hashtextextended(n.name, 0), coalesce(e.priority, 0), hashtextextended(e.ordering_key, 0)
     , coalesce(a.attempts, 0), coalesce(a.attempts, 0) + e.max_retries + 1, hashtextextended(e.source, 0), case when a.attempts is not null then true end, e.expires_at
   from unnest(p_ids, p_scheduled_at, p_due_at, p_attempts) as a (id, scheduled_at, due_at, attempts)
-  join orchestrator.event e on e.id = a.id and e.scheduled_at = a.scheduled_at
+  cross join lateral (select e.* from orchestrator.event e where e.id = a.id and e.scheduled_at = a.scheduled_at limit 1) e
   cross join lateral (select orchestrator.destination_name(e.delivery_type, e.destination) as name) n
   cross join lateral (select orchestrator.lane_for(n.name) as lane) p
   left join orchestrator.lane l on l.lane = p.lane and p.lane > 63
@@ -306,7 +306,7 @@ comment on function orchestrator.try_submit_staged_with_status() is 'try_submit_
 create or replace function orchestrator.keep_each(p_now timestamptz, p_told boolean, p_predecessor uuid)
 returns table (n integer, id uuid, result text, field text, reason text)
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
-set plan_cache_mode = force_generic_plan as $$
+set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 #variable_conflict use_column
 declare
   v_control orchestrator.control;
@@ -340,7 +340,8 @@ begin
   ), fresh as materialized (
     select * from checked c
     where c.field is null and c.copy = 1
-      and not exists (select from orchestrator.horizon h where h.id = c.id and h.scheduled_at = c.scheduled_at)
+      -- A count cannot be made into a join.
+      and 0 = (select count(*) from orchestrator.horizon h where h.id = c.id and h.scheduled_at = c.scheduled_at)
   ), kept as (
     insert into orchestrator.event
       (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, priority, spread, expires_at, predecessor, headers, payload)
@@ -435,7 +436,8 @@ language sql immutable parallel safe as $$
     else min(case
       when jsonb_typeof(h.value) <> 'string' then format('expected a string for %s, got %s', left(split_part(h.key, ':', 1), 80), jsonb_typeof(h.value))
       when h.key !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]{1,100}$' then format('expected a header name of 1 to 100 token characters, got %s', left(split_part(h.key, ':', 1), 80))
-      when lower(h.key) ~ '^(connection|content-length|content-type|expect|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade|webhook-.*|orchestrator-.*)$'
+      when lower(h.key collate "C") ~ '^(orchestrator|proxy|webhook)-' or lower(h.key collate "C") = any (
+        '{connection,content-encoding,content-length,content-type,expect,host,http2-settings,keep-alive,te,trailer,transfer-encoding,upgrade,user-agent}')
         then format('expected no %s header: it is set on delivery', left(h.key, 80))
       when length(h.value #>> '{}') > 4096 or h.value #>> '{}' ~ E'[\\x01-\\x08\\x0a-\\x1f\\x7f]'
         then format('expected at most 4096 characters, none of them control, in %s', left(h.key, 80))
@@ -459,7 +461,7 @@ comment on function orchestrator.as_time(text) is
 
 create or replace function orchestrator.submit_events(p_events jsonb)
 returns table (n integer, id uuid, result text, field text, reason text, status text)
-language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set enable_nestloop = off as $$
 #variable_conflict use_column
 begin
   if jsonb_typeof(p_events) is distinct from 'array' then

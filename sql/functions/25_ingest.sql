@@ -84,7 +84,8 @@ comment on function orchestrator.keep_rejects(text, integer[], bigint[], bytea[]
   'Keeps records that could not become events, one array element each, with what is wrong; sends them to the DLQ topic if it is on';
 
 create or replace function orchestrator.list_rejects(p_limit integer default 100, p_before bigint default null) returns setof json
-language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+language sql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
+set plan_cache_mode = force_custom_plan set enable_seqscan = off set enable_bitmapscan = off as $$
   select json_build_object('reject', r.reject, 'topic', r.topic, 'partition', r.partition, 'offset', r."offset", 'received_at', r.received_at
     , 'field', r.field, 'reason', r.reason, 'bytes', length(r.value), 'event_id', r.event_id, 'resubmitted_at', r.resubmitted_at)
   from orchestrator.reject r
@@ -96,14 +97,16 @@ comment on function orchestrator.list_rejects(integer, bigint) is 'Rejects, newe
 
 create or replace function orchestrator.get_reject(p_reject bigint)
 returns table (topic text, partition integer, "offset" bigint, received_at timestamptz, key bytea, value bytea, field text, reason text, event_id uuid, resubmitted_at timestamptz)
-language sql stable security definer set search_path = orchestrator, pg_temp as $$
+language sql stable security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off as $$
   select r.topic, r.partition, r."offset", r.received_at, r.key, r.value, r.field, r.reason, r.event_id, r.resubmitted_at
   from orchestrator.reject r where r.reject = p_reject
 $$;
 comment on function orchestrator.get_reject(bigint) is 'One reject with its bytes; no row: there is none';
 
 create or replace function orchestrator.resubmitted_reject(p_reject bigint, p_event_id uuid) returns boolean
-language sql security definer set search_path = orchestrator, pg_temp as $$
+language sql security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off as $$
   with noted as (
     update orchestrator.reject r set event_id = p_event_id, resubmitted_at = orchestrator.now() where r.reject = p_reject returning 1)
   select exists (select from noted)

@@ -123,7 +123,8 @@ comment on function orchestrator.forget_destination(text) is
 create or replace function orchestrator.note_results(
   p_lanes integer[], p_delivered boolean[], p_status_codes integer[], p_started_at double precision[], p_finished_at double precision[])
 returns void
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
   v_locked integer[];
@@ -152,7 +153,7 @@ begin
     select l.lane, r.delivered, r.status_code, r.finished_at
       , max(r.finished_at) filter (where r.delivered) over (partition by l.lane) as last_delivered_at
     from unnest(p_lanes, p_delivered, p_status_codes, p_started_at, p_finished_at) as r (lane, delivered, status_code, started_at, finished_at)
-    join orchestrator.lane l on l.lane = r.lane
+    cross join lateral (select l.* from orchestrator.lane l where l.lane = r.lane limit 1) l
     -- What began before the breaker opened says nothing about its try. A worker's idea of the time may be a little early.
     where l.lane = any (v_locked) and (l.breaker = 'closed' or l.breaker = 'half_open' and coalesce(to_timestamp(r.started_at), v_now) >= l.tried_at - interval '10 ms')
   ), batch as (
@@ -222,7 +223,7 @@ comment on function orchestrator.note_results(integer[], boolean[], integer[], d
 
 create or replace function orchestrator.watch_lanes(p_lanes integer[], p_event_ids uuid[]) returns integer[]
 language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_names text[];
 begin

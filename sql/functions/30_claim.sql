@@ -14,7 +14,8 @@ comment on function orchestrator.register_worker(text) is 'Makes a worker number
 -- Plans are pinned: left alone, the planner hashes a scan of every partition of event for each claim (18,000 events/s against
 -- 49,000 with nested loops on the same data), and reads timer by a bitmap, which limit cannot stop early.
 -- Events that were overdue when they came are all due at that moment; their ids, which begin with scheduled_at, keep their order.
--- The bounds on scheduled_at let the executor leave out all other partitions when it starts.
+-- The bounds on scheduled_at let the executor leave out all other partitions when it starts, and the limit makes it look each event
+-- up by its key: a join is free to read all events between the bounds, for each one that was leased.
 create or replace function orchestrator.claim_due_events(
   p_batch integer, p_worker integer default 0, p_lease interval default '60 s', p_lookahead interval default '0 s',
   p_skip integer[] default '{}', p_max_parallel integer default null)
@@ -53,7 +54,7 @@ declare
   v_at tid[] := '{}'; v_odd_at tid[] := '{}'; v_lost_at tid[]; v_changed boolean := false;
   v_got bigint;
   v_ids uuid[]; v_all_ids uuid[] := '{}';
-  v_scheduled timestamptz[]; v_all_scheduled timestamptz[] := '{}';
+  v_scheduled timestamptz[]; v_all_scheduled timestamptz[] := '{}'; v_first timestamptz; v_last_scheduled timestamptz;
   v_due timestamptz[]; v_all_due timestamptz[] := '{}';
   v_attempts smallint[]; v_all_attempts smallint[] := '{}';
   v_from integer[]; v_all_from integer[] := '{}';
@@ -230,6 +231,7 @@ begin
   if v_locked_out or v_misses > 0 then
     perform set_config('orchestrator.locked_out', (case when v_locked_out then least(7, coalesce(v_misses, 0) + 1) else 0 end)::text, false);
   end if;
+  select min(s), max(s) into v_first, v_last_scheduled from unnest(v_all_scheduled) s;
   return query
   select e.id, l.attempt, l.due_at, coalesce(l.lease_until, v_lease_until), e.scheduled_at, e.source, e.external_job_id, e.delivery_type, e.destination
     , e.ordering_key, e.headers, e.payload, coalesce(l.start_at, l.due_at), l.lane
@@ -238,15 +240,19 @@ begin
     , e.expires_at
   from unnest(v_all_ids, v_all_scheduled, v_all_due, v_all_attempts, v_all_from, v_start, v_lease, v_options, v_waited)
     as l (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited)
-  join orchestrator.event e on e.id = l.event_id and e.scheduled_at = l.scheduled_at
-    and e.scheduled_at >= (select min(s) from unnest(v_all_scheduled) s) and e.scheduled_at <= (select max(s) from unnest(v_all_scheduled) s);
+  cross join lateral (
+    select e.* from orchestrator.event e
+    where e.id = l.event_id and e.scheduled_at = l.scheduled_at
+      and e.scheduled_at >= v_first and e.scheduled_at <= v_last_scheduled
+    limit 1) e;
 end $$;
 comment on function orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer) is
   'Leases up to p_batch events that are due within p_lookahead to p_worker, shared fairly among lanes, as far as limits, breakers and pauses allow; none of the lanes in p_skip; p_max_parallel bounds own lanes that have no max_parallel. lease_until is when they become due again unless finished or released; what has expired by now ends. Finish each with its attempt number; begin none before its start_at, nor from its expires_at on. Afterwards current_setting(''orchestrator.claim_again_at'') says when a limit lets more through, in Unix seconds; empty: nothing waits for one';
 
 -- The caller has the timers locked, and may have lanes: it must not wait. Those whose ordering key another has are left for the next claim.
 create or replace function orchestrator.bury(p_at tid[]) returns bigint
-language plpgsql security definer set search_path = orchestrator, pg_temp set plan_cache_mode = force_generic_plan as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
   v_ids uuid[];
@@ -285,7 +291,8 @@ end $$;
 comment on function orchestrator.bury(tid[]) is 'Ends events that have expired, and those whose workers vanished time after time. Returns how many';
 
 create or replace function orchestrator.expire_events(p_limit integer default 10000) returns bigint
-language plpgsql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
 begin

@@ -4,7 +4,7 @@ create or replace function orchestrator.retry_policy_of(p_event_id uuid, p_sched
 language sql stable security definer set search_path = orchestrator, pg_temp as $$
   select coalesce(
     (select e.retry_policy from orchestrator.event e where e.id = p_event_id and e.scheduled_at = p_scheduled_at)
-  , (select d.retry_policy from orchestrator.lane l join orchestrator.destination d on d.name = l.name where l.lane = p_lane and p_lane > 63))
+  , (select d.retry_policy from orchestrator.destination d where d.name = (select l.name from orchestrator.lane l where l.lane = p_lane and p_lane > 63)))
 $$;
 comment on function orchestrator.retry_policy_of(uuid, timestamptz, integer) is 'Retry policy that the event names, or else its destination; null: neither';
 
@@ -32,6 +32,20 @@ language sql volatile set search_path = orchestrator, pg_temp as $$
 $$;
 comment on function orchestrator.retry_delay(text, integer, interval) is
   'How long to wait after failed attempt p_attempt: exponential with full jitter unless the policy says otherwise, and no less than the receiver asked for, up to max_delay; a policy that is gone is served as ''default''';
+
+-- Attempt numbers only grow, through hand-backs and redrives; how many attempts have failed since follows from those that are left.
+create or replace function orchestrator.next_delay(p_event_id uuid, p_scheduled_at timestamptz, p_lane integer, p_attempts_left integer, p_at_least interval)
+returns interval
+language sql volatile security definer set search_path = orchestrator, pg_temp as $$
+  select coalesce((
+    select orchestrator.retry_delay(
+      coalesce(e.retry_policy
+      , (select d.retry_policy from orchestrator.destination d where d.name = (select l.name from orchestrator.lane l where l.lane = p_lane and p_lane > 63)))
+    , greatest(1, e.max_retries + 1 - p_attempts_left), p_at_least)
+    from orchestrator.event e where e.id = p_event_id and e.scheduled_at = p_scheduled_at), '1 min')
+$$;
+comment on function orchestrator.next_delay(uuid, timestamptz, integer, integer, interval) is
+  'How long an event waits after an attempt that leaves it p_attempts_left more: by the retry policy of the event, its destination''s, or ''default'', which begins again when it is redriven';
 
 -- Invariant: a result counts only while its (event_id, attempt) names the present lease; anything else is answered as stale,
 -- unless that very result is in the log already (the reply of an earlier call was lost).
@@ -75,7 +89,8 @@ begin
   -- raise_floors() relies on the clock being read after this, where a retry is put off.
   lock table orchestrator.timer in row exclusive mode;
   v_now := orchestrator.now();
-  if p_results <@ array['delivered'] then
+  -- What there is to note of a delivered one, the other branch notes.
+  if p_results <@ array['delivered'] and array_remove(p_errors, null) = '{}' is not false then
     with gone as (
       delete from orchestrator.timer t
       using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_claimed_at, p_waited)
@@ -114,9 +129,9 @@ begin
       merge into orchestrator.timer t
       using given r on t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt and t.lease_until is not null
       when matched and r.result = 'retry' and t.attempt < t.max_attempts then
-        update set worker = null, lease_until = null, slot = null, busy = null, retrying = true, due_at = greatest(t.scheduled_at, v_now + coalesce(orchestrator.retry_delay(
-          orchestrator.retry_policy_of(t.event_id, t.scheduled_at, t.lane), t.attempt,
-          case when r.retry_after > 0 then make_interval(secs => least(r.retry_after, 1e9)) end), '1 min'))
+        update set worker = null, lease_until = null, slot = null, busy = null, retrying = true
+          , due_at = greatest(t.scheduled_at, v_now + orchestrator.next_delay(t.event_id, t.scheduled_at, t.lane, t.max_attempts - t.attempt
+            , case when r.retry_after > 0 then make_interval(secs => least(r.retry_after, 1e9)) end))
       when matched then delete
       returning r.event_id, old.scheduled_at, r.attempt, r.status_code, old.due_at, old.lane, old.ordering, old.source, old.destination, old.retrying, r.started_at, r.finished_at, r.error, r.response
         , r.claimed_at, r.waited, r.result as verdict

@@ -38,7 +38,7 @@ create or replace function orchestrator.announce_finished(
   p_event_ids uuid[], p_scheduled_at timestamptz[], p_claimed_at double precision[] default null)
 returns void
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
-set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set jit = off as $$
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
 begin
@@ -53,8 +53,7 @@ begin
         else orchestrator.timestamp_message(e.id, e.source, e.external_job_id, e.scheduled_at, o.due_at, to_timestamp(f.claimed_at), o.started_at, o.finished_at, o.result, o.attempt)
         end
   from unnest(p_event_ids, p_scheduled_at, p_claimed_at) as f (event_id, scheduled_at, claimed_at)
-  join orchestrator.event e on e.id = f.event_id and e.scheduled_at = f.scheduled_at
-    and e.scheduled_at >= (select min(s) from unnest(p_scheduled_at) s) and e.scheduled_at <= (select max(s) from unnest(p_scheduled_at) s)
+  cross join lateral (select e.* from orchestrator.event e where e.id = f.event_id and e.scheduled_at = f.scheduled_at limit 1) e
   cross join lateral (
     select * from orchestrator.outcome o
     where o.event_id = f.event_id and o.scheduled_at = f.scheduled_at and o.result in ('delivered', 'dead', 'cancelled', 'rescheduled', 'expired')
@@ -86,14 +85,14 @@ comment on function orchestrator.outbox_batch(integer, bigint) is
   'The oldest messages, for the one publisher that has the transaction''s advisory lock; nothing for any other. Publish them, call outbox_published(), commit. p_floor: the floor of the last row of the batch that was last committed; no message below it can appear any more, so deleted ones are not read again';
 
 create or replace function orchestrator.outbox_published(p_at tid[]) returns bigint
-language sql security definer set search_path = orchestrator, pg_temp as $$
+language sql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
   with gone as (delete from orchestrator.outbox o where o.ctid = any (p_at) returning 1)
   select count(*) from gone
 $$;
 comment on function orchestrator.outbox_published(tid[]) is 'Deletes messages of this transaction''s outbox_batch() that were published, by their column at';
 
 create or replace function orchestrator.outbox_failed(p_at tid[], p_reasons text[]) returns bigint
-language sql security definer set search_path = orchestrator, pg_temp as $$
+language sql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off set enable_nestloop = off as $$
   with gone as (
     delete from orchestrator.outbox o where o.ctid = any (p_at) returning o.ctid as at, o.*
   ), kept as (

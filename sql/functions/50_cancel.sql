@@ -4,7 +4,7 @@
 -- What it then sees of these events, the caller sees in a statement of its own, after all that they did.
 create or replace function orchestrator.lock_events(p_ids uuid[]) returns void
 language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   perform from orchestrator.horizon h where h.id = any (p_ids) order by h.id for update;
   perform from orchestrator.timer t where t.event_id = any (p_ids) order by t.event_id for update;
@@ -35,7 +35,7 @@ comment on function orchestrator.lock_most_events(uuid[]) is
 -- The caller has them locked.
 create or replace function orchestrator.end_events(p_ids uuid[], p_result text, p_successor uuid default null) returns uuid[]
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
   v_ended uuid[];
@@ -87,7 +87,7 @@ comment on function orchestrator.end_events(uuid[], text, uuid) is
 create or replace function orchestrator.cancel_event(p_event_id uuid default null, p_external_job_id text default null)
 returns table (event_id uuid, result text, status text)
 language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 #variable_conflict use_column
 declare
   v_ids uuid[];
@@ -117,7 +117,7 @@ comment on function orchestrator.cancel_event(uuid, text) is
 -- An id that a program of another version gave may be that of the other formula: only the events of its millisecond can have it.
 create or replace function orchestrator.find_events(p_event_id uuid, p_external_job_id text) returns table (id uuid, scheduled_at timestamptz)
 language plpgsql stable security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_at constant timestamptz := uuid_extract_timestamp(p_event_id);
 begin

@@ -5,7 +5,7 @@ create or replace function orchestrator.reschedule_event(
   p_event_id uuid default null, p_scheduled_at timestamptz default null, p_external_job_id text default null, p_expires_at timestamptz default null)
 returns table (event_id uuid, result text, status text, successor uuid, field text, reason text)
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_ids uuid[];
   v_live uuid[];

@@ -3,7 +3,8 @@
 -- Locks every timer it may change first, in the order of event_id, as cancel_event() and finish_events() do.
 -- Memoize off: the planner does not see that what it would remember changes, and a repeated command got the answer of the first.
 create or replace function orchestrator.execute_commands(p_topic text, p_commands jsonb) returns integer
-language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set enable_memoize = off as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set enable_memoize = off
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
   v_answered integer;
@@ -13,8 +14,10 @@ begin
     select (c ->> 'event_id')::uuid from jsonb_array_elements(p_commands) c where c ? 'event_id' and not c ? 'problem'
     union
     select e.id from jsonb_array_elements(p_commands) c
-    join orchestrator.event e on hashtextextended(e.external_job_id, 0) = hashtextextended(c ->> 'external_job_id', 0)
-      and e.external_job_id = c ->> 'external_job_id'
+    cross join lateral (
+      select e.id from orchestrator.event e
+      where hashtextextended(e.external_job_id, 0) = hashtextextended(c ->> 'external_job_id', 0) and e.external_job_id = c ->> 'external_job_id'
+      offset 0) e
     where not c ? 'problem'))
   order by t.event_id
   for update;

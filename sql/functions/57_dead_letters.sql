@@ -3,7 +3,7 @@
 -- The caller looks only at events that have died, and so at one partition for each. p_due_at: an element for each id.
 create or replace function orchestrator.redrive(p_ids uuid[], p_due_at timestamptz[]) returns uuid[]
 language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
   v_ids uuid[];
@@ -13,17 +13,20 @@ declare
 begin
   with gone as (
     delete from orchestrator.dead_letter d
-    using unnest(p_ids, p_due_at) as r (event_id, due_at), lateral (
-      select from orchestrator.event e
-      where e.id = r.event_id and e.scheduled_at >= uuid_extract_timestamp(r.event_id) and e.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms'
-        and (e.expires_at is null or e.expires_at > r.due_at)
-        and orchestrator.topic_fault(e.delivery_type, e.destination) is null) e
-    where d.event_id = r.event_id
-    returning d.event_id, d.scheduled_at, d.attempts, greatest(r.due_at, d.scheduled_at) as due_at
+    where d.event_id = any (array(
+      select r.event_id from unnest(p_ids, p_due_at) as r (event_id, due_at)
+      cross join lateral (
+        select from orchestrator.event e
+        where e.id = r.event_id and e.scheduled_at >= uuid_extract_timestamp(r.event_id) and e.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms'
+          and (e.expires_at is null or e.expires_at > r.due_at)
+          and orchestrator.topic_fault(e.delivery_type, e.destination) is null
+        limit 1) e))
+    returning d.event_id, d.scheduled_at, d.attempts
   )
-  select array_agg(g.event_id order by g.event_id), array_agg(g.scheduled_at order by g.event_id), array_agg(g.due_at order by g.event_id), array_agg(g.attempts order by g.event_id)
+  select array_agg(g.event_id order by g.event_id), array_agg(g.scheduled_at order by g.event_id)
+    , array_agg(greatest(r.due_at, g.scheduled_at) order by g.event_id), array_agg(g.attempts order by g.event_id)
   into v_ids, v_scheduled, v_due, v_attempts
-  from gone g;
+  from gone g join unnest(p_ids, p_due_at) as r (event_id, due_at) on r.event_id = g.event_id;
   if v_ids is null then
     return '{}';
   end if;
@@ -44,7 +47,7 @@ comment on function orchestrator.redrive(uuid[], timestamptz[]) is
 create or replace function orchestrator.redrive_event(p_event_id uuid)
 returns table (event_id uuid, result text, status text)
 language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_id constant uuid := (select e.id from orchestrator.find_events(p_event_id, null) e);
 begin
@@ -66,7 +69,8 @@ comment on function orchestrator.redrive_event(uuid) is
   'Has a dead event tried again at once, with as many attempts as it had at first. One row: redriven, not_dead, expired (past its expires_at), refused (its topic is no destination) or purged, and the status it has; no row: there is no such event';
 
 create or replace function orchestrator.pass_dead_letter(p_event_id uuid) returns boolean
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_ordering bigint;
 begin
@@ -108,7 +112,9 @@ create or replace function orchestrator.list_dead_letters(
   p_limit integer default 100, p_before_died_at timestamptz default null, p_before_id uuid default null, p_source text default null, p_destination text default null
 , p_died_from timestamptz default null, p_died_until timestamptz default null, p_reason text default null)
 returns setof json
-language plpgsql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+language plpgsql stable security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
+set plan_cache_mode = force_custom_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off
+set enable_sort = off set enable_incremental_sort = off as $$
 declare
   v_name constant text := case when p_destination is not null then orchestrator.as_destination(p_destination) end;
 begin
@@ -128,7 +134,8 @@ create or replace function orchestrator.redrive_dead_letters(
   p_source text default null, p_destination text default null, p_died_from timestamptz default null, p_died_until timestamptz default null, p_reason text default null
 , p_rate double precision default null, p_dry_run boolean default false, p_limit integer default 10000, p_after uuid default null, p_start_at timestamptz default null)
 returns table (seen bigint, matched bigint, redriven bigint, examples uuid[], next_after uuid, next_start_at timestamptz)
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_start_at constant timestamptz := greatest(p_start_at, orchestrator.now());
   v_found record;
@@ -159,7 +166,8 @@ create or replace function orchestrator.purge_dead_letters(
   p_source text default null, p_destination text default null, p_died_from timestamptz default null, p_died_until timestamptz default null, p_reason text default null
 , p_dry_run boolean default false, p_limit integer default 10000, p_after uuid default null)
 returns table (seen bigint, matched bigint, purged bigint, examples uuid[], next_after uuid)
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_found record;
   v_orderings bigint[];

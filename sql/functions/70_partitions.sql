@@ -91,7 +91,8 @@ comment on function orchestrator.open_days(date[], timestamptz) is
   'Makes the partitions of those days that are kept and begin by tomorrow: whatever maintenance missed, an event that is due has its place';
 
 create or replace function orchestrator.attach_partitions(p_now timestamptz) returns integer
-language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
+set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_parent text;
   v_day date;
@@ -120,7 +121,8 @@ comment on function orchestrator.attach_partitions(timestamptz) is
 
 -- Nobody waits for it longer than for the two locks it waits for, and those it has only for a moment: it is the last that a transaction does.
 create or replace function orchestrator.retire_partition(p_now timestamptz, out detached integer, out dead_letters bigint)
-language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set lock_timeout = '40 ms' as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set lock_timeout = '40 ms'
+set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_day date;
   v_first uuid;

@@ -3,7 +3,8 @@
 -- Timers are in a wrong lane when their destination was given a lane, or lost one, after they were submitted. Claims move those they
 -- come across; this moves the rest, so that claims need not look any more. Whoever was submitting when the lanes changed must have ended.
 create or replace function orchestrator.settle_lanes(p_limit integer default 50000) returns bigint
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_nestloop = off set enable_mergejoin = off as $$
 declare
   v_rerouted_by xid8;
   v_ended boolean;
@@ -22,13 +23,12 @@ begin
     return 0;
   end if;
   with kind as materialized (
-    select t.lane, t.destination, (array_agg(t.event_id))[1] as event_id, (array_agg(t.scheduled_at))[1] as scheduled_at
-    from orchestrator.timer t group by t.lane, t.destination
+    select t.lane, t.destination, any_value(t.event_id) as event_id from orchestrator.timer t group by t.lane, t.destination
   ), wrong as materialized (
     select k.lane, k.destination, case when k.lane < 0 then -1 - r.lane else r.lane end as right_lane
     from kind k
-    join orchestrator.event e on e.id = k.event_id and e.scheduled_at = k.scheduled_at
-    cross join lateral (select orchestrator.lane_for(orchestrator.destination_name(e.delivery_type, e.destination)) as lane) r
+    cross join lateral orchestrator.destination_of(k.event_id) d
+    cross join lateral (select orchestrator.lane_for(d.name) as lane) r
     where k.lane <> case when k.lane < 0 then -1 - r.lane else r.lane end
   ), moved as (
     update orchestrator.timer t
@@ -63,12 +63,13 @@ end $$;
 comment on function orchestrator.settle_lanes(integer) is 'Moves up to p_limit timers to the lanes where they belong; once there are none left, claims stop looking for them, and lanes of deleted destinations go. Returns how many it moved';
 
 create or replace function orchestrator.forget_well_destinations() returns bigint
-language sql security definer set search_path = orchestrator, pg_temp as $$
+language sql security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off as $$
   select count(*) from orchestrator.destination d join orchestrator.lane l on l.name = d.name cross join orchestrator.now() as n (now)
   where not d.configured
     and case when case l.breaker
         when 'closed' then greatest(d.changed_at, l.failed_at, l.closed_at) < n.now - interval '10 min'
-        else l.open_until < n.now - interval '1 hour' and not exists (select from orchestrator.timer t where t.lane = l.lane)
+        else l.open_until < n.now - interval '1 hour' and (select true from orchestrator.timer t where t.lane = l.lane limit 1) is null
       end and orchestrator.try_destination(d.name) then orchestrator.forget_destination(d.name) end
 $$;
 comment on function orchestrator.forget_well_destinations() is 'Gives up the lanes of destinations that were never configured and have not failed for ten minutes. Returns how many';

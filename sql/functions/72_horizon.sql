@@ -2,7 +2,7 @@
 
 create or replace function orchestrator.move_horizon(p_limit integer default 20000) returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
-set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_days constant date[] := orchestrator.partition_days();
   v_end constant uuid := orchestrator.first_id((v_days[cardinality(v_days)] + 1)::timestamptz);
@@ -11,13 +11,13 @@ declare
   v_scheduled timestamptz[];
 begin
   with due as materialized (
-    select h.id, h.scheduled_at from orchestrator.horizon h
+    select h.id from orchestrator.horizon h
     where h.id < v_end and (h.scheduled_at at time zone 'UTC')::date = any (v_days)
     order by h.id
     limit p_limit
     for update skip locked
   ), gone as (
-    delete from orchestrator.horizon h using due d where h.id = d.id and h.scheduled_at = d.scheduled_at returning h.*
+    delete from orchestrator.horizon h where h.id = any (array(select d.id from due d)) returning h.*
   ), kept as (
     insert into orchestrator.event
       (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy, ordering_key, priority, spread, expires_at, predecessor, headers, payload)

@@ -73,8 +73,9 @@ end $$;
 comment on function orchestrator.raise_floors() is
   'Raises the floors of lanes to the first timer each has; at most once a second, by one session at a time, without waiting. Returns how many shared lanes have gained by it';
 
+-- Its callers pin its plan.
 create or replace function orchestrator.first_due(p_lane integer, p_floor timestamptz, p_priorities smallint[]) returns timestamptz
-language sql stable set search_path = orchestrator, pg_temp set enable_seqscan = off set enable_bitmapscan = off as $$
+language sql stable set search_path = orchestrator, pg_temp as $$
   select min(t.due_at) from unnest(p_priorities) as p (priority)
   cross join lateral (
     select t.due_at from orchestrator.timer t
@@ -93,7 +94,8 @@ comment on function orchestrator.reset_floors() is 'Has claims look at everythin
 
 -- Reads all that vacuum has not removed, so without a lock until something is found.
 create or replace function orchestrator.lower_floors() returns integer
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_lower integer;
 begin

@@ -6,7 +6,7 @@ return 1000;
 comment on function orchestrator.pairs_kept() is 'Pairs of source and destination that statistic_folded tells apart in a minute or hour; the others are summed by source under destination *';
 
 create or replace function orchestrator.add_statistics(p_minutes timestamptz[], p_names text[], p_sources text[], p_destinations text[], p_values bigint[]) returns void
-language sql security definer set search_path = orchestrator, pg_temp as $$
+language sql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off as $$
   with given as (
     select g.*, exists (
         select from orchestrator.statistic_folded t
@@ -29,7 +29,7 @@ comment on function orchestrator.add_statistics(timestamptz[], text[], text[], t
   'Adds counts to statistic_folded, one array element each; once a minute and name has pairs_kept() pairs, new ones go under destination *';
 
 create or replace function orchestrator.fold_statistics(p_now timestamptz) returns bigint
-language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off as $$
 declare
   v_folded bigint;
   v_kept_from constant timestamptz := orchestrator.first_day_kept(p_now)::timestamptz;
@@ -65,7 +65,7 @@ end $$;
 comment on function orchestrator.fold_statistics(timestamptz) is 'Folds deltas into statistic_folded, up to 500,000, and coarsens what is old. Returns how many deltas it folded';
 
 create or replace function orchestrator.coarsen_statistics(p_unit text, p_from timestamptz, p_until timestamptz) returns void
-language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off as $$
 declare
   v_minutes timestamptz[]; v_names text[]; v_sources text[]; v_destinations text[]; v_values bigint[];
 begin
@@ -91,7 +91,8 @@ comment on function orchestrator.coarsen_statistics(text, timestamptz, timestamp
 create or replace function orchestrator.statistics_by(
   p_from timestamptz default null, p_until timestamptz default null, p_by text[] default '{}', p_source text default null, p_destination text default null)
 returns table (minute timestamptz, name text, source text, destination text, value bigint)
-language plpgsql stable security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql stable security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off as $$
 #variable_conflict use_column
 declare
   v_until constant timestamptz := coalesce(p_until, orchestrator.now());

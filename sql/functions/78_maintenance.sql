@@ -125,7 +125,8 @@ comment on function orchestrator.run_maintenance(integer, integer) is
   'Does what is to be done once a minute: folds statistics, ends what has expired, drops, moves, makes and retires partitions, and mends what should not need it. Safe at any time, from anywhere; call it outside of a transaction. Bounded: when it says more, call it again. p_days_ahead and p_retention_days are kept as configure_retention() does. Says what it did, as table maintenance_run does';
 
 create or replace function orchestrator.advance_waiting() returns bigint
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_orderings constant bigint[] := array(
     select o.ordering from (select distinct t.ordering from orchestrator.timer t where t.lane < 0) o
@@ -153,7 +154,8 @@ comment on function orchestrator.forget_runs(timestamptz) is 'Deletes rows of ma
 
 -- Days of the horizon that were overslept get their partitions too: their events are late, not lost.
 create or replace function orchestrator.make_ready(p_now timestamptz) returns bigint
-language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
+set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_control orchestrator.control;
   v_overslept date;

@@ -7,14 +7,22 @@ import base64
 import hmac
 import shutil
 import socket
-import subprocess
+import struct
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
-from ssl import PROTOCOL_TLS_SERVER, SSLContext
+from ssl import (
+    ALERT_DESCRIPTION_UNRECOGNIZED_NAME,
+    CERT_REQUIRED,
+    PROTOCOL_TLS_SERVER,
+    SSLContext,
+    SSLError,
+    TLSVersion,
+)
 from typing import Any
 
 import pytest
@@ -24,7 +32,9 @@ from orchestrator.dispatch.attempt import Attempted
 from orchestrator.dispatch.http import Delivery, HttpSender
 from orchestrator.dispatch.lines import destination_name
 from orchestrator.errors import OwnFaultError
+from orchestrator.event_rules import RESERVED_HEADERS
 from orchestrator.urls import url_fault
+from tests.support.certificates import Authority
 from tests.support.scripted_receiver import Receiver, Request, raw, reply
 
 KEY = b"0123456789abcdef0123456789abcdef"
@@ -110,16 +120,8 @@ async def test_without_secrets_the_signature_is_left_out(receiver: Receiver) -> 
 
 
 async def test_an_events_own_headers_are_added_but_override_none_of_ours(receiver: Receiver) -> None:
-    ours = [
-        "Host",
-        "Content-Length",
-        "Transfer-Encoding",
-        "Connection",
-        "Content-Type",
-        "User-Agent",
-        "Expect",
-    ]
-    ours += ["Webhook-Id", "WEBHOOK-SIGNATURE", "Webhook-Other", "Orchestrator-Attempt", "Content-Encoding"]
+    ours = [name.title() for name in RESERVED_HEADERS]
+    ours += ["Webhook-Id", "WEBHOOK-SIGNATURE", "Webhook-Other", "Orchestrator-Attempt", "Proxy-Authorization"]
     await send(SETTINGS, receiver.url, {"X-Tenant": "ocean", "authorization": "Bearer ü"})
     await send(SETTINGS, receiver.url, dict.fromkeys(ours, "forged") | {"X-Tenant": "ocean"})
     first, second = (request.headers for request in receiver.requests)
@@ -207,7 +209,6 @@ async def test_a_4xx_is_final(receiver: Receiver, sender: HttpSender, status: in
         (502, "HTTP 502 Bad Gateway"),
         (503, "HTTP 503 Service Unavailable"),
         (599, "HTTP 599"),
-        (700, "HTTP 700"),
     ],
 )
 async def test_these_are_worth_another_attempt_when_the_receiver_says(
@@ -216,6 +217,19 @@ async def test_these_are_worth_another_attempt_when_the_receiver_says(
     receiver.answer = reply(status, "Retry-After: 17", body=b"busy")
     attempted = await sender.send(delivery(receiver.url))
     assert attempted == Attempted("retry", status, error, "busy", 17.0)
+
+
+@pytest.mark.parametrize("status", [b"101", b"600", b"999", b"000", b"099"])
+async def test_any_other_status_is_final(receiver: Receiver, sender: HttpSender, status: bytes) -> None:
+    receiver.answer = raw(b"HTTP/1.1 %b Whatever\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n" % status)
+    attempted = await sender.send(delivery(receiver.url))
+    assert (attempted.verdict, attempted.status_code, attempted.retry_after_s) == ("fail", int(status), None)
+    assert (attempted.error or "").startswith("HTTP " + status.decode())
+
+
+async def test_of_repeated_wishes_the_longest_counts(receiver: Receiver, sender: HttpSender) -> None:
+    receiver.answer = reply(503, "Retry-After: 5", "Retry-After: soon", "Retry-After: 20")
+    assert (await sender.send(delivery(receiver.url))).retry_after_s == 20.0
 
 
 async def test_retry_after_may_be_a_date(receiver: Receiver, sender: HttpSender) -> None:
@@ -313,17 +327,62 @@ async def test_idle_connections_to_many_hosts_are_bounded_too() -> None:
 
 async def test_a_connection_that_went_stale_costs_no_attempt(receiver: Receiver, sender: HttpSender) -> None:
     async def answer(request: Request, writer: asyncio.StreamWriter) -> None:
-        # The second request on a connection finds it closed, as after an idle timeout at the far end.
-        if sum(request.connection == earlier.connection for earlier in receiver.requests) > 1:
-            writer.close()
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        await writer.drain()
+        writer.close()  # without a word, as after an idle timeout at the far end
+
+    receiver.answer = answer
+    for connection in (1, 2, 3):
+        assert await sender.send(delivery(receiver.url)) == Attempted("delivered", 204)
+        await receiver.until(lambda r: r.open_connections == 0)
+        assert receiver.connections == connection
+    assert len(receiver.requests) == 3
+
+
+async def test_a_request_that_was_read_is_not_sent_again_in_the_same_attempt(
+    receiver: Receiver, sender: HttpSender
+) -> None:
+    async def answer(request: Request, writer: asyncio.StreamWriter) -> None:
+        if len(receiver.requests) > 1:
+            # Resets the kept connection after the request was read.
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
         else:
             writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
 
     receiver.answer = answer
-    for _ in range(2):
-        assert await sender.send(delivery(receiver.url)) == Attempted("delivered", 204)
-    assert [request.connection for request in receiver.requests] == [1, 1, 2]
-    assert len({request.headers["webhook-id"] for request in receiver.requests}) == 1
+    assert await sender.send(delivery(receiver.url)) == Attempted("delivered", 204)
+    attempted = await sender.send(delivery(receiver.url))
+    place = f"127.0.0.1:{receiver.port}"
+    assert attempted == Attempted("retry", error=f"connection closed by {place} before it answered")
+    assert [request.connection for request in receiver.requests] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "unasked",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 2",
+        b"\r\n",
+        b"garbage",
+    ],
+)
+async def test_a_connection_that_spoke_unasked_is_not_used_again(
+    receiver: Receiver, sender: HttpSender, unasked: bytes
+) -> None:
+    async def answer(request: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.02)  # a segment of its own
+        writer.write(unasked)
+
+    receiver.answer = answer
+    assert (await sender.send(delivery(receiver.url))).status_code == 204
+    await asyncio.sleep(0.1)
+    receiver.answer = reply(503)
+    assert (await sender.send(delivery(receiver.url))).status_code == 503
+    assert [request.connection for request in receiver.requests] == [1, 2]
 
 
 async def test_a_receiver_that_hangs_up_on_a_new_connection_is_not_asked_twice(
@@ -426,9 +485,13 @@ async def test_a_receiver_that_does_not_read_is_left_when_the_time_is_up() -> No
 
 
 async def test_a_receiver_that_drips_its_header_is_left_when_the_time_is_up(receiver: Receiver) -> None:
-    receiver.answer = _drip(b"HTTP/1.1 200 OK\r\nx: ")
+    receiver.answer = _drip(b"HTTP/1.1 200 O")
     attempted, took_s = await _timed(HASTY, receiver.url)
     assert attempted == Attempted("retry", error="timeout: no complete response within 0.3 s")
+    assert took_s < 1.0
+    receiver.answer = _drip(b"HTTP/1.1 200 OK\r\nx: ")
+    attempted, took_s = await _timed(HASTY, receiver.url)
+    assert attempted == Attempted("delivered", 200, "HTTP 200 OK; its answer was not complete within 0.3 s")
     assert took_s < 1.0
 
 
@@ -475,10 +538,87 @@ async def test_the_status_decides_when_the_connection_breaks_inside_the_body(
     receiver: Receiver, sender: HttpSender, rest: bytes
 ) -> None:
     receiver.answer = raw(b"HTTP/1.1 200 OK\r\n" + rest, close=True)
-    assert await sender.send(delivery(receiver.url)) == Attempted("delivered", 200)
+    note = "; its body was broken or cut short"
+    assert await sender.send(delivery(receiver.url)) == Attempted("delivered", 200, "HTTP 200 OK" + note)
     receiver.answer = raw(b"HTTP/1.1 500 Oops\r\n" + rest, close=True)
     attempted = await sender.send(delivery(receiver.url))
-    assert attempted == Attempted("retry", 500, "HTTP 500 Internal Server Error", "half")
+    assert attempted == Attempted("retry", 500, "HTTP 500 Internal Server Error" + note, "half")
+
+
+ODD = {
+    "a 204 with a body": b"204 No Content\r\ncontent-length: 5\r\n\r\nhello",
+    "a content-length that is no number": b"200 OK\r\ncontent-length: x\r\n\r\n",
+    "a negative content-length": b"200 OK\r\ncontent-length: -1\r\n\r\n",
+    "two content-lengths": b"200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab",
+    "content-length beside chunks": b"200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "a bad chunk": b"200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\nhalf\r\n",
+    "a body cut short": b"200 OK\r\ncontent-length: 100\r\n\r\nhalf",
+    "a long header": b"200 OK\r\nx: " + b"y" * 200_000 + b"\r\n\r\n",
+    "many headers": b"200 OK\r\n" + b"x: y\r\n" * 5000 + b"\r\n",
+    "a header without a name": b"200 OK\r\n: x\r\n\r\n",
+    "a header without a colon": b"200 OK\r\nnonsense\r\n\r\n",
+    "a folded header": b"200 OK\r\nx: a\r\n b\r\ncontent-length: 0\r\n\r\n",
+    "a NUL in a header": b"200 OK\r\nx: \0\r\n\r\n",
+    "a header in UTF-8": "200 OK\r\nx-größe: groß\r\ncontent-length: 0\r\n\r\n".encode(),
+    "line feeds alone": b"200 OK\ncontent-length: 0\n\n",
+    "no reason": b"200\r\ncontent-length: 0\r\n\r\n",
+    "a reason in Latin-1": b"200 tr\xe8s bien\r\ncontent-length: 0\r\n\r\n",
+    "nothing after the status line": b"200 OK\r\n",
+    "garbage after the body": b"200 OK\r\ncontent-length: 2\r\n\r\nok and more",
+    "a second answer": b"200 OK\r\ncontent-length: 0\r\n\r\nHTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n",
+    "interim answers before": b"100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nx: y\r\n\r\nHTTP/1.1 200 OK\r\nbad\r\n\r\n",
+    "a lie about its encoding": b"200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\nno",
+}
+WAITED_FOR = {"a body cut short", "nothing after the status line"}  # unless the connection ends
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.1 ", b"HTTP/1.0 ", b"http/1.1 ", b"HTTP/2 "])
+@pytest.mark.parametrize("close", [True, False])
+async def test_a_complete_status_line_decides_whatever_follows(
+    receiver: Receiver, sender: HttpSender, version: bytes, close: bool
+) -> None:
+    wrong = {}
+    for name, answer in ODD.items():
+        if not close and name in WAITED_FOR:
+            continue
+        receiver.answer = raw(version + answer, close=close)
+        attempted = await sender.send(delivery(receiver.url))
+        if attempted[:2] != ("delivered", 204 if "204" in name else 200):
+            wrong[name] = attempted
+        receiver.answer = raw(version + answer.replace(b"200", b"503").replace(b"204", b"503"), close=close)
+        attempted = await sender.send(delivery(receiver.url))
+        if attempted[:2] != ("retry", 503):
+            wrong[f"503, {name}"] = attempted
+    assert wrong == {}
+    assert len({request.body for request in receiver.requests}) == 1
+
+
+async def test_what_was_odd_about_an_answer_is_noted(receiver: Receiver, sender: HttpSender) -> None:
+    receiver.answer = raw(b"HTTP/1.1 204 No Content\r\nbad header\r\n\r\n")
+    attempted = await sender.send(delivery(receiver.url))
+    assert attempted[:2] == ("delivered", 204)
+    assert str(attempted.error).startswith("HTTP 204 No Content; its answer broke the rules of HTTP: ")
+    receiver.answer = raw(b"HTTP/1.1 503 Busy\r\nRetry-After: 30\r\nbad header\r\n\r\n")
+    attempted = await sender.send(delivery(receiver.url))
+    assert (attempted.status_code, attempted.retry_after_s) == (503, 30.0)
+    receiver.answer = raw(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nbad header\r\n\r\n")
+    attempted = await sender.send(delivery(receiver.url))
+    assert attempted[:2] == ("fail", 302)
+    assert "redirect to '/x' is not followed" in str(attempted.error)
+
+
+async def test_interim_answers_without_an_end_are_cut_off(receiver: Receiver, sender: HttpSender) -> None:
+    async def flood(request: Request, writer: asyncio.StreamWriter) -> None:
+        while not writer.is_closing():
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
+            await writer.drain()
+
+    receiver.answer = flood
+    attempted, took_s = await _timed(SETTINGS, receiver.url)
+    place = f"127.0.0.1:{receiver.port}"
+    assert attempted == Attempted("retry", error=f"{place} answered with something that is not HTTP")
+    assert took_s < 3.0
+    await receiver.until(lambda r: r.open_connections == 0)
 
 
 @pytest.mark.parametrize(
@@ -486,8 +626,13 @@ async def test_the_status_decides_when_the_connection_breaks_inside_the_body(
     [
         b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
         b"HTTP/1.1 abc\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nx: " + b"y" * 200_000 + b"\r\n\r\n",
+        b"HTTP/1.1 99 Low\r\n\r\n",
+        b"HTTP/1.1 1000 High\r\n\r\n",
+        b"HTTP/1.1 2000\r\n\r\n",
+        b"HTTP/1.1 -200 OK\r\n\r\n",
+        b"HTTP 200 OK\r\n\r\n",
+        b"200 OK\r\n\r\n",
+        b"<html>200 OK</html>\r\n",
     ],
 )
 async def test_an_answer_that_is_not_http_is_retried(receiver: Receiver, sender: HttpSender, answer: bytes) -> None:
@@ -501,47 +646,135 @@ async def test_an_answer_that_is_not_http_is_retried(receiver: Receiver, sender:
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("needs the openssl program to make a certificate")
-    both = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*command, "-keyout", both, "-out", f"{both}.crt"], check=True, capture_output=True)
-    both.write_text(both.read_text() + Path(f"{both}.crt").read_text())
-    return both
+        pytest.skip("needs the openssl program to make certificates")
+    return Authority(openssl, tmp_path_factory.mktemp("tls"))
 
 
-async def test_tls_is_spoken_to_a_trusted_receiver_and_no_other(
-    certificate: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def speaks(certificate: Path) -> SSLContext:
     tls = SSLContext(PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
+    return tls
+
+
+async def answer_over(tls: SSLContext, host: str = "127.0.0.1") -> tuple[Attempted, str, int]:
+    """What comes of a delivery to a receiver that speaks it, what the receiver is called, and its requests."""
     async with Receiver(tls=tls) as receiver:
-        url = receiver.url.replace("http:", "https:")
-        place = f"127.0.0.1:{receiver.port}"
-        attempted = await send(SETTINGS, url)
-        assert attempted == Attempted("retry", error=f"the certificate of {place} is not trusted")
-        monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
-        monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/authorities.pem")
-        with pytest.raises(OwnFaultError, match="no certificates of authorities"):  # nobody can be trusted then
-            await send(SETTINGS, url)
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        assert await send(SETTINGS, url) == Attempted("delivered", 204)
-        assert len(receiver.requests) == 1
+        attempted = await send(SETTINGS, f"https://{host}:{receiver.port}/hook")
+        return attempted, f"{host}:{receiver.port}", len(receiver.requests)
 
 
-async def test_a_receiver_that_does_not_speak_tls_is_retried() -> None:
+async def test_tls_is_spoken_to_a_trusted_receiver(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.trusted))
+    attempted, _, requests = await answer_over(speaks(authority.certificate("good")))
+    assert attempted == Attempted("delivered", 204)
+    assert requests == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        ({"from_days": -3, "days": -1}, "it has expired"),
+        ({"from_days": 1, "days": 3}, "it is not valid yet"),
+        ({"subject_alt_name": "DNS:other.example"}, "it is for another address"),
+        ({"subject_alt_name": "IP:127.0.0.2"}, "it is for another address"),
+    ],
+)
+async def test_a_certificate_that_is_not_trusted_is_said_to_be_so_and_why(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, made: dict[str, Any], why: str
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.trusted))
+    attempted, place, requests = await answer_over(speaks(authority.certificate("bad", **made)))
+    assert attempted == Attempted("retry", error=f"the certificate of {place} is not trusted: {why}")
+    assert requests == 0
+
+
+async def test_an_issuer_that_nobody_knows_is_named_as_the_cause(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempted, place, _ = await answer_over(speaks(authority.certificate("unknown")))
+    assert str(attempted.error).startswith(f"the certificate of {place} is not trusted: its issuer is unknown")
+    attempted, place, _ = await answer_over(speaks(authority.self_signed("alone")))
+    assert attempted.error == f"the certificate of {place} is not trusted: it is self-signed"
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.trusted))
+    wrong_host = speaks(authority.certificate("host", subject_alt_name="DNS:other.example"))
+    attempted, place, _ = await answer_over(wrong_host, host="localhost")
+    assert attempted.error == f"the certificate of {place} is not trusted: it is for another host name"
+
+
+async def test_where_nobody_is_trusted_the_fault_is_this_machines(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/authorities.pem")
+    with pytest.raises(OwnFaultError, match="no certificates of authorities"):
+        await answer_over(speaks(authority.certificate("good")))
+
+
+def refuse_one(listener: socket.socket, tls: SSLContext) -> None:
+    """Answers one connection as OpenSSL does, which asyncio does not: with an alert that says why."""
+    connection, _ = listener.accept()
+    with connection, suppress(SSLError):
+        secure = tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        with secure:
+            secure.do_handshake()
+            secure.recv(1)
+
+
+@pytest.mark.parametrize("version", [TLSVersion.TLSv1_2, TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("reason", ["client certificate", "no such host name", "version of TLS"])
+async def test_what_a_receiver_will_not_speak_is_named(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, version: TLSVersion, reason: str
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.trusted))
+    tls = speaks(authority.certificate("picky", subject_alt_name="DNS:localhost"))
+    tls.maximum_version = version
+    if reason == "client certificate":
+        tls.verify_mode = CERT_REQUIRED
+        tls.load_verify_locations(authority.trusted)
+    elif reason == "no such host name":
+        tls.sni_callback = lambda *_: ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            tls.minimum_version, tls.maximum_version = TLSVersion.TLSv1, TLSVersion.TLSv1_1
+        tls.set_ciphers("ALL:@SECLEVEL=0")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        refused = asyncio.get_running_loop().run_in_executor(None, refuse_one, listener, tls)
+        attempted = await send(SETTINGS, f"https://localhost:{port}/")
+        await refused
+    assert attempted.verdict == "retry"
+    assert str(attempted.error).startswith(f"no TLS connection with localhost:{port}: the receiver ")
+    assert reason in str(attempted.error)
+
+
+@pytest.mark.parametrize(
+    ("hello", "why"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "the receiver does not speak TLS on this port"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "the receiver does not speak TLS on this port"),
+        # An alert: protocol_version, handshake_failure, internal_error.
+        (b"\x15\3\1\0\2\2\x46", "the receiver speaks no version of TLS that is used here (1.2 and 1.3)"),
+        (b"\x15\3\3\0\2\2\x28", "the receiver accepts nothing that was offered; it may want a client certificate"),
+        (b"\x15\3\3\0\2\2\x50", "tlsv1 alert internal error"),
+    ],
+)
+async def test_a_receiver_that_answers_a_tls_hello_with_something_else_is_retried_and_says_why(
+    hello: bytes, why: str
+) -> None:
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(5)
-        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.write(hello)
+        await reader.read()
         writer.close()
 
     async with await asyncio.start_server(plain, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         attempted = await send(SETTINGS, f"https://127.0.0.1:{port}/")
-    assert attempted == Attempted("retry", error=f"no TLS connection with 127.0.0.1:{port}")
+    assert attempted == Attempted("retry", error=f"no TLS connection with 127.0.0.1:{port}: {why}")
 
 
 # Where deliveries may not go

@@ -6,7 +6,7 @@ import math
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -272,6 +272,56 @@ def test_what_a_receiver_asks_for_is_heeded_up_to_the_bound(
     client.rows("update orchestrator.retry_policy set initial_delay = '0 s'")
     [answer] = client.finish(results(claimed(client), "retry", retry_after=retry_after))
     assert (answer.result, answer.due_at) == ("retried", NOON + seconds(delay_s))
+
+
+def delays_until_dead(client: Client, uid: str, at: datetime) -> list[float]:
+    """The seconds from each failure to when the next attempt is due; every attempt fails at once."""
+    delays: list[float] = []
+    while True:
+        [lease] = client.at(at).claim()
+        [finish] = client.finish(results([lease], "retry"))
+        assert finish.event_id == uid
+        if finish.due_at is None:
+            return delays
+        delays.append((finish.due_at - at).total_seconds())
+        at = finish.due_at
+
+
+def test_after_a_redrive_the_backoff_begins_again_and_attempt_numbers_go_on(client: Client) -> None:
+    client.rows(
+        """insert into orchestrator.retry_policy (name, initial_delay, multiplier, max_delay, jitter)
+        values ('doubling', '1 s', 2, '1 hour', 0)"""
+    )
+    uid = client.schedule(retry_policy="doubling", max_retries=3)
+    assert delays_until_dead(client, uid, NOON) == [1, 2, 4]
+    at = NOON + seconds(600)
+    assert client.at(at).value("select result from orchestrator.redrive_event(%s)", uid) == "redriven"
+    assert delays_until_dead(client, uid, at) == [1, 2, 4]
+    attempts = [attempt for attempt, result in client.outcomes(uid) if result != "redriven"]
+    assert attempts == list(range(1, 9))
+
+
+def test_leases_that_were_handed_back_do_not_lengthen_the_backoff(client: Client) -> None:
+    client.rows(
+        "insert into orchestrator.retry_policy (name, jitter, schedule) values ('steps', 0, '{1 s,5 s,1 hour}')"
+    )
+    uid = client.schedule(retry_policy="steps", max_retries=2)
+    for _ in range(7):
+        client.release(client.claim())
+    assert delays_until_dead(client, uid, NOON) == [1, 5]
+
+
+def test_what_was_odd_about_the_answer_to_a_delivered_attempt_is_kept(client: Client) -> None:
+    ids = client.schedule_many(3)
+    leases = client.claim()
+    odd = [*results(leases[:1], "delivered", status_code=204, error="HTTP 204 No Content; odd"), *results(leases[1:])]
+    assert client.finish(odd) == []
+    assert [client.status(uid) for uid in ids] == ["delivered"] * 3
+    shown = {uid: client.get(uid)["outcomes"][0] for uid in ids}
+    assert shown.pop(leases[0].event_id)["error"] == "HTTP 204 No Content; odd"
+    assert {outcome["error"] for outcome in shown.values()} == {None}
+    assert client.totals() == {"accepted": 3, "delivered": 3}
+    assert client.finish(odd) == []  # repeated, as after a lost reply
 
 
 def test_without_any_policy_a_failed_event_is_still_retried(client: Client) -> None:

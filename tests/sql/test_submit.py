@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString
@@ -12,7 +12,10 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.types.json import Jsonb
 
+from orchestrator.dispatch.request import custom_headers
+from orchestrator.event_rules import RESERVED_HEADER_PREFIXES, RESERVED_HEADERS, headers_fault
 from orchestrator.events import Submission, copy_row, event_id, random_event_id
 from tests.sql.conftest import Connect
 from tests.support.sql_client import HOST, NOON, Client, event, results, seconds
@@ -306,6 +309,32 @@ def test_anything_but_an_array_is_an_error(client: Client, document: Any) -> Non
 def test_an_empty_array_is_no_work(client: Client) -> None:
     assert client.submit() == []
     assert client.totals() == {}
+
+
+FREE = [
+    *("accept", "accept-encoding", "authorization", "cookie", "date", "forwarded", "from", "idempotency-key", "origin"),
+    *("referer", "via", "x-forwarded-for", "x-webhook-id", "content-language", "content-digest", "proxy", "webhook"),
+]
+RESERVED = [*RESERVED_HEADERS, *(f"{prefix}any" for prefix in RESERVED_HEADER_PREFIXES), "proxy-authorization"]
+
+
+@pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
+def test_headers_are_reserved_alike_in_sql_over_the_api_and_on_delivery(
+    client: Client, change: Callable[[str], str]
+) -> None:
+    for name in [*RESERVED, *FREE]:
+        headers = {change(name): "x"}
+        in_sql = client.value("select orchestrator.check_headers(%s)", Jsonb(headers))
+        of_secrets = client.value("select orchestrator.check_secrets('a.example', null, %s)", Jsonb(headers))
+        refused = "header: it is set on delivery"
+        if name in RESERVED:
+            assert refused in (in_sql or ""), name
+            assert refused in (of_secrets or ""), name
+            assert refused in (headers_fault(headers) or ""), name
+            assert custom_headers(headers) == {}, name
+        else:
+            assert (in_sql, of_secrets, headers_fault(headers)) == (None, None, None), name
+            assert custom_headers(headers) == {name: "x"}
 
 
 def test_headers_that_a_client_may_set_are_kept(client: Client) -> None:
