@@ -255,6 +255,8 @@ declare
   v_waiting bigint;
   v_instead text;
 begin
+  -- First, as everywhere: whoever makes or deletes a destination has this before its row.
+  perform pg_advisory_xact_lock(hashtext('orchestrator.destination'), hashtext(v_name));
   perform from orchestrator.destination d where d.name = v_name and d.configured for update;
   if not found then
     return;

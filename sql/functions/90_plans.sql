@@ -11,7 +11,7 @@ declare
     "enable_seqscan": "on", "enable_bitmapscan": "on", "enable_indexscan": "on", "enable_indexonlyscan": "on", "enable_tidscan": "on",
     "enable_sort": "on", "enable_incremental_sort": "on", "enable_hashagg": "on", "enable_partition_pruning": "on",
     "enable_partitionwise_join": "off", "enable_partitionwise_aggregate": "off", "join_collapse_limit": "8", "from_collapse_limit": "8",
-    "seq_page_cost": "1", "random_page_cost": "4", "cpu_tuple_cost": "0.01", "cpu_index_tuple_cost": "0.005", "cpu_operator_cost": "0.0025"}';
+    "seq_page_cost": "1", "random_page_cost": "4", "cpu_tuple_cost": "0.01", "cpu_index_tuple_cost": "0.005", "cpu_operator_cost": "0.0025", "effective_cache_size": "4GB"}';
   v_clauses text;
   v_function regprocedure;
 begin

@@ -269,8 +269,8 @@ def _blocks(node: dict[str, Any]) -> int:
     return int(node.get("Shared Hit Blocks", 0) + node.get("Shared Read Blocks", 0))
 
 
-def _touched(client: Client, work: Step) -> tuple[float, int]:
-    """The rows that all nodes of all statements handled, and the blocks that the largest statement read."""
+def _touched(client: Client, work: Step) -> tuple[float, int, str]:
+    """The rows that all nodes of all statements handled, the blocks that the largest read, and that with most rows."""
     documents: list[dict[str, Any]] = []
 
     def gather(message: Any) -> None:
@@ -288,7 +288,8 @@ def _touched(client: Client, work: Step) -> tuple[float, int]:
         client.rows("set auto_explain.log_min_duration = -1")
         client.rows("set client_min_messages = warning")
     plans = [document["Plan"] for document in documents]
-    return sum(map(_rows, plans)), max(map(_blocks, plans))
+    largest = max(documents, key=lambda document: _rows(document["Plan"]))
+    return sum(map(_rows, plans)), max(map(_blocks, plans)), json.dumps(largest)
 
 
 def _open(url: str, settings: dict[str, str]) -> Client:
@@ -328,12 +329,12 @@ def test_a_call_reads_what_it_is_for_whenever_its_plan_was_made(
         for number, (name, client) in enumerate(clients.items()):
 
             def see(what: str, work: Step, client: Client = client, name: str = name) -> None:
-                rows, blocks = _touched(client, work)
+                rows, blocks, largest = _touched(client, work)
                 most = (
                     MANY * (PER_LOOK if what.startswith(("claim", "finish", "submit again")) else PER_ITEM) + PER_CALL
                 )
                 if rows > most or blocks > most:
-                    too_much.append(f"{name}: {what}: {rows:.0f} rows, {blocks} blocks")
+                    too_much.append(f"{name}: {what}: {rows:.0f} rows, {blocks} blocks: {largest}")
 
             _run(client, MANY, f"late-{number}", see)
     assert not too_much, "\n".join(too_much)

@@ -190,12 +190,15 @@ def test_a_filter_must_be_given(client: Client) -> None:
     assert client.status(uid) == "scheduled"
 
 
-def test_a_dry_run_takes_no_lock(connect: Connect) -> None:
+def test_a_dry_run_takes_no_lock_and_a_sweep_leaves_out_what_another_has(connect: Connect) -> None:
     client, holder = connect(), connect()
     uid = client.schedule(source="air")
     holder.rows("begin")
     holder.rows("select 1 from orchestrator.timer where event_id = %s for update", uid)
     client.rows("set lock_timeout = '1 ms'")
     assert cancel(client, source="air", dry_run=True).matched == 1
-    with pytest.raises(psycopg.errors.LockNotAvailable):
-        cancel(client, source="air")
+    client.rows("reset lock_timeout")
+    swept = cancel(client, source="air")
+    assert (swept.matched, swept.cancelled, swept.in_flight) == (1, 0, 0)
+    holder.rows("rollback")
+    assert cancel(client, source="air").cancelled == 1

@@ -184,11 +184,12 @@ def test_folding_beside_new_statistics_loses_none(connect: Connect) -> None:
 
 
 def test_maintenance_that_is_rolled_back_leaves_nothing(bare: Client) -> None:
+    runs = bare.value("select count(*) from orchestrator.maintenance_run")
     bare.rows("begin")
     bare.rows("select orchestrator.run_maintenance()")
     bare.rows("rollback")
     assert partitions(bare) == []
-    assert bare.value("select count(*) from orchestrator.maintenance_run where did ? 'partitions_created'") == 0
+    assert bare.value("select count(*) from orchestrator.maintenance_run") == runs
 
 
 def test_dropping_a_day_takes_its_events_and_outcomes_and_leaves_the_others(client: Client) -> None:

@@ -45,7 +45,7 @@ def test_the_view_says_when_each_is_due_and_who_holds_it(client: Client) -> None
         "scheduled": [0, NOON + seconds(300), None, None, None, None],
         "in_flight": [1, NOON + seconds(60), NOON + seconds(120), 1, None, None],
         "retrying": [1, NOON + seconds(90), None, None, 409, "refused"],
-        "delivered": [1, None, None, None, 409, None],
+        "delivered": [1, None, None, None, 409, "refused"],
         "dead": [1, None, None, None, 409, "refused"],
         "cancelled": [0, None, None, None, None, None],
     }
