@@ -21,7 +21,7 @@ comment on function orchestrator.open_staging() is
 
 -- A table of that name made by somebody else could run their code with this owner's rights.
 create or replace function orchestrator.check_staging() returns void
-language plpgsql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 begin
   if not exists (select from pg_class
                  where oid = to_regclass('pg_temp.submission') and relkind = 'r' and relowner = current_user::regrole) then
@@ -257,8 +257,7 @@ comment on function orchestrator.submit_staged() is
 -- The states are looked up in a statement of their own, which sees the duplicates that the first one waited for.
 create or replace function orchestrator.submit_staged_with_status()
 returns table (n integer, id uuid, result text, field text, reason text, status text)
-language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 #variable_conflict use_column
 declare
   v_numbers integer[]; v_ids uuid[]; v_results text[]; v_fields text[]; v_reasons text[];
@@ -266,14 +265,11 @@ begin
   select array_agg(k.n), array_agg(k.id), array_agg(k.result), array_agg(k.field), array_agg(k.reason)
   into v_numbers, v_ids, v_results, v_fields, v_reasons
   from orchestrator.keep_staged(null) k;
-  return query
-  select a.n, a.id, a.result, a.field, a.reason, s.status
-  from unnest(v_numbers, v_ids, v_results, v_fields, v_reasons) as a (n, id, result, field, reason)
-  left join lateral (
-    select s.status from orchestrator.event_status s
-    where a.result = 'duplicate' and s.id = a.id
-      and s.scheduled_at >= uuid_extract_timestamp(a.id) and s.scheduled_at < uuid_extract_timestamp(a.id) + interval '1 ms'
-    limit 1) s on true;
+  if v_numbers is not null then
+    return query
+    select a.n, a.id, a.result, a.field, a.reason, case when a.result = 'duplicate' then orchestrator.status_of(a.id) end
+    from unnest(v_numbers, v_ids, v_results, v_fields, v_reasons) as a (n, id, result, field, reason);
+  end if;
 end $$;
 comment on function orchestrator.submit_staged_with_status() is 'submit_staged(), with the state that each duplicate is in now';
 

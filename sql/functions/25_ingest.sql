@@ -131,7 +131,7 @@ end $$;
 comment on function orchestrator.set_aside_staged(text, integer[], integer[], bigint[], bytea[], bytea[]) is
   'Sets the rows of pg_temp.submission aside, with the record that each came from, by its number n';
 
--- One at a time, as each may wait; rows that another call has are left to it.
+-- One at a time, as each may wait, and by chance, so that those that wait for long keep nobody behind them; rows that another call has are left to it.
 create or replace function orchestrator.keep_aside(p_limit integer default 100, out kept bigint, out waiting bigint)
 language plpgsql security definer set search_path = orchestrator, pg_temp set lock_timeout = '20 ms' as $$
 declare
@@ -140,7 +140,8 @@ declare
 begin
   kept := 0;
   waiting := 0;
-  for v_row in select * from orchestrator.submission_aside order by aside limit p_limit for update skip locked loop
+  for v_row in select * from orchestrator.submission_aside order by random() limit p_limit for update skip locked loop
+    exit when waiting >= 10;
     begin
       perform orchestrator.open_staging();
       insert into pg_temp.submission
@@ -159,4 +160,4 @@ begin
   end loop;
 end $$;
 comment on function orchestrator.keep_aside(integer) is
-  'Submits up to p_limit records that were set aside, the oldest first; says how many became events, duplicates or rejects, and how many of them still wait for another session';
+  'Submits up to p_limit records that were set aside, until ten of them still wait for another session; says how many became events, duplicates or rejects, and how many waited';

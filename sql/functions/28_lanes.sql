@@ -172,8 +172,8 @@ begin
       , case when not w.fresh then l.window_attempts + b.attempts when b.failed > 0 then b.attempts else 0 end as window_attempts
       , case when w.fresh then b.failed else l.window_failures + b.failed end as window_failures
     from batch b
-    join orchestrator.lane l on l.lane = b.lane
-    join orchestrator.destination d on d.name = l.name
+    cross join lateral (select l.* from orchestrator.lane l where l.lane = b.lane limit 1) l
+    cross join lateral (select d.* from orchestrator.destination d where d.name = l.name limit 1) d
     cross join lateral (select l.window_at is null or l.window_at not between v_now - d.breaker_window and v_now as fresh) w
   ), decided as (
     select c.*
@@ -305,7 +305,7 @@ begin
             select orchestrator.pattern_lane(orchestrator.destination_name(e.delivery_type, e.destination))
             from orchestrator.event e where e.id = t.event_id and e.scheduled_at = t.scheduled_at) end
         , (t.destination & 63)::integer) as right_lane
-      from orchestrator.timer t left join orchestrator.lane own on own.hash = t.destination
+      from orchestrator.timer t left join lateral (select l.lane from orchestrator.lane l where l.hash = t.destination limit 1) own on true
       where t.ctid = any (p_at)
     ), moved as (
       update orchestrator.timer t
@@ -314,7 +314,7 @@ begin
       returning t.ctid as at, t.lane
     ), free as (
       select m.at from moved m
-      left join orchestrator.lane l on l.lane = m.lane
+      left join lateral (select l.* from orchestrator.lane l where l.lane = m.lane limit 1) l on true
       where m.lane < 64 or m.lane <> all (p_skip) and not l.limited and not p_bounded and l.breaker = 'closed' and l.paused_at is null
     )
     select array(select p.at from placed p where p.lane = p.right_lane) || array(select f.at from free f)
@@ -327,10 +327,10 @@ begin
   ), late as materialized (
     select t.at, t.scheduled_at + orchestrator.spread_shift(t.event_id, d.spread) as due_at
     from given t
-    join orchestrator.lane l on l.lane = t.lane
-    join orchestrator.destination d on d.name = l.name
-    join orchestrator.event e on e.id = t.event_id and e.scheduled_at = t.scheduled_at
-    where d.spread is not null and t.attempt = 0 and e.spread is null
+    cross join lateral (
+      select d.spread from orchestrator.lane l join orchestrator.destination d on d.name = l.name where l.lane = t.lane and d.spread is not null limit 1) d
+    cross join lateral (select e.spread from orchestrator.event e where e.id = t.event_id and e.scheduled_at = t.scheduled_at limit 1) e
+    where t.attempt = 0 and e.spread is null
       and t.due_at < t.scheduled_at + orchestrator.spread_shift(t.event_id, d.spread)
   ), put_off as (
     update orchestrator.timer t

@@ -7,21 +7,26 @@ language plpgsql security definer set search_path = orchestrator, pg_temp
 set enable_nestloop = off set enable_mergejoin = off as $$
 declare
   v_rerouted_by xid8;
+  v_known text[];
   v_ended boolean;
   v_moved bigint;
-  v_writers constant text[] := array(
-    select l.virtualtransaction from pg_locks l
-    where l.relation = 'orchestrator.timer'::regclass and l.locktype = 'relation' and l.database = (select d.oid from pg_database d where d.datname = current_database())
-      and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') and l.pid <> pg_backend_pid());
+  v_writers text[];
 begin
-  perform orchestrator.fold_notes() where exists (select from orchestrator.control_note);
-  -- No transaction of that time is open any more; or, while somebody leaves one open that has nothing to do with timers, none that wrote any.
-  select c.rerouted_by, c.rerouted_by < pg_snapshot_xmin(pg_current_snapshot()) or not coalesce(c.rerouted_writers, v_writers) && v_writers
-  into v_rerouted_by, v_ended
-  from orchestrator.control_now() c;
+  -- What this may change of lanes, others see when it has committed: the next run settles it.
+  if exists (select from orchestrator.control_note) then
+    perform orchestrator.fold_notes();
+    return 0;
+  end if;
+  select c.rerouted_by, c.rerouted_writers into v_rerouted_by, v_known from orchestrator.control c;
   if v_rerouted_by is null then
     return 0;
   end if;
+  -- Read after the lanes were seen to have changed: who begins to write later sees that, too. Prepared transactions have no process.
+  v_writers := array(
+    select l.virtualtransaction from pg_locks l
+    where l.relation = 'orchestrator.timer'::regclass and l.locktype = 'relation' and l.database = (select d.oid from pg_database d where d.datname = current_database())
+      and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') and l.pid is distinct from pg_backend_pid());
+  v_ended := not coalesce(v_known, v_writers) && v_writers;
   with kind as materialized (
     select t.lane, t.destination, any_value(t.event_id) as event_id from orchestrator.timer t group by t.lane, t.destination
   ), wrong as materialized (

@@ -64,8 +64,17 @@ begin
     return json_build_object('skipped', concat_ws('; ', 'another run_maintenance is at work', orchestrator.holders_text('10 s')));
   end if;
   perform orchestrator.configure_retention(p_retention_days, p_days_ahead, null, null) where num_nonnulls(p_retention_days, p_days_ahead) > 0;
+  begin
+    select a.kept, a.waiting into v_count, v_waiting from orchestrator.keep_aside(1000) a where exists (select from orchestrator.submission_aside);
+    v_did := v_did || jsonb_strip_nulls(jsonb_build_object('submissions_kept', v_count));
+    if v_waiting > 0 then
+      v_problems := v_problems || jsonb_build_object('step', 'submissions_kept', 'problem', concat_ws('; ', format('%s records still wait for another session', v_waiting), orchestrator.holders_text()));
+    end if;
+  exception when others then
+    v_problems := v_problems || jsonb_build_object('step', 'submissions_kept', 'problem', sqlerrm);
+  end;
   foreach v_step in array array[
-    'restore_settled', 'statistics_folded', 'events_expired', 'orderings_advanced', 'destinations_forgotten', 'timers_moved', 'floors_lowered', 'partitions_dropped', 'horizon_moved'
+    'restore_settled', 'statistics_folded', 'events_expired', 'orderings_advanced', 'timers_moved', 'destinations_forgotten', 'floors_lowered', 'partitions_dropped', 'horizon_moved'
   , 'runs_forgotten', 'requests_forgotten', 'partitions_attached', 'partitions_created', 'partitions_detached']
   loop
     begin
@@ -75,8 +84,9 @@ begin
         when 'events_expired' then orchestrator.expire_events()
         -- A net below finish_events() and the others, which do this at once.
         when 'orderings_advanced' then orchestrator.advance_waiting()
-        when 'destinations_forgotten' then orchestrator.forget_well_destinations()
+        -- Before lanes are given up here, which others see only when this has committed.
         when 'timers_moved' then orchestrator.settle_lanes()
+        when 'destinations_forgotten' then orchestrator.forget_well_destinations()
         when 'floors_lowered' then orchestrator.lower_floors()
         when 'partitions_dropped' then orchestrator.drop_partitions(v_now)
         when 'horizon_moved' then orchestrator.move_horizon()
@@ -107,15 +117,6 @@ begin
         , 'problem', concat_ws('; ', sqlerrm, case when sqlstate = '55P03' then orchestrator.holders_text() end));
     end;
   end loop;
-  begin
-    select a.kept, a.waiting into v_count, v_waiting from orchestrator.keep_aside(1000) a where exists (select from orchestrator.submission_aside);
-    v_did := v_did || jsonb_strip_nulls(jsonb_build_object('submissions_kept', v_count));
-    if v_waiting > 0 then
-      v_problems := v_problems || jsonb_build_object('step', 'submissions_kept', 'problem', concat_ws('; ', format('%s records still wait for another session', v_waiting), orchestrator.holders_text()));
-    end if;
-  exception when others then
-    v_problems := v_problems || jsonb_build_object('step', 'submissions_kept', 'problem', sqlerrm);
-  end;
   insert into orchestrator.maintenance_run (started_at, took, did, problems)
   values (v_now, clock_timestamp() - v_began, v_did, v_problems)
   returning run into v_run;

@@ -53,7 +53,6 @@ comment on function orchestrator.staging_problem() is 'Why nobody can submit, an
 create or replace function orchestrator.settle_restored() returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off set lock_timeout = '80 ms' as $$
 declare
-  v_snapshot constant pg_snapshot := pg_current_snapshot();
   v_control orchestrator.control;
   v_cluster bigint;
   v_moved bigint;
@@ -63,17 +62,20 @@ begin
   exception when insufficient_privilege then
     null;
   end;
+  -- What a statement sees of other transactions is below the end of its own snapshot.
   select * into v_control from orchestrator.control;
-  if v_control.cluster is not distinct from v_cluster and v_control.rerouted_by >= pg_snapshot_xmax(v_snapshot) is not true
-    and (select max(o.written_by) from orchestrator.outbox o) >= pg_snapshot_xmax(v_snapshot) is not true then
+  if v_control.cluster is not distinct from v_cluster and v_control.rerouted_by >= pg_snapshot_xmax(pg_current_snapshot()) is not true
+    and (select max(o.written_by) from orchestrator.outbox o where o.written_by is distinct from pg_current_xact_id_if_assigned())
+      >= pg_snapshot_xmax(pg_current_snapshot()) is not true then
     return 0;
   end if;
   perform from orchestrator.control for update skip locked;
   if not found then
     return 0;
   end if;
-  update orchestrator.outbox set written_by = pg_snapshot_xmin(v_snapshot)
-  where v_control.cluster <> v_cluster or written_by >= pg_snapshot_xmax(v_snapshot);
+  update orchestrator.outbox set written_by = pg_snapshot_xmin(pg_current_snapshot())
+  where v_control.cluster <> v_cluster
+    or written_by >= pg_snapshot_xmax(pg_current_snapshot()) and written_by is distinct from pg_current_xact_id_if_assigned();
   get diagnostics v_moved = row_count;
   update orchestrator.control c
   set cluster = v_cluster, marked_at = null, marked_writers = null, rerouted_writers = null, rerouted_by = case when c.rerouted_by is not null then pg_current_xact_id() end;

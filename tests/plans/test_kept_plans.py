@@ -25,7 +25,7 @@ FULL = 9000  # rows of each kind
 DUE = NOON - seconds(60)  # when a herd of them is due at once
 FEW, MANY = 5, 100  # what functions are called for, when plans are made and then
 PER_ITEM, PER_CALL = 80, 600  # rows, and blocks: well below those of a table, and of each item with each other
-PER_LOOK = 200  # what looks up ordering keys, retry policies and lanes for each item
+PER_LOOK = 200  # what looks up ordering keys, retry policies, topics and lanes for each item
 
 FOREIGN: dict[str, dict[str, str]] = {
     "as shipped": {},
@@ -331,7 +331,7 @@ def test_a_call_reads_what_it_is_for_whenever_its_plan_was_made(
             def see(what: str, work: Step, client: Client = client, name: str = name) -> None:
                 rows, blocks, largest = _touched(client, work)
                 most = (
-                    MANY * (PER_LOOK if what.startswith(("claim", "finish", "submit again")) else PER_ITEM) + PER_CALL
+                    MANY * (PER_LOOK if what.startswith(("claim", "finish", "submit again", "redrive")) else PER_ITEM) + PER_CALL
                 )
                 if rows > most or blocks > most:
                     too_much.append(f"{name}: {what}: {rows:.0f} rows, {blocks} blocks: {largest}")
