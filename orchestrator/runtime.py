@@ -33,7 +33,6 @@ Role = Literal["run", "api", "ingest", "dispatch", "maintain"]
 Part = Callable[[asyncio.Event], Awaitable[None]]
 """Something that works until the event is set, and then ends by itself."""
 
-_WITHOUT_API = ("ingest", "dispatch", "maintain")
 _PREPARED_S = 120.0  # after a long pause maintenance has days of work, bounded as it is
 _AFTER_DEADLINE_S = 2.0  # the parts keep the deadline themselves; this is for one that does not
 
@@ -75,7 +74,7 @@ class _Process:
         pool = settings if self._role == "api" else replace(settings, pool_min_idle=0, pool_max_size=2)
         try:
             async with asyncio.timeout(None) as deadline, Database(pool, role=self._role) as database:
-                await self._run_parts(self._parts(database), beside, database, deadline)
+                await self._run_parts(self._parts(), beside, database, deadline)
         except TimeoutError:
             raise OrchestratorError(
                 f"not all work had ended after SHUTDOWN_TIMEOUT_SECONDS ({settings.shutdown_timeout_s:g}); what was "
@@ -85,7 +84,7 @@ class _Process:
             raise _cause(self._failures[0])
         _log.info("stopped")
 
-    def _parts(self, database: Database) -> list[Part]:
+    def _parts(self) -> list[Part]:
         settings, metrics = self._settings, self._metrics
         parts: list[Part] = []
         if self._role in ("run", "dispatch"):

@@ -32,7 +32,10 @@ _log = logging.getLogger(__name__)
 
 
 async def serve_apart(settings: Settings, role: str, metrics: Metrics, *, stop: asyncio.Event) -> None:
-    """Serves the API until `stop` is set. Raises OrchestratorError as `serve` does, when it cannot begin to."""
+    """Serves the API until `stop` is set. Raises OrchestratorError as `serve` does, when it cannot begin to.
+
+    Raises it, too, when the other process does not stop in order.
+    """
     with listening(settings) as listeners:
         failures, has_served = 0, False
         while not stop.is_set():
@@ -56,7 +59,10 @@ async def serve_apart(settings: Settings, role: str, metrics: Metrics, *, stop: 
 async def _serve_once(
     settings: Settings, role: str, metrics: Metrics, listeners: Listeners, stop: asyncio.Event
 ) -> tuple[Message, bool]:
-    """Runs one process until it has ended; why it did, and whether it had begun to serve."""
+    """Runs one process until it has ended; why it did, and whether it had begun to serve.
+
+    Raises OrchestratorError when it had to be killed at a stop, or failed there.
+    """
     failure, served = None, False
     async with _process(settings, role, listeners) as (process, link):
         stopping = asyncio.create_task(_stop(stop, listeners, link, process, settings.shutdown_timeout_s))
@@ -66,9 +72,16 @@ async def _serve_once(
                     link.send(Message("samples", samples=metrics.samples()))
                 elif message.kind == "failed":
                     failure = message
+                    if stop.is_set() and not message.passing:
+                        raise OrchestratorError(f"the API failed while it stopped: {message.text}")
                 else:
                     served = True
             status = await _ended(process)
+            if stopping.done():
+                raise OrchestratorError(
+                    f"the API had not ended after SHUTDOWN_TIMEOUT_SECONDS ({settings.shutdown_timeout_s:g}), and was "
+                    "killed"
+                )
         finally:
             stopping.cancel()
             await asyncio.gather(stopping, return_exceptions=True)
@@ -83,15 +96,21 @@ async def _process(
     ours, theirs = socket.socketpair()
     with theirs:
         descriptors = [theirs.fileno(), *(each.fileno() for each in listeners if each is not None)]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            __name__,
-            *map(str, descriptors),
-            stdin=asyncio.subprocess.DEVNULL,
-            pass_fds=descriptors,
-            start_new_session=True,  # Ctrl-C is for this process, which then ends the other in order
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # finds modules where this process does, and not in the current directory before all others
+                "-m",
+                __name__,
+                *map(str, descriptors),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=descriptors,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # Ctrl-C is for this process, which then ends the other in order
+            )
+        except BaseException:
+            ours.close()
+            raise
     link = await Link.over(ours)
     try:
         link.send_raw(pickle.dumps((settings, role)))

@@ -33,16 +33,17 @@ class Front:
 
     When all are taken, those that wait for their clients give way, oldest first, of the address that has most: a
     flood from one address displaces itself. Behind a load balancer all come from one address, which is why the
-    bound per address is off unless it is set.
+    bound per address is off unless it is set. `most`: connections, for a server that takes fewer than the API may.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, most: int | None = None) -> None:
         self.max_head_bytes = settings.max_head_bytes
         # By stage: NEW, HEAD, BODY, ANSWER, IDLE, CLOSING.
         head_s, body_s, idle_s = settings.api_head_timeout_s, settings.api_body_timeout_s, settings.api_keep_alive_s
         self.timeouts_s = head_s, head_s, body_s, math.inf, idle_s, _CLOSING_S
         self._write_timeout_s = settings.api_write_timeout_s
-        self._max_connections = descriptors.clients(settings, descriptors.limit())
+        fit = descriptors.clients(settings, descriptors.limit())
+        self._max_connections = fit if most is None else min(fit, most)
         self._max_per_address = settings.api_max_connections_per_address or math.inf
         self._max_bodies_bytes = _BODIES_BYTES + 4 * settings.max_body_bytes
         self._metrics = metrics

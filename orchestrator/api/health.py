@@ -30,6 +30,8 @@ LIVENESS_PATHS = ("/health", "/actuator/health/liveness")
 READINESS_PATHS = ("/ready", "/actuator/health", "/actuator/health/readiness")
 METRICS_PATHS = ("/metrics", "/actuator/prometheus")
 
+_SILENT = "the process that delivers does not answer"
+
 _log = logging.getLogger(__name__)
 
 
@@ -58,9 +60,7 @@ class Health:
 
     async def live(self, request: Request) -> Response:
         if self._deliverer is not None and await self._deliverer.samples() is None:
-            return _status(
-                False, {"process": {"status": "DOWN", "reason": "the process that delivers does not answer"}}
-            )
+            return _status(False, {"process": {"status": "DOWN", "reason": _SILENT}})
         return _status(True, {"process": {"status": "UP"}})
 
     async def ready(self, request: Request) -> Response:
@@ -74,8 +74,10 @@ class Health:
         await self._read_standstills()
         await self._read_condition()
         await self._read_holders()
-        theirs = None if self._deliverer is None else await self._deliverer.samples()
-        text, content_type = self._metrics.exposition(theirs or {})
+        theirs = {} if self._deliverer is None else await self._deliverer.samples()
+        if theirs is None:  # without its samples counters would seem to start again at zero
+            return Response(f"{_SILENT}\n", HTTPStatus.SERVICE_UNAVAILABLE, media_type="text/plain")
+        text, content_type = self._metrics.exposition(theirs)
         return Response(text, headers={"content-type": content_type})
 
     async def _read_standstills(self) -> None:
@@ -111,8 +113,8 @@ class Health:
             return
         self._holders_at = time.monotonic()
         try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                count = await self._database.value("select count(*) from orchestrator.lock_holders()")
+            asked = self._database.value("select count(*) from orchestrator.lock_holders()")
+            count = await within(CHECK_TIMEOUT_S, asked)
         except (TimeoutError, OrchestratorError) as error:
             _log.debug("metrics: who holds others up is unknown", extra={"error": str(error)})
             count = math.nan

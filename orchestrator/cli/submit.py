@@ -37,6 +37,7 @@ _BATCH = 1000
 _SHOWN_REFUSALS = 20
 _TOO_SHORT_FOR_A_SECRET = 5
 _OVER = ("cancelled", "rescheduled", "expired", "dead")
+_AGAIN = "; nothing was kept, and it may be submitted again"
 
 
 def _time(option: str, value: str) -> str:
@@ -286,7 +287,7 @@ def _lines(file: IO[bytes], most_bytes: int) -> Iterator[bytes]:
 
 
 def _count(tally: Tally, line: int, outcome: ValidationError | Submitted, as_json: bool) -> None:
-    if not isinstance(outcome, ValidationError) and outcome.result != "refused":
+    if not isinstance(outcome, ValidationError) and outcome.result in ("accepted", "duplicate"):
         duplicate = outcome.result == "duplicate"
         tally.duplicates += duplicate
         tally.accepted += not duplicate
@@ -298,7 +299,10 @@ def _count(tally: Tally, line: int, outcome: ValidationError | Submitted, as_jso
             tally.over[outcome.status] += 1
         return
     tally.rejected += 1
-    reason = {"field": outcome.field or "body", "reason": outcome.reason or "refused by the database"}
+    why = outcome.reason or "refused by the database"
+    if not isinstance(outcome, ValidationError) and outcome.result == "blocked":
+        why += _AGAIN
+    reason = {"field": outcome.field or "body", "reason": why}
     if as_json:
         tally.results.append({"line": line, "error": reason})
     elif tally.rejected <= _SHOWN_REFUSALS:

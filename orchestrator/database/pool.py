@@ -176,6 +176,7 @@ class Database:
         again: Callable[[Connection], Awaitable[T]] | None = None,
         *,
         changes: bool = False,
+        names_holders: bool = True,
     ) -> T:
         """Runs `work`, and `again`, or else `work` again, when the connection was lost or cannot write.
 
@@ -193,8 +194,10 @@ class Database:
                 problem: OrchestratorError = DatabaseUnavailable(f"the database has not answered in {_ANSWER_S:g} s")
                 break
             except Blocked as error:
-                problem = Blocked(f"{error}; {await self.holders()}")
-                problem.__cause__ = error.__cause__
+                problem = error
+                if names_holders:
+                    problem = Blocked(f"{error}; {await self.holders()}")
+                    problem.__cause__ = error.__cause__
                 break
             except OrchestratorError as error:
                 if isinstance(error.__cause__, errors.DiskFull):
@@ -275,8 +278,7 @@ class Database:
             return row[0] if row else ""
 
         try:
-            async with asyncio.timeout(_HOLDERS_S):
-                return await self._run_once(work)
+            return await within(_HOLDERS_S, self._run_once(work))
         except (OrchestratorError, TimeoutError):
             return "who it is could not be found out"
 
@@ -345,7 +347,8 @@ class Database:
             # The reply to a commit may have been lost: then all that was new to that run is a duplicate to this one.
             return answered if before is None or _are_new(before, answered, len(submissions)) else before
 
-        exceptions = {row[0]: Submitted(*row[1:]) for row in await self._run(work, changes=True)}
+        rows = await self._run(work, changes=True, names_holders=first is None)
+        exceptions = {row[0]: Submitted(*row[1:]) for row in rows}
         return [
             exceptions.get(n) or Submitted(submission.id, "accepted", status="scheduled")
             for n, submission in enumerate(submissions)

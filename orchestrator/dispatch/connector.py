@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
-import ssl
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from orchestrator.own_faults import no_authorities, own_fault, trusts_nobody
 
 from .answer import AnswerProtocol
 from .guard import AddressGuard, AddressRefusedError
+from .tls import tls_context
 
 if TYPE_CHECKING:
     from aiohappyeyeballs import AddrInfoType
@@ -107,7 +107,7 @@ class GuardedConnector(TCPConnector):
             limit=limit,
             resolver=self._guarded_resolver,
             socket_factory=guarded_socket,
-            ssl=ssl.create_default_context(),
+            ssl=tls_context(),
             keepalive_timeout=_KEEPALIVE_S,
         )
         protocol: Callable[..., ResponseHandler] = AnswerProtocol

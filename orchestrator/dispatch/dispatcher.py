@@ -23,7 +23,7 @@ from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import ANSWER_S, Finisher
 from orchestrator.dispatch.http_deliveries import HttpDeliveries, Sender
 from orchestrator.dispatch.kafka import KafkaDeliveries
-from orchestrator.errors import DatabaseUnavailable, OrchestratorError
+from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
 from orchestrator.tasks import end, within
 
@@ -247,6 +247,9 @@ class Dispatcher:
             try:
                 async with asyncio.timeout(ANSWER_S):
                     await leases.raise_floors()
+                await asyncio.sleep(_FLOORS_EVERY_S)
+            except Blocked as error:  # passes when the other session's transaction ends
+                _log.debug("floors wait for another session", extra={"error": str(error)})
                 await asyncio.sleep(_FLOORS_EVERY_S)
             except (OrchestratorError, TimeoutError) as error:
                 _log.warning("floors cannot be raised, and claims may become slower", extra={"error": str(error)})

@@ -188,6 +188,8 @@ class KafkaDeliveries:
         self._bytes -= sum(attempt.payload_bytes for attempt in attempts)
         self.in_flight -= len(attempts)
         self._finisher.release([attempt.event for attempt in attempts])
+        if self.due.stalled:
+            self.stalls.recover_all()
         self._acknowledged.set()
 
     def _conclude(self, attempts: Sequence[_Attempt], attempted: Attempted) -> None:

@@ -28,6 +28,13 @@ _HANDSHAKE = {
 }
 
 
+def tls_context() -> ssl.SSLContext:
+    """What receivers are spoken to with. Some builds of Python, such as Debian's, would take TLS 1.0 by default."""
+    context = ssl.create_default_context()
+    context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+    return context
+
+
 def tls_fault(error: BaseException) -> str | None:
     """What TLS says of an error, or of what it came from; None: nothing, it is no error of TLS."""
     seen: BaseException | None = error

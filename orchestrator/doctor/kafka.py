@@ -33,7 +33,8 @@ def kafka_findings(settings: Settings) -> Iterator[Finding]:
     yield ok("kafka", f"brokers answer at {settings.kafka_servers}")
     yield from _topics(settings, partitions)
     try:
-        with connect_blocking(settings.database_url, "doctor") as connection:
+        url = settings.database_url
+        with connect_blocking(url, "doctor", statement_timeout="15s", lock_timeout="2s") as connection:
             yield from _ingestion(connection, settings, partitions)
             yield from _outbox(connection)
     except UnusableDatabase:

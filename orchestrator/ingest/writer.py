@@ -107,8 +107,7 @@ class Writer:
 
     async def _holders(self) -> str:
         try:
-            async with asyncio.timeout(_ANSWER_S):
-                return await (await self._connected()).holders()
+            return await within(_ANSWER_S, self._once(lambda database: database.holders()))
         except (OrchestratorError, psycopg.Error, TimeoutError):
             await self.close()
             return "unknown"

@@ -161,6 +161,7 @@ async def test_health_says_so_when_the_process_that_delivers_does_not_answer(run
             return await status(http, "/health") == 503
 
         await until(down, 20)
+        assert await status(http, "/metrics") == 503
         pair.process.resume()
 
         async def up() -> bool:

@@ -178,6 +178,22 @@ async def test_a_record_whose_id_is_uncommitted_elsewhere_does_not_stop_its_part
     assert client.totals()["accepted"] == 20
 
 
+def test_a_line_of_a_file_that_is_held_is_named_and_the_others_are_kept(
+    call: Call, client: Client, holder: Client
+) -> None:
+    fields = submission(external_job_id="held")
+    holder.submit(event(**fields))
+    lines = "\n".join(json.dumps({**fields, "external_job_id": name}) for name in ("before", "held", "after"))
+    result = call("submit", "-", typed=lines)
+    assert (result.exit_code, result.stdout) == (1, "accepted 2, duplicates 0, rejected 1\n")
+    assert "line 2: id: another session holds it" in result.stderr
+    assert "it may be submitted again" in result.stderr
+    holder.rows("rollback")
+    again = call("submit", "-", typed=lines)
+    assert (again.exit_code, again.stdout) == (0, "accepted 1, duplicates 2, rejected 0\n")
+    assert client.value("select count(*) from orchestrator.event") == 3
+
+
 async def test_doctor_names_who_has_left_a_transaction_open(call: Call, client: Client, holder: Client) -> None:
     holder.cancel(client.schedule(scheduled_at=soon(3600)))
     await eventually(lambda: client.rows("select * from orchestrator.lock_holders()"))

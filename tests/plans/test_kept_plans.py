@@ -331,7 +331,8 @@ def test_a_call_reads_what_it_is_for_whenever_its_plan_was_made(
             def see(what: str, work: Step, client: Client = client, name: str = name) -> None:
                 rows, blocks, largest = _touched(client, work)
                 most = (
-                    MANY * (PER_LOOK if what.startswith(("claim", "finish", "submit again", "redrive")) else PER_ITEM) + PER_CALL
+                    MANY * (PER_LOOK if what.startswith(("claim", "finish", "submit again", "redrive")) else PER_ITEM)
+                    + PER_CALL
                 )
                 if rows > most or blocks > most:
                     too_much.append(f"{name}: {what}: {rows:.0f} rows, {blocks} blocks: {largest}")
