@@ -64,7 +64,8 @@ for _ in range(3):
         os.close(opener)
         os.read(gate, 1)
         with EmbeddedPostgres.temporary(tuning={"shared_buffers": "16MB"}, parent=Path(sys.argv[1])) as server:
-            print(pwd.getpwuid((server.data_dir / "cluster").stat().st_uid).pw_name, flush=True)
+            name = pwd.getpwuid((server.data_dir / "cluster").stat().st_uid).pw_name
+            os.write(1, f"{name}\\n".encode())  # at once, or those of several would mix
         sys.exit()
 os.close(opener)
 sys.exit(any([os.waitpid(pid, 0)[1] for pid in starting]))

@@ -23,7 +23,6 @@ from tests.conftest import MakeSettings
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.ingesting import submission
 from tests.support.sql_client import NOON, Client, results
-from tests.support.waiting import eventually
 
 LATER = (NOON + timedelta(days=2)).isoformat()
 HERE = Filter(source="tests")
@@ -250,11 +249,8 @@ async def test_replies_that_are_lost_one_after_another_change_nothing_about_that
         CuttingProxy(database_url) as proxy,
         Database(settings(DATABASE_URL=proxy.url), role="test") as database,
     ):
-        proxy.cut_after("keep_answer")
-        sweeping = asyncio.create_task(Sweeps(database).cancel(HERE, limit=10))
-        await eventually(lambda: proxy.cuts == 1)
-        proxy.cut_after("kept_answer")
-        swept = await sweeping
+        proxy.cut_after("keep_answer", "kept_answer")
+        swept = await Sweeps(database).cancel(HERE, limit=10)
         assert (swept.done, set(swept.examples), proxy.cuts) == (5, set(ids), 2)
 
 

@@ -19,6 +19,7 @@ class CuttingProxy:
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._armed: bytes | None = None
+        self._later: list[bytes] = []
         self._way = ""
         self._refusing = False
         self._hanging = False
@@ -35,9 +36,13 @@ class CuttingProxy:
         login = self._target.netloc.rpartition("@")[0]
         return urlunsplit(self._target._replace(netloc=f"{login}@127.0.0.1:{port}"))
 
-    def cut_after(self, text: str) -> None:
-        """The next statement that contains the text is forwarded; its reply is not, and the connection ends."""
+    def cut_after(self, text: str, *later: str) -> None:
+        """The next statement that contains the text is forwarded; its reply is not, and the connection ends.
+
+        So it is then with the next one that contains each of the `later` texts, one after another.
+        """
         self._armed, self._way = text.encode(), "after"
+        self._later = [each.encode() for each in later]
 
     def cut_during(self, text: str) -> None:
         """The next statement that contains the text is forwarded, and the connection ends while it is carried out."""
@@ -111,7 +116,7 @@ class CuttingProxy:
         async def upstream() -> None:
             while data := await reader.read(65536):
                 if self._armed is not None and self._armed in data:
-                    self._armed = None
+                    self._armed = self._later.pop(0) if self._later else None
                     if self._way in ("before", "refuse"):
                         self._refusing = self._way == "refuse"
                         self.cuts += 1
