@@ -170,7 +170,7 @@ async def test_a_record_whose_id_is_uncommitted_elsewhere_does_not_stop_its_part
         await read_to(client, topic.name, places)
         assert jobs(client) == {f"job-{n}" for n in range(20)} - {"job-3"}
         assert client.rows("select id::text from orchestrator.submission_aside") == [(answer.id,)]
-        assert running.value("submissions_set_aside_total") == 1
+        await eventually(lambda: running.value("submissions_set_aside_total") == 1)
         await named(caplog, holder)
         holder.rows("rollback")
         await eventually(lambda: "job-3" in jobs(client))

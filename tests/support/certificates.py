@@ -30,7 +30,9 @@ class Authority:
         self.trusted = folder / "authority.pem"
         (folder / "index.txt").write_text("")
         (folder / "ca.cnf").write_text(_CONFIG.format(folder=folder))
-        self._run("req", "-x509", *self._key("authority.key"), "-subj", "/CN=tests", "-out", str(self.trusted))
+        usage = "keyUsage=critical,keyCertSign,cRLSign,digitalSignature"  # without which Python 3.13 trusts nobody
+        request = ["req", "-x509", *self._key("authority.key"), "-subj", "/CN=tests", "-addext", usage]
+        self._run(*request, "-out", str(self.trusted))
 
     def certificate(
         self, name: str, *, subject_alt_name: str = "IP:127.0.0.1", from_days: int = -1, days: int = 1
@@ -38,7 +40,10 @@ class Authority:
         """A PEM file with the key and the certificate, valid from `from_days` until `days` from now."""
         request, signed, both = (self._folder / f"{name}.{end}" for end in ("csr", "crt", "pem"))
         extensions = self._folder / f"{name}.ext"
-        extensions.write_text(f"subjectAltName={subject_alt_name}\n")
+        extensions.write_text(
+            f"subjectAltName={subject_alt_name}\nauthorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n"
+            "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"
+        )
         self._run("req", *self._key(f"{name}.key"), "-subj", f"/CN={name}", "-out", str(request))
         now = datetime.now(UTC)
         first, last = (f"{now + timedelta(days=day):%y%m%d%H%M%SZ}" for day in (from_days, days))
@@ -54,7 +59,7 @@ class Authority:
         both = self._folder / f"{name}.pem"
         self._run(
             "req", "-x509", *self._key(f"{name}.key"), "-subj", "/CN=localhost",
-            "-addext", "subjectAltName=IP:127.0.0.1", "-out", f"{both}.crt",
+            "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "keyUsage=critical,keyCertSign,digitalSignature", "-out", f"{both}.crt",
         )  # fmt: skip
         both.write_text((self._folder / f"{name}.key").read_text() + Path(f"{both}.crt").read_text())
         return both
