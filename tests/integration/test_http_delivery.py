@@ -716,11 +716,14 @@ async def test_where_nobody_is_trusted_the_fault_is_this_machines(
 def refuse_one(listener: socket.socket, tls: SSLContext) -> None:
     """Answers one connection as OpenSSL does, which asyncio does not: with an alert that says why."""
     connection, _ = listener.accept()
-    with connection, suppress(SSLError):
-        secure = tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-        with secure:
+    with tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False) as secure:
+        with suppress(SSLError):
             secure.do_handshake()
             secure.recv(1)
+        with suppress(OSError):
+            secure.shutdown(socket.SHUT_WR)
+            while secure.recv(4096):  # a reset, for what was not read, would overtake the alert
+                pass
 
 
 @pytest.mark.parametrize("version", [TLSVersion.TLSv1_2, TLSVersion.TLSv1_3])

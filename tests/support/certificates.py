@@ -58,8 +58,8 @@ class Authority:
     def self_signed(self, name: str) -> Path:
         both = self._folder / f"{name}.pem"
         self._run(
-            "req", "-x509", *self._key(f"{name}.key"), "-subj", "/CN=localhost",
-            "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "keyUsage=critical,keyCertSign,digitalSignature", "-out", f"{both}.crt",
+            "req", "-x509", *self._key(f"{name}.key"), "-subj", "/CN=localhost", "-out", f"{both}.crt",
+            "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "keyUsage=critical,keyCertSign,digitalSignature",
         )  # fmt: skip
         both.write_text((self._folder / f"{name}.key").read_text() + Path(f"{both}.crt").read_text())
         return both
