@@ -15,6 +15,7 @@ import pytest
 
 from orchestrator.config import Settings
 from orchestrator.dev.postgres import EmbeddedPostgres
+from orchestrator.dev.system import free_port
 from orchestrator.migrate import migrate
 from tests.support.brokers import Kafka, KafkaBroker, SharedBrokerHold, description, fetch, own_broker, shared_broker
 from tests.support.databases import Databases, temporary_server
@@ -107,7 +108,7 @@ def postgres_server() -> Iterator[EmbeddedPostgres]:
 
 @pytest.fixture
 def environ(request: pytest.FixtureRequest) -> Callable[..., dict[str, str]]:
-    """Makes the environment of a process: this test's database, local receivers allowed, and what is given.
+    """Makes the environment of a process: this test's database, a free port, local receivers allowed, what is given.
 
     ``environ(DATABASE_URL=…)`` needs no database of the test's own, and none is made.
     """
@@ -115,7 +116,12 @@ def environ(request: pytest.FixtureRequest) -> Callable[..., dict[str, str]]:
     def make(**given: str) -> dict[str, str]:
         if "DATABASE_URL" not in given:
             given["DATABASE_URL"] = request.getfixturevalue("database_url")
-        return {"HTTP_ALLOW_NETWORKS": "127.0.0.0/8,::1/128", "SERVER_HOST": "127.0.0.1"} | given
+        ours = {
+            "HTTP_ALLOW_NETWORKS": "127.0.0.0/8,::1/128",
+            "SERVER_HOST": "127.0.0.1",
+            "SERVER_PORT": str(free_port()),
+        }
+        return ours | given
 
     return make
 

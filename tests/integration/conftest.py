@@ -10,7 +10,7 @@ from click.testing import Result
 
 from orchestrator.database import Database
 from tests.conftest import MakeSettings
-from tests.integration.api_support import free_port, running_api
+from tests.integration.api_support import running_api
 from tests.integration.cli_support import Call, invoke
 from tests.support.brokers import Kafka
 from tests.support.ingesting import Topic
@@ -33,7 +33,7 @@ async def topic(kafka: Kafka) -> Topic:
 @pytest.fixture
 async def api(settings: MakeSettings) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an API on this test's own database, which takes bodies of up to 10,000 bytes."""
-    chosen = settings(SERVER_PORT=str(free_port()), MAX_BODY_BYTES="10000", MAX_PAYLOAD_BYTES="10000")
+    chosen = settings(MAX_BODY_BYTES="10000", MAX_PAYLOAD_BYTES="10000")
     async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
         yield client
 

@@ -18,7 +18,7 @@ from orchestrator.api import events
 from orchestrator.database import Database
 from orchestrator.events import event_id
 from tests.conftest import MakeSettings
-from tests.integration.api_support import assert_problem, fields, free_port, running_api, submission, tomorrow
+from tests.integration.api_support import assert_problem, fields, running_api, submission, tomorrow
 from tests.support.times import READ, REFUSED
 
 T = TypeVar("T")
@@ -26,9 +26,7 @@ T = TypeVar("T")
 
 @pytest.fixture
 async def client(settings: MakeSettings) -> AsyncIterator[httpx.AsyncClient]:
-    chosen = settings(
-        SERVER_PORT=str(free_port()), MAX_BODY_BYTES="100000", MAX_PAYLOAD_BYTES="50000", MAX_BATCH_EVENTS="20"
-    )
+    chosen = settings(MAX_BODY_BYTES="100000", MAX_PAYLOAD_BYTES="50000", MAX_BATCH_EVENTS="20")
     async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
         yield client
 

@@ -16,7 +16,7 @@ from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.errors import OrchestratorError
 from tests.conftest import MakeSettings
-from tests.integration.api_support import assert_problem, free_port, running_api, submission
+from tests.integration.api_support import assert_problem, running_api, submission
 
 UNKNOWN_ID = "019c1347-d2fb-705e-a717-2a27dd38d28f"
 REQUESTS = {
@@ -56,7 +56,7 @@ ALL_REQUESTS = [request for requests in REQUESTS.values() for request in request
 @pytest.fixture
 def closed(settings: MakeSettings) -> Settings:
     """Settings of an API that anonymous requests may not use."""
-    return settings(SERVER_PORT=str(free_port()), ALLOW_ANONYMOUS="false")
+    return settings(ALLOW_ANONYMOUS="false")
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ async def test_every_route_needs_the_scope_that_is_listed_here(closed: Settings,
 
 
 async def test_a_delivery_to_this_api_needs_a_key_even_where_others_need_none(settings: MakeSettings) -> None:
-    chosen = settings(SERVER_PORT=str(free_port()), ALLOW_ANONYMOUS="true")
+    chosen = settings(ALLOW_ANONYMOUS="true")
     delivery = {"orchestrator-attempt": "1"}
     async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
         for method, path in ALL_REQUESTS:
@@ -206,7 +206,7 @@ async def test_keys_that_differ_are_refused(closed: Settings, database: Database
 
 
 async def test_where_anonymous_requests_are_allowed_a_wrong_key_is_still_refused(settings: MakeSettings) -> None:
-    chosen = settings(SERVER_PORT=str(free_port()))
+    chosen = settings()
     async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
         assert (await client.post("/api/v1/events", json=submission())).status_code == 201
         response = await client.post("/api/v1/events", json=submission(), headers=bearer(new_key()))

@@ -16,7 +16,7 @@ from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.database.destinations import SETTINGS as COLUMNS
 from tests.conftest import MakeSettings
-from tests.integration.api_support import assert_problem, fields, free_port, running_api, submission
+from tests.integration.api_support import assert_problem, fields, running_api, submission
 from tests.support.sql_client import Client
 
 PATH = "/api/v1/destinations"
@@ -59,7 +59,7 @@ OTHERS = {
 
 @pytest.fixture
 def chosen(settings: MakeSettings) -> Settings:
-    return settings(SERVER_PORT=str(free_port()), MAX_BODY_BYTES="10000", MAX_PAYLOAD_BYTES="10000")
+    return settings(MAX_BODY_BYTES="10000", MAX_PAYLOAD_BYTES="10000")
 
 
 @pytest.fixture

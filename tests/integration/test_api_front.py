@@ -17,7 +17,7 @@ from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.metrics import Metrics
 from tests.conftest import MakeSettings
-from tests.integration.api_support import free_port, running_api, submission, until
+from tests.integration.api_support import running_api, submission, until
 from tests.support.waiting import eventually
 
 GET = b"GET /health HTTP/1.1\r\nHost: a\r\n"
@@ -82,7 +82,7 @@ async def serving(settings: Settings) -> AsyncIterator[Served]:
 
 @pytest.fixture
 async def served(settings: MakeSettings) -> AsyncIterator[Served]:
-    async with serving(settings(SERVER_PORT=str(free_port()), **QUICK)) as running:
+    async with serving(settings(**QUICK)) as running:
         yield running
 
 
@@ -146,7 +146,7 @@ async def test_a_byte_now_and_then_does_not_put_the_deadline_off(served: Served)
 async def test_a_later_request_has_its_own_deadline_and_an_idle_connection_closes_without_a_word(
     settings: MakeSettings,
 ) -> None:
-    quick = settings(SERVER_PORT=str(free_port()), **QUICK | {"API_KEEP_ALIVE_SECONDS": "0.8"})
+    quick = settings(**QUICK | {"API_KEEP_ALIVE_SECONDS": "0.8"})
     async with serving(quick) as served:
         for more, last in ((b"GET /he", b"408"), (b"", b"200")):
             raw = await served.connect()
@@ -207,7 +207,7 @@ async def test_bodies_beyond_what_memory_may_hold_are_refused_and_small_ones_are
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(front, "_BODIES_BYTES", 0)
-    chosen = settings(SERVER_PORT=str(free_port()), MAX_BODY_BYTES="1000000", MAX_PAYLOAD_BYTES="1000")
+    chosen = settings(MAX_BODY_BYTES="1000000", MAX_PAYLOAD_BYTES="1000")
     async with serving(chosen) as served:
         large = [await served.connect() for _ in range(5)]
         for raw in large:
@@ -236,7 +236,7 @@ async def _first(raws: list[Raw]) -> int:
 
 
 async def test_when_all_connections_are_taken_those_that_do_nothing_give_way(settings: MakeSettings) -> None:
-    chosen = settings(SERVER_PORT=str(free_port()), API_MAX_CONNECTIONS="20")
+    chosen = settings(API_MAX_CONNECTIONS="20")
     async with serving(chosen) as served:
         busy = await served.connect()
         await busy.send(POST + b"Content-Length: 10\r\nExpect: 100-continue\r\n\r\n")
@@ -251,7 +251,7 @@ async def test_when_all_connections_are_busy_a_new_one_is_told_to_try_again(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection.Connection, "waits", property(lambda _: False))
-    chosen = settings(SERVER_PORT=str(free_port()), API_MAX_CONNECTIONS="16")
+    chosen = settings(API_MAX_CONNECTIONS="16")
     async with serving(chosen) as served:
         held = [await served.connect() for _ in range(40)]
         raw = held[16]
@@ -260,7 +260,7 @@ async def test_when_all_connections_are_busy_a_new_one_is_told_to_try_again(
 
 
 async def test_one_address_has_as_many_connections_as_it_may(settings: MakeSettings) -> None:
-    chosen = settings(SERVER_PORT=str(free_port()), API_MAX_CONNECTIONS_PER_ADDRESS="5")
+    chosen = settings(API_MAX_CONNECTIONS_PER_ADDRESS="5")
     async with serving(chosen) as served:
         held = [await served.connect() for _ in range(10)]
         assert (await held[-1].answer())[0] == 429
@@ -298,7 +298,7 @@ async def test_an_upgrade_that_is_not_taken_is_an_ordinary_request(served: Serve
 
 
 async def test_requests_that_follow_each_other_without_a_pause_each_have_their_time(settings: MakeSettings) -> None:
-    quick = settings(SERVER_PORT=str(free_port()), **QUICK)
+    quick = settings(**QUICK)
     async with serving(quick) as served:
         raw = await served.connect()
         await raw.send(GET[:10])

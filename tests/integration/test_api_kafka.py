@@ -19,7 +19,7 @@ from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.events import EVENT_ID_HEADER, parse_submission
 from tests.conftest import MakeSettings
-from tests.integration.api_support import assert_problem, fields, free_port, running_api, submission, until
+from tests.integration.api_support import assert_problem, fields, running_api, submission, until
 from tests.support.brokers import Kafka, KafkaBroker
 
 PARTITIONS = 3
@@ -64,7 +64,7 @@ def open_queue(settings: MakeSettings) -> OpenQueue:
 
     @asynccontextmanager
     async def start(environ: dict[str, str], **given: str) -> AsyncIterator[Queue]:
-        chosen = settings(SERVER_PORT=str(free_port()), **environ, **given)
+        chosen = settings(**environ, **given)
         async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
             yield Queue(client, chosen)
 

@@ -20,7 +20,7 @@ from orchestrator.database import Database
 from orchestrator.events import parse_submission
 from orchestrator.metrics import Metrics
 from tests.conftest import MakeSettings
-from tests.integration.api_support import free_port, running_api
+from tests.integration.api_support import running_api
 from tests.support.brokers import Kafka
 from tests.support.exploring import explored_seed
 
@@ -54,7 +54,7 @@ async def fuzz(settings: Settings, directory: Path, *arguments: str, examples: i
 @pytest.mark.hypothesis
 @pytest.mark.timeout(600)
 async def test_every_answer_of_an_open_api_is_described(settings: MakeSettings, tmp_path: Path) -> None:
-    chosen = settings(SERVER_PORT=str(free_port()))
+    chosen = settings()
     async with Database(chosen, role="api") as database, running_api(chosen, database):
         status, printed = await fuzz(chosen, tmp_path)
     assert status == 0, printed
@@ -63,7 +63,7 @@ async def test_every_answer_of_an_open_api_is_described(settings: MakeSettings, 
 @pytest.mark.hypothesis
 @pytest.mark.timeout(600)
 async def test_every_answer_of_an_api_that_needs_keys_is_described(settings: MakeSettings, tmp_path: Path) -> None:
-    chosen = settings(SERVER_PORT=str(free_port()), ALLOW_ANONYMOUS="false")
+    chosen = settings(ALLOW_ANONYMOUS="false")
     key = new_key()
     async with Database(chosen, role="api") as database:
         await database.create_api_key("fuzzer", key_hash(key), ["admin"])
@@ -80,7 +80,7 @@ async def test_every_answer_of_an_api_that_hands_events_to_kafka_is_described(
 ) -> None:
     topic = kafka.unique("submissions")
     await kafka.create_topic(topic, 3)
-    chosen = settings(SERVER_PORT=str(free_port()), KAFKA_TOPIC_SUBMISSION=topic, **kafka.environ)
+    chosen = settings(KAFKA_TOPIC_SUBMISSION=topic, **kafka.environ)
     async with Database(chosen, role="api") as database, running_api(chosen, database):
         only = "--include-path-regex", "^/api/v1/events(/batch)?$"  # all that Kafka changes
         status, printed = await fuzz(chosen, tmp_path, *only, "--phases", "examples,fuzzing", examples=MORE_EXAMPLES)

@@ -28,7 +28,7 @@ METRICS = ("/metrics", "/actuator/prometheus")
 
 @pytest.fixture
 def chosen(settings: MakeSettings) -> Settings:
-    return settings(SERVER_PORT=str(free_port()))
+    return settings()
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ async def test_metrics_know_routes_and_methods_but_no_paths(chosen: Settings, da
 
 async def test_with_a_management_port_health_and_metrics_are_only_there(settings: MakeSettings) -> None:
     port = free_port()
-    chosen = settings(SERVER_PORT=str(free_port()), MANAGEMENT_SERVER_PORT=str(port))
+    chosen = settings(MANAGEMENT_SERVER_PORT=str(port))
     async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
         for path in (*LIVENESS, *READINESS, *METRICS):
             assert_problem(await client.get(path), 404, "not-found")
@@ -100,7 +100,7 @@ async def _is(expected: int, client: httpx.AsyncClient, path: str) -> bool:
 async def test_a_port_that_is_taken_is_an_error_that_names_the_setting(settings: MakeSettings, name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
-        chosen = settings(**{"SERVER_PORT": str(free_port()), name: str(taken)})
+        chosen = settings(**{name: str(taken)})
         async with Database(chosen, role="api") as database:
             with pytest.raises(
                 OrchestratorError, match=f"^{name}: cannot listen on 127.0.0.1:{taken}: another process"
@@ -143,7 +143,7 @@ async def _refuses_connections(port: int) -> bool:
 
 
 async def test_a_request_that_never_ends_does_not_hold_up_the_stop(settings: MakeSettings) -> None:
-    chosen = settings(SERVER_PORT=str(free_port()), SHUTDOWN_TIMEOUT_SECONDS="1")
+    chosen = settings(SHUTDOWN_TIMEOUT_SECONDS="1")
     async with Database(chosen, role="api") as database, running_api(chosen, database):
         reader, writer = await asyncio.open_connection("127.0.0.1", chosen.server_port)
         writer.write(
@@ -155,7 +155,7 @@ async def test_a_request_that_never_ends_does_not_hold_up_the_stop(settings: Mak
 
 
 async def test_a_body_that_stays_away_is_a_408(settings: MakeSettings) -> None:
-    chosen = settings(SERVER_PORT=str(free_port()), API_BODY_TIMEOUT_SECONDS="0.2")
+    chosen = settings(API_BODY_TIMEOUT_SECONDS="0.2")
     async with Database(chosen, role="api") as database, running_api(chosen, database):
         reader, writer = await asyncio.open_connection("127.0.0.1", chosen.server_port)
         writer.write(
@@ -188,7 +188,7 @@ async def test_while_the_database_is_away_requests_are_503_and_the_process_lives
 ) -> None:
     monkeypatch.setattr(health, "CACHE_S", 0.0)
     monkeypatch.setattr(orchestrator.database.pool, "_POOL_TIMEOUT_S", 0.5)
-    chosen = settings(DATABASE_URL=postgres_server.url("orchestrator"), SERVER_PORT=str(free_port()))
+    chosen = settings(DATABASE_URL=postgres_server.url("orchestrator"))
     async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
         await asyncio.to_thread(postgres_server.stop)
         requests = [
@@ -217,7 +217,7 @@ async def test_while_the_database_is_away_requests_are_503_and_the_process_lives
 async def test_a_database_without_the_schema_is_not_ready_and_the_reason_says_what_to_do(
     empty_database_url: str, settings: MakeSettings
 ) -> None:
-    chosen = settings(DATABASE_URL=empty_database_url, SERVER_PORT=str(free_port()))
+    chosen = settings(DATABASE_URL=empty_database_url)
     async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
         response = await client.get("/ready")
         assert response.status_code == 503

@@ -499,7 +499,7 @@ def findings(result: Result) -> dict[str, str]:
 
 def test_doctor_finds_a_fresh_installation_well(cli: Cli) -> None:
     secret = "whsec_" + "A" * 32
-    result = cli("doctor", "--json", WEBHOOK_SECRETS=secret, SERVER_PORT=str(free_port()))
+    result = cli("doctor", "--json", WEBHOOK_SECRETS=secret)
     found = findings(result)
     assert found.pop("durability") == "problem"  # servers of tests do without
     assert set(found.values()) == {"ok"}, result.stdout
@@ -613,7 +613,7 @@ async def test_each_role_of_the_database_suffices_for_what_it_is_named_after(
     assert "permission denied" in error_of(cli(*event, DATABASE_URL=reader), 1)
     assert cli("maintain", "--once", DATABASE_URL=login("orchestrator_ops")).exit_code == 0
     assert await process.stop() == 0
-    api = spawn("api", DATABASE_URL=login("orchestrator_submit"), SERVER_PORT=str(free_port()))
+    api = spawn("api", DATABASE_URL=login("orchestrator_submit"))
     await api.wait_for_log("listening")
     assert await api.stop() == 0
 

@@ -167,7 +167,7 @@ async def test_dev_names_the_remedy_when_its_port_is_taken(spawn: Spawn) -> None
 
 
 async def test_dev_is_refused_in_production(spawn: Spawn) -> None:
-    process = spawn("dev", ENVIRONMENT="production", SERVER_PORT=str(free_port()), WEBHOOK_SECRETS=new_webhook_secret())
+    process = spawn("dev", ENVIRONMENT="production", WEBHOOK_SECRETS=new_webhook_secret())
     assert await process.wait() == 1
     assert "dev is not for production" in process.log()
 

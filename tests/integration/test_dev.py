@@ -11,7 +11,6 @@ import pytest
 
 from orchestrator.dev import kafka_wheel
 from orchestrator.dev.environment import is_free
-from orchestrator.dev.system import free_port
 from tests.conftest import Spawn
 from tests.support.processes import Spawned
 from tests.support.waiting import eventually
@@ -28,7 +27,7 @@ async def addresses(process: Spawned) -> dict[str, str]:
 
 async def test_an_event_goes_through_kafka_in_every_run_with_the_same_database(spawn: Spawn) -> None:
     for run in ("first", "second"):
-        process = spawn("dev", "--json", SERVER_PORT=str(free_port()))
+        process = spawn("dev", "--json")
         where = await addresses(process)
         event = {"source": run, "scheduled_at": datetime.now(UTC).isoformat(), "payload": {"run": run}}
         async with httpx.AsyncClient() as client:
@@ -39,7 +38,7 @@ async def test_an_event_goes_through_kafka_in_every_run_with_the_same_database(s
 
 
 async def test_what_was_accepted_before_a_stop_is_kept(spawn: Spawn, database_url: str) -> None:
-    process = spawn("dev", "--json", SERVER_PORT=str(free_port()))
+    process = spawn("dev", "--json")
     where = await addresses(process)
     event = {"source": "tests", "scheduled_at": (datetime.now(UTC) + timedelta(hours=1)).isoformat(), "payload": 1}
     async with httpx.AsyncClient() as client:
@@ -53,16 +52,16 @@ async def test_what_was_accepted_before_a_stop_is_kept(spawn: Spawn, database_ur
 
 
 async def test_two_runs_with_one_database_share_a_broker(spawn: Spawn) -> None:
-    first, second = (spawn("dev", "--json", SERVER_PORT=str(free_port())) for _ in range(2))
+    first, second = (spawn("dev", "--json") for _ in range(2))
     assert (await addresses(first))["kafka"] == (await addresses(second))["kafka"]
     assert [await process.stop() for process in (first, second)] == [0, 0]
 
 
 async def test_runs_after_one_that_was_killed_share_a_broker_that_runs(spawn: Spawn) -> None:
-    killed = spawn("dev", "--json", SERVER_PORT=str(free_port()))
+    killed = spawn("dev", "--json")
     await addresses(killed)
     await killed.kill()
-    first, second = (spawn("dev", "--json", SERVER_PORT=str(free_port())) for _ in range(2))
+    first, second = (spawn("dev", "--json") for _ in range(2))
     where = [(await addresses(process))["kafka"] or "" for process in (first, second)]
     assert where[0] == where[1]
     host, _, port = where[0].rpartition(":")
@@ -71,6 +70,6 @@ async def test_runs_after_one_that_was_killed_share_a_broker_that_runs(spawn: Sp
 
 
 async def test_brokers_that_are_given_are_used(spawn: Spawn) -> None:
-    process = spawn("dev", "--json", KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1", SERVER_PORT=str(free_port()))
+    process = spawn("dev", "--json", KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1")
     assert await process.wait() == 1
     await eventually(lambda: "Error: KAFKA_BOOTSTRAP_SERVERS: no broker answers at 127.0.0.1:1" in process.log())

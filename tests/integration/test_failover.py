@@ -37,7 +37,7 @@ def set_read_only(client: Client, action: str) -> None:
 async def test_the_api_recovers_at_once_when_the_database_takes_writes_again(
     settings: MakeSettings, client: Client
 ) -> None:
-    ours = settings(SERVER_PORT=str(free_port()))
+    ours = settings()
     async with Database(ours, role="api") as database, running_api(ours, database) as api:
 
         async def answers(posts: int, ready: int) -> bool:
@@ -64,7 +64,7 @@ async def test_the_api_recovers_at_once_when_the_database_takes_writes_again(
 async def test_the_api_is_not_ready_while_the_disk_of_the_database_is_full(
     settings: MakeSettings, client: Client
 ) -> None:
-    ours = settings(SERVER_PORT=str(free_port()))
+    ours = settings()
     async with Database(ours, role="api") as database, running_api(ours, database) as api:
         assert await status(api, "/ready") == 200
         client.rows(

@@ -70,7 +70,7 @@ async def test_it_tells_the_database_what_to_keep_and_catches_up_at_once(
     spawn: Spawn, client: Client, role: str
 ) -> None:
     old_days(client, 4)
-    process = spawn(role, SERVER_PORT=str(free_port()), CLEANUP_RETENTION_DAYS="5", PARTITION_DAYS_AHEAD="33")
+    process = spawn(role, CLEANUP_RETENTION_DAYS="5", PARTITION_DAYS_AHEAD="33")
     await eventually(lambda: retired(client) >= 8)  # a day a run, which would take minutes
     assert client.rows(TOLD) == [(5, 33, 400, False)]
     assert client.value("select end_day::date from orchestrator.partition_bounds()") == NOON.date() + timedelta(34)

@@ -20,7 +20,7 @@ from orchestrator.errors import UnusableDatabase
 from orchestrator.events import parse_submission, submission_row
 from orchestrator.migrate import check, migrate
 from tests.conftest import MakeSettings, Spawn
-from tests.integration.api_support import free_port, running_api, submission
+from tests.integration.api_support import running_api, submission
 from tests.integration.cli_support import invoke
 from tests.support.dispatching import dispatching, finished, soon, statuses
 from tests.support.ingesting import submission as submission_bytes
@@ -43,7 +43,7 @@ def pooled_url(request: pytest.FixtureRequest, database_url: str) -> Iterator[st
 async def test_two_hundred_submissions_at_once_are_kept_and_delivered_through_a_pooler(
     settings: MakeSettings, pooled_url: str, client: Client, receiver: Receiver
 ) -> None:
-    chosen = settings(DATABASE_URL=pooled_url, SERVER_PORT=str(free_port()), SCHEDULER_POLL_INTERVAL_MS="200")
+    chosen = settings(DATABASE_URL=pooled_url, SCHEDULER_POLL_INTERVAL_MS="200")
     async with Database(chosen, role="api") as database, running_api(chosen, database) as api:
         due = soon(1).isoformat()
 

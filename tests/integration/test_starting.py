@@ -145,7 +145,7 @@ async def test_connections_that_fell_silent_are_given_up_together(settings: Make
 async def test_a_process_that_never_hears_anything_is_not_deaf_to_sigterm(spawn: Spawn, database_url: str) -> None:
     async with CuttingProxy(database_url) as proxy:
         proxy.hang()
-        process = spawn("run", DATABASE_URL=proxy.url, SERVER_PORT=str(free_port()))
+        process = spawn("run", DATABASE_URL=proxy.url)
         await process.wait_for_log("listening")
         began_s = time.monotonic()
         assert await process.stop() == 0

@@ -23,7 +23,6 @@ import pytest
 from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.database.maintenance import Retention
-from orchestrator.dev.system import free_port
 from orchestrator.events import parse_submission
 from orchestrator.migrate import check, migrate
 from tests.conftest import Spawn
@@ -161,7 +160,7 @@ async def test_old_and_new_programs_share_a_database_through_an_upgrade(
         # Every state that an event can be in, made by the old programs.
         [held] = await previous.submit(event("held"))
         assert client.column("select event_id::text from orchestrator.claim_due_events(1, 0, '1 hour')") == [held]
-        old = previous.spawn("run", SERVER_PORT=str(free_port()), LOG_LEVEL="WARNING")
+        old = previous.spawn("run", LOG_LEVEL="WARNING")
         await previous.command("destinations", "set", f"127.0.0.1:{receiver.port}", "--max-parallel", "20")
         slow: dict[str, Any] = {"retry_policy": "slow", "priority": 3}
         kept = await previous.submit(

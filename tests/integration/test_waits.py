@@ -13,7 +13,7 @@ import pytest
 from orchestrator.api import gather
 from orchestrator.database import Database
 from tests.conftest import MakeSettings
-from tests.integration.api_support import assert_problem, free_port, running_api, submission
+from tests.integration.api_support import assert_problem, running_api, submission
 from tests.integration.cli_support import Call
 from tests.support.dispatching import dispatching, finished, soon, statuses
 from tests.support.ingesting import DUE, Topic, feed, ingesting, jobs, read_to
@@ -105,7 +105,7 @@ async def test_a_submission_left_open_holds_up_its_repetition_alone(
     monkeypatch.setattr(gather, "BLOCKED_S", 1.0)
     fields = submission(external_job_id="held")
     holder.submit(event(**fields))
-    chosen = settings(SERVER_PORT=str(free_port()))
+    chosen = settings()
     async with Database(chosen, role="api") as database, running_api(chosen, database) as api:
 
         async def post(**changes: str) -> httpx.Response:
@@ -137,7 +137,7 @@ async def test_an_operation_that_is_blocked_answers_503_in_time_and_names_the_ho
 ) -> None:
     event_id = client.schedule(scheduled_at=soon(3600))
     holder.cancel(event_id)
-    chosen = settings(SERVER_PORT=str(free_port()), DB_POOL_MAX_SIZE="4", DB_POOL_MIN_IDLE="1")
+    chosen = settings(DB_POOL_MAX_SIZE="4", DB_POOL_MIN_IDLE="1")
     async with Database(chosen, role="api") as database, running_api(chosen, database) as api:
         cancels = [asyncio.create_task(api.delete(f"/api/v1/events/{event_id}")) for _ in range(4)]
         await eventually(lambda: client.value(_CANCEL_WAITS), 5)
