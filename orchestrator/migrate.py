@@ -248,10 +248,13 @@ def _pending(versioned: list[_File], repeatable: list[_File], recorded: dict[str
             raise OrchestratorError(
                 f"sql/{file.name} differs from what this database was migrated with; restore it, and add a new file"
             )
-    changed = [file for file in repeatable if recorded.get(file.name) != file.checksum]
-    if changed:  # new functions need the rest of their pins, and their grants
-        changed = [file for file in repeatable if file in changed or file.name in _ALWAYS]
-    return [file for file in versioned if file.name not in recorded] + changed
+    changed = {file.name for file in repeatable if recorded.get(file.name) != file.checksum}
+    if changed.isdisjoint(_ALWAYS):  # new functions need the rest of their pins, and their grants
+        changed.update(_ALWAYS if changed else ())
+    else:  # these add to what functions are made with: all are made anew
+        changed.update(file.name for file in repeatable)
+    pending = [file for file in versioned if file.name not in recorded]
+    return pending + [file for file in repeatable if file.name in changed]
 
 
 def _apply(connection: BlockingConnection, file: _File) -> None:

@@ -146,6 +146,23 @@ def test_a_changed_function_or_view_is_applied_again_and_its_grants_too(
     assert check(empty_database_url) == []
 
 
+def test_what_is_added_to_functions_is_added_anew_when_it_changes(
+    empty_database_url: str, client: Client, directory: Path
+) -> None:
+    """As a plan's setting whose value is another one, and a function that is no longer given the settings of texts."""
+    migrate(empty_database_url)
+    settings = "select proconfig from pg_proc where proname = %s and pronamespace = 'orchestrator'::regnamespace"
+    plans, roles = directory / "functions/90_plans.sql", directory / "roles.sql"
+    plans.write_text(plans.read_text().replace('"random_page_cost": "4"', '"random_page_cost": "3"'))
+    assert migrate(empty_database_url).applied == REPEATABLE
+    assert "random_page_cost=3" in client.value(settings, "claim_due_events")
+    assert "IntervalStyle=postgres" in client.value(settings, "get_event")
+    roles.write_text(roles.read_text().replace("'keep_answer', ", "'keep_answer', 'get_event', "))
+    assert migrate(empty_database_url).applied == REPEATABLE
+    assert "IntervalStyle=postgres" not in client.value(settings, "get_event")
+    assert check(empty_database_url) == []
+
+
 def test_every_repeatable_file_can_be_applied_to_a_database_in_use(
     empty_database_url: str, client: Client, directory: Path
 ) -> None:
