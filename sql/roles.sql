@@ -79,7 +79,8 @@ grant execute on function orchestrator.get_event(uuid), orchestrator.events_by_e
   orchestrator.statistics_by(timestamptz, timestamptz, text[], text, text), orchestrator.list_rejects(integer, bigint), orchestrator.ingest_offsets(text),
   orchestrator.outbox_pending(), orchestrator.statistics(), orchestrator.next_due_at(), orchestrator.backlog(),
   orchestrator.get_destination(text), orchestrator.list_destinations(integer, text), orchestrator.destination_for(text), orchestrator.changed_rights(),
-  orchestrator.backlog_forecast(interval, interval, text), orchestrator.forecast(interval, interval, text, integer)
+  orchestrator.backlog_forecast(interval, interval, text), orchestrator.forecast(interval, interval, text, integer),
+  orchestrator.first_day_kept(timestamptz), orchestrator.first_id(timestamptz)
   to orchestrator_read, orchestrator_ops;
 grant execute on function
   orchestrator.configure_destination(text, double precision, integer, integer, boolean, interval, text, text, jsonb, interval, integer, double precision,

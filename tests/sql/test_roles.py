@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from orchestrator.database.maintenance import CONDITION
 from tests.sql.conftest import Connect
 from tests.support.sql_client import NOON, Client, event, results
 
@@ -36,6 +37,7 @@ READING = {
     "get_event", "events_by_external_id", "list_dead_letters", "statistics", "statistics_by", "next_due_at", "backlog",
     "list_rejects", "ingest_offsets", "outbox_pending", "get_destination", "list_destinations", "destination_for",
     "backlog_forecast", "forecast", "changed_rights",
+    "first_day_kept", "first_id",
 }  # fmt: skip
 OPERATING = {
     "run_maintenance", "settle_lanes", "create_partitions", "pass_dead_letter", "configure_destination",
@@ -190,6 +192,13 @@ def acting(connect: Connect, role: str) -> Client:
     client = connect()
     client.set_role(role)
     return client
+
+
+@pytest.mark.parametrize("role", ["orchestrator_read", "orchestrator_ops"])
+def test_a_reader_sees_how_maintenance_fares(connect: Connect, role: str) -> None:
+    connect().value("select orchestrator.run_maintenance()")
+    [(_, problems, days_ahead, *counts)] = acting(connect, role).rows(CONDITION)
+    assert (problems, days_ahead > 1, counts) == ([], True, [0, 0, 0, 0])
 
 
 @pytest.mark.parametrize("role", ["orchestrator_submit", "orchestrator_ingest", "orchestrator_ops"])
