@@ -13,6 +13,8 @@ from orchestrator.config import Settings
 
 MOST_CLIENTS = 5000
 """Connections of clients unless API_MAX_CONNECTIONS says otherwise; more would take memory that nobody planned."""
+MANAGEMENT = 64
+"""Connections to health and metrics, where they have a port, or a process without an API, to themselves."""
 _OWN = 60  # log, libraries, event loop, names being looked up, files of secrets
 _DATABASE_APART = 8  # connections besides the pool: claims, results, notifications, maintenance
 _KAFKA = 30
@@ -37,6 +39,7 @@ def limit(*, hard: bool = False) -> int:
 def clients(settings: Settings, limit: int) -> int:
     """How many connections of clients fit, beside what the API itself needs; what they get when that is not set."""
     reserved = _OWN + settings.pool_max_size + (_KAFKA if settings.kafka_servers else 0)
+    reserved += MANAGEMENT if settings.management_port is not None else 0
     # Some more are held for a moment, to be told that there is no room.
     fit = max(_FEWEST, (limit - reserved) * 8 // 9)
     return min(settings.api_max_connections or MOST_CLIENTS, fit)
@@ -44,7 +47,7 @@ def clients(settings: Settings, limit: int) -> int:
 
 def deliveries(settings: Settings, limit: int) -> int:
     """How many deliveries fit; as many connections again may be idle."""
-    reserved = _OWN + _DATABASE_APART + (_KAFKA if settings.kafka_servers else 0)
+    reserved = _OWN + _DATABASE_APART + (_KAFKA if settings.kafka_servers else 0) + MANAGEMENT
     return min(settings.http_max_connections, max(_FEWEST, (limit - reserved) // 2))
 
 

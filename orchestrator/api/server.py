@@ -18,9 +18,8 @@ from orchestrator.api.link import Deliverer
 from orchestrator.api.listening import BACKLOG, Listeners, listen, listening
 from orchestrator.config import Settings
 from orchestrator.database import Database
+from orchestrator.descriptors import MANAGEMENT
 from orchestrator.metrics import Metrics
-
-_MANAGEMENT_CONNECTIONS = 64
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ async def serve(
         async with asyncio.TaskGroup() as group:
             api_stopped = asyncio.Event()
             app = management_app(health, metrics)
-            front = Front(settings, metrics, _MANAGEMENT_CONNECTIONS)
+            front = Front(settings, metrics, MANAGEMENT)
             group.create_task(_run(settings, app, front, management, stop=api_stopped))
             try:
                 await _serve_api(settings, database, metrics, health, api, stop)
@@ -74,7 +73,7 @@ async def serve_management(settings: Settings, database: Database, metrics: Metr
     name = "SERVER_PORT" if settings.management_port is None else "MANAGEMENT_SERVER_PORT"
     port = settings.management_port or settings.server_port
     with listen(name, settings.server_host, port) as listener:
-        front = Front(settings, metrics, _MANAGEMENT_CONNECTIONS)
+        front = Front(settings, metrics, MANAGEMENT)
         await _run(settings, management_app(health, metrics), front, listener, stop=stop, health=health)
 
 

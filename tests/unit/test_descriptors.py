@@ -10,18 +10,25 @@ from orchestrator import descriptors
 from orchestrator.config import Settings
 
 
-@given(st.integers(200, 100_000), st.integers(1, 10_000), st.integers(2, 100), st.none() | st.integers(1, 100_000))
-def test_what_clients_and_deliveries_may_open_leaves_room_for_the_database(
-    limit: int, connections: int, pool: int, most: int | None
+@given(
+    st.integers(200, 100_000),
+    st.integers(1, 10_000),
+    st.integers(2, 100),
+    st.none() | st.integers(1, 100_000),
+    st.booleans(),
+)
+def test_what_clients_and_deliveries_may_open_leaves_room_for_the_database_and_probes(
+    limit: int, connections: int, pool: int, most: int | None, managed: bool
 ) -> None:
     environ = {"HTTP_MAX_CONNECTIONS": str(connections), "DB_POOL_MAX_SIZE": str(pool)}
-    settings = Settings.from_env(environ | ({"API_MAX_CONNECTIONS": str(most)} if most else {}))
+    environ |= {"API_MAX_CONNECTIONS": str(most)} if most else {}
+    settings = Settings.from_env(environ | ({"MANAGEMENT_SERVER_PORT": "8081"} if managed else {}))
     clients = descriptors.clients(settings, limit)
     assert 1 <= clients <= (most or descriptors.MOST_CLIENTS)
-    assert clients <= 8 or clients * 9 // 8 + pool + 50 <= limit
+    assert clients <= 8 or clients * 9 // 8 + pool + 50 + 64 * managed <= limit
     deliveries = descriptors.deliveries(settings, limit)
     assert 1 <= deliveries <= connections
-    assert 2 * deliveries + 60 <= limit
+    assert deliveries <= 8 or 2 * deliveries + 60 + 64 <= limit
     assert bool(descriptors.shortages(settings, limit)) >= (deliveries < connections)
 
 
@@ -30,4 +37,4 @@ def test_config_check_and_doctor_say_when_there_are_too_few_descriptors() -> Non
         line = f"ulimit -n 256 && exec {sys.executable} -m orchestrator {command}"
         env = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none", "COLUMNS": "300"}
         told = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, env=env, check=False).stdout
-        assert "HTTP_MAX_CONNECTIONS: 200 are too many for 256 file descriptors (ulimit -n); 94 are used" in told
+        assert "HTTP_MAX_CONNECTIONS: 200 are too many for 256 file descriptors (ulimit -n); 62 are used" in told
