@@ -21,6 +21,7 @@ from orchestrator.database import NOTIFY_CHANNEL, Claims, Leases
 from orchestrator.database.listening import listen
 from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import ANSWER_S, Finisher
+from orchestrator.dispatch.holders import Holders
 from orchestrator.dispatch.http_deliveries import HttpDeliveries, Sender
 from orchestrator.dispatch.kafka import KafkaDeliveries
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
@@ -31,7 +32,6 @@ _CLAIM_GAP_S = 0.01  # between claims that found less than a batch
 _LOCKED_GAP_S = 0.1  # before looking again for what is due but was not to be had, doubling up to
 _LAST_LOCKED_GAP_S = 1.0
 _LOCKED_OUT = 5  # claims in turn, before it is told that another session is in the way
-_TOLD_EVERY_S = 30.0
 _CLAIM_AHEAD_S = 0.25  # how long before it is due an expected event is claimed
 _AGAIN_WITHIN_S = 0.02  # after the moment that a claim named, at random, so that dispatchers do not claim in step
 _HOLD = "hold "
@@ -71,7 +71,9 @@ class Dispatcher:
         self._freed = False
         self._low = -1  # the number held at which a claim is waited for
         self._locked_gap_s = _LOCKED_GAP_S
-        self._told_s = -_TOLD_EVERY_S
+        self._holders = Holders(
+            "claims leave out destinations or ordering keys that another session's open transaction has"
+        )
         self._on_hold: set[int | None] = set()  # lanes put on hold since the last claim began; None: all
         metrics.events_held.set_function(lambda: self._held)
         metrics.events_in_flight.set_function(lambda: self._http.in_flight + self._kafka.in_flight)
@@ -200,7 +202,7 @@ class Dispatcher:
                 return
             self._take_in(claims)
             if claims.locked_out >= _LOCKED_OUT:
-                await self._tell_locked_out(leases)
+                await self._holders.tell(leases)
             short = len(claims.events) < batch
             if short and not skip and claims.again_at is None:
                 self._metrics.events_backlog.set(0)
@@ -210,17 +212,6 @@ class Dispatcher:
                     self._metrics.events_backlog.set(await leases.backlog())
             if short:
                 await self._rest(leases)
-
-    async def _tell_locked_out(self, leases: Leases) -> None:
-        if time.monotonic() < self._told_s + _TOLD_EVERY_S:
-            return
-        self._told_s = time.monotonic()
-        async with asyncio.timeout(ANSWER_S):
-            holders = await leases.holders()
-        _log.warning(
-            "claims leave out destinations or ordering keys that another session's open transaction has",
-            extra={"holders": holders},
-        )
 
     def _take_in(self, claims: Claims) -> None:
         self._metrics.events_claimed_total.inc(len(claims.events))

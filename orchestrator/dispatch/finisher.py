@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from orchestrator.database import Claimed, Finished, Leases, NotDelivered
+from orchestrator.dispatch.holders import Holders
 from orchestrator.errors import Blocked, ValidationError
 from orchestrator.metrics import Metrics
 
@@ -21,7 +22,6 @@ _REFUSED = "error text refused by the database"
 _CAREFUL_S = 1.0  # after another session was in the way: nothing is waited for
 _FIRST_ASIDE_S = 0.05
 _LAST_ASIDE_S = 0.5
-_TOLD_EVERY_S = 30.0
 
 _Record = Callable[[Sequence[Finished]], Awaitable[list[NotDelivered]]]
 
@@ -57,7 +57,9 @@ class Finisher:
         self._aside_s = _FIRST_ASIDE_S
         self._taking_up: asyncio.TimerHandle | None = None
         self._careful_until_s = 0.0
-        self._told_s = -_TOLD_EVERY_S
+        self._holders = Holders(
+            "results are set aside, and tried again, while another session's open transaction holds their events"
+        )
         metrics.results_set_aside.set_function(lambda: len(self._aside) + len(self._unused_aside))
 
     def add(self, *results: Finished, at_once: bool = False) -> None:
@@ -171,15 +173,7 @@ class Finisher:
         if self._taking_up is None:
             self._taking_up = asyncio.get_running_loop().call_later(self._aside_s, self._take_up)
             self._aside_s = min(_LAST_ASIDE_S, 2 * self._aside_s)
-        if time.monotonic() < self._told_s + _TOLD_EVERY_S:
-            return
-        self._told_s = time.monotonic()
-        async with asyncio.timeout(ANSWER_S):
-            holders = await leases.holders()
-        _log.warning(
-            "results are set aside, and tried again, while another session's open transaction holds their events",
-            extra={"results": len(self._aside) + len(self._unused_aside), "holders": holders},
-        )
+        await self._holders.tell(leases, results=len(self._aside) + len(self._unused_aside))
 
     def _take_up(self) -> None:
         self._taking_up = None
