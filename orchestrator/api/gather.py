@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from orchestrator.api.problems import Problem, as_problem, blocked, unavailable
 from orchestrator.database import Database, Submitted, submit_all, submit_free
 from orchestrator.events import Submission
-from orchestrator.tasks import end
+from orchestrator.tasks import end, within
 
 FLUSHERS = 2
 MAX_BATCH = 1000
@@ -102,9 +102,9 @@ class Gatherer:
 
     async def _flush(self, batch: list[_Waiting]) -> None:
         try:
-            async with asyncio.timeout(FLUSH_TIMEOUT_S):
-                submit = submit_free if time.monotonic() < self._careful_until_s else submit_all
-                results = await submit(self._database, [submission for submission, _, _ in batch])
+            submit = submit_free if time.monotonic() < self._careful_until_s else submit_all
+            submitting = submit(self._database, [submission for submission, _, _ in batch])
+            results = await within(FLUSH_TIMEOUT_S, submitting)
         except TimeoutError:
             self._fail(batch, unavailable(_UNKNOWN))
         except Exception as error:  # told and logged once; each request answers for itself, the flusher goes on
@@ -142,8 +142,8 @@ class Gatherer:
             return
         self._careful_until_s = time.monotonic() + _CAREFUL_S
         try:
-            async with asyncio.timeout(FLUSH_TIMEOUT_S):
-                results = await submit_free(self._database, [submission for submission, _, _ in firsts])
+            submitting = submit_free(self._database, [submission for submission, _, _ in firsts])
+            results = await within(FLUSH_TIMEOUT_S, submitting)
         except TimeoutError:
             self._fail(firsts, unavailable(_UNKNOWN))
         except Exception as error:
