@@ -393,18 +393,22 @@ def copy_row(s: Submission, n: int) -> bytes:
     """One line of COPY text, with its end: n, then the fields of the submission in their order."""
     headers = rb"\N" if s.headers is None else _escaped(s.headers)
     first = (
-        f"{n}\t{s.id}\t{s.scheduled_at.isoformat()}\t{_escaped_text(s.source)}\t{_optional(s.external_job_id)}"
-        f"\t{_escaped_text(s.delivery_type)}\t{_optional(s.destination)}\t"
+        f"{n}\t{s.id}\t{_time(s.scheduled_at)}\t{_escaped_text(s.source)}\t{_optional(s.external_job_id)}"
+        f"\t{s.delivery_type}\t{_optional(s.destination)}\t"
     ).encode()
     priority = s.priority or r"\N"
     # Not str(): that of a small number has an exponent.
     spread = r"\N" if s.spread_seconds is None else f"{s.spread_seconds:.6f} seconds"
-    expires_at = r"\N" if s.expires_at is None else s.expires_at.isoformat()
+    expires_at = r"\N" if s.expires_at is None else _time(s.expires_at)
     last = (
         f"\t{s.max_retries}\t{_optional(s.retry_policy)}\t{_optional(s.ordering_key)}\t{priority}\t{spread}"
         f"\t{expires_at}\n"
     ).encode()
     return b"%b%b\t%b%b" % (first, _escaped(s.payload), headers, last)
+
+
+def _time(at: datetime) -> str:
+    return _encode(at)[1:-1].decode()  # isoformat() takes six times as long
 
 
 def _optional(field: str | None) -> str:

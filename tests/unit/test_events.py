@@ -599,7 +599,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
     assert fields == [
         b"41",
         submission.id.encode(),
-        at.isoformat().encode(),
+        at.isoformat().replace("+00:00", "Z").encode(),
         source.encode(),
         None if job is None else job.encode(),
         b"KAFKA",
@@ -611,7 +611,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
         None if key is None else key.encode(),
         f"{priority}".encode() if priority else None,
         None if spread is None else f"{Decimal(spread):.6f} seconds".encode(),
-        None if lasts is None else (at + lasts).isoformat().encode(),
+        None if lasts is None else (at + lasts).isoformat().replace("+00:00", "Z").encode(),
     ]
 
 
