@@ -129,17 +129,20 @@ create or replace function orchestrator.fold_destination(p_name text) returns vo
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 declare
   v_kinds text[];
+  v_kind text;
 begin
   with gone as (
     delete from orchestrator.control_note n where n.name = p_name returning n.note, n.kind
   )
-  select array_agg(g.kind order by g.note) into v_kinds from gone g;
+  select coalesce(array_agg(g.kind order by g.note), '{}') into v_kinds from gone g;
   perform set_config('orchestrator.folding', 'on', true);
-  perform case k.kind
-      when 'pause' then (select count(*) from orchestrator.pause_destination(p_name))
-      when 'resume' then (select count(*) from orchestrator.resume_destination(p_name))
-      else (select count(*) from orchestrator.close_breaker(p_name)) end
-  from unnest(v_kinds) as k (kind);
+  foreach v_kind in array v_kinds loop
+    case v_kind
+      when 'pause' then perform orchestrator.pause_destination(p_name);
+      when 'resume' then perform orchestrator.resume_destination(p_name);
+      else perform orchestrator.close_breaker(p_name);
+    end case;
+  end loop;
   perform set_config('orchestrator.folding', '', true);
 end $$;
 comment on function orchestrator.fold_destination(text) is 'Carries the notes about a destination over, in their order';

@@ -343,14 +343,17 @@ language plpgsql security definer set search_path = orchestrator, pg_temp set ti
 declare
   v_now constant timestamptz := orchestrator.now();
   v_name constant text := orchestrator.as_destination(p_name);
+  v_has boolean;
   v_before timestamptz;
   v_breaker text;
 begin
-  if not orchestrator.await_destination(v_name) then
+  v_has := orchestrator.await_destination(v_name);
+  perform orchestrator.fold_destination(v_name) where v_has and exists (select from orchestrator.control_note n where n.name = v_name);
+  -- A pattern's pause stays a note while one that it matches is held.
+  if not v_has or exists (select from orchestrator.control_note n where n.name = v_name) then
     return query select v_name, null::timestamptz, true, orchestrator.waiting_for(v_name), orchestrator.note_destination(v_name, 'resume');
     return;
   end if;
-  perform orchestrator.fold_destination(v_name) where exists (select from orchestrator.control_note n where n.name = v_name);
   update orchestrator.lane l
   set paused_at = null
     , last_paused_at = coalesce(l.paused_at, l.last_paused_at)

@@ -249,6 +249,52 @@ def test_a_noted_pause_of_a_destination_is_carried_over_with_its_settings(connec
     assert len(client.claim_on()) == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pause_destination", "resume_destination", "pause_destination"],
+        ["pause_destination", "resume_destination", "close_breaker", "pause_destination", "close_breaker"],
+        ["resume_destination", "pause_destination", "resume_destination"],
+        ["close_breaker", "pause_destination", "pause_destination", "resume_destination"],
+    ],
+)
+def test_of_what_is_noted_about_a_destination_the_last_word_holds(connect: Connect, words: list[str]) -> None:
+    client, holder = connect(), connect()
+    client.rows("select orchestrator.configure_destination('receiver.example', p_max_parallel => 5)")
+    holder.rows("begin")
+    holder.rows("select 1 from orchestrator.destination for update")
+    for word in words:
+        client.connection.execute(f"select orchestrator.{word}('receiver.example')".encode())
+    holder.rows("rollback")
+    client.schedule()
+    last = next(word for word in reversed(words) if word != "close_breaker")
+    assert len(client.claim_on()) == (last == "resume_destination")
+    assert client.value("select count(*) from orchestrator.control_note") == 0
+
+
+def test_a_pattern_whose_pause_is_only_noted_is_resumed_all_the_same(connect: Connect) -> None:
+    client, holder = connect(), connect()
+    client.rows("select orchestrator.configure_destination('*.example', p_max_parallel => 5)")
+    # One that fails, and was watched by somebody who did not see the pattern yet.
+    client.rows(
+        "insert into orchestrator.destination (name, configured, changed_at) values ('a.example', false, %s)", NOON
+    )
+    client.schedule(destination="https://b.example/hook")
+    holder.rows("begin")
+    holder.rows("select 1 from orchestrator.destination where name = 'a.example' for update")
+    assert f"pid {holder.pid} " in client.value("select note from orchestrator.pause_destination('*.example')")
+    assert client.claim_on() == []
+    assert client.value("select resumed from orchestrator.resume_destination('*.example')")
+    assert len(client.claim_on()) == 1
+    client.rows("select orchestrator.pause_destination('*.example')")
+    holder.rows("rollback")
+    client.schedule(destination="https://c.example/hook")
+    assert client.claim_on() == []
+    assert client.value("select count(*) from orchestrator.control_note") == 0
+    assert client.value("select resumed from orchestrator.resume_destination('*.example')")
+    assert len(client.claim_on()) == 1
+
+
 def test_a_new_priority_is_claimed_though_its_note_cannot_be_carried_over(connect: Connect) -> None:
     client, holder = connect(), connect()
     holder.rows("begin")
