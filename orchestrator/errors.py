@@ -29,6 +29,10 @@ class ValidationError(OrchestratorError):
         return f"{self.field}: {self.reason}"
 
 
+class NotPermitted(OrchestratorError):  # noqa: N818  # a state, as those below
+    """The login of DATABASE_URL lacks a right; the text names the remedy."""
+
+
 class DatabaseUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
     """PostgreSQL cannot be reached just now; the same call may succeed later."""
 

@@ -24,6 +24,7 @@ from orchestrator import database_url, descriptors, migrate
 from orchestrator.config import Settings
 from orchestrator.database import Database, translated
 from orchestrator.database.blocking import OnConnected, blocking
+from orchestrator.database.rights import NEEDED
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
 from orchestrator.maintenance import maintain, prepare
 from orchestrator.metrics import Metrics
@@ -72,8 +73,9 @@ class _Process:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
         # These have connections of their own; their pool only answers health checks.
         pool = settings if self._role == "api" else replace(settings, pool_min_idle=0, pool_max_size=2)
+        opening = Database(pool, role=self._role, needs=NEEDED[self._role])
         try:
-            async with asyncio.timeout(None) as deadline, Database(pool, role=self._role) as database:
+            async with asyncio.timeout(None) as deadline, opening as database:
                 await self._run_parts(self._parts(), beside, database, deadline)
         except TimeoutError:
             raise OrchestratorError(

@@ -163,6 +163,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
     from orchestrator import logs
     from orchestrator.api.server import serve
     from orchestrator.database import Database
+    from orchestrator.database.rights import NEEDED
 
     link = await Link.over(end)
     given = await link.receive_raw()
@@ -175,7 +176,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
     listener = asyncio.create_task(deliverer.listen())
     status = 0
     try:
-        async with Database(settings, role="api") as database:
+        async with Database(settings, role="api", needs=NEEDED[role]) as database:
             await serve(
                 settings,
                 database,

@@ -12,7 +12,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Scope, Send
 
-from orchestrator.errors import Blocked, DatabaseUnavailable, InDoubt, KafkaUnavailable, ValidationError
+from orchestrator.errors import Blocked, DatabaseUnavailable, InDoubt, KafkaUnavailable, NotPermitted, ValidationError
 from orchestrator.events import JsonError, OutOfRangeError, SubmissionError
 
 MEDIA_TYPE = "application/problem+json"
@@ -129,6 +129,9 @@ def as_problem(error: Exception) -> Problem:
         case DatabaseUnavailable():
             _log.warning("answered 503: %s", error)
             return unavailable("The database cannot be reached. Try again shortly; nothing was lost by this.")
+        case NotPermitted():
+            _log.error("answered 500: %s", error)
+            return Problem("internal", f"The API's own login to the database lacks a right: {error}.")
         case KafkaUnavailable():
             return unavailable(str(error))
         case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED):

@@ -17,7 +17,14 @@ from psycopg_pool import PoolTimeout
 
 from orchestrator.config import Settings
 from orchestrator.database.session import MARK, SESSION, Session
-from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError, UnusableDatabase, ValidationError
+from orchestrator.errors import (
+    Blocked,
+    DatabaseUnavailable,
+    NotPermitted,
+    OrchestratorError,
+    UnusableDatabase,
+    ValidationError,
+)
 
 HOLDERS: LiteralString = "select coalesce(orchestrator.holders_text(), 'it has ended by now')"
 """Names the sessions whose open transactions may be in the way."""
@@ -48,7 +55,7 @@ def translated() -> Iterator[None]:
             f"the database lacks this program's schema ({_first_line(error)}); run: orchestrator migrate"
         ) from error
     except errors.InsufficientPrivilege as error:
-        raise OrchestratorError(f"{_first_line(error)}; {_remedy(error)}") from error
+        raise NotPermitted(f"{_first_line(error)}; {_remedy(error)}") from error
     except (psycopg.DataError, psycopg.IntegrityError) as error:
         raise ValidationError(error.diag.column_name or "value", _first_line(error)) from error
 

@@ -30,7 +30,15 @@ from orchestrator.database.connection import (
     named,
     translated,
 )
-from orchestrator.errors import Blocked, DatabaseUnavailable, InDoubt, OrchestratorError, ValidationError
+from orchestrator.database.rights import ABILITIES
+from orchestrator.errors import (
+    Blocked,
+    DatabaseUnavailable,
+    InDoubt,
+    NotPermitted,
+    OrchestratorError,
+    ValidationError,
+)
 from orchestrator.events import Submission, copy_row
 from orchestrator.tasks import within
 
@@ -137,10 +145,13 @@ class Database:
     Every method raises DatabaseUnavailable when the database is away, after two more tries on fresh connections, and
     Blocked when another session's open transaction holds what it needs for longer than 3 seconds. What changes
     something is done once, and answers what it did, although the reply to its commit was lost: see `once`. InDoubt: it
-    may have been done.
+    may have been done. NotPermitted: the login lacks a right.
+
+    `role` shows in pg_stat_activity; `needs`, of ABILITIES, are those without which this process is not ready.
     """
 
-    def __init__(self, settings: Settings, *, role: str) -> None:
+    def __init__(self, settings: Settings, *, role: str, needs: Sequence[str] = ()) -> None:
+        self._needs = [ABILITIES[ability] for ability in needs]
         self._staged: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._turns = asyncio.Semaphore(max(1, settings.pool_max_size - _LEFT_FOR_OTHERS))
         self._doubtful = False
@@ -470,14 +481,22 @@ class Database:
 
     async def ready(self) -> None:
         """Raises DatabaseUnavailable, also when it takes no writes, or has had no room for one in the last seconds;
-        OrchestratorError when the schema, or a partition for today, is missing, or nobody can submit.
+        OrchestratorError when the schema, or a partition for today, is missing, or nobody can submit; NotPermitted
+        when this login may not do what it is for.
         """
-        [(today, staging)] = await self.rows(
-            "select orchestrator.now() between first_day and end_day, orchestrator.staging_problem()"
-            " from orchestrator.prove_writing() cross join orchestrator.partition_bounds()"
+        [(today, staging, user, lacking)] = await self.rows(
+            """
+            select orchestrator.now() between first_day and end_day, orchestrator.staging_problem(), current_user,
+              array(select n from unnest(%s::text[]) n where not has_function_privilege(to_regprocedure(n), 'execute'))
+            from orchestrator.prove_writing() cross join orchestrator.partition_bounds()
+            """,
+            [ability.function for ability in self._needs],
         )
         if staging is not None:
             raise OrchestratorError(staging)
+        if lacking:
+            roles = ", ".join(ability.role for ability in self._needs if ability.function in lacking)
+            raise NotPermitted(f"user {user} may not call {', '.join(lacking)}; grant {roles} to {user}")
         if not today:
             raise OrchestratorError("no partition for today; run: orchestrator migrate")
         if time.monotonic() < self._full_at + _FULL_S:

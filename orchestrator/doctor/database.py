@@ -11,6 +11,7 @@ from psycopg.rows import TupleRow
 from orchestrator import database_url, migrate
 from orchestrator.config import Settings
 from orchestrator.database.connection import BlockingConnection, connect_blocking
+from orchestrator.database.rights import ABILITIES
 from orchestrator.doctor.finding import Finding, is_production, ok, problem, warning
 from orchestrator.doctor.server import server_findings
 from orchestrator.doctor.standstill import standstill_findings
@@ -28,15 +29,7 @@ _ROLES = (
     "orchestrator_ops",
     "orchestrator_read",
 )
-_ABILITIES = {
-    "submit": ("orchestrator_submit", "orchestrator.submit_staged()"),
-    "dispatch": (
-        "orchestrator_dispatch",
-        "orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer)",
-    ),
-    "query": ("orchestrator_read", "orchestrator.statistics()"),
-    "maintain": ("orchestrator_ops", "orchestrator.run_maintenance(integer, integer)"),
-}
+_PARTS = ("submit", "dispatch", "query", "maintain")
 _LEAST_DAYS_AHEAD = 2
 
 
@@ -204,14 +197,14 @@ def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
         return
     may = {
         ability: connection.execute(
-            "select has_function_privilege(current_user, %s::regprocedure, 'execute')", (function,)
+            "select has_function_privilege(%s::regprocedure, 'execute')", (ABILITIES[ability].function,)
         ).fetchone()
         == (True,)
-        for ability, (_, function) in _ABILITIES.items()
+        for ability in _PARTS
     }
     lacking = [ability for ability, allowed in may.items() if not allowed]
     if lacking:
-        roles = ", ".join(_ABILITIES[ability][0] for ability in lacking)
+        roles = ", ".join(ABILITIES[ability].role for ability in lacking)
         yield warning(
             "rights",
             f"{user} may not {', '.join(lacking)}, which orchestrator run does",

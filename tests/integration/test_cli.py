@@ -26,6 +26,7 @@ from orchestrator.cli import COMMANDS, main
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dev.system import free_port
 from tests.conftest import Spawn
+from tests.integration.api_support import status, until
 from tests.support.receiver import HANG, Receiver
 from tests.support.sql_client import Client
 from tests.support.times import READ, REFUSED
@@ -616,6 +617,34 @@ async def test_each_role_of_the_database_suffices_for_what_it_is_named_after(
     api = spawn("api", DATABASE_URL=login("orchestrator_submit"))
     await api.wait_for_log("listening")
     assert await api.stop() == 0
+
+
+async def test_a_process_is_ready_only_while_its_login_may_do_what_it_is_for(
+    spawn: Spawn, login: Callable[[str], str], client: Client
+) -> None:
+    url = login("orchestrator_read")
+    user = str(urlsplit(url).username)
+    remedy = f"grant orchestrator_submit to {user}"
+    refused = spawn("api", DATABASE_URL=url)
+    assert await refused.wait() == 1
+    assert remedy in refused.log()
+    client.connection.execute(f"grant orchestrator_submit to {user}".encode())
+    port = free_port()
+    spawn("api", DATABASE_URL=url, SERVER_PORT=str(port))
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as api:
+
+        async def is_ready(wanted: int) -> bool:
+            return await status(api, "/ready") == wanted
+
+        await until(lambda: is_ready(200), 15)
+        client.connection.execute(f"revoke orchestrator_submit from {user}".encode())
+        await until(lambda: is_ready(503))
+        assert remedy in (await api.get("/ready")).text
+        event = {"source": "tests", "scheduled_at": "2030-01-01T00:00:00Z", "payload": 1}
+        posted = await api.post("/api/v1/events", json=event | {"destination": "https://receiver.example/hook"})
+        assert (posted.status_code, "permission denied for" in posted.json()["detail"]) == (500, True)
+        client.connection.execute(f"grant orchestrator_submit to {user}".encode())
+        await until(lambda: is_ready(200))
 
 
 async def test_the_api_ends_with_the_remedy_in_production_without_keys_and_starts_with_one(

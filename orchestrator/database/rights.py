@@ -1,0 +1,32 @@
+"""What each kind of process must be allowed to do: a right to a function that stands for the rest of its role's."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Ability(NamedTuple):
+    role: str
+    """The role of ``sql/roles.sql`` that gives it."""
+    function: str
+
+
+ABILITIES = {
+    "submit": Ability("orchestrator_submit", "orchestrator.submit_staged()"),
+    "ingest": Ability("orchestrator_ingest", "orchestrator.ingest_offsets(text)"),
+    "dispatch": Ability(
+        "orchestrator_dispatch",
+        "orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer)",
+    ),
+    "query": Ability("orchestrator_read", "orchestrator.statistics()"),
+    "maintain": Ability("orchestrator_ops", "orchestrator.run_maintenance(integer, integer)"),
+}
+
+NEEDED = {
+    "run": ("submit", "dispatch", "maintain"),
+    "api": ("submit",),
+    "dispatch": ("dispatch",),
+    "ingest": ("ingest",),
+    "maintain": ("maintain",),
+}
+"""Of the processes, by their role, what they are not ready without: an API that answers no questions serves clients."""
