@@ -136,7 +136,7 @@ def shown(value: object) -> str:
         return _shown_json(bytes(value))
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "an array"
-    text = str(value)
+    text = str(value).encode(errors="backslashreplace").decode()  # a path that is not UTF-8 holds lone surrogates
     return _shortened(text, f"{len(text)} characters")
 
 
@@ -439,7 +439,7 @@ def envelope_faults(text: bytes, limits: Limits, error: str) -> list[tuple[str, 
         return [(shown(found[1]), _unknown_field(found[1], ("events",)))]
     if "missing required field" in error:
         return [("events", "required: an array of events")]
-    if error.endswith("`$.events`"):
+    if error.endswith("`$.events`") or error.startswith("Expected `array`"):
         return [("events", f"expected an array, got {kind_of(_decode_envelope(text).events)}")]
     return [("body", f'expected a JSON object {{"events": […]}}, got {kind_of(text)}')]
 

@@ -88,6 +88,11 @@ class _Batch(msgspec.Struct, forbid_unknown_fields=True):
     events: list[msgspec.Raw]
 
 
+class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
+    events: msgspec.Raw
+
+
+_decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_wire = msgspec.json.Decoder(Wire).decode
 _decode_batch = msgspec.json.Decoder(_Batch).decode
 _decode_any = msgspec.json.Decoder(msgspec.Raw).decode
@@ -179,13 +184,13 @@ def batch_items(raw: bytes, limits: Limits) -> Iterator[Submission | ValidationE
     _require_utf8(raw)
     yield None
     try:
-        items = _items(raw, limits)
+        items = yield from _items(raw, limits)
     except (RecursionError, msgspec.DecodeError):
         yield None
         text = yield from _readable(raw)
         yield None
         try:
-            items = _items(text, limits)
+            items = yield from _items(text, limits)
         except msgspec.ValidationError as wrong:
             raise SubmissionError(envelope_faults(text, limits, str(wrong))) from None
     yield None
@@ -209,21 +214,23 @@ def _require_utf8(raw: bytes) -> None:
         raise JsonError("expected UTF-8, got an invalid sequence", position)
 
 
-def _items(text: bytes, limits: Limits) -> Sequence[msgspec.Raw]:
-    """The items, of which there may be more than the limit only when the text is short."""
+def _items(text: bytes, limits: Limits) -> Generator[None, None, Sequence[msgspec.Raw]]:
+    """The items, of which there may be more than the limit only when the text is short; in steps."""
     if len(text) <= _SHORT_BYTES:
         return _decode_batch(text).events
-    # A list would grow to millions of items before its length is looked at.
-    found: Any = _bounded_batch(limits.max_batch_events)(text).events
+    # The field may be there a million times, of which the last counts, and a list would grow to millions of items
+    # before its length is looked at.
+    events = _decode_envelope(text).events
+    yield
+    found = _bounded_list(limits.max_batch_events)(events)
     return [item for item in msgspec.structs.astuple(found) if item is not None]
 
 
 @lru_cache(maxsize=4)
-def _bounded_batch(most: int) -> Callable[[bytes], Any]:
-    """A decoder of batches that stops at the first item too many."""
+def _bounded_list(most: int) -> Callable[[msgspec.Raw], Any]:
+    """A decoder of arrays that stops at the first item too many."""
     each = [(f"item{n}", msgspec.Raw, None) for n in range(most)]
-    events = msgspec.defstruct("_Events", each, array_like=True, forbid_unknown_fields=True)
-    return msgspec.json.Decoder(msgspec.defstruct("_Bounded", [("events", events)], forbid_unknown_fields=True)).decode
+    return msgspec.json.Decoder(msgspec.defstruct("_Events", each, array_like=True, forbid_unknown_fields=True)).decode
 
 
 def _submission(text: bytes | msgspec.Raw, limits: Limits, most_faults: int) -> Submission:

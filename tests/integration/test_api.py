@@ -537,3 +537,14 @@ async def test_a_wrong_method_is_a_405_that_lists_the_right_ones(
     response = await client.request(method, path)
     assert_problem(response, 405, "method-not-allowed")
     assert set(response.headers["allow"].split(", ")) == allowed
+
+
+@pytest.mark.parametrize("path", ["/events/{}", "/events/external/{}", "/events/external/{}/all", "/destinations/{}"])
+@pytest.mark.parametrize("part", ["%ff", "%c0%80", "%ED%A0%80", "%F4%90%80%80", "%00", "a%ff"])
+async def test_what_is_not_utf_8_in_a_path_is_refused_by_name(client: httpx.AsyncClient, path: str, part: str) -> None:
+    for method in ("GET", "DELETE"):
+        if method == "DELETE" and path.endswith("all"):
+            continue
+        response = await client.request(method, "/api/v1" + path.format(part))
+        assert response.status_code in (404, 422), response.text
+        assert response.headers["content-type"] == "application/problem+json"

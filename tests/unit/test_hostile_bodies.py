@@ -145,6 +145,8 @@ BODIES = {
     "keys": lambda: numbered(LONGEST),
     "keys of an item": lambda: b'{"events":[' + numbered(LONGEST - 20) + b"]}",
     "keys of each item": lambda: b'{"events":[' + b",".join([numbered(16_000)] * 1000) + b"]}",
+    "the array again and again": lambda: b"{" + b",".join([b'"events":[]'] * ((LONGEST - 2) // 12)) + b"}",
+    "an item again and again": lambda: b"{" + b",".join([b'"\\u0065vents":[{}]'] * ((LONGEST - 2) // 19)) + b"}",
     "headers": lambda: b'{"headers":' + numbered(LONGEST - 20) + b"}",
     "keys of the payload": lambda: EVENT % numbered(LONGEST - 200),
     "digits": lambda: b'{"max_retries":' + b"1" * (LONGEST - 20) + b"}",
