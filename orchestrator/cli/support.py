@@ -15,6 +15,8 @@ import click
 import msgspec
 
 from orchestrator.config import Settings
+from orchestrator.errors import OrchestratorError
+from orchestrator.json_text import pruned
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,9 +71,21 @@ def print_json(value: object) -> None:
     click.echo(value if isinstance(value, bytes) else msgspec.json.encode(value))
 
 
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
 def read_event(found: bytes) -> dict[str, Any]:
-    """An event of the database. Its payload stays the text it is: no number in it is too long, nothing too deep."""
-    fields = msgspec.json.decode(found, type=dict[str, msgspec.Raw])
+    """An event of the database. Its payload stays text: no number in it is too long.
+
+    What is nested deeper than the decoder goes stands as ``0`` in it. Raises OrchestratorError when that is too much.
+    """
+    try:
+        fields = _decode_fields(found)
+    except RecursionError:
+        flat = pruned(found)
+        if flat is None:
+            raise OrchestratorError("its payload is nested too deep to be read; --json prints all as it is") from None
+        fields = _decode_fields(flat)
     return {name: bytes(raw).decode() if name == "payload" else json.loads(bytes(raw)) for name, raw in fields.items()}
 
 

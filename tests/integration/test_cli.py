@@ -28,7 +28,7 @@ from orchestrator.dev.system import free_port
 from tests.conftest import Spawn
 from tests.integration.api_support import status, until
 from tests.support.receiver import HANG, Receiver
-from tests.support.sql_client import Client
+from tests.support.sql_client import Client, event
 from tests.support.times import READ, REFUSED
 from tests.support.waiting import eventually
 
@@ -370,6 +370,16 @@ def test_get_by_external_id_is_the_newest_or_with_all_every_one(cli: Cli) -> Non
     assert "older events" in cli("get", "--external-id", "job").stdout
     assert "no event with the external id 'nix'" in error_of(cli("get", "--external-id", "nix"), 1)
     assert "expected a UUID" in error_of(cli("get", "42"), 2)
+
+
+@pytest.mark.parametrize("payload", ["[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" * 4400 + "}" * 3000])
+def test_an_event_with_a_payload_too_deep_to_be_decoded_is_shown(cli: Cli, client: Client, payload: str) -> None:
+    [answer] = client.submit(event(external_job_id="deep", payload=1))
+    client.rows("update orchestrator.event set payload = %s::json", payload)
+    shown = cli("get", "--external-id", "deep")
+    assert (shown.exit_code, str(answer.id) in shown.stdout) == (0, True), shown.output
+    assert payload[:100] in shown.stdout.replace("\n", "")
+    assert payload in cli("get", str(answer.id), "--json").stdout
 
 
 def test_what_a_client_sent_cannot_drive_the_terminal(cli: Cli) -> None:
