@@ -82,7 +82,7 @@ language sql stable parallel safe as $$
     when p_spread <= '0 s' or p_spread > '7 days'
       then format('spread_seconds: expected more than 0 and at most 604800 seconds, got %s', extract(epoch from p_spread)::double precision)
     when p_expires_at >= '2201-01-01 00:00:00+00'
-      then format('expires_at: expected a time before 2201, got %s', to_json(p_expires_at) #>> '{}')
+      then format('expires_at: expected a time from 1970 to 2200, got %s', to_json(p_expires_at) #>> '{}')
     when p_expires_at <= p_scheduled_at
       then format('expires_at: expected a time after scheduled_at %s, got %s', to_json(p_scheduled_at) #>> '{}', to_json(p_expires_at) #>> '{}')
   end)) as checked (problem)
@@ -475,6 +475,8 @@ begin
         when e.at is null then format('scheduled_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', orchestrator.shown(e.scheduled_at, 50))
         when i.event ->> 'expires_at' is not null and e.expires_at is null
           then format('expires_at: expected an RFC 3339 time with a zone, such as 2030-01-31T08:00:00Z, got %s', orchestrator.shown(i.event ->> 'expires_at', 50))
+        when e.expires_at >= '2201-01-01 00:00:00+00'
+          then format('expires_at: expected a time from 1970 to 2200, got %s', to_json(e.expires_at) #>> '{}')
         when e.source is null then 'source: required'
         when e.destination is null and e.delivery_type = 'HTTP' then 'destination: required'
         when e.delivery_type = 'HTTP' and e.destination ~ '^https?://[^/?#]*@'

@@ -35,7 +35,9 @@ begin
     return next;
     return;
   end if;
-  event_id := coalesce(v_live[1], v_ids[cardinality(v_ids)]);
+  event_id := coalesce(v_live[1]
+    , (select i.id from unnest(v_ids) with ordinality as i (id, n) where orchestrator.status_of(i.id) <> 'rescheduled' order by i.n desc limit 1)
+    , v_ids[cardinality(v_ids)]);
   select s.* into v_old from orchestrator.find_events(event_id, null) e
   cross join lateral (select * from orchestrator.event_status s where s.id = e.id and s.scheduled_at = e.scheduled_at limit 1) s;
   status := v_old.status;
@@ -68,7 +70,14 @@ begin
   if p_scheduled_at not between '1970-01-01 00:00:00+00' and '2200-12-31 23:59:59.999999+00' then
     result := 'refused';
     field := 'scheduled_at';
-    reason := format('expected a time from 1970 to 2200, got %s', p_scheduled_at);
+    reason := format('expected a time from 1970 to 2200, got %s', to_json(p_scheduled_at) #>> '{}');
+    return next;
+    return;
+  end if;
+  if p_expires_at >= '2201-01-01 00:00:00+00' then
+    result := 'refused';
+    field := 'expires_at';
+    reason := format('expected a time from 1970 to 2200, got %s', to_json(p_expires_at) #>> '{}');
     return next;
     return;
   end if;

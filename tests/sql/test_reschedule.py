@@ -165,6 +165,14 @@ def test_its_bucket_stays(client: Client, key: str | None, job: str | None) -> N
 # Back
 
 
+def test_by_its_name_an_event_is_what_it_became_last(client: Client) -> None:
+    first = client.schedule(scheduled_at=SOON, external_job_id="j")
+    last = moved(client, moved(client, first, LATER), SOON)
+    client.cancel(last)
+    [answer] = reschedule_external(client, "j", FAR)
+    assert (answer.event_id, answer.result, answer.status, answer.successor) == (last, "finished", "cancelled", None)
+
+
 @pytest.mark.parametrize("times", [(SOON, LATER), (SOON, FAR), (FAR, FARTHER)])
 @pytest.mark.parametrize("by_name", [False, True])
 def test_an_event_may_come_back_to_a_time_that_it_had(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.event_rules import time_of
+from orchestrator.config import Settings
+from orchestrator.event_rules import OutOfRangeError, time_of
+from orchestrator.events import parse_submission
 from tests.support.databases import Databases
 from tests.support.sql_client import Client, event
 from tests.support.times import READ, REFUSED
@@ -41,6 +44,19 @@ def test_what_is_no_time_is_refused(client: Client, field: str) -> None:
     fields = [{"scheduled_at": NOW.isoformat()} | {field: value} for value in REFUSED]
     answers = client.submit(*[event(**each) for each in fields])
     assert [(answer.result, answer.field) for answer in answers] == [("refused", field)] * len(REFUSED)
+
+
+@pytest.mark.parametrize("text", ["2201-01-01T00:00:00Z", "2200-12-31T23:59:59.9999995Z", "9999-12-31T23:59:59Z"])
+def test_no_event_expires_after_the_last_time_that_one_can_be_scheduled_for(client: Client, text: str) -> None:
+    fields = event(scheduled_at=NOW.isoformat(), expires_at=text)
+    [answer] = client.submit(fields)
+    assert (answer.result, answer.field) == ("refused", "expires_at")
+    with pytest.raises(OutOfRangeError, match="expires_at: expected a time from 1970 to 2200"):
+        parse_submission(json.dumps(fields).encode(), Settings.from_env({}))
+    reschedule = (
+        "select result, field from orchestrator.reschedule_event(%s, %s, p_expires_at => orchestrator.as_time(%s))"
+    )
+    assert client.rows(reschedule, client.schedule(), NOW + timedelta(hours=1), text) == [("refused", "expires_at")]
 
 
 @pytest.mark.parametrize(
