@@ -114,7 +114,9 @@ begin
     exception when others then
       v_did := v_did || jsonb_build_object(v_step, 0);
       v_problems := v_problems || jsonb_build_object('step', v_step
-        , 'problem', concat_ws('; ', sqlerrm, case when sqlstate = '55P03' then orchestrator.holders_text() end));
+        , 'problem', concat_ws('; ', sqlerrm, case when sqlstate = '55P03' then orchestrator.holders_text('100 ms'
+          -- These take a table for themselves alone: who has only read is in their way, too.
+          , case when v_step in ('partitions_dropped', 'partitions_detached') then interval '100 ms' end) end));
     end;
   end loop;
   insert into orchestrator.maintenance_run (started_at, took, did, problems)
