@@ -63,7 +63,11 @@ begin
   if not pg_try_advisory_xact_lock(hashtext('orchestrator.run_maintenance')) then
     return json_build_object('skipped', concat_ws('; ', 'another run_maintenance is at work', orchestrator.holders_text('10 s')));
   end if;
-  perform orchestrator.configure_retention(p_retention_days, p_days_ahead, null, null) where num_nonnulls(p_retention_days, p_days_ahead) > 0;
+  begin
+    perform orchestrator.configure_retention(p_retention_days, p_days_ahead, null, null) where num_nonnulls(p_retention_days, p_days_ahead) > 0;
+  exception when lock_not_available then
+    v_problems := v_problems || jsonb_build_object('step', 'retention_configured', 'problem', concat_ws('; ', sqlerrm, orchestrator.holders_text()));
+  end;
   begin
     select a.kept, a.waiting into v_count, v_waiting from orchestrator.keep_aside(1000) a where exists (select from orchestrator.submission_aside);
     v_did := v_did || jsonb_strip_nulls(jsonb_build_object('submissions_kept', v_count));

@@ -406,6 +406,21 @@ def test_maintenance_names_who_was_in_the_way_of_a_step_and_advances_other_keys(
     assert client.value("select count(*) from orchestrator.timer where lane >= 0") == 1
 
 
+def test_maintenance_goes_on_when_it_cannot_keep_what_it_is_told(connect: Connect) -> None:
+    client, holder = connect(), connect()
+    client.schedule()
+    holder.rows("begin")
+    holder.rows("select 1 from orchestrator.control for update")
+    wait_for(lambda: client.rows("select * from orchestrator.lock_holders('100 ms')") != [])
+    report = client.value("select orchestrator.run_maintenance(31, 8)")
+    problems = {problem["step"]: problem["problem"] for problem in report["problems"]}
+    assert f"pid {holder.pid} " in problems["retention_configured"]
+    assert report["statistics_folded"] == 1
+    holder.rows("rollback")
+    assert client.value("select orchestrator.run_maintenance(31, 8)")["problems"] == []
+    assert client.rows("select retention_days, partition_days_ahead from orchestrator.control") == [(8, 31)]
+
+
 def test_a_record_that_was_set_aside_is_kept_once_the_other_session_has_ended(connect: Connect) -> None:
     client, holder = connect(), connect()
     holder.rows("begin")
