@@ -296,6 +296,21 @@ def test_a_pattern_whose_pause_is_only_noted_is_resumed_all_the_same(connect: Co
     assert len(client.claim_on()) == 1
 
 
+def test_a_pattern_without_a_lane_is_not_paused_while_a_failing_host_of_it_is_held(connect: Connect) -> None:
+    client, holder = connect(), connect()
+    client.rows(
+        "insert into orchestrator.destination (name, configured, changed_at) values ('a.example', false, %s)", NOON
+    )
+    holder.rows("begin")
+    holder.rows("select 1 from orchestrator.destination for update")
+    with pytest.raises(psycopg.errors.LockNotAvailable, match=f"cannot be paused yet: .*pid {holder.pid} "):
+        client.rows("select orchestrator.pause_destination('*.example')")
+    holder.rows("rollback")
+    client.rows("select orchestrator.pause_destination('*.example')")
+    client.schedule(destination="https://b.example/hook")
+    assert client.claim_on() == []
+
+
 def test_a_new_priority_is_claimed_though_its_note_cannot_be_carried_over(connect: Connect) -> None:
     client, holder = connect(), connect()
     holder.rows("begin")
