@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.archive import archive
 from orchestrator.config import Settings
 from orchestrator.database.maintenance import Maintenance, Problem, Retention, Upkeep
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import Blocked, OrchestratorError
 from orchestrator.metrics import Metrics
 from orchestrator.tasks import end, within
 
@@ -35,12 +35,20 @@ async def prepare(settings: Settings) -> None:
 async def maintain_once(settings: Settings, retention: Retention) -> tuple[Upkeep, list[str]]:
     """Does all that is to be done now; returns that, problems of the archive included, and the files written.
 
-    Raises as `prepare`.
+    What another session keeps from being configured is a problem, too, and the rest is done. Raises as `prepare`.
     """
     files: list[str] = []
+    refused: Blocked | None = None
     async with Maintenance.open(settings) as maintenance:
-        await maintenance.configure(retention)
+        try:
+            await maintenance.configure(retention)
+        except Blocked as error:
+            refused = error
         told = await maintenance.run_on()
+    if refused is not None:
+        if told.skipped is not None:
+            raise refused
+        told.problems.insert(0, Problem("retention_configured", str(refused)))
     if told.skipped is None:
         archived = await archive(settings)
         files = archived.files

@@ -46,8 +46,8 @@ revoke all on all functions in schema orchestrator from public, orchestrator_sub
 grant usage on schema orchestrator to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 grant execute on function orchestrator.now(), orchestrator.event_id(text, text, timestamptz, text, integer), orchestrator.random_event_id(timestamptz, integer),
   orchestrator.bucket(uuid), orchestrator.bucket_of_key(text), orchestrator.destination_name(text, text), orchestrator.spread_shift(uuid, interval),
-  orchestrator.partition_bounds(), orchestrator.standstills(), orchestrator.lock_holders(interval), orchestrator.holder_text(orchestrator.lock_holder),
-  orchestrator.holders_text(interval), orchestrator.prove_writing(), orchestrator.staging_problem()
+  orchestrator.partition_bounds(), orchestrator.standstills(), orchestrator.lock_holders(interval), orchestrator.lock_holders(interval, interval), orchestrator.holder_text(orchestrator.lock_holder),
+  orchestrator.holder_remedy(orchestrator.lock_holder), orchestrator.holders_text(interval), orchestrator.holders_text(interval, interval), orchestrator.prove_writing(), orchestrator.staging_problem()
   to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
 grant execute on function orchestrator.open_staging(), orchestrator.submit_staged(), orchestrator.submit_staged_with_status(), orchestrator.try_submit_staged(),

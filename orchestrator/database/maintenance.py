@@ -19,10 +19,11 @@ from orchestrator.database.connection import (
     Connection,
     connect,
     connect_blocking,
+    is_lost,
     translated,
 )
 from orchestrator.database.pool import Database
-from orchestrator.errors import Blocked
+from orchestrator.errors import Blocked, DatabaseUnavailable, InDoubt
 
 Buffer = bytes | bytearray | memoryview
 
@@ -139,10 +140,20 @@ class Maintenance:
             raise Blocked(f"{error}; {row[0] if row else ''}") from error.__cause__
 
     async def run(self) -> Upkeep:
-        """Runs maintenance once: bounded work, unless another is at it."""
-        with translated():
-            cursor = await self._connection.execute("select orchestrator.run_maintenance()")
-            row = await cursor.fetchone()
+        """Runs maintenance once: bounded work, unless another is at it.
+
+        Raises InDoubt when the connection ended before it answered.
+        """
+        try:
+            with translated():
+                cursor = await self._connection.execute("select orchestrator.run_maintenance()")
+                row = await cursor.fetchone()
+        except DatabaseUnavailable as error:
+            if not is_lost(error):
+                raise
+            raise InDoubt(
+                f"{error}; maintenance may have been done all the same: run it again, which is safe"
+            ) from error
         assert row is not None
         return upkeep_of(msgspec.json.decode(row[0], type=dict[str, Any]))
 

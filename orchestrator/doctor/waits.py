@@ -20,17 +20,18 @@ def wait_findings(connection: psycopg.Connection[TupleRow], guarded: _Guarded) -
 
 def _open_transactions(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
     rows = connection.execute(
-        "select orchestrator.holder_text(h), h.pid, h.blocks from orchestrator.lock_holders() h"
+        "select orchestrator.holder_text(h), orchestrator.holder_remedy(h), h.blocks"
+        " from orchestrator.lock_holders('2 s', '10 s') h"
         " where h.blocks > 0 or h.state is distinct from 'active' limit %s",
         (_SHOWN,),
     ).fetchall()
-    for text, pid, blocks in rows:
+    for text, remedy, blocks in rows:
         level = problem if blocks else warning
         waits = f"; {counted(blocks, 'session')} wait for it now" if blocks else ""
         yield level(
             "left open",
             f"{text}{waits}; what it has locked is set aside by all others",
-            f"end it there, or: select pg_terminate_backend({pid})",
+            f"end it there, or: {remedy}",
         )
     if not rows:
         yield ok("left open", "no transaction that others wait for, or may")

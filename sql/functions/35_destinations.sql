@@ -334,7 +334,7 @@ begin
   where d.name = v_name;
 end $$;
 comment on function orchestrator.pause_destination(text) is
-  'Has no attempt begin to a destination until resume_destination(), through restarts too; it need not be configured. Dispatchers hand back what they hold for it';
+  'Has no attempt begin to a destination until resume_destination(), through restarts too; it need not be configured. Dispatchers hand back what they hold for it. It is noted while another session has the destination locked; a pattern that has no lane yet is refused then';
 
 create or replace function orchestrator.resume_destination(p_name text)
 returns table (name text, paused_at timestamptz, resumed boolean, waiting bigint, note text)

@@ -33,9 +33,20 @@ language sql immutable parallel safe
 return p_parent || '_p' || lpad(extract(year from p_day)::text, 4, '0') || lpad(extract(month from p_day)::text, 2, '0') || lpad(extract(day from p_day)::text, 2, '0');
 comment on function orchestrator.partition_name(text, date) is 'Name of a day''s partition, as pg_partman names it: event_p20261121';
 
+-- By the extended protocol a transaction of a single statement begins a little before it, too, and behind a pooler by some messages.
+create or replace function orchestrator.refuse_open_transaction(p_what text, p_call text, p_most interval) returns void
+language plpgsql stable set search_path = orchestrator, pg_temp as $$
+begin
+  if statement_timestamp() > transaction_timestamp() + p_most then
+    raise exception '%, but not in a transaction that goes on: call % outside of any', p_what, p_call using errcode = 'invalid_transaction_state';
+  end if;
+end $$;
+comment on function orchestrator.refuse_open_transaction(text, text, interval) is
+  'Refuses to do something whose locks would last as long as the caller''s transaction, when that began longer ago than p_most before this statement';
+
 -- Attaching takes a share update exclusive lock on the parent, which lets reads and writes go on; create table … partition of does not.
 -- The lock of the horizon lasts to the end of the transaction: whoever submits beyond the last day waits that long. So all tables are made first.
-create or replace function orchestrator.create_partitions(p_first date, p_last date) returns integer
+create or replace function orchestrator.make_partitions(p_first date, p_last date) returns integer
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 declare
   v_parent text;
@@ -61,8 +72,19 @@ begin
   end loop;
   return cardinality(v_days);
 end $$;
+comment on function orchestrator.make_partitions(date, date) is 'create_partitions() in whatever transaction: for submissions, whose events are due';
+
+create or replace function orchestrator.create_partitions(p_first date, p_last date) returns integer
+language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+begin
+  perform orchestrator.refuse_open_transaction(format('%s to %s are to get their partitions', p_first, p_last), 'run_maintenance() or create_partitions()', '1 s')
+  where exists (
+    select from generate_series(p_first, p_last, interval '1 day') d, (values ('event'), ('outcome')) parent (name)
+    where to_regclass('orchestrator.' || orchestrator.partition_name(parent.name, d::date)) is null);
+  return orchestrator.make_partitions(p_first, p_last);
+end $$;
 comment on function orchestrator.create_partitions(date, date) is
-  'Makes the daily partitions of event and outcome that are missing, first to last day; returns how many';
+  'Makes the daily partitions of event and outcome that are missing, first to last day; returns how many. Whoever submits beyond the last day waits for the end of the transaction, so one that goes on is refused';
 
 create or replace function orchestrator.attach_partition(p_parent text, p_day date) returns void
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
@@ -82,7 +104,7 @@ comment on function orchestrator.attach_partition(text, date) is 'Attaches the t
 
 create or replace function orchestrator.open_days(p_days date[], p_now timestamptz) returns void
 language sql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' as $$
-  select orchestrator.create_partitions(d.day, d.day)
+  select orchestrator.make_partitions(d.day, d.day)
   from unnest(p_days) as d (day)
   where d.day between orchestrator.first_day_kept(p_now) and p_now::date + 1 and d.day <> all (orchestrator.partition_days())
   order by d.day
@@ -110,6 +132,7 @@ begin
              and exists (select from orchestrator.timer t where t.event_id >= orchestrator.first_id(d.day::timestamptz) and t.event_id < orchestrator.first_id((d.day + 1)::timestamptz)))
     order by c.relname
   loop
+    perform orchestrator.refuse_open_transaction(format('%s is to be attached', v_day), 'run_maintenance()', '1 s');
     perform orchestrator.attach_partition(v_parent, v_day);
     delete from orchestrator.retired_partition r where r.name = orchestrator.partition_name(v_parent, v_day);
     v_attached := v_attached + 1;
@@ -148,10 +171,7 @@ begin
     if v_orderings is not null then
       perform orchestrator.advance_ordering(v_orderings);
     end if;
-    -- The locks would last as long as the caller's transaction. By the extended protocol one of a single statement begins a little before it, too.
-    if statement_timestamp() > transaction_timestamp() + interval '100 ms' then
-      raise exception '% is to be detached, but not in a transaction that goes on: call run_maintenance() outside of any', v_day using errcode = 'invalid_transaction_state';
-    end if;
+    perform orchestrator.refuse_open_transaction(format('%s is to be detached', v_day), 'run_maintenance()', '100 ms');
     -- A commit that is lost is made again by the next run, and others need not wait for the disk.
     perform set_config('synchronous_commit', 'off', true);
     lock table only orchestrator.event in access exclusive mode;

@@ -9,6 +9,8 @@ declare
   v_rerouted_by xid8;
   v_known text[];
   v_ended boolean;
+  v_at tid[];
+  v_lanes integer[];
   v_moved bigint;
   v_writers text[];
 begin
@@ -35,18 +37,13 @@ begin
     cross join lateral orchestrator.destination_of(k.event_id) d
     cross join lateral (select orchestrator.lane_for(d.name) as lane) r
     where k.lane <> case when k.lane < 0 then -1 - r.lane else r.lane end
-  ), moved as (
-    update orchestrator.timer t
-    set lane = w.right_lane
-    from wrong w
-    where t.lane = w.lane and t.destination = w.destination
-      and t.ctid = any (array(
-        select t.ctid from orchestrator.timer t join wrong w on t.lane = w.lane and t.destination = w.destination
-        where t.lease_until is null or t.lease_until <= orchestrator.now()
-        limit p_limit for update of t skip locked))
-    returning 1
+  ), found as (
+    select t.ctid as at, w.right_lane from orchestrator.timer t join wrong w on t.lane = w.lane and t.destination = w.destination
+    where t.lease_until is null or t.lease_until <= orchestrator.now()
+    limit p_limit for update of t skip locked
   )
-  select (select count(*) from moved), v_ended and not exists (select from wrong) into v_moved, v_ended;
+  select array_agg(f.at), array_agg(f.right_lane), v_ended and not exists (select from wrong) into v_at, v_lanes, v_ended from found f;
+  v_moved := orchestrator.move_timers(v_at, v_lanes);
   if not v_ended and orchestrator.fold_control() then
     update orchestrator.control c set rerouted_writers = v_writers where c.rerouted_by = v_rerouted_by and c.rerouted_writers is null;
   end if;
@@ -66,6 +63,19 @@ begin
   return v_moved;
 end $$;
 comment on function orchestrator.settle_lanes(integer) is 'Moves up to p_limit timers to the lanes where they belong; once there are none left, claims stop looking for them, and lanes of deleted destinations go. Returns how many it moved';
+
+-- Apart from settle_lanes(), which reads the whole table: rows are found by their places, whatever the size of the table.
+create or replace function orchestrator.move_timers(p_at tid[], p_lanes integer[]) returns bigint
+language sql security definer set search_path = orchestrator, pg_temp
+set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+  with moved as (
+    update orchestrator.timer t set lane = m.lane
+    from unnest(p_at, p_lanes) as m (at, lane)
+    where t.ctid = any (p_at) and t.ctid = m.at
+    returning 1)
+  select count(*) from moved
+$$;
+comment on function orchestrator.move_timers(tid[], integer[]) is 'Puts timers, by their places, into lanes. The caller has them locked; returns how many';
 
 create or replace function orchestrator.forget_well_destinations() returns bigint
 language sql security definer set search_path = orchestrator, pg_temp

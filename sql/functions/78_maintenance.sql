@@ -63,7 +63,11 @@ begin
   if not pg_try_advisory_xact_lock(hashtext('orchestrator.run_maintenance')) then
     return json_build_object('skipped', concat_ws('; ', 'another run_maintenance is at work', orchestrator.holders_text('10 s')));
   end if;
-  perform orchestrator.configure_retention(p_retention_days, p_days_ahead, null, null) where num_nonnulls(p_retention_days, p_days_ahead) > 0;
+  begin
+    perform orchestrator.configure_retention(p_retention_days, p_days_ahead, null, null) where num_nonnulls(p_retention_days, p_days_ahead) > 0;
+  exception when lock_not_available then
+    v_problems := v_problems || jsonb_build_object('step', 'retention_configured', 'problem', concat_ws('; ', sqlerrm, orchestrator.holders_text()));
+  end;
   begin
     select a.kept, a.waiting into v_count, v_waiting from orchestrator.keep_aside(1000) a where exists (select from orchestrator.submission_aside);
     v_did := v_did || jsonb_strip_nulls(jsonb_build_object('submissions_kept', v_count));
@@ -114,7 +118,9 @@ begin
     exception when others then
       v_did := v_did || jsonb_build_object(v_step, 0);
       v_problems := v_problems || jsonb_build_object('step', v_step
-        , 'problem', concat_ws('; ', sqlerrm, case when sqlstate = '55P03' then orchestrator.holders_text() end));
+        , 'problem', concat_ws('; ', sqlerrm, case when sqlstate = '55P03' then orchestrator.holders_text('100 ms'
+          -- These take a table for themselves alone: who has only read is in their way, too.
+          , case when v_step in ('partitions_dropped', 'partitions_detached') then interval '100 ms' end) end));
     end;
   end loop;
   insert into orchestrator.maintenance_run (started_at, took, did, problems)

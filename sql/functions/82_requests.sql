@@ -14,7 +14,7 @@ as $$ select r.answer from orchestrator.request r where r.id = p_request $$;
 comment on function orchestrator.kept_answer(uuid) is 'What that call answered; null: it has not been done, is not done yet, or was answered more than ten minutes ago';
 
 create or replace function orchestrator.forget_requests(p_now timestamptz) returns bigint
-language sql security definer set search_path = orchestrator, pg_temp as $$
+language sql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off set enable_bitmapscan = off as $$
   with gone as (
     delete from orchestrator.request r
     where r.ctid = any (array(select r.ctid from orchestrator.request r where r.kept_at < p_now - interval '10 minutes' limit 100000 for update skip locked))

@@ -14,15 +14,18 @@ import pytest
 
 from orchestrator.database import Cancelled, Database, Filter, Rescheduled, Submitted
 from orchestrator.database.destinations import Destinations
+from orchestrator.database.maintenance import Retention
 from orchestrator.database.rejects import Rejects
 from orchestrator.database.sweeps import Sweeps
 from orchestrator.errors import DatabaseUnavailable, InDoubt
 from orchestrator.events import Submission, parse_submission
+from orchestrator.maintenance import maintain_once
 from orchestrator.migrate import migrate
 from tests.conftest import MakeSettings
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.ingesting import submission
 from tests.support.sql_client import NOON, Client, results
+from tests.support.waiting import eventually
 
 LATER = (NOON + timedelta(days=2)).isoformat()
 HERE = Filter(source="tests")
@@ -299,6 +302,17 @@ async def test_a_migration_whose_reply_is_lost_says_that_it_may_have_been_done(e
         with pytest.raises(InDoubt, match="run it again, which changes nothing when all is up to date"):
             await asyncio.to_thread(migrate, proxy.url)
         assert (await asyncio.to_thread(migrate, proxy.url)).applied == []
+
+
+async def test_maintenance_whose_reply_is_lost_says_that_it_may_have_been_done(
+    settings: MakeSettings, database_url: str, client: Client
+) -> None:
+    runs = client.value("select count(*) from orchestrator.maintenance_run")
+    async with CuttingProxy(database_url) as proxy:
+        proxy.cut_after("run_maintenance")
+        with pytest.raises(InDoubt, match="run it again, which is safe"):
+            await maintain_once(settings(DATABASE_URL=proxy.url), Retention(None, None, None, None))
+    await eventually(lambda: client.value("select count(*) from orchestrator.maintenance_run") == runs + 1)
 
 
 async def test_answers_are_forgotten_after_ten_minutes(client: Client) -> None:

@@ -176,6 +176,22 @@ def test_once_ends_with_1_when_a_step_fails_and_with_0_when_another_is_at_it(
     assert (cli("--once").stdout, cli("--once").exit_code) == ("Skipped: another run_maintenance is at work.\n", 0)
 
 
+def test_once_does_the_rest_when_it_cannot_say_what_to_keep_and_names_who_is_in_the_way(
+    cli: Cli, client: Client, other: Client
+) -> None:
+    old_days(client, 1)
+    other.rows("begin")
+    other.rows("select 1 from orchestrator.control for update")
+    result = cli("--json", CLEANUP_RETENTION_DAYS="11")
+    told = json.loads(result.stdout)
+    assert (result.exit_code, told["partitions_detached"]) == (1, 2)
+    problems = {problem["step"]: problem["problem"] for problem in told["problems"]}
+    assert f"pid {other.pid} " in problems["retention_configured"]
+    other.rows("rollback")
+    assert cli("--once", CLEANUP_RETENTION_DAYS="11").exit_code == 0
+    assert client.value("select retention_days from orchestrator.control") == 11
+
+
 @pytest.mark.parametrize("days", ["0", "-3"])
 async def test_retention_of_nothing_stops_the_start(spawn: Spawn, client: Client, days: str) -> None:
     process = spawn("maintain", CLEANUP_RETENTION_DAYS=days)

@@ -19,7 +19,7 @@ from tests.support.dispatching import dispatching, finished, soon, statuses
 from tests.support.ingesting import DUE, Topic, feed, ingesting, jobs, read_to
 from tests.support.ingesting import submission as record
 from tests.support.receiver import Answer, Receiver
-from tests.support.sql_client import Client, event
+from tests.support.sql_client import Client, event, wait_for
 from tests.support.waiting import eventually
 
 _CANCEL_WAITS = """
@@ -200,6 +200,20 @@ async def test_doctor_names_who_has_left_a_transaction_open(call: Call, client: 
     found = call("doctor", "--json").output
     assert f"pid {holder.pid} (left open, user " in found
     assert f"select pg_terminate_backend({holder.pid})" in found
+
+
+def test_doctor_and_a_cancel_name_a_transaction_that_was_prepared(call: Call, client: Client, holder: Client) -> None:
+    if client.value("show max_prepared_transactions") == "0":
+        pytest.skip("the server allows no prepared transactions")
+    event_id = client.schedule(scheduled_at=soon(3600))
+    holder.cancel(event_id)
+    holder.rows("prepare transaction 'left behind'")
+    try:
+        wait_for(lambda: client.rows("select * from orchestrator.lock_holders()") != [])
+        assert "end it there, or: rollback prepared 'left behind'" in call("doctor", "--json").output
+        assert "prepared transaction 'left behind' (user " in call("cancel", event_id).output
+    finally:
+        client.rows("rollback prepared 'left behind'")
 
 
 async def test_a_command_for_an_event_that_is_held_is_answered_and_the_others_are_carried_out(

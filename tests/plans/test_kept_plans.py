@@ -11,8 +11,10 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import Any
+from time import perf_counter
+from typing import Any, LiteralString
 
+import psycopg
 import pytest
 
 from orchestrator.migrate import migrate
@@ -339,6 +341,87 @@ def test_a_call_reads_what_it_is_for_whenever_its_plan_was_made(
 
             _run(client, MANY, f"late-{number}", see)
     assert not too_much, "\n".join(too_much)
+
+
+BULK = 50_000  # rows of one call: compared with each other they would take ten seconds and more
+
+_TIMERS: LiteralString = """
+insert into orchestrator.event
+  (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, payload)
+select orchestrator.event_id('bulk', %(name)s || n, %(due)s), %(due)s, %(due)s, 3, 'bulk', %(name)s || n, 'HTTP', 'https://big.example/', '{}'
+from generate_series(1, %(rows)s) n;
+insert into orchestrator.timer (event_id, scheduled_at, due_at, lane, destination, priority, attempt, max_attempts, source, expires_at)
+select e.id, e.scheduled_at, e.scheduled_at, d.hash & 63, d.hash, 0, 0, 4, hashtextextended('bulk', 0), e.scheduled_at
+from orchestrator.event e cross join (select hashtextextended('big.example', 0) as hash) d
+where e.external_job_id like %(name)s || '%%'
+"""  # noqa: E501
+_MESSAGES: LiteralString = (
+    "insert into orchestrator.outbox (created_at, kind, value) select now(), 'answer', %(name)s"
+    " from generate_series(1, %(rows)s)"
+)
+_BATCH: LiteralString = "from orchestrator.outbox_batch(50000)"
+
+# What is filled in, what has to be done with it, and what is done before.
+BULKS: dict[str, tuple[LiteralString, LiteralString, LiteralString]] = {
+    "settle lanes": (
+        _TIMERS,
+        "select orchestrator.settle_lanes()",
+        "select orchestrator.configure_destination('big.example', p_max_parallel => 5)",
+    ),
+    "expire": (_TIMERS, "select orchestrator.expire_events(50000)", "select 1"),
+    "forget requests": (
+        """insert into orchestrator.request (id, kept_at, answer)
+        select gen_random_uuid(), %(due)s - interval '1 hour', to_json(%(name)s::text)
+        from generate_series(1, %(rows)s)""",
+        "select orchestrator.forget_requests(orchestrator.now())",
+        "select 1",
+    ),
+    "fold statistics": (
+        """insert into orchestrator.statistic (minute, name, source, destination, source_label, value)
+        select %(due)s, 'accepted', 1, 2, %(name)s, 1 from generate_series(1, %(rows)s)""",
+        "select orchestrator.fold_statistics(orchestrator.now())",
+        "select 1",
+    ),
+    "publish": (_MESSAGES, f"select orchestrator.outbox_published(array(select at {_BATCH}))", "select 1"),
+    "set messages aside": (
+        _MESSAGES,
+        f"select orchestrator.outbox_failed(array_agg(at), array_agg('no'::text)) {_BATCH}",
+        "select 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("bulk", list(BULKS))
+def test_a_sweep_over_a_full_table_takes_as_long_by_a_plan_of_when_it_was_empty(
+    databases: Databases, bulk: str
+) -> None:
+    fill, work, prepare = BULKS[bulk]
+
+    def took_s(client: Client) -> tuple[int, float]:
+        began = perf_counter()
+        return client.value(work), perf_counter() - began
+
+    with databases.migrated() as url, Client(url).at(NOON) as client, Client(url).at(NOON) as kept:
+        given = {"due": DUE}
+        cursor = psycopg.ClientCursor(client.connection)
+        for n in range(7):
+            cursor.execute(fill, {**given, "rows": 3, "name": f"few-{n}-"})
+            client.rows(prepare)
+            for _ in range(2):
+                kept.value(work)
+            client.rows("select orchestrator.delete_destination('big.example')")
+            for _ in range(2):
+                kept.value(work)
+        cursor.execute(fill, {**given, "rows": BULK, "name": "full-"})
+        client.rows(prepare)
+        with Client(url).at(NOON) as fresh:
+            fresh.rows("begin")
+            done, fresh_s = took_s(fresh)
+            fresh.rows("rollback")
+        assert done >= BULK
+        done, kept_s = took_s(kept)
+        assert done >= BULK
+        assert kept_s < 5 * fresh_s + 1
 
 
 def test_what_pins_one_setting_of_the_planner_pins_them_all_also_when_it_is_applied_again(

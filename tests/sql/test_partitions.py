@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.sql.conftest import Connect
@@ -256,3 +257,21 @@ def test_sessions_that_need_the_same_new_day_at_once_make_it_once(connect: Conne
     assert sorted(answer.result for [answer] in answers) == ["accepted"] * 3 + ["duplicate"] * 3
     assert waiting(clients[0]) == []
     assert len(clients[0].claim_on()) == 3
+
+
+@pytest.mark.parametrize("call", ["create_partitions(current_date + 40, current_date + 41)", "run_maintenance(32)"])
+def test_no_day_is_made_in_a_transaction_that_goes_on(client: Client, observer: Client, call: str) -> None:
+    """Whoever submits beyond the last day would wait for its end."""
+    last = client.value("select end_day from orchestrator.partition_bounds()")
+    client.rows("begin")
+    client.rows("select pg_sleep(1.01)")  # a transaction is known by its age
+    try:
+        answer = str(client.connection.execute(f"select orchestrator.{call}".encode()).fetchall())
+    except psycopg.Error as error:
+        answer = str(error)
+    assert "not in a transaction that goes on" in answer
+    observer.rows("set statement_timeout = '2 s'")
+    observer.schedule(scheduled_at=last + timedelta(days=1))
+    client.rows("rollback")
+    client.connection.execute(f"select orchestrator.{call}".encode())
+    assert client.value("select end_day from orchestrator.partition_bounds()") > last

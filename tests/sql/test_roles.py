@@ -16,7 +16,7 @@ from tests.support.sql_client import NOON, Client, event, results
 ROLES = ["orchestrator_submit", "orchestrator_dispatch", "orchestrator_ingest", "orchestrator_ops", "orchestrator_read"]
 SHARED = {
     "now", "event_id", "random_event_id", "bucket", "bucket_of_key", "destination_name", "spread_shift",
-    "partition_bounds", "standstills", "lock_holders", "holder_text", "holders_text", "prove_writing",
+    "partition_bounds", "standstills", "lock_holders", "holder_text", "holder_remedy", "holders_text", "prove_writing",
     "staging_problem",
 }  # fmt: skip
 SUBMITTING = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, LiteralString, NamedTuple
 
 import psycopg
@@ -295,6 +296,21 @@ def test_a_pattern_whose_pause_is_only_noted_is_resumed_all_the_same(connect: Co
     assert len(client.claim_on()) == 1
 
 
+def test_a_pattern_without_a_lane_is_not_paused_while_a_failing_host_of_it_is_held(connect: Connect) -> None:
+    client, holder = connect(), connect()
+    client.rows(
+        "insert into orchestrator.destination (name, configured, changed_at) values ('a.example', false, %s)", NOON
+    )
+    holder.rows("begin")
+    holder.rows("select 1 from orchestrator.destination for update")
+    with pytest.raises(psycopg.errors.LockNotAvailable, match=f"cannot be paused yet: .*pid {holder.pid} "):
+        client.rows("select orchestrator.pause_destination('*.example')")
+    holder.rows("rollback")
+    client.rows("select orchestrator.pause_destination('*.example')")
+    client.schedule(destination="https://b.example/hook")
+    assert client.claim_on() == []
+
+
 def test_a_new_priority_is_claimed_though_its_note_cannot_be_carried_over(connect: Connect) -> None:
     client, holder = connect(), connect()
     holder.rows("begin")
@@ -331,6 +347,61 @@ def test_who_holds_others_up_is_named(connect: Connect, observer: Client, thread
     wait_for(lambda: observer.rows("select * from orchestrator.lock_holders('0 s')") == [])
 
 
+@pytest.fixture
+def prepares(client: Client) -> Iterator[Callable[[Client], None]]:
+    """Prepares a session's open transaction as 'left behind'."""
+    if client.value("show max_prepared_transactions") == "0":
+        pytest.skip("the server allows no prepared transactions")
+
+    def prepare(holder: Client) -> None:
+        holder.rows("prepare transaction 'left behind'")
+
+    yield prepare
+    if client.value("select count(*) from pg_prepared_xacts where database = current_database()"):
+        client.rows("rollback prepared 'left behind'")
+
+
+def test_a_prepared_transaction_that_holds_others_up_is_named_with_its_remedy(
+    connect: Connect, client: Client, observer: Client, threads: Any, prepares: Callable[[Client], None]
+) -> None:
+    holder = connect()
+    event_id = client.schedule()
+    holder.rows("begin")
+    holder.rows("select 1 from orchestrator.timer where event_id = %s for update", event_id)
+    prepares(holder)
+    waiting = threads.submit(client.cancel, event_id)
+    try:
+        observer.wait_until_blocked(client)
+        [(pid, state, gid, blocks, remedy)] = observer.rows(
+            "select h.pid, h.state, h.query, h.blocks, orchestrator.holder_remedy(h)"
+            " from orchestrator.lock_holders('0 s') h where h.blocks > 0"
+        )
+        text = observer.value("select orchestrator.holders_text('0 s')")
+    finally:
+        observer.rows("rollback prepared 'left behind'")
+    assert (pid, state, gid, blocks) == (None, "prepared", "left behind", 1)
+    assert remedy == "rollback prepared 'left behind'"
+    assert text.startswith("prepared transaction 'left behind' (user ")
+    assert waiting.result(10)[0].result == "cancelled"
+    wait_for(lambda: observer.rows("select * from orchestrator.lock_holders('0 s')") == [])
+
+
+def test_a_session_that_has_only_read_is_named_where_it_is_in_the_way(connect: Connect) -> None:
+    client, holder = connect(), connect()
+    client.keep_three_days()
+    day = NOON.date() - timedelta(days=20)
+    client.rows("select orchestrator.create_partitions(%s, %s)", day, day)
+    holder.rows("begin")
+    holder.rows("select count(*) from orchestrator.event")
+    assert client.rows("select * from orchestrator.lock_holders('0 s')") == []
+    assert client.column("select pid from orchestrator.lock_holders('2 s', '0 s')") == [holder.pid]
+    wait_for(lambda: client.rows("select * from orchestrator.lock_holders('2 s', '100 ms')") != [])
+    reports = [client.value("select orchestrator.run_maintenance()") for _ in range(2)]
+    [problem] = reports[-1]["problems"]
+    assert problem["step"] == "partitions_detached"
+    assert f"pid {holder.pid} " in problem["problem"]
+
+
 def test_maintenance_names_who_was_in_the_way_of_a_step_and_advances_other_keys(connect: Connect) -> None:
     client, holder = connect(), connect()
     for key in ("a", "b"):
@@ -348,6 +419,21 @@ def test_maintenance_names_who_was_in_the_way_of_a_step_and_advances_other_keys(
     assert problem["step"] == "orderings_advanced"
     assert f"pid {holder.pid} " in problem["problem"]
     assert client.value("select count(*) from orchestrator.timer where lane >= 0") == 1
+
+
+def test_maintenance_goes_on_when_it_cannot_keep_what_it_is_told(connect: Connect) -> None:
+    client, holder = connect(), connect()
+    client.schedule()
+    holder.rows("begin")
+    holder.rows("select 1 from orchestrator.control for update")
+    wait_for(lambda: client.rows("select * from orchestrator.lock_holders('100 ms')") != [])
+    report = client.value("select orchestrator.run_maintenance(31, 8)")
+    problems = {problem["step"]: problem["problem"] for problem in report["problems"]}
+    assert f"pid {holder.pid} " in problems["retention_configured"]
+    assert report["statistics_folded"] == 1
+    holder.rows("rollback")
+    assert client.value("select orchestrator.run_maintenance(31, 8)")["problems"] == []
+    assert client.rows("select retention_days, partition_days_ahead from orchestrator.control") == [(8, 31)]
 
 
 def test_a_record_that_was_set_aside_is_kept_once_the_other_session_has_ended(connect: Connect) -> None:

@@ -25,6 +25,7 @@ TEST_TUNING = {
     "max_wal_size": "512MB",
     "min_wal_size": "80MB",
     "autovacuum_naptime": "60s",
+    "max_prepared_transactions": "8",
 }
 
 _SHARED_MEMORY = Path("/dev/shm")
