@@ -117,6 +117,7 @@ class _Process:
                 tasks.create_task(self._watched(served))
             await self._watched(lambda stop: _until_usable(settings, database, self._role, stop), stops=False)
             if not self._stop.is_set():
+                _log.info("ready")
                 for part in (*parts, *beside):
                     tasks.create_task(self._watched(part))
 

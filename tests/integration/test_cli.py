@@ -640,13 +640,13 @@ async def test_a_process_is_ready_only_while_its_login_may_do_what_it_is_for(
     assert remedy in refused.log()
     client.connection.execute(f"grant orchestrator_submit to {user}".encode())
     port = free_port()
-    spawn("api", DATABASE_URL=url, SERVER_PORT=str(port))
+    await spawn("api", DATABASE_URL=url, SERVER_PORT=str(port)).wait_for_log('"message": "ready"')
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as api:
 
         async def is_ready(wanted: int) -> bool:
             return await status(api, "/ready") == wanted
 
-        await until(lambda: is_ready(200), 15)
+        await until(lambda: is_ready(200))
         client.connection.execute(f"revoke orchestrator_submit from {user}".encode())
         await until(lambda: is_ready(503))
         assert remedy in (await api.get("/ready")).text
