@@ -13,11 +13,8 @@ class Ability(NamedTuple):
 
 ABILITIES = {
     "submit": Ability("orchestrator_submit", "orchestrator.submit_staged()"),
-    "ingest": Ability("orchestrator_ingest", "orchestrator.ingest_offsets(text)"),
-    "dispatch": Ability(
-        "orchestrator_dispatch",
-        "orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer)",
-    ),
+    "ingest": Ability("orchestrator_ingest", "orchestrator.keep_aside(integer)"),
+    "dispatch": Ability("orchestrator_dispatch", "orchestrator.release_events(uuid[], integer[])"),
     "query": Ability("orchestrator_read", "orchestrator.statistics()"),
     "maintain": Ability("orchestrator_ops", "orchestrator.run_maintenance(integer, integer)"),
 }
