@@ -227,6 +227,7 @@ def _in_psql(client: Client) -> Any:
             " where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'p') order by 1"
         ),
         "forecast": asked("select bucket_at, due from orchestrator.backlog_forecast('1 day', '3 days') order by 1"),
+        "rights": asked("select * from orchestrator.changed_rights()"),
         "letters": asked("select orchestrator.list_dead_letters(5)"),
         "told": asked("select count(*) from orchestrator.claim_due_events(5)"),
     }
