@@ -294,6 +294,15 @@ def test_what_a_url_says_of_connections_is_merged_with_what_the_program_needs() 
     assert Session.of("postgresql://h/d?connect_timeout=0", "api").parameters["connect_timeout"] == 5
 
 
+@pytest.mark.parametrize(("options", "kept"), [("-c a.b=c\\", "c"), ("-c a.b=c\\\\", "c\\"), ("-c a.b=c\\ ", "c ")])
+def test_options_that_end_in_backslashes_leave_the_program_s_own_alone(
+    database_url: str, options: str, kept: str
+) -> None:
+    with connect_blocking(f"{database_url}?options={quote(options)}", "test") as connection:
+        query = "select current_setting('a.b'), current_setting('client_min_messages')"
+        assert connection.execute(query).fetchone() == (kept, "warning")
+
+
 def test_a_url_s_own_settings_reach_the_session(database_url: str, call: Call) -> None:
     url = f"{database_url}?application_name=billing&options=-c%20work_mem%3D17MB%20-c%20statement_timeout%3D1"
     with connect_blocking(url, "test") as connection:
