@@ -268,6 +268,7 @@ def test_variables_of_libpq_change_nothing(database_url: str, call: Call, monkey
         "PGTZ": "Asia/Kolkata",
         "PGGEQO": "off",
         "PGAPPNAME": "other",
+        "PGTARGETSESSIONATTRS": "standby",
         "LC_ALL": "C",
         "LANG": "C",
     }
