@@ -366,8 +366,11 @@ SETTINGS: dict[str, Setting] = {
 
 
 def forget_session_variables() -> None:
-    """Takes from this process's environment what libpq would send to every server, whatever a URL says."""
-    for name in ("PGDATESTYLE", "PGGEQO", "PGTZ"):
+    """Takes from this process's environment what libpq would go by with every server, whatever a URL says.
+
+    `DatabaseUrl.for_writing` says which of several hosts is meant; of one there is nothing to choose.
+    """
+    for name in ("PGDATESTYLE", "PGGEQO", "PGTZ", "PGTARGETSESSIONATTRS"):
         os.environ.pop(name, None)
 
 

@@ -6,6 +6,7 @@ parameters with pgjdbc's names, and parameters of the driver itself mean nothing
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -55,8 +56,10 @@ class DatabaseUrl:
         return replace(self, user=self.user or user, password=self.password or password)
 
     def for_writing(self) -> DatabaseUrl:
-        """The same, with sessions that can write asked for where there are several hosts to choose from."""
-        several = any("," in hosts for hosts in (self.hosts, *map(self.parameters.get, ("host", "hostaddr"))) if hosts)
+        """The same, with sessions that can write asked for where it, or libpq's environment, has several hosts."""
+        hosts = self.hosts or self.parameters.get("host") or os.environ.get("PGHOST", "")
+        addresses = self.parameters.get("hostaddr") or os.environ.get("PGHOSTADDR", "")
+        several = "," in hosts or "," in addresses
         if not several or TARGET in self.parameters:
             return self
         return replace(self, parameters={**self.parameters, TARGET: "read-write"})

@@ -18,7 +18,10 @@ _log = logging.getLogger(__name__)
 # Of libpq and of a server that speaks English; in other languages the process waits and its log says why.
 _REFUSED = re.compile(
     r'(?:password authentication failed for user|no password supplied|role "[^"]*" does not exist'
-    r'|database "[^"]*" does not exist|no pg_hba\.conf entry for).*'
+    r'|database "[^"]*" does not exist|no pg_hba\.conf entry for|permission denied for database'
+    r'|role "[^"]*" is not permitted to log in|unrecognized configuration parameter|invalid value for parameter'
+    r'|parameter "[^"]*" cannot be|permission denied to set parameter'
+    r"|invalid command-line argument for server process).*"
 )
 
 
@@ -27,7 +30,7 @@ async def until_done(
 ) -> bool:
     """Does the work, again and again while the database is away or does not answer in time. False: `stop` came first.
 
-    Raises OrchestratorError for what waiting does not mend: a wrong login, a missing schema.
+    Raises OrchestratorError for what waiting does not mend: a wrong login or option, a missing schema.
     """
     failures = 0
     while not stop.is_set():

@@ -113,7 +113,7 @@ begin
         , 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending', 'staging_problem')
   loop
     execute format('alter function %s set timezone = ''UTC'' set datestyle = ISO set intervalstyle = postgres set extra_float_digits = 1', v_function);
-    execute format('alter function %s set standard_conforming_strings = on', v_function);
+    execute format('alter function %s set standard_conforming_strings = on set quote_all_identifiers = off', v_function);
   end loop;
 end $$;
 

@@ -121,7 +121,9 @@ class Session:
     def options(self) -> str:
         """libpq's ``options``: those of DATABASE_URL first, so that the program's prevail."""
         ours = [f"-c {name}={_escaped(value)}" for name, value in (*self.settings.items(), MARK)]
-        return " ".join([*filter(None, [self.foreign_options.strip()]), *ours])
+        # The server ignores a last backslash that escapes nothing; here it would escape the blank that follows it.
+        theirs = re.sub(r"(?<!\\)((?:\\\\)*)\\\Z", r"\1", self.foreign_options)
+        return " ".join([*filter(None, [theirs]), *ours])
 
     @property
     def overruled(self) -> dict[str, str]:

@@ -54,14 +54,15 @@ comment on function orchestrator.former_event_id(text, text, timestamptz) is
   'The id of (source, external_job_id, scheduled_at) by the formula that had no bucket; see recognise_former_ids()';
 
 -- Without a sub-select, so that the planner inlines it: it is computed for each submission. Default ports are rare, and cost a regular expression.
+-- Hosts are ASCII, and are folded as such: in a Turkish database lower('I') would be ı.
 create or replace function orchestrator.destination_name(p_delivery_type text, p_destination text) returns text
 language sql immutable parallel safe
 return case
   when p_delivery_type = 'KAFKA' then 'kafka:' || coalesce(p_destination, '')
-  when strpos(p_destination, ':443') = 0 and strpos(p_destination, ':80') = 0 and strpos(lower(p_destination), '//kafka:') = 0
-    then lower(split_part(split_part(split_part(p_destination, '/', 3), '?', 1), '#', 1))
+  when strpos(p_destination, ':443') = 0 and strpos(p_destination, ':80') = 0 and strpos(lower(p_destination collate "C"), '//kafka:') = 0
+    then lower(split_part(split_part(split_part(p_destination, '/', 3), '?', 1), '#', 1) collate "C")
   else regexp_replace(
-    regexp_replace(lower(split_part(split_part(split_part(p_destination, '/', 3), '?', 1), '#', 1)), case when p_destination ^@ 'https:' then ':443$' else ':80$' end, '')
+    regexp_replace(lower(split_part(split_part(split_part(p_destination, '/', 3), '?', 1), '#', 1) collate "C"), case when p_destination ^@ 'https:' then ':443$' else ':80$' end, '')
     , '^kafka:', 'kafka.:')
 end;
 comment on function orchestrator.destination_name(text, text) is

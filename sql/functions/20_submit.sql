@@ -428,7 +428,7 @@ language sql immutable parallel safe as $$
   select case
     when jsonb_typeof(p_headers) not in ('object', 'null') then format('expected an object of strings, got %s', jsonb_typeof(p_headers))
     when count(*) > 20 then format('expected at most 20 headers, got %s', count(*))
-    when count(distinct lower(h.key)) < count(*) then 'expected each header once: names differ in more than case'
+    when count(distinct lower(h.key collate "pg_c_utf8")) < count(*) then 'expected each header once: names differ in more than case'
     else min(case
       when jsonb_typeof(h.value) <> 'string' then format('expected a string for %s, got %s', left(split_part(h.key, ':', 1), 80), jsonb_typeof(h.value))
       when h.key !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]{1,100}$' then format('expected a header name of 1 to 100 token characters, got %s', left(split_part(h.key, ':', 1), 80))

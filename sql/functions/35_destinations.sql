@@ -12,9 +12,9 @@ begin
     return p_name;
   end if;
   v_name := case
-    when p_name ~* '^kafka:' then 'kafka:' || substr(p_name, 7)
-    when p_name ~* '^https?://' then orchestrator.destination_name('HTTP', lower(p_name))
-    else regexp_replace(lower(p_name), ':(443|80)$', '') end;
+    when lower(p_name collate "C") ^@ 'kafka:' then 'kafka:' || substr(p_name, 7)
+    when lower(p_name collate "C") ~ '^https?://' then orchestrator.destination_name('HTTP', lower(p_name collate "C"))
+    else regexp_replace(lower(p_name collate "C"), ':(443|80)$', '') end;
   v_problem := case
     when coalesce(p_name, '') = '' then 'nothing'
     when length(v_name) > 300 then format('%s characters', length(v_name))
@@ -210,7 +210,7 @@ begin
     , retry_policy = case when 'retry_policy' <> all (p_clear) then coalesce(p_retry_policy, d.retry_policy) end
     , signing_secret = case when 'signing_secret' <> all (p_clear) then coalesce(p_signing_secret, d.signing_secret) end
     , secret_headers = case when 'secret_headers' <> all (p_clear) then nullif(coalesce(
-        (select jsonb_object_agg(lower(h.key), h.value) from jsonb_each(p_secret_headers) h), p_secret_headers, d.secret_headers), '{}') end
+        (select jsonb_object_agg(lower(h.key collate "C"), h.value) from jsonb_each(p_secret_headers) h), p_secret_headers, d.secret_headers), '{}') end
     , spread = case when 'spread' <> all (p_clear) then coalesce(p_spread, d.spread) end
     , breaker_failures = case when 'breaker_failures' = any (p_clear) then 10 else nullif(coalesce(p_breaker_failures, d.breaker_failures), 0) end
     , breaker_ratio = case when 'breaker_ratio' = any (p_clear) then 0.5 else nullif(coalesce(p_breaker_ratio, d.breaker_ratio), 0) end
@@ -239,7 +239,7 @@ begin
     , orchestrator.overlapping_destinations(v_name)
     , concat_ws('; '
       , 'it holds from the next claim on, and attempts under way are left alone'
-      , case when p_name ~* '^https?://[^/?#]+[/?#].' then 'it holds for all of the host: paths have no limits of their own' end
+      , case when lower(p_name collate "C") ~ '^https?://[^/?#]+[/?#].' then 'it holds for all of the host: paths have no limits of their own' end
       , case when v_waiting = 0 then 'no event waits that it would hold for at present' end
       , case when v_after.burst > 1 and v_after.rate_per_second is null then 'burst does nothing without rate_per_second' end
       , case when v_under_way > v_after.max_parallel then format('%s attempts are under way: the next starts when fewer than %s are', v_under_way, v_after.max_parallel) end

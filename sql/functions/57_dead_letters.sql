@@ -98,7 +98,7 @@ begin
   select count(*), case when count(*) >= p_limit then max(d.event_id::text)::uuid end
     , coalesce(array_agg(d.event_id order by d.event_id) filter (where
         (p_died_from is null or d.died_at >= p_died_from) and (p_died_until is null or d.died_at < p_died_until)
-        and (p_reason is null or strpos(lower(d.reason), lower(p_reason)) > 0)
+        and (p_reason is null or strpos(lower(d.reason collate "pg_c_utf8"), lower(p_reason collate "pg_c_utf8")) > 0)
         and (p_source is null or e.source = p_source)
         and (v_name is null or orchestrator.matches(orchestrator.destination_name(e.delivery_type, e.destination), v_name))), '{}')
   into seen, next_after, ids
@@ -122,7 +122,7 @@ begin
   select row_to_json(d) from orchestrator.dead_letters d
   where (p_before_id is null or (d.died_at, d.id) < (p_before_died_at, p_before_id))
     and (p_died_from is null or d.died_at >= p_died_from) and (p_died_until is null or d.died_at < p_died_until)
-    and (p_reason is null or strpos(lower(d.reason), lower(p_reason)) > 0)
+    and (p_reason is null or strpos(lower(d.reason collate "pg_c_utf8"), lower(p_reason collate "pg_c_utf8")) > 0)
     and (p_source is null or d.source = p_source) and (v_name is null or orchestrator.matches(d.destination_name, v_name))
   order by d.died_at desc, d.id desc
   limit p_limit;

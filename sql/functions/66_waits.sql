@@ -33,7 +33,7 @@ language sql volatile security definer set search_path = orchestrator, pg_temp a
   )
   select h.* from (
     select a.pid, a.usename, a.application_name, a.state, a.xact_start
-      , regexp_replace(left(regexp_replace(regexp_replace(a.query, E'\\s+', ' ', 'g'), E'''[^'']*''|\\$(\\w*)\\$.*?\\$\\1\\$', '…', 'g'), 200), '''.*$', '…')
+      , regexp_replace(left(regexp_replace(regexp_replace(a.query, E'\\s+', ' ', 'g'), E'''[^'']*''|\\$([^$ ]*)\\$.*?\\$\\1\\$', '…', 'g'), 200), '''.*$', '…')
       , (select count(*) from waiting w where w.pid = a.pid)::integer
     from pg_stat_activity a
     left join held h on h.pid = a.pid

@@ -227,6 +227,7 @@ def _in_psql(client: Client) -> Any:
             " where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'p') order by 1"
         ),
         "forecast": asked("select bucket_at, due from orchestrator.backlog_forecast('1 day', '3 days') order by 1"),
+        "rights": asked("select * from orchestrator.changed_rights()"),
         "letters": asked("select orchestrator.list_dead_letters(5)"),
         "told": asked("select count(*) from orchestrator.claim_due_events(5)"),
     }
@@ -267,6 +268,7 @@ def test_variables_of_libpq_change_nothing(database_url: str, call: Call, monkey
         "PGTZ": "Asia/Kolkata",
         "PGGEQO": "off",
         "PGAPPNAME": "other",
+        "PGTARGETSESSIONATTRS": "standby",
         "LC_ALL": "C",
         "LANG": "C",
     }
@@ -291,6 +293,15 @@ def test_what_a_url_says_of_connections_is_merged_with_what_the_program_needs() 
     assert session.options.endswith(f"-c {'='.join(MARK)}")
     assert session.overruled == {"statement_timeout": "5s", "search_path": "a b"}
     assert Session.of("postgresql://h/d?connect_timeout=0", "api").parameters["connect_timeout"] == 5
+
+
+@pytest.mark.parametrize(("options", "kept"), [("-c a.b=c\\", "c"), ("-c a.b=c\\\\", "c\\"), ("-c a.b=c\\ ", "c ")])
+def test_options_that_end_in_backslashes_leave_the_program_s_own_alone(
+    database_url: str, options: str, kept: str
+) -> None:
+    with connect_blocking(f"{database_url}?options={quote(options)}", "test") as connection:
+        query = "select current_setting('a.b'), current_setting('client_min_messages')"
+        assert connection.execute(query).fetchone() == (kept, "warning")
 
 
 def test_a_url_s_own_settings_reach_the_session(database_url: str, call: Call) -> None:

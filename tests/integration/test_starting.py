@@ -10,7 +10,9 @@ from dataclasses import replace
 from urllib.parse import urlsplit
 
 import httpx
+import psycopg
 import pytest
+from psycopg import sql
 
 from orchestrator.config import Settings
 from orchestrator.database import Database
@@ -157,6 +159,10 @@ async def test_a_process_that_never_hears_anything_is_not_deaf_to_sigterm(spawn:
     [
         ({"netloc": "nobody:wrong@{host}"}, 'password authentication failed for user "nobody"'),
         ({"path": "/absent"}, 'database "absent" does not exist'),
+        ({"query": "options=-c%20nonsense_x%3D1"}, 'unrecognized configuration parameter "nonsense_x"'),
+        ({"query": "options=-c%20work_mem%3Dmuch"}, 'invalid value for parameter "work_mem"'),
+        ({"query": "options=-c%20max_connections%3D9"}, 'parameter "max_connections" cannot be'),
+        ({"query": "options=--"}, "invalid command-line argument for server process"),
     ],
 )
 async def test_a_wrong_login_stops_the_start_by_name(
@@ -167,3 +173,27 @@ async def test_a_wrong_login_stops_the_start_by_name(
     process = _Process(settings(DATABASE_URL=url._replace(**changed).geturl()), "maintain")
     with pytest.raises(OrchestratorError, match=f"DATABASE_URL: the server refuses it: .*{named}"):
         await process.run(())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("alter role {role} nologin", 'role "[^"]*" is not permitted to log in'),
+        ("revoke connect on database {database} from public", 'permission denied for database "[^"]*"'),
+    ],
+)
+async def test_a_login_that_may_not_connect_stops_the_start_by_name(
+    settings: MakeSettings, database_url: str, change: str, named: str
+) -> None:
+    url = urlsplit(database_url)
+    database = url.path.lstrip("/")
+    names = {"role": sql.Identifier(f"guest_{database}"), "database": sql.Identifier(database)}
+    with psycopg.connect(database_url, autocommit=True) as admin:
+        admin.execute(sql.SQL("create role {role} login password 'secret'").format(**names))
+        try:
+            admin.execute(sql.SQL(change).format(**names))
+            login = url._replace(netloc=f"guest_{database}:secret@{url.netloc.rpartition('@')[2]}").geturl()
+            with pytest.raises(OrchestratorError, match=f"DATABASE_URL: the server refuses it: .*{named}"):
+                await _Process(settings(DATABASE_URL=login), "maintain").run(())
+        finally:
+            admin.execute(sql.SQL("drop role {role}").format(**names))

@@ -344,6 +344,11 @@ class TestDatabaseUrl:
         joined = "&" if "?" in url else "?"
         assert database(DATABASE_URL=url + joined + asked)["target_session_attrs"] == "any"
 
+    def test_several_hosts_of_libpq_s_environment_are_chosen_from_alike(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PGHOST", "h1,h2")
+        assert database(DATABASE_URL="postgresql:///d")["target_session_attrs"] == "read-write"
+        assert "target_session_attrs" not in database(DATABASE_URL="postgresql://h/d")
+
     def test_one_host_is_taken_as_it_is(self) -> None:
         assert "target_session_attrs" not in database(DATABASE_URL="postgresql://h/d")
 
