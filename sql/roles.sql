@@ -9,7 +9,12 @@ begin
     if not exists (select from pg_roles where rolname = v_role) then
       begin
         execute format('create role %I nologin', v_role);
-      exception when duplicate_object or unique_violation then null;
+      exception
+        when duplicate_object or unique_violation then null;
+        when insufficient_privilege then
+          raise exception 'role % is missing, and user % may not create roles', v_role, current_user using errcode = 'insufficient_privilege'
+            , hint = 'As a superuser: create role orchestrator_submit; create role orchestrator_dispatch; create role orchestrator_ingest; create role orchestrator_ops; create role orchestrator_read; '
+              || format('or: alter role %I createrole. Then migrate again.', current_user);
       end;
     end if;
   end loop;

@@ -61,6 +61,8 @@ begin
   loop
     begin
       execute format('create table orchestrator.%I (like orchestrator.%I including all) using heap', orchestrator.partition_name(v_parent, v_day), v_parent);
+      -- What default privileges gave.
+      execute format('revoke all on orchestrator.%I from public, orchestrator_submit, orchestrator_dispatch, orchestrator_ingest', orchestrator.partition_name(v_parent, v_day));
       v_parents := v_parents || v_parent;
       v_days := v_days || v_day;
     exception when duplicate_table or unique_violation then

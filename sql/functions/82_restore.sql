@@ -1,6 +1,6 @@
 -- After a restore: rights that were not restored, numbers of transactions that mean nothing here, and what submissions need of a database.
 
--- Partitions are left out: nobody is granted anything on one that is attached.
+-- Who may read a table may read its partitions, of which those that are retired stand alone; nobody needs more of one.
 create or replace function orchestrator.rights() returns table (object text, rights text[])
 language sql stable security definer set search_path = orchestrator, pg_temp as $$
   with held as (
@@ -15,6 +15,10 @@ language sql stable security definer set search_path = orchestrator, pg_temp as 
     from pg_class c
     where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'p', 'v', 'S') and c.relname !~ '^(event|outcome)_p[0-9]{8}$'
     union all
+    select 'partition ' || c.relname, c.relowner, c.relacl
+    from pg_class c
+    where c.relnamespace = 'orchestrator'::regnamespace and c.relkind = 'r' and c.relname ~ '^(event|outcome)_p[0-9]{8}$' and c.relacl is not null
+    union all
     select format('column %s.%s', c.relname, a.attname), c.relowner, a.attacl
     from pg_class c join pg_attribute a on a.attrelid = c.oid
     where c.relnamespace = 'orchestrator'::regnamespace and a.attacl is not null and not a.attisdropped
@@ -22,7 +26,8 @@ language sql stable security definer set search_path = orchestrator, pg_temp as 
   select h.object, array(
     select coalesce(r.rolname, 'public') || ' ' || a.privilege_type
     from aclexplode(h.acl) a left join pg_roles r on r.oid = a.grantee
-    where a.grantee = 0 or r.rolname in ('orchestrator_submit', 'orchestrator_dispatch', 'orchestrator_ingest', 'orchestrator_ops', 'orchestrator_read')
+    where (a.grantee = 0 or r.rolname in ('orchestrator_submit', 'orchestrator_dispatch', 'orchestrator_ingest', 'orchestrator_ops', 'orchestrator_read'))
+      and not (h.object ^@ 'partition ' and a.privilege_type = 'SELECT' and coalesce(r.rolname in ('orchestrator_ops', 'orchestrator_read'), false))
     union
     select 'owner ' || pg_get_userbyid(h.owner) where h.owner <> n.nspowner
     order by 1)

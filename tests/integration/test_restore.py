@@ -185,6 +185,35 @@ async def test_a_database_restored_into_a_younger_cluster_forgets_the_old_transa
         assert statuses(restored, old) == {"delivered": 5}
 
 
+def test_an_owner_who_may_not_create_roles_is_told_which_are_missing(younger_url: str) -> None:
+    with psycopg.connect(younger_url, autocommit=True) as admin:
+        admin.execute("create role owner login password 'secret'")
+        admin.execute("alter database restored owner to owner")
+        owned = _as("owner", younger_url)
+        with pytest.raises(OrchestratorError, match="As a superuser: create role orchestrator_submit; "):
+            migrate(owned)
+        for role in ("submit", "dispatch", "ingest", "ops", "read"):
+            admin.execute(f"create role orchestrator_{role}".encode())
+        assert migrate(owned).applied
+
+
+@pytest.mark.parametrize("grantee", ["public", "orchestrator_submit"])
+def test_rights_to_a_partition_are_noticed_and_taken_back(database_url: str, grantee: str) -> None:
+    with Client(database_url) as client:
+        client.connection.execute(
+            f"alter default privileges in schema orchestrator grant select on tables to {grantee}".encode()
+        )
+        client.value("select orchestrator.create_partitions(current_date + 50, current_date + 51)")
+        assert check(database_url) == []
+        name = client.value("select max(relname) from pg_class where relname ~ '^event_p[0-9]{8}$'")
+        client.connection.execute(f"grant select on orchestrator.{name} to {grantee}".encode())
+        assert client.column("select object from orchestrator.changed_rights()") == [f"partition {name}"]
+        assert check(database_url) == ["roles.sql"]
+        assert migrate(database_url).applied == ["roles.sql"]
+        assert client.value("select has_table_privilege(%s, %s, 'select')", grantee, f"orchestrator.{name}") is False
+        assert check(database_url) == []
+
+
 async def test_a_schema_whose_owner_may_not_make_temporary_tables_is_refused_by_name(
     settings: MakeSettings, databases_of_others: tuple[str, str], empty_database_url: str
 ) -> None:
