@@ -21,7 +21,7 @@ KEPT_BYTES = 16_384
 _JUST_NOW_S = 0.05
 _STATUS_LINE = re.compile(rb"[\r\n]*HTTP/[0-9](?:\.[0-9])?[ \t]+([0-9]{3})(?:[ \t][^\n]*)?\r?\n", re.IGNORECASE)
 _HEAD_END = re.compile(rb"\n\r?\n")
-_FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[ \t]*([^\r\n]*)", re.MULTILINE)
+_FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[ \t]*([^\r\n]*)\r?\n", re.MULTILINE)
 
 
 class Head(NamedTuple):
@@ -31,8 +31,10 @@ class Head(NamedTuple):
     lines: bytes
 
     def values(self, name: bytes) -> list[str]:
-        """The values of each header line of that name, given in lower case, as far as they came."""
-        return [value.decode("latin-1") for key, value in _FIELD.findall(self.lines) if key.lower() == name]
+        """The values of each complete header line of that name, given in lower case."""
+        return [
+            value.decode("utf-8", "surrogateescape") for key, value in _FIELD.findall(self.lines) if key.lower() == name
+        ]
 
 
 def head_of(received: bytes) -> Head | None:

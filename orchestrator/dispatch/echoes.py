@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 _MASK = "***"
 _CREDENTIAL = re.compile(r"auth|cookie|key|token|secret|passw|signature|session|credential", re.IGNORECASE)
@@ -16,7 +16,7 @@ _SHORTEST = 4
 
 
 def without_credentials(text: str, headers: Mapping[str, str], secret_headers: Collection[str], query: str) -> str:
-    """The text with ``***`` for the credentials of the request that it answers, as they were sent and as JSON has them.
+    """The text with ``***`` for the credentials of the request that it answers, as sent and as JSON and URLs have them.
 
     Those are the values of `secret_headers` and of whatever is called a token, a key and so on, in `headers` and
     `query`.
@@ -36,6 +36,7 @@ def _credentials(headers: Mapping[str, str], secret_headers: Collection[str], qu
                 yield part
                 yield json.dumps(part)[1:-1]
                 yield json.dumps(part, ensure_ascii=False)[1:-1]
+                yield quote(part, safe="")
     if query:
         for pair, (name, value) in zip(query.split("&"), parse_qsl(query, keep_blank_values=True), strict=False):
             if _CREDENTIAL.search(name):

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -44,6 +45,10 @@ _EXCERPT_BYTES = 4 * EXCERPT_CHARS  # holds the excerpt in any UTF-8
 _USER_AGENT = "scheduled-event-orchestrator/1"
 _BODY_WAIT_S = 1.0  # for the rest of a body whose status has decided already
 _RETRIED_4XX = frozenset((408, 425, 429))
+_QUOTES = re.compile(r":?\n.*|: b?['\"].*", re.DOTALL)  # what aiohttp quotes, cut anywhere, of an answer that is wrong
+
+# A foreign text without the credentials of the request. It comes before `quoted`, which cuts and escapes them.
+_Discreet = Callable[[str], str]
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +116,10 @@ class HttpSender:
             return Attempted(RETRY, error=str(error), retry_after_s=SECRET_WAIT_S)
         except ValueError as error:
             return Attempted(FAIL, error=str(error))
+
+        def discreet(text: str) -> str:
+            return without_credentials(text, headers, delivery.secret_headers or (), url.raw_query_string)
+
         answering.set(None)
         timeout_s = delivery.timeout_s or self._timeout_s
         try:
@@ -118,16 +127,14 @@ class HttpSender:
             # `closed` means that the whole answer is here and its connection is back in the pool.
             if response.closed and 200 <= response.status < 300:
                 return Attempted(DELIVERED, response.status)
-            attempted = await self._judge(response)
-            return _discreet(attempted, headers, delivery.secret_headers or (), url)
+            return await self._judge(response, discreet)
         except OwnFaultError:
             raise
         except Exception as error:
             connection = answering.get()
             if connection is not None and (head := head_of(connection.received)) is not None:
-                return _decided(
-                    head.status, head.values(b"location"), head.values(b"retry-after"), odd=_oddity(error, timeout_s)
-                )
+                odd = _oddity(error, timeout_s, discreet)
+                return _decided(head.status, head.values(b"location"), head.values(b"retry-after"), discreet, odd=odd)
             return self._unanswered(error, url, timeout_s, delivery.event_id)
 
     async def _post(
@@ -163,19 +170,19 @@ class HttpSender:
         _log.error("a delivery failed in a way not foreseen", extra={"event_id": event_id}, exc_info=error)
         return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
 
-    async def _judge(self, response: aiohttp.ClientResponse) -> Attempted:
+    async def _judge(self, response: aiohttp.ClientResponse, discreet: _Discreet) -> Attempted:
         status = response.status
-        body, broken = (b"", None) if status == HTTPStatus.SWITCHING_PROTOCOLS else await self._read(response)
+        body, error = (b"", None) if status == HTTPStatus.SWITCHING_PROTOCOLS else await self._read(response)
         response.close()  # changes nothing after a body read to its end
         excerpt = None
         if body and "content-encoding" not in response.headers:
-            excerpt = body.decode("utf-8", "replace").replace("\0", "\ufffd")
+            excerpt = discreet(body.decode("utf-8", "replace").replace("\0", "\ufffd"))[:EXCERPT_CHARS]
+        odd = _oddity(error, _BODY_WAIT_S, discreet) if error else None
         headers = response.headers
-        return _decided(
-            status, headers.getall("location", []), headers.getall("retry-after", []), excerpt=excerpt, odd=broken
-        )
+        locations, waits = headers.getall("location", []), headers.getall("retry-after", [])
+        return _decided(status, locations, waits, discreet, excerpt=excerpt, odd=odd)
 
-    async def _read(self, response: aiohttp.ClientResponse) -> tuple[bytes, str | None]:
+    async def _read(self, response: aiohttp.ClientResponse) -> tuple[bytes, Exception | None]:
         """The start of the body, and what broke it. Reads on only while that may save the connection, within bounds."""
         start = b""
         received = 0
@@ -189,7 +196,7 @@ class HttpSender:
         except TimeoutError:
             pass  # too slow: the status has decided, and the connection is given up
         except (aiohttp.ClientError, OSError) as error:
-            return start, _oddity(error, _BODY_WAIT_S)
+            return start, error
         return start, None
 
     def _headers(self, delivery: Delivery) -> dict[str, str]:
@@ -211,17 +218,9 @@ class HttpSender:
         return headers
 
 
-def _discreet(attempted: Attempted, headers: Mapping[str, str], secret_headers: Collection[str], url: URL) -> Attempted:
-    """The same with a short excerpt that repeats no credential."""
-    if attempted.response is None:
-        return attempted
-    said = without_credentials(attempted.response, headers, secret_headers, url.raw_query_string)
-    return attempted._replace(response=said[:EXCERPT_CHARS])
-
-
-def _without_query(location: str) -> str:
-    path, mark, _ = location.partition("?")
-    return path + (mark and "?…")
+def _place(url: str) -> str:
+    """A foreign URL without what may hold secrets: what stands before an @, its query and its fragment."""
+    return re.sub(r"(?<![^/\\])[^/\\]*@", "…@", re.sub(r"([?#]).*", r"\1…", url, flags=re.DOTALL))
 
 
 def _total(seconds: float) -> aiohttp.ClientTimeout:
@@ -241,6 +240,7 @@ def _decided(
     status: int,
     locations: Sequence[str],
     waits: Sequence[str],
+    discreet: _Discreet,
     *,
     excerpt: str | None = None,
     odd: str | None = None,
@@ -251,7 +251,7 @@ def _decided(
     if 200 <= status < 300:
         return Attempted(DELIVERED, status, error if odd else None)
     if 300 <= status < 400:
-        location = quoted(_without_query(locations[0]) if locations else "")
+        location = quoted(discreet(_place(locations[0] if locations else "")))
         return Attempted(FAIL, status, f"{_described(status)}: redirect to {location} is not followed{note}", excerpt)
     if status not in _RETRIED_4XX and not 500 <= status < 600:
         return Attempted(FAIL, status, error, excerpt)
@@ -260,14 +260,14 @@ def _decided(
     return Attempted(RETRY, status, error, excerpt, max(asked_s, default=None))
 
 
-def _oddity(error: Exception, timeout_s: float) -> str:
+def _oddity(error: Exception, timeout_s: float, discreet: _Discreet) -> str:
     """What is wrong with an answer whose status line came."""
     match error:
         case TimeoutError():
             return f"its answer was not complete within {timeout_s:g} s"
         case aiohttp.ClientResponseError():
-            reason = error.message.strip().partition("\n")[0].rstrip(":")
-            return f"its answer broke the rules of HTTP: {quoted(reason)}"
+            reason = _QUOTES.sub("", error.message.strip())
+            return f"its answer broke the rules of HTTP: {quoted(discreet(reason))}"
         case aiohttp.ClientPayloadError():
             return "its body was broken or cut short"
     return "the connection ended before its answer was complete"

@@ -258,6 +258,71 @@ async def test_a_redirect_is_not_followed_and_named(receiver: Receiver, sender: 
     assert len(receiver.requests) == 1
 
 
+@pytest.mark.parametrize("end", [b"\r\n", b"bad header\r\n\r\n"])
+@pytest.mark.parametrize(
+    ("location", "named"),
+    [
+        ("http://user:CANARY@evil/x?token=CANARY", "http://…@evil/x?…"),
+        ("//user:CANARY@evil/x?q=a@b", "//…@evil/x?…"),
+        ("http:\\\\CANARY@evil", "http:\\\\…@evil"),
+        ("CANARY:CANARY@evil/x", "…@evil/x"),
+        ("/cb#access_token=CANARY", "/cb#…"),
+        ("/cb#CANARY?x", "/cb#…"),
+        ("/login/Bearer/CANARY/QCANARY", "/login/Bearer/***/***"),
+        ("/login/Bearer%20CANARY", "/login/***"),
+        ("/login/" + "x" * 190 + "CANARY", "/login/" + "x" * 190 + "***"),
+        ("/login/Zu'CANARY", "/login/***"),
+        ("/login/größe-CANARY", "/login/***"),
+        ("/login/gr%C3%B6%C3%9Fe-CANARY", "/login/***"),
+        ("/login?user=a@b", "/login?…"),
+    ],
+)
+async def test_a_redirect_is_named_without_credentials(
+    receiver: Receiver, sender: HttpSender, location: str, named: str, end: bytes
+) -> None:
+    receiver.answer = raw(b"HTTP/1.1 302 Found\r\nLocation: %b\r\n" % location.encode() + end)
+    secrets = {"authorization": "Bearer CANARY", "x-key": "Zu'CANARY", "x-token": "größe-CANARY"}
+    attempted = await sender.send(delivery(receiver.url + "?token=QCANARY", secrets))
+    assert attempted[:2] == ("fail", 302)
+    assert f"redirect to {named!a} is not followed" in str(attempted.error)
+    assert "CANARY" not in str(attempted)
+
+
+async def test_a_redirect_that_is_cut_short_does_not_show_the_start_of_a_credential(receiver: Receiver) -> None:
+    receiver.answer = raw(b"HTTP/1.1 302 Found\r\nLocation: /login/CANA", close=True)
+    attempted = await send(SETTINGS, receiver.url, {"authorization": "Bearer CANARY"})
+    assert attempted[:2] == ("fail", 302)
+    assert "CANA" not in str(attempted)
+
+
+async def test_a_very_long_redirect_is_named_at_once(receiver: Receiver) -> None:
+    receiver.answer = raw(b"HTTP/1.1 302 Found\r\nLocation: " + b":" * 200_000 + b"\r\n\r\n")
+    attempted, took_s = await _timed(SETTINGS, receiver.url)
+    assert attempted[:2] == ("fail", 302)
+    assert took_s < 3.0
+
+
+@pytest.mark.parametrize("status", [200, 404, 503])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"bad CANARY\r\n\r\n",
+        b"CANARY: " + b"CANARY" * 9000 + b"\r\n\r\n",
+        b"x" * 95 + b"CANARY" * 9000 + b": 1\r\n\r\n",
+        b"content-length: CANARY\r\n\r\n",
+        b"transfer-encoding: chunked\r\n\r\nCANARY\r\n",
+    ],
+)
+async def test_what_is_said_of_an_odd_answer_repeats_no_credentials(
+    receiver: Receiver, sender: HttpSender, status: int, rest: bytes
+) -> None:
+    receiver.answer = raw(b"HTTP/1.1 %d CANARY\r\n" % status + rest)
+    attempted = await sender.send(delivery(receiver.url, {"authorization": "Bearer CANARY"}))
+    assert attempted.status_code == status
+    assert "; its " in str(attempted.error)
+    assert "CANA" not in str(attempted)
+
+
 async def test_interim_responses_are_passed_over(receiver: Receiver, sender: HttpSender) -> None:
     receiver.answer = raw(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n")
     assert await sender.send(delivery(receiver.url)) == Attempted("delivered", 204)
