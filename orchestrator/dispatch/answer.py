@@ -2,7 +2,7 @@
 
 A complete status line decides an attempt, whatever follows: a receiver that has said 200 has the event. aiohttp answers
 with an error when the rest of an answer breaks a rule, or stays away, and the status is lost with it; so connections
-keep the start of what came.
+keep the start of what came. Interim answers (1xx, but for 101) are taken out before either sees them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import time
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from aiohttp import ClientError
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import BadStatusLine
 
 KEPT_BYTES = 16_384
+_INTERIM_BYTES = 2**20  # of interim answers; reading on without an end would take the time of other deliveries
 # A connection that has been used again before, and answered just now, is not asked for: that is a system call each.
 _JUST_NOW_S = 0.05
 _STATUS_LINE = re.compile(rb"[\r\n]*HTTP/[0-9](?:\.[0-9])?[ \t]+([0-9]{3})(?:[ \t][^\n]*)?\r?\n", re.IGNORECASE)
+_LINE_BEGUN = re.compile(rb"[\r\n]*(?:H(?:T(?:T(?:P(?:/[^\n]*)?)?)?)?)?\Z", re.IGNORECASE)  # it may become one
 _HEAD_END = re.compile(rb"\n\r?\n")
 _FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[ \t]*([^\r\n]*)\r?\n", re.MULTILINE)
 
@@ -38,27 +41,27 @@ class Head(NamedTuple):
 
 
 def head_of(received: bytes) -> Head | None:
-    """The head of the final answer in what a receiver has sent; None: no complete status line of one.
+    """The head of the final answer, of which this much was received; None: no complete status line."""
+    line = _STATUS_LINE.match(received)
+    if line is None:
+        return None
+    end = _HEAD_END.search(received, line.end() - 1)
+    return Head(int(line[1]), received[line.end() : end.start() + 1 if end else None])
 
-    Interim answers (1xx, but for 101) are passed over.
-    """
-    at = 0
-    while line := _STATUS_LINE.match(received, at):
-        status = int(line[1])
-        end = _HEAD_END.search(received, line.end() - 1)
-        if not 100 <= status < 200 or status == 101:
-            return Head(status, received[line.end() : end.start() + 1 if end else None])
-        if end is None:
-            break
-        at = end.end()
-    return None
+
+class InterimError(ClientError):
+    """A receiver sent too much before its final answer."""
 
 
 class AnswerProtocol(ResponseHandler):
-    """aiohttp's protocol of a connection, which keeps the first `KEPT_BYTES` of each answer in `received`."""
+    """aiohttp's protocol of a connection, which keeps the first `KEPT_BYTES` of each final answer in `received`."""
 
     received = b""
     idle = False
+    _final = False  # whether the final answer has begun
+    _in_interim = False
+    _held = b""  # what is not known to belong to it yet
+    _interim_bytes = 0
     _uses = 0
     _rested_s = 0.0
     _poll: select.poll | None = None
@@ -70,19 +73,54 @@ class AnswerProtocol(ResponseHandler):
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
+        if not self._final and not self.idle:
+            data = self._without_interim(data)
+            if self._interim_bytes > _INTERIM_BYTES:
+                self._give_up(InterimError(f"more than {_INTERIM_BYTES} bytes of interim answers"))
+                return
+            if not data:
+                return
         if len(self.received) < KEPT_BYTES:
             self.received += data
             if len(self.received) >= KEPT_BYTES and head_of(self.received) is None:
-                self.set_exception(BadStatusLine("no status line"))  # interim answers without an end
-                if self.transport is not None:
-                    self.transport.abort()
+                self._give_up(BadStatusLine("no status line"))
                 return
         super().data_received(data)
+
+    def _without_interim(self, data: bytes) -> bytes:
+        """What of it belongs to the final answer; b"": nothing that is known to."""
+        data = self._held + data
+        at = 0
+        while True:
+            if self._in_interim:
+                end = _HEAD_END.search(data, at)
+                past = end.end() if end else max(at, len(data) - 2)  # the start of such an end, perhaps
+                self._interim_bytes += past - at
+                at = past
+                if end is None:
+                    break
+                self._in_interim = False
+            line = _STATUS_LINE.match(data, at)
+            if line is None or line[1][:1] != b"1" or line[1] == b"101":
+                self._final = line is not None or len(data) - at >= KEPT_BYTES or not _LINE_BEGUN.match(data, at)
+                break
+            self._in_interim = True
+            self._interim_bytes += line.end() - 1 - at
+            at = line.end() - 1
+        self._held = b"" if self._final else data[at:]
+        return data[at:] if self._final else b""
+
+    def _give_up(self, error: Exception) -> None:
+        self.set_exception(error)
+        if self.transport is not None:
+            self.transport.abort()
 
     def rest(self) -> None:
         """The answer is complete, and the connection is kept: what comes now, nobody has asked for."""
         self.idle = True
         self.received = b""
+        self._final = self._in_interim = False
+        self._interim_bytes = 0
         self._rested_s = time.monotonic()
 
     def is_connected(self) -> bool:

@@ -24,7 +24,7 @@ import msgspec
 from orchestrator.errors import OwnFaultError
 from orchestrator.own_faults import own_fault
 
-from .answer import answering, head_of
+from .answer import InterimError, answering, head_of
 from .attempt import DELIVERED, FAIL, RETRY, Attempted
 from .connector import GuardedConnector
 from .echoes import without_credentials
@@ -159,6 +159,8 @@ class HttpSender:
                 return Attempted(RETRY, error=f"timeout: no complete response within {timeout_s:g} s")
             case aiohttp.ClientResponseError():
                 return Attempted(RETRY, error=f"{place} answered with something that is not HTTP")
+            case InterimError():
+                return Attempted(RETRY, error=f"{place} sent {error}, and no final one")
             case aiohttp.InvalidURL():
                 return Attempted(FAIL, error=f"destination: {quoted(place or '')} is not a plain host")
             case aiohttp.ClientConnectionError() | OSError() if own_fault(error) is None:

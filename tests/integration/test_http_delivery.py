@@ -672,17 +672,84 @@ async def test_what_was_odd_about_an_answer_is_noted(receiver: Receiver, sender:
     assert "redirect to '/x' is not followed" in str(attempted.error)
 
 
-async def test_interim_answers_without_an_end_are_cut_off(receiver: Receiver, sender: HttpSender) -> None:
+HINTS = b"HTTP/1.1 103 Early Hints\r\n" + b"".join(b"Link: <%b>\r\n" % (b"x" * 6000) for _ in range(3)) + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    "interim",
+    [
+        HINTS,
+        HINTS * 20,
+        b"HTTP/1.1 102 Processing\r\n\r\n" * 700,
+        b"HTTP/1.1 100\n\n" * 2000,
+        b"HTTP/1.1 103 A\r\nlink: " + b"x" * 100_000 + b"\r\n\r\n",
+        b"HTTP/1.1 103 A\r\n" + b"x: y\r\n" * 5000 + b"\r\n",
+        b"HTTP/1.0 199 A\r\nnonsense\r\nConnection: close\r\n\r\n\r\n",
+    ],
+)
+async def test_interim_answers_are_passed_over_however_long(
+    receiver: Receiver, sender: HttpSender, interim: bytes
+) -> None:
+    for status in (204, 503, 101):
+
+        async def answer(request: Request, writer: asyncio.StreamWriter, status: int = status) -> None:
+            writer.write(interim)
+            await writer.drain()
+            await asyncio.sleep(0.02)  # a segment of its own
+            writer.write(b"HTTP/1.1 %d A\r\ncontent-length: 0\r\n\r\n" % status)
+
+        receiver.answer = answer
+        attempted = await sender.send(delivery(receiver.url))
+        assert attempted.status_code == status
+        assert attempted.error is None or attempted.error.startswith(f"HTTP {status} ")
+    assert receiver.connections == 1  # a connection is kept after interim answers
+
+
+async def test_an_answer_may_come_in_pieces_of_any_size(receiver: Receiver, sender: HttpSender) -> None:
+    answers = b"HTTP/1.1 100 A\r\n\r\nHTTP/1.1 103 A\r\nx: y\r\n\r\nHTTP/1.1 503 A\r\ncontent-length: 2\r\n\r\nno"
+
+    for size in (1, 2, 3, 5):
+
+        async def piecemeal(request: Request, writer: asyncio.StreamWriter, size: int = size) -> None:
+            writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for at in range(0, len(answers), size):
+                writer.write(answers[at : at + size])
+                await asyncio.sleep(0.001)
+
+        receiver.answer = piecemeal
+        attempted = await sender.send(delivery(receiver.url))
+        assert attempted == Attempted("retry", 503, "HTTP 503 Service Unavailable", "no")
+
+
+@pytest.mark.parametrize(
+    "piece", [b"HTTP/1.1 100 Continue\r\n\r\n" * 100, b"HTTP/1.1 103 Hints\r\n" + b"x: y\r\n" * 999]
+)
+async def test_interim_answers_without_an_end_are_cut_off(receiver: Receiver, piece: bytes) -> None:
     async def flood(request: Request, writer: asyncio.StreamWriter) -> None:
         while not writer.is_closing():
-            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
+            writer.write(piece)
             await writer.drain()
 
     receiver.answer = flood
     attempted, took_s = await _timed(SETTINGS, receiver.url)
     place = f"127.0.0.1:{receiver.port}"
-    assert attempted == Attempted("retry", error=f"{place} answered with something that is not HTTP")
+    error = f"{place} sent more than 1048576 bytes of interim answers, and no final one"
+    assert attempted == Attempted("retry", error=error)
     assert took_s < 3.0
+    await receiver.until(lambda r: r.open_connections == 0)
+
+
+async def test_slow_interim_answers_without_an_end_are_left_when_the_time_is_up(receiver: Receiver) -> None:
+    async def slow(request: Request, writer: asyncio.StreamWriter) -> None:
+        while not writer.is_closing():
+            writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    receiver.answer = slow
+    attempted, took_s = await _timed(HASTY, receiver.url)
+    assert attempted == Attempted("retry", error="timeout: no complete response within 0.3 s")
+    assert took_s < 1.0
     await receiver.until(lambda r: r.open_connections == 0)
 
 
