@@ -112,7 +112,7 @@ def _attempted(
         yield _Step(_time(outcome["due_at"]), "due", _spread(event) if first else "again")
     if outcome["claimed_at"]:
         yield _Step(_time(outcome["claimed_at"]), "claimed", _by(outcome))
-    ended = [f"HTTP {outcome['status_code']}"] if outcome["status_code"] and not outcome["error"] else []
+    ended = [f"HTTP {outcome['status_code']}"] if outcome["status_code"] is not None and not outcome["error"] else []
     ended += [str(outcome[key]) for key in ("error", "response") if outcome[key]]
     ended += [f"as {outcome['successor']}"] if outcome["successor"] else []
     ended += [_by(outcome)] if outcome["worker"] and not outcome["claimed_at"] else []

@@ -177,7 +177,7 @@ class Leases:
                     _array([r.event_id for r in ordered]),
                     _array([str(r.attempt) for r in ordered]),
                     _array([r.result for r in ordered]),
-                    _array([str(r.status_code or "null") for r in ordered]),
+                    _array([str(r.status_code if r.status_code is not None else "null") for r in ordered]),
                     _array([repr(r.started_at) for r in ordered]),
                     _array([repr(r.finished_at) for r in ordered]),
                     [r.error for r in ordered] if any(r.error for r in ordered) else None,

@@ -252,8 +252,8 @@ def _decided(
     error = _described(status) + note
     if 200 <= status < 300:
         return Attempted(DELIVERED, status, error if odd else None)
-    if 300 <= status < 400:
-        location = quoted(discreet(_place(locations[0] if locations else "")))
+    if 300 <= status < 400 and locations and locations[0]:
+        location = quoted(discreet(_place(locations[0])))
         return Attempted(FAIL, status, f"{_described(status)}: redirect to {location} is not followed{note}", excerpt)
     if status not in _RETRIED_4XX and not 500 <= status < 600:
         return Attempted(FAIL, status, error, excerpt)

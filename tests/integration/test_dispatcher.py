@@ -21,7 +21,7 @@ from psycopg import sql
 from orchestrator.database import listening
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dispatch import dispatcher as module
-from orchestrator.dispatch.attempt import DELIVERED, Attempted
+from orchestrator.dispatch.attempt import DELIVERED, FAIL, Attempted
 from orchestrator.dispatch.http import Delivery
 from orchestrator.errors import OrchestratorError
 from tests.conftest import MakeSettings, Spawn
@@ -177,6 +177,20 @@ async def test_an_event_dies_when_its_attempts_are_used_up_or_the_answer_is_fina
     assert sorted(client.column("select event_id::text from orchestrator.dead_letter")) == sorted([tried, final])
     said = {cast(Any, record).event_id for record in caplog.records if record.message == "event is dead"}
     assert said == {tried, final}
+
+
+@pytest.mark.parametrize("status", [0, 99, 999, None])
+async def test_a_status_is_recorded_as_the_number_that_was_sent(
+    settings: MakeSettings, client: Client, status: int | None
+) -> None:
+    class Odd:
+        async def send(self, delivery: Delivery) -> Attempted:
+            return Attempted(FAIL, status, "odd")
+
+    async with dispatching(settings(), Odd()):
+        event_id = client.schedule(scheduled_at=soon(0))
+        await finished(client, [event_id])
+    assert [outcome["status_code"] for outcome in outcomes(client, event_id)] == [status]
 
 
 async def test_every_line_about_an_event_carries_its_id(

@@ -258,6 +258,17 @@ async def test_a_redirect_is_not_followed_and_named(receiver: Receiver, sender: 
     assert len(receiver.requests) == 1
 
 
+@pytest.mark.parametrize("rest", [b"\r\n", b"Location:\r\n\r\n", b"Location: \r\nbad header\r\n\r\n"])
+@pytest.mark.parametrize("status", ["300 Multiple Choices", "304 Not Modified"])
+async def test_without_a_location_there_is_no_redirect(
+    receiver: Receiver, sender: HttpSender, status: str, rest: bytes
+) -> None:
+    receiver.answer = raw(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n".encode() + rest)
+    attempted = await sender.send(delivery(receiver.url))
+    assert attempted[:2] == ("fail", int(status[:3]))
+    assert str(attempted.error).partition(";")[0] == f"HTTP {status}"
+
+
 @pytest.mark.parametrize("end", [b"\r\n", b"bad header\r\n\r\n"])
 @pytest.mark.parametrize(
     ("location", "named"),
