@@ -91,7 +91,7 @@ def parse(raw: str) -> DatabaseUrl:
     written = raw.strip()
     java = written[:5].lower() == "jdbc:"
     match = _URL.fullmatch(written[5:] if java else written)
-    if match is None:
+    if match is None or ";" in (match["name"] or ""):  # parameters as other drivers write them, a password among them
         raise ValueError
     for host in match["hosts"].split(","):
         shape = _HOST.fullmatch(host)

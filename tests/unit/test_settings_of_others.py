@@ -87,6 +87,13 @@ def test_two_names_that_differ_stop_the_start(environ: dict[str, str], names: st
     assert [problem.partition(": ")[0] for problem in problems_of(environ)] == [names]
 
 
+@pytest.mark.parametrize("prefix", ["", "jdbc:"])
+def test_parameters_in_the_form_of_other_drivers_are_refused_unquoted(prefix: str) -> None:
+    [problem] = problems_of({"DATABASE_URL": f"{prefix}postgresql://h:5432/db;user=x;password=S3CRET"})
+    assert problem.startswith("DATABASE_URL: expected postgresql://")
+    assert "S3CRET" not in problem
+
+
 def test_two_names_may_say_the_same_in_their_own_ways() -> None:
     settings = Settings.from_env(
         {
