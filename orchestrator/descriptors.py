@@ -9,7 +9,7 @@ import resource
 import sys
 from contextlib import suppress
 
-from orchestrator.config import Settings
+from orchestrator.settings import Settings
 
 MOST_CLIENTS = 5000
 """Connections of clients unless API_MAX_CONNECTIONS says otherwise; more would take memory that nobody planned."""

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
 from typing import Any
 
-from orchestrator.config import Settings
 from orchestrator.errors import SettingsError
+from orchestrator.settings import Settings
 
 _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
 """Attributes that a record has without `extra`; the last is uvicorn's coloured copy of its message."""

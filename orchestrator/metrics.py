@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from orchestrator.config import Settings
+from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.database.maintenance import Condition

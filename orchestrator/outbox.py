@@ -13,15 +13,15 @@ from functools import lru_cache
 
 import msgspec
 
-from orchestrator.config import Settings
 from orchestrator.database.listening import listen
 from orchestrator.database.outbox import OUTBOX_CHANNEL, Message, Outbox
 from orchestrator.errors import OrchestratorError
+from orchestrator.events.topics import topic_rules
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
-from orchestrator.kafka.lanes import Record, RecordRefusedError, TopicUnavailableError
+from orchestrator.kafka.partition_queues import Record, RecordRefusedError, TopicUnavailableError
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from orchestrator.tasks import end, within
-from orchestrator.topic_rules import topic_rules
 
 _BATCH = 5000
 _ANSWER_S = 30.0  # for a call of the database; one that hangs is given up, and the connection with it

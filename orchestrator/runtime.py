@@ -20,14 +20,14 @@ from typing import Literal, NoReturn
 import psycopg
 import uvloop
 
-from orchestrator import database_url, descriptors, migrate
-from orchestrator.config import Settings
-from orchestrator.database import Database, translated
+from orchestrator import descriptors
+from orchestrator.database import Database, migrate, translated
 from orchestrator.database.blocking import OnConnected, blocking
 from orchestrator.database.rights import NEEDED
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
 from orchestrator.maintenance import maintain, prepare
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings, database_url
 from orchestrator.starting import until_done
 
 Role = Literal["run", "api", "ingest", "dispatch", "maintain"]
@@ -157,7 +157,7 @@ def _exit_at_once(status: int) -> NoReturn:
 
 
 async def _serve_api(settings: Settings, database: Database, metrics: Metrics, stop: asyncio.Event) -> None:
-    from orchestrator.api.server import serve
+    from orchestrator.api.server.server import serve
 
     await serve(settings, database, metrics, stop=stop)
 
@@ -169,20 +169,20 @@ async def _require_keys(settings: Settings, database: Database) -> None:
 
 
 async def _serve_apart(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
-    from orchestrator.api.apart import serve_apart
+    from orchestrator.api.server.apart import serve_apart
 
     await serve_apart(settings, "run", metrics, stop=stop)
 
 
 async def _serve_management(settings: Settings, database: Database, metrics: Metrics, stop: asyncio.Event) -> None:
-    from orchestrator.api.server import serve_management
+    from orchestrator.api.server.server import serve_management
 
     await serve_management(settings, database, metrics, stop=stop)
 
 
 async def _dispatch(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
     from orchestrator.dispatch.dispatcher import Dispatcher
-    from orchestrator.dispatch.http import HttpSender
+    from orchestrator.dispatch.http.sender import HttpSender
 
     async with HttpSender(settings) as sender:
         await Dispatcher(settings, metrics, sender).run(stop)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import Settings
+from orchestrator.database.migrate import migrate
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dev.system import free_port
-from orchestrator.migrate import migrate
+from orchestrator.settings import Settings
 from tests.support.brokers import Kafka, KafkaBroker, SharedBrokerHold, description, fetch, own_broker, shared_broker
 from tests.support.databases import Databases, temporary_server
 from tests.support.exploring import Exploration, load_profile

@@ -16,18 +16,18 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.api.auth import Guard
-from orchestrator.api.dead_letters import DeadLetterRoutes
-from orchestrator.api.destinations import DestinationRoutes
-from orchestrator.api.events import EventRoutes
-from orchestrator.api.health import Health
 from orchestrator.api.http import ClientGoneError
 from orchestrator.api.intake import intake
-from orchestrator.api.openapi import document
+from orchestrator.api.openapi.document import document
 from orchestrator.api.problems import as_problem
-from orchestrator.api.submit import SubmitBatch, SubmitOne
-from orchestrator.config import Settings
+from orchestrator.api.routes.dead_letters import DeadLetterRoutes
+from orchestrator.api.routes.destinations import DestinationRoutes
+from orchestrator.api.routes.events import EventRoutes
+from orchestrator.api.routes.health import Health
+from orchestrator.api.routes.submit import SubmitBatch, SubmitOne
 from orchestrator.database import Database
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 
 _log = logging.getLogger(__name__)
 

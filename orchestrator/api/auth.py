@@ -13,9 +13,9 @@ from starlette.types import Scope
 
 from orchestrator.api.http import header
 from orchestrator.api.problems import Problem
-from orchestrator.config import Settings
 from orchestrator.database import ApiKey, Database
 from orchestrator.errors import OrchestratorError
+from orchestrator.settings import Settings
 from orchestrator.tasks import retrieve
 
 SCOPES = ("read", "submit", "admin")

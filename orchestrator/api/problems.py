@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope, Send
 
 from orchestrator.errors import Blocked, DatabaseUnavailable, InDoubt, KafkaUnavailable, NotPermitted, ValidationError
-from orchestrator.events import JsonError, OutOfRangeError, SubmissionError
+from orchestrator.events.submission import JsonError, OutOfRangeError, SubmissionError
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:orchestrator:problem:"

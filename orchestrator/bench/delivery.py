@@ -17,9 +17,9 @@ import psycopg
 from orchestrator.bench import lifecycle
 from orchestrator.bench.processes import Receiver, product, receiver, rss_mib, wait_until
 from orchestrator.bench.workload import chunks, judged, new_run, paced, spread, submissions
-from orchestrator.config import Settings
 from orchestrator.database import Database
-from orchestrator.events import Submission
+from orchestrator.events.submission import Submission
+from orchestrator.settings import Settings
 
 DESTINATIONS = 50
 _STAGED = 2500

@@ -15,8 +15,8 @@ import psycopg
 
 from orchestrator.bench.delivery import dispatching
 from orchestrator.bench.workload import lateness
-from orchestrator.config import Settings
 from orchestrator.database.maintenance import Maintenance
+from orchestrator.settings import Settings
 from orchestrator.tasks import end
 
 _MAINTAIN_EVERY_S = 60.0

@@ -13,8 +13,8 @@ import psycopg
 from orchestrator.bench.delivery import drained
 from orchestrator.bench.flow import by_period, delivered_by_period, maintaining, null_fleet, period_s, tell
 from orchestrator.bench.workload import new_run, paced, submissions
-from orchestrator.config import Settings
 from orchestrator.database import Database
+from orchestrator.settings import Settings
 
 _DESTINATIONS = 50
 

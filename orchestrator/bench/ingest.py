@@ -15,8 +15,8 @@ import psycopg
 from orchestrator.bench.kafka import PARTITIONS, Record, broker, fill
 from orchestrator.bench.processes import product, rss_mib, wait_until
 from orchestrator.bench.workload import PAYLOAD, new_run
-from orchestrator.config import Settings
 from orchestrator.kafka.topics import create_topics
+from orchestrator.settings import Settings
 
 DESTINATIONS = 50
 _INGEST_S = 600.0

@@ -12,11 +12,11 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from orchestrator.bench.workload import new_run
-from orchestrator.config import Settings
 from orchestrator.dev.kafka import temporary_broker
-from orchestrator.events import EVENT_ID_HEADER
+from orchestrator.events.submission import EVENT_ID_HEADER
 from orchestrator.kafka.client import client_arguments
 from orchestrator.kafka.topics import create_topics
+from orchestrator.settings import Settings
 
 PARTITIONS = 24
 _BATCH_BYTES = 32 * 1024

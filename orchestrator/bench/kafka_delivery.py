@@ -9,7 +9,7 @@ from orchestrator.bench.delivery import dispatching, drained, rates, submit
 from orchestrator.bench.kafka import arrivals, broker, create_target
 from orchestrator.bench.processes import rss_mib
 from orchestrator.bench.workload import judged, new_run, spread, submissions
-from orchestrator.config import Settings
+from orchestrator.settings import Settings
 
 
 def run(database_url: str, events: int, dispatchers: int) -> dict[str, object]:

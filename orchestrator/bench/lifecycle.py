@@ -15,10 +15,10 @@ from typing import LiteralString
 import psycopg
 
 from orchestrator.bench.workload import chunks, new_run, spread, submissions
-from orchestrator.config import Settings
 from orchestrator.database import COPY_SUBMISSIONS, Finished, Leases, connect
 from orchestrator.errors import OrchestratorError
-from orchestrator.events import Submission, copy_row
+from orchestrator.events.submission import Submission, copy_row
+from orchestrator.settings import Settings
 
 DESTINATIONS = 50
 BATCH = 1000

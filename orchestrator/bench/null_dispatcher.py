@@ -16,12 +16,12 @@ from typing import TextIO
 import uvloop
 
 from orchestrator import logs
-from orchestrator.config import Settings
 from orchestrator.database import Leases
 from orchestrator.dispatch.attempt import DELIVERED, RETRY, Attempted
 from orchestrator.dispatch.dispatcher import Dispatcher
-from orchestrator.dispatch.http import Delivery
+from orchestrator.dispatch.http.sender import Delivery
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 
 _DELIVERED = Attempted(DELIVERED, 204)
 _FAILED = Attempted(RETRY, 503)

@@ -18,9 +18,9 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
+from orchestrator.database.migrate import migrate
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.errors import OrchestratorError
-from orchestrator.migrate import migrate
 
 _RECORD = struct.Struct("=36sqq")
 _STOP_S = 30.0

@@ -18,8 +18,8 @@ from orchestrator.bench.delivery import drained
 from orchestrator.bench.flow import by_period, delivered_by_period, maintaining, null_fleet, period_s, tell
 from orchestrator.bench.processes import rss_mib
 from orchestrator.bench.workload import lateness, new_run, paced, submissions
-from orchestrator.config import Settings
 from orchestrator.database import Database
+from orchestrator.settings import Settings
 
 _DESTINATIONS = 50
 _FAIL_EVERY = 20

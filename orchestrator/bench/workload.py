@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-from orchestrator.events import Submission, event_id
+from orchestrator.events.submission import Submission, event_id
 
 T = TypeVar("T")
 

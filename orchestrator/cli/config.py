@@ -6,9 +6,9 @@ import click
 
 from orchestrator import descriptors
 from orchestrator.cli.support import console, environ, json_option, plain, print_json
-from orchestrator.config import DATABASE_PARTS, SETTINGS, Settings
 from orchestrator.database.session import SESSION, Session
-from orchestrator.settings_table import render_markdown_table, settings_table
+from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings
+from orchestrator.settings.table import render_markdown_table, settings_table
 
 
 @click.group()

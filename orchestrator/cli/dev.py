@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from orchestrator.dev.receiver import Webhook
     from orchestrator.dev.stack import Stack
-    from orchestrator.dispatch.signing import Signer
+    from orchestrator.dispatch.http.signing import Signer
 
 RECEIVER_PORT = 9099
 _POLL_S = 0.05
@@ -62,7 +62,7 @@ def dev(as_json: bool) -> None:
 async def _greet_and_receive(stack: Stack, as_json: bool, stop: asyncio.Event) -> None:
     """Receives and prints webhooks; says where everything is as soon as the API listens."""
     from orchestrator.dev.receiver import listen
-    from orchestrator.dispatch.signing import Signer
+    from orchestrator.dispatch.http.signing import Signer
 
     out = console(stderr=as_json)
     signer = Signer(stack.settings.webhook_secrets)

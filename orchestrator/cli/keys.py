@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.support import console, exit_with, json_option, moment, print_json, with_database
-from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError
+from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.database import Database

@@ -9,8 +9,8 @@ from typing import IO, TYPE_CHECKING, TypeVar
 import click
 
 from orchestrator.cli.support import console, json_option, kept_before, moment, plain, print_json, with_database
-from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError
+from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.database import Submitted
@@ -121,8 +121,8 @@ def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) ->
     corrected = None if file is None else file.read()
 
     async def work(rejects: Rejects, ours: Settings) -> Submitted:
-        from orchestrator.events import parse_submission, require_topic
-        from orchestrator.topic_rules import topic_rules
+        from orchestrator.events.submission import parse_submission, require_topic
+        from orchestrator.events.topics import topic_rules
 
         found = await _found(rejects, number)
         if found.topic == ours.topic_processing:

@@ -30,7 +30,7 @@ def migrate(check: bool, as_json: bool) -> None:
     Safe to run at any time and from many replicas at once: it is one transaction under a lock, and does nothing
     when all is up to date. The user needs the rights to create a schema and roles.
     """
-    from orchestrator import migrate as migrations
+    from orchestrator.database import migrate as migrations
     from orchestrator.database import translated
     from orchestrator.database.maintenance import Retention
 

@@ -11,8 +11,8 @@ import click
 
 from orchestrator.cli.support import console, duration, json_option, moment, plain, print_json, with_database
 from orchestrator.cli.sweeping import filter_of, narrowing, with_filter
-from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError
+from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from rich.table import Table

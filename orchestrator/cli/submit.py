@@ -25,13 +25,13 @@ from orchestrator.cli.support import (
     with_database,
 )
 from orchestrator.cli.times import a_duration, relative
-from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError, ValidationError
-from orchestrator.event_rules import MAX_FRAME_BYTES
+from orchestrator.events.rules import MAX_FRAME_BYTES
+from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.database import Database, Submitted
-    from orchestrator.events import Submission
+    from orchestrator.events.submission import Submission
 
 _BATCH = 1000
 _SHOWN_REFUSALS = 20
@@ -50,7 +50,7 @@ def _time(option: str, value: str) -> str:
 
 def _after(scheduled_at: str, duration: timedelta) -> str | None:
     """The time so long after another; None after what is no time, which is refused itself."""
-    from orchestrator.event_rules import time_of
+    from orchestrator.events.rules import time_of
 
     try:
         return (time_of(scheduled_at) + duration).isoformat()
@@ -201,8 +201,8 @@ def _payload(given: str) -> bytes:
 
 def _submit_one(fields: dict[str, object], payload: bytes, as_json: bool) -> None:
     async def work(database: Database, settings: Settings) -> tuple[Submission, Submitted]:
-        from orchestrator.events import parse_submission, require_topic
-        from orchestrator.topic_rules import topic_rules
+        from orchestrator.events.submission import parse_submission, require_topic
+        from orchestrator.events.topics import topic_rules
 
         # Spliced in as it is, since the payload is kept and delivered byte for byte.
         raw = b'%b,"payload":%b}' % (json.dumps(fields).encode()[:-1], payload)
@@ -229,7 +229,7 @@ def _submit_file(file: IO[bytes], as_json: bool) -> None:
 
     async def work(database: Database, settings: Settings) -> None:
         from orchestrator.database import submit_all
-        from orchestrator.events import Submission
+        from orchestrator.events.submission import Submission
 
         with show.status("submitting …") as status:
             for batch in _batches(file, settings):
@@ -260,8 +260,8 @@ def _submit_file(file: IO[bytes], as_json: bool) -> None:
 
 def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Submission | ValidationError]]]:
     """Lists of (line number, what stands there), empty lines left out."""
-    from orchestrator.events import parse_submission, require_topic
-    from orchestrator.topic_rules import topic_rules
+    from orchestrator.events.submission import parse_submission, require_topic
+    from orchestrator.events.topics import topic_rules
 
     topics = topic_rules(settings)
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import msgspec
 
-from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError
-from orchestrator.json_text import pruned
+from orchestrator.events.json_text import pruned
+from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console

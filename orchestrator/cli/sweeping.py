@@ -11,8 +11,8 @@ import click
 
 from orchestrator.cli.support import console, plain, print_json, with_database
 from orchestrator.cli.times import a_time, iso
-from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError, ValidationError
+from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.database import Database, Filter

@@ -1,8 +1,7 @@
 """The database as Python sees it: the only package that names SQL functions."""
 
 from orchestrator.database.connection import Connection, connect, translated
-from orchestrator.database.leases import NOTIFY_CHANNEL, Claimed, Claims, Finished, Leases, NotDelivered
-from orchestrator.database.pool import (
+from orchestrator.database.gateway import (
     COPY_SUBMISSIONS,
     ApiKey,
     Cancelled,
@@ -13,6 +12,7 @@ from orchestrator.database.pool import (
     submit_all,
     submit_free,
 )
+from orchestrator.database.leases import NOTIFY_CHANNEL, Claimed, Claims, Finished, Leases, NotDelivered
 
 __all__ = [
     "COPY_SUBMISSIONS",

@@ -15,7 +15,6 @@ from psycopg.rows import TupleRow
 from psycopg.types.string import TextLoader
 from psycopg_pool import PoolTimeout
 
-from orchestrator.config import Settings
 from orchestrator.database.session import MARK, SESSION, Session
 from orchestrator.errors import (
     Blocked,
@@ -25,6 +24,7 @@ from orchestrator.errors import (
     UnusableDatabase,
     ValidationError,
 )
+from orchestrator.settings import Settings
 
 HOLDERS: LiteralString = "select coalesce(orchestrator.holders_text(), 'it has ended by now')"
 """Names the sessions whose open transactions may be in the way."""

@@ -10,7 +10,7 @@ import msgspec
 from psycopg.types.json import Jsonb
 
 from orchestrator.database.connection import named
-from orchestrator.database.pool import Database
+from orchestrator.database.gateway import Database
 from orchestrator.errors import ValidationError
 
 SETTINGS = (

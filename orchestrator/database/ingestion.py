@@ -18,10 +18,10 @@ from typing import Any, LiteralString, NamedTuple, TypeVar
 import msgspec
 from psycopg import errors
 
-from orchestrator.config import Settings
 from orchestrator.database.connection import HOLDERS, Connection, connect, translated
-from orchestrator.database.pool import COPY_SUBMISSIONS
+from orchestrator.database.gateway import COPY_SUBMISSIONS
 from orchestrator.errors import Blocked, OrchestratorError, ValidationError
+from orchestrator.settings import Settings
 
 T = TypeVar("T")
 R = TypeVar("R")

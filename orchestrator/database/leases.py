@@ -9,8 +9,8 @@ from typing import LiteralString, NamedTuple
 import msgspec
 from psycopg.rows import TupleRow
 
-from orchestrator.config import Settings
 from orchestrator.database.connection import HOLDERS, Connection, connect, translated
+from orchestrator.settings import Settings
 
 NOTIFY_CHANNEL = "orchestrator_due"
 _PATIENCE = "100ms"  # claims and other finishes hold their locks for less

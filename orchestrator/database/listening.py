@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import LiteralString
 
-from orchestrator.config import Settings
 from orchestrator.database.connection import connect, translated
+from orchestrator.settings import Settings
 
 _HEARING_S = 60.0
 _ANSWER_S = 30.0

@@ -11,7 +11,6 @@ import msgspec
 import psycopg
 from psycopg import sql
 
-from orchestrator.config import Settings, given
 from orchestrator.database.blocking import cut
 from orchestrator.database.connection import (
     HOLDERS,
@@ -22,8 +21,9 @@ from orchestrator.database.connection import (
     is_lost,
     translated,
 )
-from orchestrator.database.pool import Database
+from orchestrator.database.gateway import Database
 from orchestrator.errors import Blocked, DatabaseUnavailable, InDoubt
+from orchestrator.settings import Settings, given
 
 Buffer = bytes | bytearray | memoryview
 

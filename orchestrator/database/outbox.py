@@ -6,9 +6,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import LiteralString, NamedTuple
 
-from orchestrator.config import Settings
 from orchestrator.database.connection import Connection, connect, translated
-from orchestrator.topic_rules import TopicRules
+from orchestrator.events.topics import TopicRules
+from orchestrator.settings import Settings
 
 OUTBOX_CHANNEL = "orchestrator_outbox"
 

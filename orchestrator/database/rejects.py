@@ -8,9 +8,9 @@ from uuid import UUID
 import msgspec
 
 from orchestrator.database.connection import Connection
-from orchestrator.database.pool import COPY_SUBMISSIONS, Database, Submitted
+from orchestrator.database.gateway import COPY_SUBMISSIONS, Database, Submitted
 from orchestrator.errors import OrchestratorError, ValidationError
-from orchestrator.events import Submission, copy_row
+from orchestrator.events.submission import Submission, copy_row
 
 
 class KeptReject(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator.config import forget_session_variables
+from orchestrator.settings import forget_session_variables
 
 SESSION: Mapping[str, str] = {
     # How texts are read and written.

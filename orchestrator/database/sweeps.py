@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import LiteralString, NamedTuple
 
 from orchestrator.database.connection import named
-from orchestrator.database.pool import Database, Filter
+from orchestrator.database.gateway import Database, Filter
 
 
 class Swept(NamedTuple):

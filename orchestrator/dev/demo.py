@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import aiohttp
 import uvloop
 
-from orchestrator.config import Settings
+from orchestrator.database.migrate import migrate
 from orchestrator.dev import kafka_wheel
 from orchestrator.dev.children import Children
 from orchestrator.dev.demo_result import Result, result_of
@@ -30,7 +30,7 @@ from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dev.system import free_port
 from orchestrator.errors import OrchestratorError
 from orchestrator.kafka.topics import create_topics
-from orchestrator.migrate import migrate
+from orchestrator.settings import Settings
 
 _BATCH = 500
 _POSTING = 2

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.config import DATABASE_PARTS, SETTINGS
-from orchestrator.dispatch.signing import SECRET_PREFIX, decode_secret
+from orchestrator.dispatch.http.signing import SECRET_PREFIX, decode_secret
 from orchestrator.errors import OrchestratorError
+from orchestrator.settings import DATABASE_PARTS, SETTINGS
 
 LOOPBACK = "127.0.0.0/8,::1/128"
 

@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 import httptools
 import uvloop
 
-from orchestrator.dispatch.signing import Signer
+from orchestrator.dispatch.http.signing import Signer
 
 _NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 _BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"

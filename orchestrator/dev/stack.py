@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
-from orchestrator.config import DATABASE_PARTS, Settings
 from orchestrator.database.connection import connect_blocking
 from orchestrator.database.ingestion import Ingestion
+from orchestrator.database.migrate import migrate
 from orchestrator.dev import kafka_wheel
 from orchestrator.dev.environment import LOOPBACK, is_free, kept_webhook_secret, state_directory, with_defaults
 from orchestrator.dev.kafka_wheel import WheelBroker
@@ -26,7 +26,7 @@ from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.ingest import ingest
 from orchestrator.kafka.topics import create_topics, log_bounds, partition_counts
 from orchestrator.metrics import Metrics
-from orchestrator.migrate import migrate
+from orchestrator.settings import DATABASE_PARTS, Settings
 
 POSTGRES_PORT = 15432
 KAFKA_PORT = 19092

@@ -16,16 +16,16 @@ import socket
 import time
 from contextlib import AsyncExitStack, suppress
 
-from orchestrator.config import Settings
 from orchestrator.database import NOTIFY_CHANNEL, Claims, Leases
 from orchestrator.database.listening import listen
 from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import ANSWER_S, Finisher
 from orchestrator.dispatch.holders import Holders
-from orchestrator.dispatch.http_deliveries import HttpDeliveries, Sender
+from orchestrator.dispatch.http.deliveries import HttpDeliveries, Sender
 from orchestrator.dispatch.kafka import KafkaDeliveries
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from orchestrator.tasks import end, within
 
 _CLAIM_GAP_S = 0.01  # between claims that found less than a batch

@@ -14,22 +14,22 @@ from typing import NamedTuple
 
 import msgspec
 
-from orchestrator.config import Settings
 from orchestrator.database import Claimed
 from orchestrator.dispatch.attempt import DELIVERED, FAIL, RETRY, Attempted
 from orchestrator.dispatch.clock import DatabaseClock
-from orchestrator.dispatch.due_queue import DueQueue
 from orchestrator.dispatch.finisher import Finisher
-from orchestrator.dispatch.http_deliveries import RECORDING_S, finished, has_expired, rfc3339, slot_missed
+from orchestrator.dispatch.http.deliveries import RECORDING_S, finished, has_expired, rfc3339, slot_missed
+from orchestrator.dispatch.http.secrets import SECRET_WAIT_S, SecretError, Secrets
 from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
-from orchestrator.dispatch.secrets import SECRET_WAIT_S, SecretError, Secrets
-from orchestrator.dispatch.stalls import QUICK_S, Stalls
+from orchestrator.dispatch.queue.due_queue import DueQueue
+from orchestrator.dispatch.queue.stalls import QUICK_S, Stalls
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
+from orchestrator.events.topics import topic_rules
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
-from orchestrator.kafka.lanes import Record, RecordRefusedError
+from orchestrator.kafka.partition_queues import Record, RecordRefusedError
 from orchestrator.metrics import Metrics
 from orchestrator.own_faults import Postponing
-from orchestrator.topic_rules import topic_rules
+from orchestrator.settings import Settings
 
 _MAX_IN_FLIGHT = 2000
 _MAX_IN_FLIGHT_BYTES = 1 << 25

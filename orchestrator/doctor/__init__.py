@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from orchestrator.config import Settings
 from orchestrator.doctor.database import database_findings
 from orchestrator.doctor.finding import Finding, ok, problem, warning
 from orchestrator.doctor.kafka import kafka_findings
 from orchestrator.doctor.machine import machine_findings
 from orchestrator.errors import SettingsError
+from orchestrator.settings import Settings
 
 __all__ = ["Finding", "diagnose"]
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import psycopg
 from psycopg.rows import TupleRow
 
-from orchestrator import database_url, migrate
-from orchestrator.config import Settings
+from orchestrator.database import migrate
 from orchestrator.database.connection import BlockingConnection, connect_blocking
 from orchestrator.database.rights import ABILITIES
 from orchestrator.doctor.finding import Finding, is_production, ok, problem, warning
@@ -19,6 +18,7 @@ from orchestrator.doctor.upkeep import upkeep_findings
 from orchestrator.doctor.waits import wait_findings
 from orchestrator.doctor.work import work_findings
 from orchestrator.errors import OrchestratorError, UnusableDatabase
+from orchestrator.settings import Settings, database_url
 
 Connection = psycopg.Connection[TupleRow]
 

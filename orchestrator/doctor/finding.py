@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from orchestrator.config import Settings
+from orchestrator.settings import Settings
 
 Level = Literal["ok", "warning", "problem"]
 

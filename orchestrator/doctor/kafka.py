@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import psycopg
 from psycopg.rows import TupleRow
 
-from orchestrator.config import Settings
 from orchestrator.database.connection import connect_blocking
 from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
 from orchestrator.errors import OrchestratorError, UnusableDatabase
+from orchestrator.settings import Settings
 
 _STALLED_S = 60.0
 

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator
 
 from orchestrator import descriptors
-from orchestrator.config import Settings
 from orchestrator.doctor.finding import Finding, counted, is_production, ok, problem, warning
 from orchestrator.own_faults import trusts_nobody
+from orchestrator.settings import Settings
 
 _PROBE_S = 2.0
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import psycopg
 from psycopg.rows import TupleRow
 
-from orchestrator.config import Settings
 from orchestrator.doctor.finding import Finding, ok, problem, warning
+from orchestrator.settings import Settings
 
 _OWN_CONNECTIONS = 3  # of a dispatcher, besides the pool
 

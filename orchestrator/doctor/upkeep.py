@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import psycopg
 from psycopg.rows import TupleRow
 
-from orchestrator.config import Settings
 from orchestrator.database.maintenance import CONDITION, Condition
 from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
+from orchestrator.settings import Settings
 
 Connection = psycopg.Connection[TupleRow]
 _Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]

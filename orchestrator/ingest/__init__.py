@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from orchestrator.config import Settings
 from orchestrator.ingest.commands import Commands
 from orchestrator.ingest.consumer import Consumer
 from orchestrator.ingest.submissions import Submissions
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from orchestrator.tasks import retrieve
 
 _BATCH_BYTES = 24 << 20  # of all consumers of a process together; each holds two batches

@@ -15,7 +15,8 @@ import msgspec
 
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
-from orchestrator.event_rules import (
+from orchestrator.events.json_text import has_forbidden_escape, utf8_fault
+from orchestrator.events.rules import (
     EXPECTED_TIME,
     expires_at_fault,
     in_utc,
@@ -26,7 +27,6 @@ from orchestrator.event_rules import (
 )
 from orchestrator.ingest.partition import Record
 from orchestrator.ingest.submissions import reject
-from orchestrator.json_text import has_forbidden_escape, utf8_fault
 from orchestrator.metrics import Metrics
 
 COMMANDS = ("cancel", "redrive", "reschedule")

@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaError
 
-from orchestrator.config import Settings
 from orchestrator.database.ingestion import OffsetsMovedError
 from orchestrator.errors import KafkaUnavailable, SettingsError
 from orchestrator.ingest.halts import Halts
@@ -24,6 +23,7 @@ from orchestrator.ingest.source import MisplacedError, Source, TooLargeError
 from orchestrator.ingest.watch import StalledError, Watch
 from orchestrator.ingest.writer import Writer
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from orchestrator.tasks import backoff_s
 
 _AGAIN_S = 0.1

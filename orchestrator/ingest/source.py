@@ -25,10 +25,10 @@ from aiokafka.errors import (
     UnsupportedCodecError,
 )
 
-from orchestrator.config import Settings
 from orchestrator.errors import KafkaUnavailable
 from orchestrator.ingest.partition import Record
 from orchestrator.kafka.client import client_arguments, kafka_errors
+from orchestrator.settings import Settings
 
 _CALL_S = 30.0  # for brokers to answer
 _ENDING_S = 2.0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.config import Settings
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
-from orchestrator.events import EVENT_ID_HEADER, submission_row
+from orchestrator.events.submission import EVENT_ID_HEADER, submission_row
+from orchestrator.events.topics import topic_rules
 from orchestrator.ingest.partition import Record
 from orchestrator.metrics import Metrics
-from orchestrator.topic_rules import topic_rules
+from orchestrator.settings import Settings
 
 _MAX_RECORDS = 5000
 

@@ -10,10 +10,10 @@ from typing import Protocol, TypeVar
 
 import psycopg
 
-from orchestrator.config import Settings
 from orchestrator.database.ingestion import Ingestion, Move, OffsetsMovedError, Position
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from orchestrator.tasks import backoff_s, within
 
 T = TypeVar("T")

@@ -12,12 +12,12 @@ from typing import Generic
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
-from orchestrator.config import Settings
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.kafka.client import started_producer
-from orchestrator.kafka.lanes import Lanes, OnResult, Record, T, TopicUnavailableError
+from orchestrator.kafka.partition_queues import Lanes, OnResult, Record, T, TopicUnavailableError
 from orchestrator.kafka.partitions import partition_of
 from orchestrator.own_faults import own_fault
+from orchestrator.settings import Settings
 
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0

@@ -26,10 +26,10 @@ from aiokafka.errors import (
 )
 from aiokafka.protocol.metadata import MetadataRequest
 
-from orchestrator.config import Settings
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, SettingsError
 from orchestrator.kafka.producer import Producer
 from orchestrator.own_faults import own_fault
+from orchestrator.settings import Settings
 
 _REQUEST_TIMEOUT_S = 15.0
 _METADATA_AGE_S = 60.0  # how soon partitions that were added are noticed

@@ -11,9 +11,9 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
-from orchestrator.config import Settings
 from orchestrator.errors import OrchestratorError
 from orchestrator.kafka.client import client_arguments, kafka_errors, unavailable
+from orchestrator.settings import Settings
 
 _START_TIMEOUT_S = 5.0
 _DEADLINE_S = 15.0

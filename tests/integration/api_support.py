@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 
-from orchestrator.api.server import serve
-from orchestrator.config import Settings
+from orchestrator.api.server.server import serve
 from orchestrator.database import Database
 from orchestrator.dev.system import free_port as free_port
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from tests.support.waiting import eventually
 
 

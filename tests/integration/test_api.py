@@ -14,9 +14,9 @@ import httpx
 import psycopg
 import pytest
 
-from orchestrator.api import events
+from orchestrator.api.routes import events
 from orchestrator.database import Database
-from orchestrator.events import event_id
+from orchestrator.events.submission import event_id
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields, running_api, submission, tomorrow
 from tests.support.times import READ, REFUSED

@@ -12,9 +12,9 @@ import pytest
 
 from orchestrator.api import auth
 from orchestrator.api.auth import key_hash, new_key, require_keys
-from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.errors import OrchestratorError
+from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, running_api, submission
 

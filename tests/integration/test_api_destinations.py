@@ -10,11 +10,11 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from orchestrator.api.destination_rules import SETTINGS
-from orchestrator.api.health import STANDSTILLS_CACHE_S
-from orchestrator.config import Settings
+from orchestrator.api.requests.destination_settings import SETTINGS
+from orchestrator.api.routes.health import STANDSTILLS_CACHE_S
 from orchestrator.database import Database
 from orchestrator.database.destinations import SETTINGS as COLUMNS
+from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields, running_api, submission
 from tests.support.sql_client import Client
@@ -367,7 +367,7 @@ async def test_metrics_count_what_stands_still(
     client.rows("update orchestrator.lane set breaker = 'open' where name = 'a.example'")
     found = gauges((await api.get("/metrics")).text)
     assert [found[name] for name in names] == ["0.0", "0.0", "0.0"]  # asked at most once in some seconds
-    monkeypatch.setattr("orchestrator.api.health.STANDSTILLS_CACHE_S", 0.0)
+    monkeypatch.setattr("orchestrator.api.routes.health.STANDSTILLS_CACHE_S", 0.0)
     assert STANDSTILLS_CACHE_S > 0
     found = gauges((await api.get("/metrics")).text)
     assert [found[name] for name in names] == ["1.0", "2.0", "1.0"]

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from orchestrator.api import connection, front
-from orchestrator.config import Settings
+from orchestrator.api.server import connection, front
 from orchestrator.database import Database
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.api_support import running_api, submission, until
 from tests.support.waiting import eventually

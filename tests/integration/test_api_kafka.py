@@ -15,9 +15,9 @@ import psycopg
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
-from orchestrator.config import Settings
 from orchestrator.database import Database
-from orchestrator.events import EVENT_ID_HEADER, parse_submission
+from orchestrator.events.submission import EVENT_ID_HEADER, parse_submission
+from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields, running_api, submission, until
 from tests.support.brokers import Kafka, KafkaBroker

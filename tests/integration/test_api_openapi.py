@@ -13,12 +13,12 @@ from starlette.routing import Route
 
 from orchestrator.api.app import api_app
 from orchestrator.api.auth import key_hash, new_key
-from orchestrator.api.health import Health
-from orchestrator.api.openapi import document
-from orchestrator.config import Settings
+from orchestrator.api.openapi.document import document
+from orchestrator.api.routes.health import Health
 from orchestrator.database import Database
-from orchestrator.events import parse_submission
+from orchestrator.events.submission import parse_submission
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.api_support import running_api
 from tests.support.brokers import Kafka

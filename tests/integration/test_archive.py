@@ -17,8 +17,8 @@ import pyarrow.parquet
 import pytest
 from psycopg import sql
 
-from orchestrator.archive import archive
-from orchestrator.config import Settings
+from orchestrator.maintenance.archive import archive
+from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.support.processes import ROOT
 from tests.support.retiring import OLD, TEXTS, retire, schedule_old_day
@@ -159,8 +159,8 @@ async def test_what_is_archived_is_dropped(client: Client, old_day: list[str], c
 
 KILLED = """
 import asyncio, os, signal, sys
-from orchestrator import archive
-from orchestrator.config import Settings
+from orchestrator.maintenance import archive
+from orchestrator.settings import Settings
 from orchestrator.database.maintenance import Retired
 owner, name, times = {
     "rows": (archive._CsvWriter, "write", 1), "fsync": (os, "fsync", 1), "rename": (os, "rename", 1),

@@ -24,7 +24,7 @@ from orchestrator.dev.environment import kept_webhook_secret, new_webhook_secret
 from orchestrator.dev.receiver import Webhook, listen
 from orchestrator.dev.stack import prepared
 from orchestrator.dev.system import free_port, is_alive
-from orchestrator.dispatch.signing import Signer
+from orchestrator.dispatch.http.signing import Signer
 from tests.conftest import Spawn
 from tests.support.processes import Spawned
 from tests.support.waiting import eventually

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from orchestrator.dispatch.signing import Signer
+from orchestrator.dispatch.http.signing import Signer
 from tests.conftest import MakeSettings
 from tests.support.brokers import Kafka
 from tests.support.dispatching import arrivals, dispatching, finished, soon

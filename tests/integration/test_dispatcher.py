@@ -22,7 +22,7 @@ from orchestrator.database import listening
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dispatch import dispatcher as module
 from orchestrator.dispatch.attempt import DELIVERED, FAIL, Attempted
-from orchestrator.dispatch.http import Delivery
+from orchestrator.dispatch.http.sender import Delivery
 from orchestrator.errors import OrchestratorError
 from tests.conftest import MakeSettings, Spawn
 from tests.support.dispatching import arrivals, assert_laws, dispatching, finished, soon, statuses

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from orchestrator.dispatch.attempt import DELIVERED, Attempted
-from orchestrator.dispatch.http import Delivery
+from orchestrator.dispatch.http.sender import Delivery
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields, submission, tomorrow
 from tests.integration.cli_support import Call, answer, refused, told

@@ -11,8 +11,7 @@ import httpx
 import pytest
 from psycopg import sql
 
-from orchestrator import migrate
-from orchestrator.database import Database
+from orchestrator.database import Database, migrate
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.errors import DatabaseUnavailable
 from tests.conftest import MakeSettings, Spawn

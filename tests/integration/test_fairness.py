@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import Settings
 from orchestrator.database import Claims, Leases
 from orchestrator.dispatch import dispatcher as module
-from orchestrator.dispatch.lines import destination_name
+from orchestrator.dispatch.queue.destination_queue import destination_name
+from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.test_dispatcher import Gate
 from tests.support.brokers import Kafka

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from orchestrator.dev.postgres import EmbeddedPostgres
-from orchestrator.dispatch.http import HttpSender
+from orchestrator.dispatch.http.sender import HttpSender
 from tests.conftest import MakeSettings, Spawn
 from tests.integration.api_support import free_port, status, submission, until
 from tests.support.cutting_proxy import CuttingProxy

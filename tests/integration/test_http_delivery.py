@@ -27,13 +27,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import Settings
 from orchestrator.dispatch.attempt import Attempted
-from orchestrator.dispatch.http import Delivery, HttpSender
-from orchestrator.dispatch.lines import destination_name
+from orchestrator.dispatch.http.sender import Delivery, HttpSender
+from orchestrator.dispatch.queue.destination_queue import destination_name
 from orchestrator.errors import OwnFaultError
-from orchestrator.event_rules import RESERVED_HEADERS
-from orchestrator.urls import url_fault
+from orchestrator.events.rules import RESERVED_HEADERS
+from orchestrator.events.urls import url_fault
+from orchestrator.settings import Settings
 from tests.support.certificates import Authority
 from tests.support.scripted_receiver import Receiver, Request, raw, reply
 

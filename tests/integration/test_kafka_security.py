@@ -10,12 +10,12 @@ from typing import NamedTuple
 import pytest
 from aiokafka import AIOKafkaConsumer
 
-from orchestrator.config import Settings
 from orchestrator.dev.kafka import MavenBroker, Security
 from orchestrator.dev.kafka_maven import unavailable
 from orchestrator.errors import KafkaUnavailable, SettingsError
 from orchestrator.kafka.client import client_arguments, started_producer
 from orchestrator.kafka.topics import create_topics
+from orchestrator.settings import Settings
 from tests.support.databases import scratch_directory
 from tests.support.processes import Spawned
 

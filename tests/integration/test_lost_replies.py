@@ -15,12 +15,12 @@ import pytest
 from orchestrator.database import Cancelled, Database, Filter, Rescheduled, Submitted
 from orchestrator.database.destinations import Destinations
 from orchestrator.database.maintenance import Retention
+from orchestrator.database.migrate import migrate
 from orchestrator.database.rejects import Rejects
 from orchestrator.database.sweeps import Sweeps
 from orchestrator.errors import DatabaseUnavailable, InDoubt
-from orchestrator.events import Submission, parse_submission
+from orchestrator.events.submission import Submission, parse_submission
 from orchestrator.maintenance import maintain_once
-from orchestrator.migrate import migrate
 from tests.conftest import MakeSettings
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.ingesting import submission
@@ -280,7 +280,7 @@ def test_every_method_that_changes_something_is_among_them() -> None:
 async def test_a_change_that_nobody_can_say_anything_about_is_said_to_be_in_doubt(
     settings: MakeSettings, database_url: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.database.pool._POOL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("orchestrator.database.gateway._POOL_TIMEOUT_S", 0.5)
     event_id = client.schedule()
     async with CuttingProxy(database_url) as proxy:
         ours = replace(settings(DATABASE_URL=proxy.url), pool_min_idle=0, pool_max_size=1)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from orchestrator import outbox as module
-from orchestrator.config import Settings
 from orchestrator.metrics import Metrics
 from orchestrator.outbox import publish
+from orchestrator.settings import Settings
 from tests.conftest import MakeSettings, Spawn
 from tests.support.brokers import Kafka, KafkaBroker
 from tests.support.dispatching import dispatching, finished, soon

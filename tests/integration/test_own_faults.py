@@ -15,7 +15,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from orchestrator.dispatch.secrets import Secrets
+from orchestrator.dispatch.http.secrets import Secrets
 from orchestrator.errors import OwnFaultError
 from orchestrator.own_faults import own_fault
 from tests.conftest import MakeSettings

@@ -11,14 +11,14 @@ import httpx
 import psycopg
 import pytest
 
-from orchestrator.archive import archive
 from orchestrator.database import Database
 from orchestrator.database.ingestion import Ingestion, Move, OffsetsMovedError, Reject
 from orchestrator.database.maintenance import Maintenance, Retention, Retired
+from orchestrator.database.migrate import check, migrate
 from orchestrator.database.outbox import Outbox
 from orchestrator.errors import UnusableDatabase
-from orchestrator.events import parse_submission, submission_row
-from orchestrator.migrate import check, migrate
+from orchestrator.events.submission import parse_submission, submission_row
+from orchestrator.maintenance.archive import archive
 from tests.conftest import MakeSettings, Spawn
 from tests.integration.api_support import running_api, submission
 from tests.integration.cli_support import invoke

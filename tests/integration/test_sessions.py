@@ -14,16 +14,16 @@ import pytest
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.database.connection import connect, connect_blocking
+from orchestrator.database.gateway import Filter
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.database.maintenance import Maintenance, Retention
-from orchestrator.database.pool import Filter
+from orchestrator.database.migrate import check, migrate
 from orchestrator.database.session import MARK, SESSION, Session
 from orchestrator.database.sweeps import Sweeps
-from orchestrator.events import parse_submission, submission_row
-from orchestrator.migrate import check, migrate
+from orchestrator.events.submission import parse_submission, submission_row
+from orchestrator.settings import Settings
 from tests.conftest import MakeSettings, Spawn
 from tests.integration.api_support import until
 from tests.integration.cli_support import Call, answer, invoke

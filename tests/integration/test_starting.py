@@ -14,10 +14,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.errors import OrchestratorError
 from orchestrator.runtime import Role, _Process
+from orchestrator.settings import Settings
 from orchestrator.starting import until_done
 from orchestrator.tasks import within
 from tests.conftest import MakeSettings, Spawn

@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import Settings
 from orchestrator.database import Database
 from orchestrator.database.maintenance import Retention
-from orchestrator.events import parse_submission
-from orchestrator.migrate import check, migrate
+from orchestrator.database.migrate import check, migrate
+from orchestrator.events.submission import parse_submission
+from orchestrator.settings import Settings
 from tests.conftest import Spawn
 from tests.support.dispatching import arrivals, assert_laws, soon
 from tests.support.processes import ROOT, Spawned
@@ -39,9 +39,9 @@ ARCHIVE = ROOT / "tests" / "upgrade" / "previous.tar.xz"
 CLIENT = """
 import asyncio, json, os, sys, traceback
 from datetime import UTC, datetime, timedelta
-from orchestrator.config import Settings
+from orchestrator.settings import Settings
 from orchestrator.database import Database
-from orchestrator.events import parse_submission
+from orchestrator.events.submission import parse_submission
 
 def submission(hook, seconds):
     at = (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from orchestrator.api import gather
+from orchestrator.api.intake import gather
 from orchestrator.database import Database
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, running_api, submission

@@ -17,7 +17,7 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 
-from orchestrator.migrate import migrate
+from orchestrator.database.migrate import migrate
 from tests.support.databases import Databases
 from tests.support.sql_client import NOON, Client, event, results, seconds
 

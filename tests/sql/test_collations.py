@@ -9,8 +9,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from orchestrator.dispatch.lines import destination_name
-from orchestrator.migrate import migrate
+from orchestrator.database.migrate import migrate
+from orchestrator.dispatch.queue.destination_queue import destination_name
 from tests.support.databases import Databases, sibling
 from tests.support.sql_client import Client
 

@@ -15,10 +15,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from orchestrator import migrate as module
+from orchestrator.database import migrate as module
 from orchestrator.database.maintenance import Retention
+from orchestrator.database.migrate import Report, check, migrate, sql_directory
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
-from orchestrator.migrate import Report, check, migrate, sql_directory
 from tests.support.databases import sibling
 from tests.support.sql_client import Client, event, results, wait_for
 

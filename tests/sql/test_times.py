@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import Settings
-from orchestrator.event_rules import OutOfRangeError, time_of
-from orchestrator.events import parse_submission
+from orchestrator.events.rules import OutOfRangeError, time_of
+from orchestrator.events.submission import parse_submission
+from orchestrator.settings import Settings
 from tests.support.databases import Databases
 from tests.support.sql_client import Client, event
 from tests.support.times import READ, REFUSED

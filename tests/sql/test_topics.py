@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import Settings
-from orchestrator.topic_rules import TopicRules, topic_rules
+from orchestrator.events.topics import TopicRules, topic_rules
+from orchestrator.settings import Settings
 from tests.support.sql_client import NOON, Client, event, results, seconds
 
 NAMES = [

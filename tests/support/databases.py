@@ -13,8 +13,8 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
+from orchestrator.database.migrate import migrate
 from orchestrator.dev.postgres import EmbeddedPostgres
-from orchestrator.migrate import migrate
 
 # Fast and forgetful: these servers never outlive the run, and killing a server loses nothing that it has
 # handed to the operating system.

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
-from orchestrator.config import Settings
 from orchestrator.dispatch.dispatcher import Dispatcher
-from orchestrator.dispatch.http import HttpSender
-from orchestrator.dispatch.http_deliveries import Sender
+from orchestrator.dispatch.http.deliveries import Sender
+from orchestrator.dispatch.http.sender import HttpSender
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from tests.support.laws import Arrival, violations
 from tests.support.receiver import Received
 from tests.support.sql_client import Client

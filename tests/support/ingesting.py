@@ -17,9 +17,9 @@ from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.util import calc_crc32c_py
 
-from orchestrator.config import Settings
 from orchestrator.ingest import ingest
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from tests.support.brokers import Kafka
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.sql_client import Client

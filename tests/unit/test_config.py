@@ -17,10 +17,10 @@ from hypothesis import given as examples
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator.config import DATABASE_PARTS, SETTINGS, Settings, given
 from orchestrator.errors import OrchestratorError, SettingsError
-from orchestrator.settings_rules import MARGIN_S
-from orchestrator.settings_table import BEGIN, END, render_markdown_table, settings_table, with_table
+from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings, given
+from orchestrator.settings.rules import MARGIN_S
+from orchestrator.settings.table import BEGIN, END, render_markdown_table, settings_table, with_table
 
 ROOT = Path(__file__).parents[2]
 KEY = "whsec_" + base64.b64encode(bytes(range(24))).decode()
@@ -481,7 +481,7 @@ def test_the_directory_of_archives_must_be_there_and_take_files(a_directory: Pat
 def test_a_format_of_archives_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings.from_env({"ARCHIVE_FORMAT": "Parquet"}).archive_format == "parquet"
     assert problem(ARCHIVE_FORMAT="zip") == "ARCHIVE_FORMAT: expected csv or parquet, got 'zip'"
-    monkeypatch.setattr("orchestrator.settings_rules.find_spec", lambda name: None)
+    monkeypatch.setattr("orchestrator.settings.rules.find_spec", lambda name: None)
     assert problem(ARCHIVE_FORMAT="parquet").startswith("ARCHIVE_FORMAT: parquet needs pyarrow, which is not installed")
     assert Settings.from_env({"ARCHIVE_FORMAT": "csv"}).archive_format == "csv"
 
@@ -553,7 +553,7 @@ def test_the_values_in_the_table_would_be_read_back_the_same() -> None:
 
 def test_the_readme_documents_the_settings_as_they_are() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_table(readme) == readme, "run: python -m orchestrator.settings_table README.md"
+    assert with_table(readme) == readme, "run: python -m orchestrator.settings.table README.md"
 
 
 def test_a_row_of_the_readme_has_as_many_cells_as_its_head() -> None:
@@ -572,7 +572,7 @@ def test_the_command_rewrites_the_table_and_checks_it(tmp_path: Path) -> None:
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
 
     def run(*arguments: str) -> int:
-        command = [sys.executable, "-m", "orchestrator.settings_table", str(document), *arguments]
+        command = [sys.executable, "-m", "orchestrator.settings.table", str(document), *arguments]
         return subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, check=False).returncode
 
     assert run("--check") == 1

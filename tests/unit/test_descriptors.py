@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import descriptors
-from orchestrator.config import Settings
+from orchestrator.settings import Settings
 
 
 @given(

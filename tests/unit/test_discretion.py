@@ -13,20 +13,20 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from orchestrator.api.destination_rules import settings_of
-from orchestrator.api.fields import fields_of, unprocessable
 from orchestrator.api.problems import Problem, as_problem
+from orchestrator.api.requests.destination_settings import settings_of
+from orchestrator.api.requests.fields import fields_of, unprocessable
 from orchestrator.cli.submit import submit
-from orchestrator.config import Settings
-from orchestrator.dispatch.echoes import without_credentials
-from orchestrator.dispatch.request import custom_headers
-from orchestrator.dispatch.secrets import SecretError, Secrets
+from orchestrator.dispatch.http.echoes import without_credentials
+from orchestrator.dispatch.http.request import custom_headers
+from orchestrator.dispatch.http.secrets import SecretError, Secrets
 from orchestrator.errors import OrchestratorError, SettingsError, ValidationError
-from orchestrator.events import Submission, parse_batch, parse_submission, submission_row
+from orchestrator.events.submission import Submission, parse_batch, parse_submission, submission_row
 from orchestrator.ingest.commands import read_command
-from orchestrator.jaas import PLAIN
 from orchestrator.logs import ConsoleFormatter, JsonFormatter, configure
-from orchestrator.settings_table import settings_table
+from orchestrator.settings import Settings
+from orchestrator.settings.jaas import PLAIN
+from orchestrator.settings.table import settings_table
 
 CANARY = "canary-5ecret"
 LIMITS = Settings.from_env({})

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.database import Claimed
-from orchestrator.dispatch import due_queue as module
-from orchestrator.dispatch.due_queue import DueQueue
-from orchestrator.dispatch.lines import Line, Windows
+from orchestrator.dispatch.queue import due_queue as module
+from orchestrator.dispatch.queue.destination_queue import Line, Windows
+from orchestrator.dispatch.queue.due_queue import DueQueue
 from tests.support.waiting import eventually
 
 

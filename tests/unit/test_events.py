@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ValidationError
-from orchestrator.events import (
+from orchestrator.events.submission import (
     JsonError,
     OutOfRangeError,
     Submission,

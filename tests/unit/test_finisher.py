@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import Settings
 from orchestrator.database import Claimed, Finished, Leases, NotDelivered
 from orchestrator.dispatch import finisher as module
 from orchestrator.dispatch.finisher import Finisher
 from orchestrator.errors import Blocked, DatabaseUnavailable, ValidationError
 from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
 from tests.support.waiting import eventually
 
 SETTINGS = Settings.from_env({})

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import pytest
 
-from orchestrator.api import gather
-from orchestrator.api.gather import FLUSHERS, gathering
+from orchestrator.api.intake import gather
+from orchestrator.api.intake.gather import FLUSHERS, gathering
 from orchestrator.api.problems import Problem
 from orchestrator.database import Database, Submitted, submit_all
 from orchestrator.errors import Blocked, DatabaseUnavailable, ValidationError
-from orchestrator.events import Submission
+from orchestrator.events.submission import Submission
 from tests.support.waiting import eventually
 
 AT = datetime(2030, 1, 31, tzinfo=UTC)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.dispatch.guard import AddressGuard, AddressRefusedError
+from orchestrator.dispatch.http.ssrf_guard import AddressGuard, AddressRefusedError
 
 
 @pytest.mark.parametrize(

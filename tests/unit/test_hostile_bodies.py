@@ -11,12 +11,12 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.api.queries import page_of
+from orchestrator.api.requests.queries import page_of
 from orchestrator.cli.submit import _batches
-from orchestrator.config import Settings
 from orchestrator.errors import ValidationError
-from orchestrator.events import Submission, batch_items, parse_batch, parse_submission, submission_row
+from orchestrator.events.submission import Submission, batch_items, parse_batch, parse_submission, submission_row
 from orchestrator.ingest.commands import read_command
+from orchestrator.settings import Settings
 
 LIMITS = Settings.from_env({})
 LONGEST = LIMITS.max_body_bytes

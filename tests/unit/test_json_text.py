@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestrator.json_text import deeper_than, has_forbidden_escape, pruned, with_nul_for_surrogates
+from orchestrator.events.json_text import deeper_than, has_forbidden_escape, pruned, with_nul_for_surrogates
 
 WORDS = rb"\u0000 \ud83d \uDBFF \uDe00 \udfff \u00e9 \\ \" \/ \n u0000 ud83d [ ] { } a 0".split()
 strings = st.lists(st.sampled_from(WORDS), max_size=8).map(lambda words: b'"' + b"".join(words) + b'"')

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import Settings
 from orchestrator.errors import SettingsError
 from orchestrator.logs import ConsoleFormatter, JsonFormatter, configure
+from orchestrator.settings import Settings
 
 SETTINGS = Settings.from_env(
     {"DEPLOYMENT_NAME": "event-scheduler-ocean", "CUSTOMER_NAME": "ocean", "ENVIRONMENT": "test"}

@@ -8,9 +8,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from orchestrator.config import Settings
 from orchestrator.database.maintenance import Condition
 from orchestrator.metrics import LATENESS_BUCKETS_S, Metrics
+from orchestrator.settings import Settings
 
 SETTINGS = Settings.from_env({"DEPLOYMENT_NAME": "event-scheduler-ocean", "CUSTOMER_NAME": "ocean"})
 SPEAKER = {"deployment": "event-scheduler-ocean", "customer": "ocean", "environment": "development"}

@@ -12,7 +12,7 @@ from starlette.types import Message
 
 from orchestrator.api.problems import KINDS, Problem, as_problem
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, ValidationError
-from orchestrator.events import JsonError, OutOfRangeError, SubmissionError
+from orchestrator.events.submission import JsonError, OutOfRangeError, SubmissionError
 
 
 async def sent(problem: Problem, path: str = "/api/v1/events") -> tuple[int, dict[str, str], dict[str, Any]]:

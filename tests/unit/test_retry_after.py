@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.dispatch.retry_after import MAX_RETRY_AFTER_S, parse_retry_after
+from orchestrator.dispatch.http.retry_after import MAX_RETRY_AFTER_S, parse_retry_after
 
 NOW = datetime(1994, 11, 6, 8, 49, 7, tzinfo=UTC).timestamp()
 

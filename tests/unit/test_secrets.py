@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.dispatch.secrets import SecretError, Secrets
-from orchestrator.dispatch.signing import Signer
+from orchestrator.dispatch.http.secrets import SecretError, Secrets
+from orchestrator.dispatch.http.signing import Signer
 from tests.unit.test_due_queue import Clock
 
 OLD = "whsec_" + base64.b64encode(b"o" * 24).decode()

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import jaas
-from orchestrator.config import Settings
 from orchestrator.errors import SettingsError
-from orchestrator.settings_table import settings_table
+from orchestrator.settings import Settings, jaas
+from orchestrator.settings.table import settings_table
 
 SASL = {"KAFKA_SECURITY_PROTOCOL": "SASL_SSL"}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.dispatch.signing import Signer, decode_secret
+from orchestrator.dispatch.http.signing import Signer, decode_secret
 from orchestrator.errors import SettingsError
 
 OLD = "whsec_" + base64.b64encode(b"o" * 24).decode()

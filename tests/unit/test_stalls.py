@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from orchestrator.config import Settings
 from orchestrator.database import Claimed
-from orchestrator.dispatch import stalls as module
-from orchestrator.dispatch.due_queue import DueQueue
-from orchestrator.dispatch.lines import Windows, http_windows
-from orchestrator.dispatch.stalls import Stalls
+from orchestrator.dispatch.queue import stalls as module
+from orchestrator.dispatch.queue.destination_queue import Windows, http_windows
+from orchestrator.dispatch.queue.due_queue import DueQueue
+from orchestrator.dispatch.queue.stalls import Stalls
+from orchestrator.settings import Settings
 from tests.support.waiting import eventually
 from tests.unit.test_due_queue import Clock, claimed, nothing_to_be_had, taken
 

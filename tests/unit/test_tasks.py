@@ -12,10 +12,10 @@ from aiokafka.errors import ProducerClosed
 from aiokafka.structs import TopicPartition
 
 from orchestrator.api.auth import Guard
-from orchestrator.config import Settings
 from orchestrator.database import ApiKey
 from orchestrator.errors import DatabaseUnavailable
 from orchestrator.kafka.producer import Producer
+from orchestrator.settings import Settings
 from orchestrator.tasks import end
 
 PLACE = TopicPartition("topic", 0)

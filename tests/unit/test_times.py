@@ -11,10 +11,10 @@ import click
 import pytest
 
 from orchestrator.cli.times import a_time
-from orchestrator.config import Settings
 from orchestrator.errors import ValidationError
-from orchestrator.events import parse_batch, parse_submission, submission_row
+from orchestrator.events.submission import parse_batch, parse_submission, submission_row
 from orchestrator.ingest.commands import read_command
+from orchestrator.settings import Settings
 from tests.support.times import READ, REFUSED, TEXTS_REFUSED
 
 SETTINGS = Settings.from_env({})

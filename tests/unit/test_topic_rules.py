@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.config import Settings
 from orchestrator.errors import SettingsError
-from orchestrator.events import SubmissionError, submission_row
-from orchestrator.topic_rules import topic_rules
+from orchestrator.events.submission import SubmissionError, submission_row
+from orchestrator.events.topics import topic_rules
+from orchestrator.settings import Settings
 
 OWN = [
     "ocean.event.submissions",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from orchestrator.urls import URL_PATTERN, url_fault
+from orchestrator.events.urls import URL_PATTERN, url_fault
 
 
 @pytest.mark.parametrize(

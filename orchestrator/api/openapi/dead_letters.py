@@ -1,0 +1,92 @@
+"""The part of the OpenAPI document that is about dead letters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.api.openapi.operations import BODY_PROBLEMS, READ_PROBLEMS, answer, operation, page_parameters
+from orchestrator.api.openapi.parts import COUNT, TIME, UUID, Schema, closed, nullable, ref
+from orchestrator.api.requests.filters import DEAD_LETTERS, PURGE, REDRIVE, body_schema, parameters, swept_schema
+from orchestrator.api.requests.queries import CURSOR_PATTERN
+
+_TAG = "dead letters"
+
+
+def dead_letter_paths() -> dict[str, Any]:
+    return {
+        "/api/v1/dead-letters": {
+            "get": operation(
+                "deadLetters",
+                "Events that ran out of attempts or failed for good, those that died last first",
+                {"200": answer("A page of dead letters, which may be empty.", "DeadLetterPage")},
+                (*READ_PROBLEMS, 400, 409, 422),
+                parameters=(*parameters(DEAD_LETTERS), *page_parameters("dead letters", CURSOR_PATTERN)),
+                needs="read",
+                tag=_TAG,
+            )
+        },
+        "/api/v1/dead-letters/redrive": {
+            "post": operation(
+                "redriveDeadLetters",
+                "Have those that a filter names, or all, tried again, in bounded calls: repeat it with `after` and "
+                "`start_at` until there is no next",
+                {"200": answer("What this call did.", "Redriven")},
+                (*BODY_PROBLEMS, 409),
+                body="Redrive",
+                needs="admin",
+                tag=_TAG,
+            )
+        },
+        "/api/v1/dead-letters/purge": {
+            "post": operation(
+                "purgeDeadLetters",
+                "Forget those that a filter names, in bounded calls: repeat it with `after` until there is no next; "
+                "the events stay, and stay dead",
+                {"200": answer("What this call did.", "Purged")},
+                (*BODY_PROBLEMS, 409),
+                body="Purge",
+                needs="admin",
+                tag=_TAG,
+            )
+        },
+    }
+
+
+def dead_letter_schemas() -> dict[str, Schema]:
+    return {
+        "DeadLetter": _DEAD_LETTER,
+        "DeadLetterPage": closed(
+            {
+                "dead_letters": {"type": "array", "items": ref("DeadLetter")},
+                "next": {"type": ["string", "null"], "description": "The `cursor` of the next page; null on the last."},
+            }
+        ),
+        "Redrive": body_schema(REDRIVE)
+        | {"examples": [{"destination": "example.com", "rate_per_second": 50}, {"reason": "timeout", "dry_run": True}]},
+        "Redriven": swept_schema(
+            redriven=COUNT,
+            next_start_at={**nullable(TIME), "description": "The `start_at` of the next call, to keep to the rate."},
+        ),
+        "Purge": body_schema(PURGE, some_of=tuple(DEAD_LETTERS))
+        | {"examples": [{"until": "2030-01-01T00:00:00Z", "dry_run": True}]},
+        "Purged": swept_schema(purged=COUNT),
+    }
+
+
+_DEAD_LETTER = closed(
+    {
+        "id": UUID,
+        "died_at": TIME,
+        "attempts": COUNT,
+        "reason": {"type": "string", "description": "What the last attempt failed with."},
+        "source": {"type": ["string", "null"]},
+        "external_job_id": {"type": ["string", "null"]},
+        "scheduled_at": nullable(TIME),
+        "delivery_type": {"enum": ["HTTP", "KAFKA", None]},
+        "destination": {"type": ["string", "null"]},
+        "destination_name": {
+            "type": ["string", "null"],
+            "description": "Host and port, or `kafka:` and the topic.",
+        },
+    }
+)

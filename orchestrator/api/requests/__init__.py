@@ -1,0 +1,1 @@
+"""What requests carry: fields, filters, pages and settings, and what may be wrong with them."""

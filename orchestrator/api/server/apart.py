@@ -1,0 +1,210 @@
+"""The API in a process of its own, beside the one that delivers: nothing that clients do makes an event late.
+
+A thread would not do. What an expensive request computes holds the interpreter's lock, memory that it takes is
+missing everywhere, and descriptors are shared. This process listens, and hands its sockets on; it answers what the
+other asks, starts it again when it has died, and tells it to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from orchestrator.api.server.link import Deliverer, Link, Message
+from orchestrator.api.server.listening import Listeners, listening
+from orchestrator.errors import DatabaseUnavailable, OrchestratorError
+from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
+from orchestrator.tasks import backoff_s
+
+_ENDING_S = 1.0
+_VICTIM = "500"  # of 1000: when memory runs out, the kernel ends the API rather than what delivers
+
+_log = logging.getLogger(__name__)
+
+
+async def serve_apart(settings: Settings, role: str, metrics: Metrics, *, stop: asyncio.Event) -> None:
+    """Serves the API until `stop` is set. Raises OrchestratorError as `serve` does, when it cannot begin to.
+
+    Raises it, too, when the other process does not stop in order.
+    """
+    with listening(settings) as listeners:
+        failures, has_served = 0, False
+        while not stop.is_set():
+            try:
+                failure, served = await _serve_once(settings, role, metrics, listeners, stop)
+            except OSError as error:  # what a process takes is lacking
+                failure, served = Message("failed", f"its process cannot be started: {error}"), False
+            has_served |= served
+            if stop.is_set():
+                return
+            if not has_served and not failure.passing:
+                raise OrchestratorError(failure.text)
+            failures = 1 if served else failures + 1
+            wait_s = backoff_s(failures)
+            _log.error("the API ended; starting it again: %s", failure.text, extra={"retry_in_s": round(wait_s, 3)})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await stop.wait()
+
+
+async def _serve_once(
+    settings: Settings, role: str, metrics: Metrics, listeners: Listeners, stop: asyncio.Event
+) -> tuple[Message, bool]:
+    """Runs one process until it has ended; why it did, and whether it had begun to serve.
+
+    Raises OrchestratorError when it had to be killed at a stop, or failed there.
+    """
+    failure, served = None, False
+    async with _process(settings, role, listeners) as (process, link):
+        stopping = asyncio.create_task(_stop(stop, listeners, link, process, settings.shutdown_timeout_s))
+        try:
+            while (message := await link.receive()) is not None:
+                if message.kind == "ask":
+                    link.send(Message("samples", samples=metrics.samples()))
+                elif message.kind == "failed":
+                    failure = message
+                    if stop.is_set() and not message.passing:
+                        raise OrchestratorError(f"the API failed while it stopped: {message.text}")
+                else:
+                    served = True
+            status = await _ended(process)
+            if stopping.done():
+                raise OrchestratorError(
+                    f"the API had not ended after SHUTDOWN_TIMEOUT_SECONDS ({settings.shutdown_timeout_s:g}), and was "
+                    "killed"
+                )
+        finally:
+            stopping.cancel()
+            await asyncio.gather(stopping, return_exceptions=True)
+    return failure or Message("failed", f"the API's process ended by itself, with status {status}"), served
+
+
+@asynccontextmanager
+async def _process(
+    settings: Settings, role: str, listeners: Listeners
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, Link]]:
+    """Starts it; it has ended when the block does."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        descriptors = [theirs.fileno(), *(each.fileno() for each in listeners if each is not None)]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # finds modules where this process does, and not in the current directory before all others
+                "-m",
+                __name__,
+                *map(str, descriptors),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=descriptors,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # Ctrl-C is for this process, which then ends the other in order
+            )
+        except BaseException:
+            ours.close()
+            raise
+    link = await Link.over(ours)
+    try:
+        link.send_raw(pickle.dumps((settings, role)))
+        yield process, link
+    finally:
+        await link.close()  # of which it dies at once if it has not ended
+        await _ended(process)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """Its exit status, for which it is given a moment."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ENDING_S):
+            return await process.wait()
+    with suppress(ProcessLookupError):
+        process.kill()
+    return await process.wait()
+
+
+async def _stop(
+    stop: asyncio.Event, listeners: Listeners, link: Link, process: asyncio.subprocess.Process, timeout_s: float
+) -> None:
+    await stop.wait()
+    listeners.close()
+    link.send(Message("stop"))
+    await asyncio.sleep(timeout_s + _ENDING_S)
+    with suppress(ProcessLookupError):
+        process.kill()
+
+
+# What follows runs in the other process.
+
+
+def main() -> None:
+    """Serves over the sockets whose descriptors it is given: the link, the API's, and that of health if it is apart."""
+    import uvloop
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # whoever sends them to both means the other, which tells us to stop
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_VICTIM)
+    link, *listeners = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[1:])
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        status = runner.run(_serve(link, Listeners(*listeners)))
+    logging.shutdown()
+    os._exit(status)
+
+
+async def _serve(end: socket.socket, listeners: Listeners) -> int:
+    from orchestrator import logs
+    from orchestrator.api.server.server import serve
+    from orchestrator.database import Database
+    from orchestrator.database.rights import NEEDED
+
+    link = await Link.over(end)
+    given = await link.receive_raw()
+    if given is None:
+        return 1
+    settings, role = pickle.loads(given)  # noqa: S301  # of our own parent, over a socket that only it has
+    logs.configure(settings, role)
+    stop = asyncio.Event()
+    deliverer = Deliverer(link, stop)
+    listener = asyncio.create_task(deliverer.listen())
+    status = 0
+    try:
+        async with Database(settings, role="api", needs=NEEDED[role]) as database:
+            await serve(
+                settings,
+                database,
+                Metrics(settings),
+                stop=stop,
+                listeners=listeners,
+                deliverer=deliverer,
+                on_serving=lambda: link.send(Message("serving")),
+            )
+    except Exception as error:
+        status = 1
+        cause = _cause(error)
+        if not isinstance(cause, OrchestratorError):
+            _log.exception("the API ended by an error that was not foreseen")
+        text = str(cause) or type(cause).__name__
+        link.send(Message("failed", text, passing=isinstance(cause, DatabaseUnavailable)))
+    finally:
+        listener.cancel()
+        await asyncio.gather(listener, return_exceptions=True)
+        await link.close()
+    return status
+
+
+def _cause(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Runs the applications on uvicorn, on the caller's event loop and under the caller's signal handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Generator
+from typing import Any, cast
+
+import uvicorn
+
+from orchestrator.api.app import Edge, api_app, management_app
+from orchestrator.api.routes.health import Health
+from orchestrator.api.server.front import Front
+from orchestrator.api.server.link import Deliverer
+from orchestrator.api.server.listening import BACKLOG, Listeners, listen, listening
+from orchestrator.database import Database
+from orchestrator.descriptors import MANAGEMENT
+from orchestrator.metrics import Metrics
+from orchestrator.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield  # signals are the caller's
+
+
+async def serve(
+    settings: Settings,
+    database: Database,
+    metrics: Metrics,
+    *,
+    stop: asyncio.Event,
+    listeners: Listeners | None = None,
+    deliverer: Deliverer | None = None,
+    on_serving: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve the API until `stop` is set, then finish what is running, within `shutdown_timeout_s`.
+
+    Health and metrics are on the same port, or on `management_port` if it is set; there they answer until the API
+    has stopped, not ready from the moment of `stop`. They speak for the `deliverer` too, if that is another process.
+    Raises OrchestratorError when a port is taken.
+    """
+    health = Health(database, metrics, deliverer)
+    with contextlib.ExitStack() as sockets:
+        api, management = listeners or sockets.enter_context(listening(settings))
+        on_serving()
+        if management is None:
+            await _serve_api(settings, database, metrics, health, api, stop)
+            return
+        async with asyncio.TaskGroup() as group:
+            api_stopped = asyncio.Event()
+            app = management_app(health, metrics)
+            front = Front(settings, metrics, MANAGEMENT)
+            group.create_task(_run(settings, app, front, management, stop=api_stopped))
+            try:
+                await _serve_api(settings, database, metrics, health, api, stop)
+            finally:
+                api_stopped.set()
+
+
+async def serve_management(settings: Settings, database: Database, metrics: Metrics, *, stop: asyncio.Event) -> None:
+    """Serve health and metrics alone until `stop` is set: for a process without an API.
+
+    On `management_port`, or on `server_port` when that is not set.
+    """
+    health = Health(database, metrics)
+    name = "SERVER_PORT" if settings.management_port is None else "MANAGEMENT_SERVER_PORT"
+    port = settings.management_port or settings.server_port
+    with listen(name, settings.server_host, port) as listener:
+        front = Front(settings, metrics, MANAGEMENT)
+        await _run(settings, management_app(health, metrics), front, listener, stop=stop, health=health)
+
+
+async def _serve_api(
+    settings: Settings,
+    database: Database,
+    metrics: Metrics,
+    health: Health,
+    listener: socket.socket,
+    stop: asyncio.Event,
+) -> None:
+    async with api_app(settings, database, metrics, health) as app:
+        await _run(settings, app, Front(settings, metrics), listener, stop=stop, health=health)
+
+
+async def _run(
+    settings: Settings,
+    app: Edge,
+    front: Front,
+    listener: socket.socket,
+    *,
+    stop: asyncio.Event,
+    health: Health | None = None,
+) -> None:
+    config = uvicorn.Config(
+        app,
+        http=cast(Any, front.connection),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=_log.isEnabledFor(logging.DEBUG),
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=3600,  # the front's to decide, and sooner
+        timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout_s)),
+    )
+    server = _Server(config)
+
+    async def stop_it() -> None:
+        await stop.wait()
+        if health is not None:
+            health.stopping = True
+        server.should_exit = True
+
+    besides = asyncio.create_task(stop_it()), asyncio.create_task(front.sweep_for_ever())
+    _log.info("listening", extra={"address": "{}:{}".format(*listener.getsockname()[:2])})
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for task in besides:
+            task.cancel()
+        await asyncio.gather(*besides, return_exceptions=True)

@@ -1,0 +1,171 @@
+"""Deliveries over HTTP: as many loops as connections, each with one attempt under way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from orchestrator.database import Claimed, Finished
+from orchestrator.dispatch.attempt import FAIL, RETRY, Attempted
+from orchestrator.dispatch.clock import DatabaseClock
+from orchestrator.dispatch.finisher import Finisher
+from orchestrator.dispatch.http.sender import Delivery
+from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
+from orchestrator.dispatch.queue.destination_queue import http_windows
+from orchestrator.dispatch.queue.due_queue import DueQueue
+from orchestrator.dispatch.queue.stalls import QUICK_S, Stalls
+from orchestrator.errors import OwnFaultError
+from orchestrator.metrics import Metrics
+from orchestrator.own_faults import Postponing
+from orchestrator.settings import Settings
+
+RECORDING_S = 1.0
+"""What an attempt must leave of its lease, to record its result."""
+
+SLOT_S = 0.25
+"""How long after its start an attempt may still use its slot under a rate."""
+
+_CUT_SHORT = Attempted(RETRY, error="the dispatcher stopped before the receiver answered")
+
+_log = logging.getLogger(__name__)
+
+
+class Sender(Protocol):
+    """What delivers: `HttpSender`, or nothing at all in a benchmark of the rest."""
+
+    async def send(self, delivery: Delivery) -> Attempted: ...
+
+
+class HttpDeliveries:
+    """Attempts events as they fall due. `on_taken` is called whenever one has left the queue, `on_room` when there
+    is room for more events of a destination that was stalled.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        clock: DatabaseClock,
+        finisher: Finisher,
+        on_taken: Callable[[], None],
+        on_room: Callable[[], None],
+        sender: Sender,
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+        self._finisher = finisher
+        self._on_taken = on_taken
+        self._sender = sender
+        windows = http_windows(settings)
+        kept = min(windows.first, max(0, settings.prefetch - 2 * settings.batch_size) // 10)
+        self.due = DueQueue(clock.now, windows, on_room)
+        self.stalls = Stalls(self.due, finisher.release, on_taken, windows.first, kept)
+        self.in_flight = 0
+        self._postponing = Postponing(metrics)
+
+    async def run(self) -> None:
+        """Works until closed and done; cancelled, it records what it cut short."""
+        async with asyncio.TaskGroup() as watching:
+            watch = watching.create_task(self.stalls.watch())
+            async with asyncio.TaskGroup() as attempts:
+                for _ in range(self._settings.http_max_connections):
+                    attempts.create_task(self._deliver())
+            watch.cancel()
+
+    def close(self) -> list[Claimed]:
+        """Begins no more attempts; returns the events that still wait for theirs."""
+        self._postponing.close()
+        return self.due.close()
+
+    async def _deliver(self) -> None:
+        due = self.due
+        while (event := await due.get()) is not None:
+            self._on_taken()
+            options = NO_OPTIONS if event.options is None else options_of(event.options)
+            started_at, latest = self._clock.now(), self._clock.latest()
+            timeout_s = options.timeout_s or self._settings.http_timeout_s
+            # It might end after somebody else had begun.
+            too_late = latest + timeout_s + RECORDING_S > event.lease_until or has_expired(event, latest)
+            if too_late or (options.rate and slot_missed(event, started_at, self._metrics)):
+                due.ended(event)
+                self._finisher.release([event])
+                continue
+            self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
+            began_s = time.monotonic()
+            self.in_flight += 1
+            attempted: Attempted | None = _CUT_SHORT
+            try:
+                attempted = options.fault or await self._sender.send(_delivery(event, options))
+            except msgspec.MsgspecError as error:
+                attempted = Attempted(FAIL, error=f"headers: cannot be read: {error}")
+            except OwnFaultError as fault:
+                attempted = None
+                await self._postponing.pause(fault)  # in its place: all others would fare alike
+            except Exception as error:  # one event must not end all the others
+                _log.exception("an attempt failed in a way not foreseen", extra={"event_id": event.event_id})
+                attempted = Attempted(RETRY, error=f"internal error: {type(error).__name__}")
+            finally:
+                self.in_flight -= 1
+                took_s = time.monotonic() - began_s
+                if attempted is None:
+                    due.ended(event)
+                    self._finisher.release([event])
+                else:
+                    due.ended(event, took_s <= QUICK_S and (attempted.error is None or not attempted.timed_out))
+                    self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
+                    self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
+
+
+def slot_missed(event: Claimed, started_at: float, metrics: Metrics) -> bool:
+    """Whether an attempt that begins now is too late for its slot under a rate; the next claim gives it another."""
+    if started_at <= event.start_at + SLOT_S:
+        return False
+    metrics.event_slots_missed_total.inc()
+    return True
+
+
+def has_expired(event: Claimed, latest: float) -> bool:
+    """Whether no attempt may begin any more; the next claim ends it."""
+    return event.expires_at is not None and latest >= event.expires_at
+
+
+def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: float) -> Finished:
+    """The result of an attempt, as it is recorded."""
+    return Finished(
+        event.event_id,
+        event.attempt,
+        attempted.verdict,
+        attempted.status_code,
+        started_at,
+        started_at + took_s,
+        attempted.error,
+        attempted.response,
+        attempted.retry_after_s,
+        event.claimed_at,
+        event.waited,
+    )
+
+
+def rfc3339(timestamp: str) -> str:
+    """A time as the server writes it, 2030-01-31 08:00:00.5+00, the way the API writes it."""
+    return f"{timestamp[:10]}T{timestamp[11:-3]}Z"
+
+
+def _delivery(event: Claimed, options: Options) -> Delivery:
+    return Delivery(
+        event.event_id,
+        event.attempt,
+        rfc3339(event.scheduled_at),
+        event.destination or "",
+        event.payload.encode(),
+        msgspec.json.decode(event.headers) if event.headers else None,
+        options.timeout_s,
+        options.signing_secret,
+        options.secret_headers,
+    )

@@ -1,0 +1,1 @@
+"""Claimed events in memory, by destination, until they are due."""

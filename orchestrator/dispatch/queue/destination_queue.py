@@ -1,0 +1,93 @@
+"""What waits in memory for one destination, and the window of its attempts under way."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import deque
+from typing import NamedTuple
+
+from orchestrator.database import Claimed
+from orchestrator.settings import Settings
+
+FIRST_OWN_LANE = 64
+NEVER, NOW = float("inf"), float("-inf")
+_AUTHORITY_END = re.compile("[/?#]")
+
+
+class Windows(NamedTuple):
+    """How many attempts to one destination may be under way in this process: at first, and at most."""
+
+    first: int
+    most: int
+
+
+UNBOUNDED = Windows(sys.maxsize, sys.maxsize)
+
+
+def http_windows(settings: Settings) -> Windows:
+    """A tenth of the connections at first; all but a tenth at most, so that one destination never has them all."""
+    connections = settings.http_max_connections
+    most = max(1, connections - max(1, connections // 10))
+    if settings.customer_max_parallel is not None:
+        most = min(most, settings.customer_max_parallel)
+    return Windows(min(most, max(2, connections // 10)), most)
+
+
+class Line:
+    """One destination's events in the order they are to start, and how its attempts fare. Times are monotonic.
+
+    `wakes_at`: when the first event may start, `NOW` once it may, `NEVER` while there is none. `last_at`: when the last
+    may. `limited_s`: since
+    when its window has been full without a quick attempt. `lane`: its own, as far as it is known; else 0.
+    """
+
+    __slots__ = (
+        "asked_s",
+        "delivery_type",
+        "destination",
+        "events",
+        "idle_s",
+        "lane",
+        "last_at",
+        "limited_s",
+        "running",
+        "slow",
+        "slow_s",
+        "wakes_at",
+        "window",
+    )
+
+    def __init__(self, delivery_type: str, destination: str | None, window: int) -> None:
+        self.delivery_type = delivery_type
+        self.destination = destination
+        self.events: deque[Claimed] = deque()
+        self.last_at = NOW
+        self.wakes_at = NEVER
+        self.running = 0
+        self.window = window
+        self.slow = False  # the last attempt was
+        self.slow_s = NOW  # when the last slow one ended
+        self.limited_s = NOW
+        self.idle_s = NOW
+        self.lane = 0
+        self.asked_s = NOW  # when it was asked for
+
+    @property
+    def has_room(self) -> bool:
+        """Whether its window is larger than what it has."""
+        return self.running + len(self.events) < self.window
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self.events
+
+
+def destination_name(delivery_type: str, destination: str | None) -> str:
+    """What the SQL function of that name says: host and port of a URL, or the topic."""
+    if delivery_type == "KAFKA" or destination is None:
+        return f"kafka:{destination or ''}"
+    scheme, _, rest = destination.partition("://")
+    authority = _AUTHORITY_END.split(rest, maxsplit=1)[0].lower()
+    name = authority.removesuffix(":443" if scheme == "https" else ":80")
+    return f"kafka.:{name[6:]}" if name.startswith("kafka:") else name

@@ -1,0 +1,305 @@
+"""Claimed events that wait in memory until they may start; destinations take turns."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from orchestrator.database import Claimed
+from orchestrator.dispatch.queue.destination_queue import NEVER, NOW, UNBOUNDED, Line, Windows, destination_name
+
+_MAX_REMEMBERED = 10_000  # destinations as they are written; beyond that the idle ones are forgotten
+_FORGOTTEN_S = 10.0  # how an idle destination fared before that says little
+
+
+class DueQueue:
+    """Hands out events, none before its `start_at` by the clock it is given.
+
+    Destinations with events that may start take turns, so that none waits for the backlog of another. Those of one
+    go by `start_at`; what came late goes as it came, which is how the claim wants it. A destination whose window of
+    attempts is full is passed over until `ended` makes room; `on_room` is called when one that was stalled has some.
+    """
+
+    def __init__(
+        self,
+        now: Callable[[], float],
+        windows: Windows = UNBOUNDED,
+        on_room: Callable[[], None] = lambda: None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._now = now
+        self._windows = windows
+        self._on_room = on_room
+        self._monotonic = monotonic
+        self._lines: dict[str, Line] = {}
+        self._by_destination: dict[str | None, Line] = {}
+        # Each line with events is in one of these three; an entry of the heap counts while it is the line's wakes_at.
+        self._ready: deque[Line] = deque()
+        self._later: list[tuple[float, int, Line]] = []
+        self.full: dict[Line, None] = {}
+        self.filled = asyncio.Event()
+        self.stalled: set[Line] = set()
+        self._entries = 0
+        self._held = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = NEVER
+        self._closed = False
+
+    def __len__(self) -> int:
+        return self._held
+
+    @property
+    def lines(self) -> list[Line]:
+        """The destinations it knows, whether events of them wait or not."""
+        return list(self._lines.values())
+
+    def put(self, events: Sequence[Claimed]) -> None:
+        """Takes events in, and looks at the clock again: a step of it moves what waits already, too."""
+        find = self._by_destination.get
+        now_s = self._now() if events else NOW
+        unsorted: set[Line] = set()
+        for event in events:
+            line = find(event.destination) or self._line(event)
+            start_at = event.start_at if event.start_at > now_s else now_s
+            if not line.events:
+                self._rouse(line, start_at)
+            elif start_at < line.last_at:
+                unsorted.add(line)
+                if start_at < line.wakes_at:
+                    self._wait(line, start_at)
+            line.events.append(event)
+            line.last_at = start_at
+        for line in unsorted:
+            line.events = deque(sorted(line.events, key=lambda event: max(event.start_at, now_s)))
+            line.last_at = max(line.events[-1].start_at, now_s)
+        self._held += len(events)
+        self._alarm_at = NEVER
+        self._wake()
+
+    async def get(self) -> Claimed | None:
+        """The next event, as soon as it may start; None once the queue is closed. It is under way until `ended`."""
+        ready, later = self._ready, self._later
+        while not self._closed:
+            now_s = self._now() if self._held else NOW  # the clock may not have been read yet
+            if later and later[0][0] <= now_s:
+                self._promote(now_s)
+            while ready:
+                line = ready.popleft()
+                events = line.events
+                if line.running >= line.window or events[0].start_at > now_s:
+                    self._place(line, now_s)
+                    continue
+                event = events.popleft()
+                self._held -= 1
+                line.running += 1
+                if events and line.running < line.window and events[0].start_at <= now_s:
+                    ready.append(line)
+                else:
+                    self._place(line, now_s)
+                if self._waiting:
+                    self._wake()
+                return event
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            self._set_alarm()
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self._wake()  # it may have been woken already, and nobody else was
+                raise
+        return None
+
+    async def take(self, limit: int) -> list[Claimed]:
+        """Waits for one event, and takes with it all others that may start, up to `limit`; none once closed.
+
+        For queues without windows: what it takes does not count as under way.
+        """
+        first = await self.get()
+        if first is None:
+            return []
+        self._line(first).running -= 1
+        taken = [first]
+        now_s, ready = self._now(), self._ready
+        while ready and len(taken) < limit:
+            line = ready.popleft()
+            events = line.events
+            share = -(-(limit - len(taken)) // (len(ready) + 1))
+            while share and events and events[0].start_at <= now_s:
+                taken.append(events.popleft())
+                share -= 1
+            self._place(line, now_s)
+        self._held -= len(taken) - 1
+        return taken
+
+    def ended(self, event: Claimed, quick: bool | None = None) -> None:
+        """Gives the room of an event back; the caller calls `get` next, and wakes nobody else for it.
+
+        `quick`: whether its attempt was; None: there was none. A window that is full grows with each quick attempt,
+        and after a slow one is what it was at first.
+        """
+        line = self._by_destination.get(event.destination) or self._line(event)
+        line.running -= 1
+        full = line in self.full
+        if quick:
+            line.slow = False
+            if full and line.window < self._windows.most:
+                line.window += 1
+        elif quick is not None:
+            line.slow, line.slow_s, line.window = True, self._monotonic(), self._windows.first
+        if full and line.running < line.window:
+            del self.full[line]
+            self._ready.append(line)
+        if not line.running and not line.events:
+            line.idle_s = self._monotonic()
+        if self.stalled and line in self.stalled:
+            if quick:
+                self.recover(line)
+            elif line.has_room:
+                self._on_room()
+
+    def stall(self, line: Line, window: int, keep: int) -> list[Claimed]:
+        """Narrows the window of a destination, and takes out all of its events but the first `keep`."""
+        self.stalled.add(line)
+        line.window, line.idle_s = window, self._monotonic()
+        taken = [line.events.pop() for _ in range(len(line.events) - keep)]
+        self._held -= len(taken)
+        self._replace([line])
+        return taken
+
+    def recover(self, line: Line) -> None:
+        """The opposite of `stall`."""
+        self.stalled.discard(line)
+        line.window = max(line.window, self._windows.first)
+        line.lane = 0
+        self._replace([line])
+        self._wake()
+        self._on_room()
+
+    def remove(self, lane: int | None) -> list[Claimed]:
+        """Takes out all events of a lane, or with None all there are."""
+        taken = []
+        changed = []
+        for line in self._lines.values():
+            going = [event for event in line.events if lane in (None, event.lane)]
+            if going:
+                line.events = deque(event for event in line.events if lane not in (None, event.lane))
+                taken += going
+                changed.append(line)
+        self._held -= len(taken)
+        self._replace(changed)
+        return taken
+
+    def close(self) -> list[Claimed]:
+        """Ends every `get`, and returns what was still held."""
+        self._closed = True
+        held = self.remove(None)
+        if self._alarm:
+            self._alarm.cancel()
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+        return held
+
+    def _line(self, event: Claimed) -> Line:
+        line = self._by_destination.get(event.destination)
+        if line is None:
+            if len(self._by_destination) >= _MAX_REMEMBERED:
+                self._by_destination.clear()
+                self._lines = {name: line for name, line in self._lines.items() if not line.idle}
+                self.stalled.intersection_update(self._lines.values())
+            name = destination_name(event.delivery_type, event.destination)
+            line = self._lines.get(name)
+            if line is None:
+                line = Line(event.delivery_type, event.destination, self._windows.first)
+                self._lines[name] = line
+            self._by_destination[event.destination] = line
+        return line
+
+    def _rouse(self, line: Line, start_at: float) -> None:
+        """Readies an empty line for an event; how it fared long ago is forgotten."""
+        if not line.running and self._monotonic() - line.idle_s > _FORGOTTEN_S:
+            line.slow, line.window = False, self._windows.first
+            line.lane = 0
+            self.stalled.discard(line)
+        self._wait(line, start_at)
+
+    def _wait(self, line: Line, start_at: float) -> None:
+        line.wakes_at = start_at
+        self._entries += 1
+        heapq.heappush(self._later, (start_at, self._entries, line))
+
+    def _promote(self, now_s: float) -> None:
+        """Gives their turn to the lines whose first event may start by now."""
+        later = self._later
+        while later and later[0][0] <= now_s:
+            start_at, _, line = heapq.heappop(later)
+            if line.wakes_at == start_at:
+                self._place(line, now_s)
+
+    def _place(self, line: Line, now_s: float) -> None:
+        """Puts a line that is nowhere where it belongs."""
+        events = line.events
+        if not events:
+            line.wakes_at = NEVER
+        elif events[0].start_at > now_s:
+            self._wait(line, events[0].start_at)
+        elif line.running < line.window:
+            line.wakes_at = NOW
+            self._ready.append(line)
+        else:
+            line.wakes_at = NOW
+            if not line.slow and line not in self.stalled:
+                line.limited_s = self._monotonic()
+            if not self.full:
+                self.filled.set()
+            self.full[line] = None
+
+    def _replace(self, lines: Sequence[Line]) -> None:
+        """Puts lines that have changed where they belong now."""
+        if not lines:
+            return
+        changed = set(lines)
+        others = [line for line in self._ready if line not in changed]
+        self._ready.clear()
+        self._ready.extend(others)
+        now_s = self._now()
+        for line in lines:
+            self.full.pop(line, None)
+            line.wakes_at = NEVER
+            self._place(line, now_s)
+
+    def _wake(self) -> None:
+        """Wakes one waiter if an event may start; having taken it, that one wakes the next."""
+        if self._later:
+            self._promote(self._now())
+        if not self._waiting:
+            return
+        if self._ready:
+            while self._waiting:
+                waiter = self._waiting.popleft()
+                if not waiter.done():  # else its task was cancelled
+                    waiter.set_result(None)
+                    return
+        else:
+            self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        """Sets the timer to when the next line has an event to start, if anybody waits for it."""
+        at = self._later[0][0] if self._later and self._waiting else NEVER
+        if at == self._alarm_at:
+            return
+        if self._alarm:
+            self._alarm.cancel()
+            self._alarm = None
+        self._alarm_at = at
+        if at < NEVER:
+            delay_s = max(0.0, at - self._now())
+            self._alarm = asyncio.get_running_loop().call_later(delay_s, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm, self._alarm_at = None, NEVER
+        self._wake()

@@ -1,0 +1,112 @@
+"""The settings as tables: the values in force for `orchestrator config check`, all of them for the README.
+
+``python -m orchestrator.settings.table README.md`` rewrites the table between its markers, with ``--check``
+it only says whether the table is current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings, superseded
+from orchestrator.settings.kinds import Setting
+
+BEGIN = "<!-- settings -->"
+END = "<!-- /settings -->"
+
+
+class Row(NamedTuple):
+    """A setting in force. `value` is text as in the environment, masked if secret, None where there is none.
+
+    `source` is the variable it comes from, or ``default``; `default` says what holds when nothing is set.
+    """
+
+    name: str
+    value: str | None
+    source: str
+    default: str
+    about: str
+
+
+def settings_table(environ: Mapping[str, str]) -> list[Row]:
+    """One row for each setting, in the order of the README. SettingsError as from `Settings.from_env`."""
+    settings = Settings.from_env(environ)
+    rows = {key: _row(setting, getattr(settings, key), environ) for key, setting in SETTINGS.items()}
+    if settings.kafka_sasl_jaas is not None:
+        login = SETTINGS["kafka_sasl_jaas"].given(environ) or ""
+        for key in ("kafka_sasl_username", "kafka_sasl_password"):
+            if rows[key].source == "default":
+                rows[key] = rows[key]._replace(source=login)
+    replaced = superseded(SETTINGS["database_url"].read(environ))
+    parts = [
+        _row(setting, setting.read(environ), environ)
+        if key not in replaced
+        else Row(setting.name, None, "DATABASE_URL", _default(setting), setting.about)
+        for key, setting in DATABASE_PARTS.items()
+    ]
+    place = list(rows).index("database_url") + 1
+    in_order = list(rows.values())
+    return in_order[:place] + parts + in_order[place:]
+
+
+def _row(setting: Setting, value: object, environ: Mapping[str, str]) -> Row:
+    shown = None if value is None else setting.kind.show(value)
+    return Row(setting.name, shown, setting.given(environ) or "default", _default(setting), setting.about)
+
+
+def _default(setting: Setting) -> str:
+    return setting.otherwise if setting.default is None else setting.default or "none"
+
+
+def render_markdown_table() -> str:
+    """The table of the README, one line for each setting, without its markers."""
+    lines = ["| setting | what it is | takes | default |", "|---|---|---|---|"]
+    for key, setting in SETTINGS.items():
+        lines.append(_line(setting))
+        if key == "database_url":
+            lines += map(_line, DATABASE_PARTS.values())
+    return "\n".join(lines)
+
+
+def _line(setting: Setting) -> str:
+    names = ", ".join(f"`{name}`" for name in setting.names)
+    default = f"`{setting.default}`" if setting.default else _default(setting)
+    return f"| {names} | {setting.about} | {setting.kind.expects} | {default} |"
+
+
+def with_table(document: str) -> str:
+    """`document` with the table between its markers made current; OrchestratorError when it lacks them."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise OrchestratorError(f"expected the lines {BEGIN} and {END} around the table of settings; add them")
+    return f"{before}{BEGIN}\n{render_markdown_table()}\n{END}{after}"
+
+
+def main() -> int:
+    """The command; exits with 1 when --check finds the table out of date, 2 when there is no place for it."""
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.settings.table", description=__doc__)
+    parser.add_argument("document", type=Path, help="the Markdown file that holds the markers")
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    arguments = parser.parse_args()
+    document: Path = arguments.document
+    try:
+        found = document.read_text(encoding="utf-8")
+        wanted = with_table(found)
+    except (OSError, OrchestratorError) as error:
+        parser.error(f"{document}: {error}")
+    if arguments.check:
+        if found != wanted:
+            sys.stderr.write(f"{document}: the table of settings is out of date; run this without --check\n")
+        return int(found != wanted)
+    document.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
