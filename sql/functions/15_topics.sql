@@ -1,5 +1,5 @@
 -- Which topics events may be delivered to. Submissions in SQL ask; clients that COPY are asked by the program they are, and the
--- dispatcher asks again before it delivers, so that the hot path has nothing to look up. The twin of orchestrator/topic_rules.py.
+-- dispatcher asks again before it delivers, so that the hot path has nothing to look up. The twin of orchestrator/events/topics.py.
 
 create or replace function orchestrator.configure_topics(p_ready text, p_own text[], p_allowed text[]) returns void
 language sql security definer set search_path = orchestrator, pg_temp as $$

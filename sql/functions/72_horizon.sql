@@ -55,12 +55,3 @@ begin
   return v_end;
 end $$;
 comment on function orchestrator.settle_horizon() is 'Says from when on submissions must look into the horizon: the first day without a partition, or the first event there';
-
-create or replace function orchestrator.forget_former_ids() returns void
-language sql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
-  update orchestrator.control c
-  set former_ids_until = null
-  where c.former_ids_until < (select b.first_day from orchestrator.partition_bounds() b)
-    and not exists (select from orchestrator.horizon h where h.id < orchestrator.first_id(c.former_ids_until + interval '1 ms'))
-$$;
-comment on function orchestrator.forget_former_ids() is 'Has submissions look under one id alone, once the days are gone that may have events under former_event_id()';

@@ -1,44 +1,5 @@
 -- Maintenance: one call from pg_cron, a CronJob or the runtime's own loop; one at a time, by advisory lock.
 
-create or replace function orchestrator.configure_retention(
-  p_retention_days integer default null, p_partition_days_ahead integer default null, p_max_schedule_ahead_days integer default null, p_archive boolean default null)
-returns void
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
-declare
-  v_new orchestrator.control;
-begin
-  select * into v_new from orchestrator.control;
-  -- A process that starts says what the database was told before, and must not wait for it.
-  if (p_retention_days, p_partition_days_ahead, p_max_schedule_ahead_days, p_archive) is distinct from (null, null, null, null)
-    and (coalesce(p_retention_days, v_new.retention_days), coalesce(p_partition_days_ahead, v_new.partition_days_ahead)
-      , coalesce(p_max_schedule_ahead_days, v_new.max_schedule_ahead_days), coalesce(p_archive, v_new.archive))
-    is not distinct from (v_new.retention_days, v_new.partition_days_ahead, v_new.max_schedule_ahead_days, v_new.archive) then
-    return;
-  end if;
-  select * into v_new from orchestrator.control for update;
-  v_new.retention_days := coalesce(p_retention_days, v_new.retention_days);
-  v_new.partition_days_ahead := coalesce(p_partition_days_ahead, v_new.partition_days_ahead);
-  v_new.max_schedule_ahead_days := coalesce(p_max_schedule_ahead_days, v_new.max_schedule_ahead_days);
-  v_new.archive := coalesce(p_archive, v_new.archive);
-  if v_new.retention_days not between 1 and 36500 then
-    raise exception 'p_retention_days: expected 1 to 36500 days, got %', v_new.retention_days using errcode = 'invalid_parameter_value';
-  end if;
-  if v_new.partition_days_ahead not between 1 and 400 then
-    raise exception 'p_partition_days_ahead: expected 1 to 400 days, got %', v_new.partition_days_ahead using errcode = 'invalid_parameter_value';
-  end if;
-  if v_new.max_schedule_ahead_days not between v_new.partition_days_ahead and 36500 then
-    raise exception 'p_max_schedule_ahead_days: expected % (partition_days_ahead) to 36500 days, got %', v_new.partition_days_ahead, v_new.max_schedule_ahead_days
-      using errcode = 'invalid_parameter_value';
-  end if;
-  update orchestrator.control c
-  set retention_days = v_new.retention_days, partition_days_ahead = v_new.partition_days_ahead
-    , max_schedule_ahead_days = v_new.max_schedule_ahead_days, archive = v_new.archive
-  where (c.retention_days, c.partition_days_ahead, c.max_schedule_ahead_days, c.archive)
-    is distinct from (v_new.retention_days, v_new.partition_days_ahead, v_new.max_schedule_ahead_days, v_new.archive);
-end $$;
-comment on function orchestrator.configure_retention(integer, integer, integer, boolean) is
-  'Sets how many days events are kept after they were due, how many days ahead partitions are made, how far ahead events can be scheduled, and whether partitions are archived before they are dropped; null keeps what is. For all who call run_maintenance() or submit, from now on';
-
 -- One transaction: whoever kills it leaves nothing half done. Each step is a subtransaction: one that fails does not keep the others from
 -- their work, and one that would have to wait, with others behind it, is left for the next time. What others would wait for comes last: the lock of the horizon, or else those to detach a partition.
 create or replace function orchestrator.run_maintenance(p_days_ahead integer default null, p_retention_days integer default null) returns json
@@ -130,27 +91,6 @@ begin
 end $$;
 comment on function orchestrator.run_maintenance(integer, integer) is
   'Does what is to be done once a minute: folds statistics, ends what has expired, drops, moves, makes and retires partitions, and mends what should not need it. Safe at any time, from anywhere; call it outside of a transaction. Bounded: when it says more, call it again. p_days_ahead and p_retention_days are kept as configure_retention() does. Says what it did, as table maintenance_run does';
-
-create or replace function orchestrator.advance_waiting() returns bigint
-language plpgsql security definer set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off as $$
-declare
-  v_orderings constant bigint[] := array(
-    select o.ordering from (select distinct t.ordering from orchestrator.timer t where t.lane < 0) o
-    where pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(o.ordering)));
-  v_others constant bigint[] := array(select distinct t.ordering from orchestrator.timer t where t.lane < 0 and t.ordering <> all (v_orderings));
-begin
-  perform orchestrator.advance_ordering(v_orderings) where v_orderings <> '{}';
-  if v_others <> '{}' then
-    begin
-      perform orchestrator.advance_ordering(v_others);
-    exception when lock_not_available then
-      perform set_config('orchestrator.problem', format('%s ordering keys are left out, whose lock another session has', cardinality(v_others)), true);
-    end;
-  end if;
-  return cardinality(v_orderings || v_others);
-end $$;
-comment on function orchestrator.advance_waiting() is 'Lets the first waiting event of every ordering key be claimed, where nothing holds it any more, but for keys whose lock another session has; returns how many keys have any that wait';
 
 create or replace function orchestrator.forget_runs(p_now timestamptz) returns bigint
 language sql security definer set search_path = orchestrator, pg_temp as $$

@@ -121,7 +121,7 @@ def test_several_databases_of_one_server_migrate_at_once(empty_database_url: str
             client.connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
-@pytest.mark.parametrize("file", ["functions/60_query.sql", "views/status.sql"])
+@pytest.mark.parametrize("file", ["functions/60_queries.sql", "views/status.sql"])
 def test_a_changed_function_or_view_is_applied_again_and_its_grants_too(
     empty_database_url: str, client: Client, directory: Path, file: str
 ) -> None:

@@ -1,4 +1,4 @@
--- The clock and the event id. Used by every other function; event_id() has a twin in orchestrator/events.py.
+-- The clock and the event id. Used by every other function; event_id() has a twin in orchestrator/events/submission.py.
 
 create or replace function orchestrator.now() returns timestamptz
 language sql volatile parallel safe
@@ -44,32 +44,15 @@ language sql immutable strict parallel safe
 return ('x' || substr(p_id::text, 16, 3))::bit(12)::integer;
 comment on function orchestrator.bucket(uuid) is 'The bucket that an event id holds, 0 to 4095: bucket_of_key() of its ordering_key, else of its external_job_id, else random';
 
-create or replace function orchestrator.former_event_id(p_source text, p_external_job_id text, p_scheduled_at timestamptz) returns uuid
-language sql immutable parallel safe
-return encode(set_bit(set_bit(set_bit(set_bit(set_bit(set_bit(
-    substr(int8send((extract(epoch from p_scheduled_at) * 1000000)::bigint / 1000), 3)
-    || substr(sha256(convert_to(format('%s:%s:', (extract(epoch from p_scheduled_at) * 1000000)::bigint, octet_length(p_source)) || p_source || p_external_job_id, 'UTF8')), 1, 10)
-  , 55, 0), 54, 1), 53, 1), 52, 1), 71, 1), 70, 0), 'hex')::uuid;
-comment on function orchestrator.former_event_id(text, text, timestamptz) is
-  'The id of (source, external_job_id, scheduled_at) by the formula that had no bucket; see recognise_former_ids()';
-
--- Without a sub-select, so that the planner inlines it: it is computed for each submission. Default ports are rare, and cost a regular expression.
--- Hosts are ASCII, and are folded as such: in a Turkish database lower('I') would be ı.
-create or replace function orchestrator.destination_name(p_delivery_type text, p_destination text) returns text
-language sql immutable parallel safe
-return case
-  when p_delivery_type = 'KAFKA' then 'kafka:' || coalesce(p_destination, '')
-  when strpos(p_destination, ':443') = 0 and strpos(p_destination, ':80') = 0 and strpos(lower(p_destination collate "C"), '//kafka:') = 0
-    then lower(split_part(split_part(split_part(p_destination, '/', 3), '?', 1), '#', 1) collate "C")
-  else regexp_replace(
-    regexp_replace(lower(split_part(split_part(split_part(p_destination, '/', 3), '?', 1), '#', 1) collate "C"), case when p_destination ^@ 'https:' then ':443$' else ':80$' end, '')
-    , '^kafka:', 'kafka.:')
-end;
-comment on function orchestrator.destination_name(text, text) is
-  'What limits, breakers and fairness go by: host and port of a URL in lower case, without the scheme''s default port; kafka: and the topic, which is empty for the ready topic. A host called kafka is written as the root names it, kafka.:9092';
-
 create or replace function orchestrator.spread_shift(p_id uuid, p_spread interval) returns interval
 language sql immutable strict parallel safe
 return p_spread * (('x' || right(p_id::text, 8))::bit(32)::bigint / 4294967296.0::double precision);
 comment on function orchestrator.spread_shift(uuid, interval) is
   'How much of a spread an event is shifted by: a share from 0 to just under 1 that its id decides, so the same event is always shifted alike';
+
+-- Ids begin with the millisecond of scheduled_at, so a range of time is a range of any index by id.
+create or replace function orchestrator.first_id(p_at timestamptz) returns uuid
+language sql immutable strict parallel safe
+return encode(substr(int8send(greatest(0, least((extract(epoch from greatest(p_at, '1970-01-01 00:00:00+00')) * 1000)::bigint, 281474976710655))), 3)
+  || '\x00000000000000000000', 'hex')::uuid;
+comment on function orchestrator.first_id(timestamptz) is 'No event scheduled for then, or later, has an id below this one; all of earlier milliseconds have';

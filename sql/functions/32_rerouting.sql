@@ -1,4 +1,5 @@
--- Lanes: what run_maintenance() does for those that destinations gained or lost.
+-- Rerouting: timers that wait in a wrong lane, because a destination gained or lost one since they were submitted.
+-- Claims move those they come across, run_maintenance() the rest.
 
 -- Timers are in a wrong lane when their destination was given a lane, or lost one, after they were submitted. Claims move those they
 -- come across; this moves the rest, so that claims need not look any more. Whoever was submitting when the lanes changed must have ended.
@@ -88,3 +89,86 @@ set enable_seqscan = off set enable_bitmapscan = off as $$
       end and orchestrator.try_destination(d.name) then orchestrator.forget_destination(d.name) end
 $$;
 comment on function orchestrator.forget_well_destinations() is 'Gives up the lanes of destinations that were never configured and have not failed for ten minutes. Returns how many';
+
+-- The caller has the rows locked. Never waits: keys whose lock another has are left for the next claim.
+create or replace function orchestrator.sort_out(p_at tid[], p_rerouted boolean, p_bounded boolean, p_skip integer[]
+, out ready tid[], out changed boolean, out locked bigint, out buckets integer[])
+language plpgsql security definer set search_path = orchestrator, pg_temp
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_now constant timestamptz := orchestrator.now();
+  v_patterns constant boolean := exists (select from orchestrator.lane l where l.name is not null and l.hash is null);
+  v_ordered tid[];
+  v_parked bigint[];
+  v_moved bigint := 0;
+begin
+  ready := p_at;
+  if p_rerouted then
+    with placed as materialized (
+      select t.ctid as at, t.lane, coalesce(own.lane
+        , case when v_patterns then (
+            select orchestrator.pattern_lane(orchestrator.destination_name(e.delivery_type, e.destination))
+            from orchestrator.event e where e.id = t.event_id and e.scheduled_at = t.scheduled_at) end
+        , (t.destination & 63)::integer) as right_lane
+      from orchestrator.timer t left join lateral (select l.lane from orchestrator.lane l where l.hash = t.destination limit 1) own on true
+      where t.ctid = any (p_at)
+    ), moved as (
+      update orchestrator.timer t
+      set lane = (select p.right_lane from placed p where p.at = t.ctid)
+      where t.ctid = any (array(select p.at from placed p where p.lane <> p.right_lane))
+      returning t.ctid as at, t.lane
+    ), free as (
+      select m.at from moved m
+      left join lateral (select l.* from orchestrator.lane l where l.lane = m.lane limit 1) l on true
+      where m.lane < 64 or m.lane <> all (p_skip) and not l.limited and not p_bounded and l.breaker = 'closed' and l.paused_at is null
+    )
+    select array(select p.at from placed p where p.lane = p.right_lane) || array(select f.at from free f)
+      , (select count(*) from moved) - (select count(*) from free)
+    into ready, v_moved;
+  end if;
+  -- What was submitted before its destination was given a spread.
+  with given as materialized (
+    select t.ctid as at, t.* from orchestrator.timer t where t.ctid = any (ready)
+  ), late as materialized (
+    select t.at, t.scheduled_at + orchestrator.spread_shift(t.event_id, d.spread) as due_at
+    from given t
+    cross join lateral (
+      select d.spread from orchestrator.lane l join orchestrator.destination d on d.name = l.name where l.lane = t.lane and d.spread is not null limit 1) d
+    cross join lateral (select e.spread from orchestrator.event e where e.id = t.event_id and e.scheduled_at = t.scheduled_at limit 1) e
+    where t.attempt = 0 and e.spread is null
+      and t.due_at < t.scheduled_at + orchestrator.spread_shift(t.event_id, d.spread)
+  ), put_off as (
+    update orchestrator.timer t
+    set due_at = (select l.due_at from late l where l.at = t.ctid)
+    where t.ctid = any (array(select l.at from late l))
+    returning 1
+  )
+  select array(select r from unnest(ready) r where r <> all (array(select l.at from late l))), v_moved + (select count(*) from put_off) into ready, v_moved;
+  changed := v_moved > 0;
+  -- Fenced off: where a stale statistic says that the index of ordering keys is empty, the planner would read all of it.
+  with keyed as materialized (select t.ctid as at, t.ordering from orchestrator.timer t where t.ctid = any (ready)
+  ), tried as materialized (
+    select k.at, orchestrator.ordering_bucket(k.ordering) as bucket
+      , pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(k.ordering)) as had
+    from keyed k where k.ordering is not null
+  )
+  select array(select k.at from keyed k where k.ordering is null), array(select t.at from tried t where t.had)
+    , (select count(*) from tried t where not t.had), array(select distinct t.bucket from tried t where not t.had)
+  into ready, v_ordered, locked, buckets;
+  if v_ordered <> '{}' then
+    -- A new statement, and so a new snapshot: it sees what those did who had the locks before.
+    with parked as (
+      update orchestrator.timer t
+      set lane = -1 - t.lane
+      where t.ctid = any (v_ordered) and orchestrator.ordering_held(t.ordering, t.event_id, t.scheduled_at, v_now)
+      returning old.ctid as at, t.ordering
+    )
+    select ready || array(select o from unnest(v_ordered) o where o <> all (array(select p.at from parked p))), array(select p.ordering from parked p)
+    into ready, v_parked;
+    if v_parked <> '{}' then
+      perform orchestrator.advance_ordering(v_parked);
+    end if;
+  end if;
+end $$;
+comment on function orchestrator.sort_out(tid[], boolean, boolean, integer[]) is
+  'Of due timers that a claim has locked: moves those in a wrong lane (which it may lease all the same, unless that lane has limits or is to be skipped; p_bounded: all own lanes have limits), puts off those whose destination was spread since, and parks those that wait for their ordering key. Answers which may be leased, whether others became due elsewhere, and how many wait because another session has the lock of their ordering key, and which locks';

@@ -30,21 +30,6 @@ language sql stable security definer set search_path = orchestrator, pg_temp set
 $$;
 comment on function orchestrator.event_json(uuid, timestamptz) is 'One event with its state and every outcome';
 
-create or replace function orchestrator.waits_for(p_ordering bigint, p_event_id uuid, p_scheduled_at timestamptz) returns uuid
-language sql volatile security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
-  select b.event_id from (
-    (select d.event_id, 1 as place from orchestrator.dead_letter d where d.blocks = p_ordering order by d.scheduled_at, d.event_id limit 1)
-    union all
-    (select t.event_id, 2 from orchestrator.timer t
-     where t.ordering = p_ordering and (t.scheduled_at, t.event_id) < (p_scheduled_at, p_event_id) order by t.scheduled_at, t.event_id limit 1)
-    union all
-    (select t.event_id, 3 from orchestrator.timer t where t.busy = p_ordering and t.lease_until > orchestrator.now() and t.event_id <> p_event_id limit 1)) b
-  order by b.place
-  limit 1
-$$;
-comment on function orchestrator.waits_for(bigint, uuid, timestamptz) is
-  'What an event of an ordering key waits for: a dead one that blocks, else the first live one, else a later one that is under way; null: nothing';
-
 create or replace function orchestrator.get_event(p_id uuid) returns json
 language sql stable security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
   select orchestrator.event_json(e.id, e.scheduled_at) from orchestrator.find_events(p_id, null) e
