@@ -25,7 +25,7 @@ from orchestrator.database import Database, migrate, translated
 from orchestrator.database.blocking import OnConnected, blocking
 from orchestrator.database.rights import NEEDED
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
-from orchestrator.maintenance import maintain, prepare
+from orchestrator.maintenance.upkeep import maintain, prepare
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings, database_url
 from orchestrator.starting import until_done

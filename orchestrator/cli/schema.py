@@ -84,7 +84,7 @@ def maintain(once: bool, as_json: bool) -> None:
     import asyncio
 
     from orchestrator.database.maintenance import Retention
-    from orchestrator.maintenance import maintain_once
+    from orchestrator.maintenance.upkeep import maintain_once
 
     ours = settings()
     told, archived = asyncio.run(maintain_once(ours, Retention.given(ours, environ())))

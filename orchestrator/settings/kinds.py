@@ -1,4 +1,4 @@
-"""What a setting is: its names, its default and the kind of value it takes. `orchestrator.settings` defines them all."""
+"""What a setting is: its names, its default and the kind of value it takes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from orchestrator.database.rejects import Rejects
 from orchestrator.database.sweeps import Sweeps
 from orchestrator.errors import DatabaseUnavailable, InDoubt
 from orchestrator.events.submission import Submission, parse_submission
-from orchestrator.maintenance import maintain_once
+from orchestrator.maintenance.upkeep import maintain_once
 from tests.conftest import MakeSettings
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.ingesting import submission

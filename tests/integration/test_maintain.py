@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from orchestrator.cli import main
 from orchestrator.dev.system import free_port
 from orchestrator.doctor import diagnose
-from orchestrator.maintenance import maintain
+from orchestrator.maintenance.upkeep import maintain
 from orchestrator.metrics import Metrics
 from tests.conftest import MakeSettings, Spawn
 from tests.support.retiring import OLD, retire, schedule_old_day, undeliverable
@@ -107,11 +107,11 @@ async def test_what_fails_is_told_by_step_and_counted_and_the_rest_is_done(
 async def test_a_database_that_is_away_does_not_end_it(
     settings: MakeSettings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, client: Client
 ) -> None:
-    monkeypatch.setattr("orchestrator.maintenance._EVERY_S", 0.02)
+    monkeypatch.setattr("orchestrator.maintenance.upkeep._EVERY_S", 0.02)
     away = settings()
     object.__setattr__(away, "database_url", "postgresql://127.0.0.1:1/none")
     stop = asyncio.Event()
-    with caplog.at_level(logging.ERROR, "orchestrator.maintenance"):
+    with caplog.at_level(logging.ERROR, "orchestrator.maintenance.upkeep"):
         task = asyncio.create_task(maintain(away, Metrics(away), stop))
         await eventually(lambda: caplog.text.count("maintenance failed; trying again in a minute") >= 2)
         object.__setattr__(away, "database_url", settings().database_url)

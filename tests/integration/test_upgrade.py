@@ -39,9 +39,9 @@ ARCHIVE = ROOT / "tests" / "upgrade" / "previous.tar.xz"
 CLIENT = """
 import asyncio, json, os, sys, traceback
 from datetime import UTC, datetime, timedelta
-from orchestrator.settings import Settings
+from orchestrator.config import Settings
 from orchestrator.database import Database
-from orchestrator.events.submission import parse_submission
+from orchestrator.events import parse_submission
 
 def submission(hook, seconds):
     at = (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
