@@ -483,7 +483,7 @@ def test_an_event_that_overslept_in_the_horizon_is_known_when_it_is_submitted_ag
     agrees(machine)
 
 
-def test_an_event_goes_back_and_forth_between_two_times(machine: Histories) -> None:
+def test_an_event_can_be_rescheduled_back_and_forth_between_two_times(machine: Histories) -> None:
     machine.submit(due_s=[60], retries=0, host=HOSTS[0], life_s=None)
     [uid] = machine.model
     for turn in range(6):
@@ -563,7 +563,7 @@ def test_the_checker_sees_each_law_broken(databases: Databases, damage: str, law
         assert law in {violation[:5] for violation in violations(client.connection)}
 
 
-def test_the_checker_knows_that_the_dead_may_rise(databases: Databases) -> None:
+def test_the_checker_knows_that_a_dead_event_may_be_redriven(databases: Databases) -> None:
     with databases.migrated() as url, Client(url) as client:
         client.at(NOON)
         uid = client.schedule(max_retries=0)
@@ -575,7 +575,7 @@ def test_the_checker_knows_that_the_dead_may_rise(databases: Databases) -> None:
             assert violations(client.connection) == []
 
 
-def test_the_checker_sees_what_receivers_did_not_get_or_got_wrongly(databases: Databases) -> None:
+def test_the_checker_sees_deliveries_that_receivers_missed_or_got_wrongly(databases: Databases) -> None:
     with databases.migrated() as url, Client(url) as client:
         client.at(NOON)
         first, second, third = client.schedule_many(3)

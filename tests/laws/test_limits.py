@@ -928,7 +928,7 @@ def test_two_sessions_that_trip_a_breaker_at_once_open_it_once(database_url: str
         assert first.rows("select breaker, openings from orchestrator.lane where name = 'one.example'") == [("open", 1)]
 
 
-def test_events_of_a_key_end_in_order_and_one_at_a_time_whatever_is_at_work(database_url: str) -> None:
+def test_events_of_a_key_end_in_order_and_one_at_a_time_under_every_load(database_url: str) -> None:
     """Their times grow as they are submitted; claims, retries, releases and cancels go on all the while."""
     keys, each = 6, 60
     ended: defaultdict[str, list[int]] = defaultdict(list)
