@@ -1,7 +1,7 @@
-"""The settings as tables: the values in force for `orchestrator config check`, all of them for the README.
+"""The settings as tables: the values in force for `orchestrator config check`, and all settings for the documentation.
 
-``python -m orchestrator.settings.table README.md`` rewrites the table between its markers, with ``--check``
-it only says whether the table is current.
+``python -m orchestrator.settings.table README.md`` rewrites the table between its markers. With ``--check`` it only
+says whether the table is current.
 """
 
 from __future__ import annotations
