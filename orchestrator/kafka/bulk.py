@@ -12,6 +12,7 @@ from typing import Generic
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
+from orchestrator.backoff import backoff_s
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.kafka.client import started_producer
 from orchestrator.kafka.partition_queues import Lanes, OnResult, Record, T, TopicUnavailableError
@@ -19,8 +20,6 @@ from orchestrator.kafka.partitions import partition_of
 from orchestrator.own_faults import own_fault
 from orchestrator.settings import Settings
 
-_FIRST_BACKOFF_S = 0.1
-_LAST_BACKOFF_S = 5.0
 _LOOKS_S = (0.0, 0.1, 0.2, 0.4, 0.8)  # waits between looks: a topic that is just being made shows up within moments
 _ONE_LOOK = (0.0,)  # at a topic that was not there a while ago
 _METADATA_S = 5.0
@@ -98,12 +97,12 @@ class BulkProducer(Generic[T]):
 
     async def keep_connected(self) -> None:
         """Connects, and again whenever that broke; never returns."""
-        backoff_s = _FIRST_BACKOFF_S
+        failures = 0
         while True:
             try:
                 async with started_producer(self._settings, self._role) as producer:
                     self._connected(producer)
-                    backoff_s = _FIRST_BACKOFF_S
+                    failures = 0
                     await self._broken.wait()
                     await self._lanes.settled()
                     await producer.abandon()  # what was given up must not be delivered later
@@ -116,8 +115,8 @@ class BulkProducer(Generic[T]):
                 _log.exception("connecting to Kafka failed in a way not foreseen")
                 self._disconnected(KafkaUnavailable(f"internal error: {type(error).__name__}", own_fault(error)))
             if self.away is not None:
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
-                backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s)
+                failures += 1
+                await asyncio.sleep(backoff_s(failures))
 
     def _connected(self, producer: AIOKafkaProducer) -> None:
         if self.away is not None:
