@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from orchestrator.database import Claimed
-from orchestrator.dispatch.queue.destination_queue import NEVER, NOW, UNBOUNDED, Line, Windows, destination_name
+from orchestrator.dispatch.queue.destination_queue import NEVER, NOW, UNBOUNDED, Line, Windows
+from orchestrator.events.destination_name import destination_name
 
 _MAX_REMEMBERED = 10_000  # destinations as they are written; beyond that the idle ones are forgotten
 _FORGOTTEN_S = 10.0  # how an idle destination fared before that says little
