@@ -23,7 +23,7 @@ from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import ANSWER_S, Finisher
 from orchestrator.dispatch.holders import Holders
 from orchestrator.dispatch.http.deliveries import HttpDeliveries, Sender
-from orchestrator.dispatch.kafka import KafkaDeliveries
+from orchestrator.dispatch.kafka_deliveries import KafkaDeliveries
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings

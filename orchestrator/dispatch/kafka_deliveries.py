@@ -15,10 +15,19 @@ from typing import NamedTuple
 import msgspec
 
 from orchestrator.database import Claimed
-from orchestrator.dispatch.attempt import DELIVERED, FAIL, RETRY, Attempted
+from orchestrator.dispatch.attempt import (
+    DELIVERED,
+    FAIL,
+    RECORDING_S,
+    RETRY,
+    Attempted,
+    finished,
+    has_expired,
+    rfc3339,
+    slot_missed,
+)
 from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import Finisher
-from orchestrator.dispatch.http.deliveries import RECORDING_S, finished, has_expired, rfc3339, slot_missed
 from orchestrator.dispatch.http.secrets import SECRET_WAIT_S, SecretError, Secrets
 from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
 from orchestrator.dispatch.queue.due_queue import DueQueue
