@@ -253,8 +253,8 @@ class Dispatcher:
         lanes: set[int] = set()
         batch, half = self._settings.batch_size, self._settings.prefetch // 2
         for stalls in (self._http.stalls, self._kafka.stalls):
-            for line in stalls.without_lane():
-                line.lane = await leases.own_lane(line.delivery_type, line.destination) or 0
+            for queue in stalls.without_dedicated_lane():
+                queue.lane = await leases.ensure_dedicated_lane(queue.delivery_type, queue.destination) or 0
             lanes |= stalls.lanes(half)
         low = max(batch, half - 2 * batch)
         if lanes and self._held > low:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from orchestrator.database import Claimed
 from orchestrator.settings import Settings
 
-FIRST_OWN_LANE = 64
+FIRST_DEDICATED_LANE = 64
 NEVER, NOW = float("inf"), float("-inf")
 
 
@@ -32,7 +32,7 @@ def http_windows(settings: Settings) -> Windows:
     return Windows(min(most, max(2, connections // 10)), most)
 
 
-class Line:
+class DestinationQueue:
     """One destination's events in the order they are to start, and how its attempts fare. Times are monotonic.
 
     `wakes_at`: when the first event may start, `NOW` once it may, `NEVER` while there is none. `last_at`: when the last
