@@ -15,7 +15,7 @@ from aiokafka.errors import KafkaError
 from orchestrator.backoff import backoff_s
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.kafka.client import started_producer
-from orchestrator.kafka.partition_queues import Lanes, OnResult, Record, T, TopicUnavailableError
+from orchestrator.kafka.partition_queues import OnResult, PartitionQueues, Record, T, TopicUnavailableError
 from orchestrator.kafka.partitions import partition_of
 from orchestrator.own_faults import own_fault
 from orchestrator.settings import Settings
@@ -49,7 +49,7 @@ class BulkProducer(Generic[T]):
         self._tasks = tasks
         self._on_result = on_result
         self._broken = asyncio.Event()
-        self._lanes = Lanes(tasks, on_result, self._break, timeout_s=timeout_s, ordered=ordered)
+        self._queues = PartitionQueues(tasks, on_result, self._break, timeout_s=timeout_s, ordered=ordered)
         self._producer: AIOKafkaProducer | None = None
         self._ready = asyncio.Event()
         self._parked: dict[str, list[Record[T]]] = {}
@@ -79,7 +79,7 @@ class BulkProducer(Generic[T]):
         if not partitions:
             self._park(producer, topic, records)
             return
-        count, add = len(partitions), self._lanes.add
+        count, add = len(partitions), self._queues.add
         for record in records:
             if record.key is None:
                 self._keyless += 1
@@ -92,7 +92,7 @@ class BulkProducer(Generic[T]):
         stopped = KafkaUnavailable(_STOPPED)
         for task in self._looking:
             task.cancel()
-        self._lanes.drop(stopped)
+        self._queues.drop(stopped)
         self._fail_parked(stopped)
 
     async def keep_connected(self) -> None:
@@ -104,7 +104,7 @@ class BulkProducer(Generic[T]):
                     self._connected(producer)
                     failures = 0
                     await self._broken.wait()
-                    await self._lanes.settled()
+                    await self._queues.settled()
                     await producer.abandon()  # what was given up must not be delivered later
             except KafkaUnavailable as error:
                 self._disconnected(error)
@@ -125,7 +125,7 @@ class BulkProducer(Generic[T]):
         self._broken.clear()
         self._topics = set()
         self._producer = producer
-        self._lanes.use(producer)
+        self._queues.use(producer)
         self._ready.set()
 
     def _break(self) -> None:
@@ -138,7 +138,7 @@ class BulkProducer(Generic[T]):
             _log.warning("Kafka is away; trying again", extra={"role": self._role, "error": str(error)})
         self._producer = None
         self.away = error
-        self._lanes.drop(error)
+        self._queues.drop(error)
         self._fail_parked(error)
         self._ready.set()
 
