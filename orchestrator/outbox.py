@@ -18,7 +18,7 @@ from orchestrator.database.outbox import OUTBOX_CHANNEL, Message, Outbox
 from orchestrator.errors import OrchestratorError
 from orchestrator.events.topics import topic_rules
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
-from orchestrator.kafka.partition_queues import Record, RecordRefusedError, TopicUnavailableError
+from orchestrator.kafka.partition_queues import OutgoingRecord, RecordRefusedError, TopicUnavailableError
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 from orchestrator.tasks import end, within
@@ -162,10 +162,10 @@ class _Publisher:
         """Returns when the fate of each is known, which the producer tells within its time."""
         self._acknowledged, self._failures, self._waiting = [], [], len(messages)
         self._settled.clear()
-        records: dict[str, list[Record[Message]]] = defaultdict(list)
+        records: dict[str, list[OutgoingRecord[Message]]] = defaultdict(list)
         for message in messages:
             headers = _headers(message.headers) if message.headers else []
-            records[self._topics[message.kind]].append(Record(message.key, message.value, headers, message))
+            records[self._topics[message.kind]].append(OutgoingRecord(message.key, message.value, headers, message))
         for topic, theirs in records.items():
             producer.send(topic, theirs)
         await self._settled.wait()

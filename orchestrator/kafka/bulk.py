@@ -15,7 +15,7 @@ from aiokafka.errors import KafkaError
 from orchestrator.backoff import backoff_s
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.kafka.client import started_producer
-from orchestrator.kafka.partition_queues import OnResult, PartitionQueues, Record, T, TopicUnavailableError
+from orchestrator.kafka.partition_queues import OnResult, OutgoingRecord, PartitionQueues, T, TopicUnavailableError
 from orchestrator.kafka.partitions import partition_of
 from orchestrator.own_faults import own_fault
 from orchestrator.settings import Settings
@@ -52,7 +52,7 @@ class BulkProducer(Generic[T]):
         self._queues = PartitionQueues(tasks, on_result, self._break, timeout_s=timeout_s, ordered=ordered)
         self._producer: AIOKafkaProducer | None = None
         self._ready = asyncio.Event()
-        self._parked: dict[str, list[Record[T]]] = {}
+        self._parked: dict[str, list[OutgoingRecord[T]]] = {}
         self._looking: set[asyncio.Task[None]] = set()
         self._unknown: dict[str, tuple[float, TopicUnavailableError]] = {}
         self._topics: set[str] = set()
@@ -69,7 +69,7 @@ class BulkProducer(Generic[T]):
         """Ends every `ready` at once."""
         self._ready.set()
 
-    def send(self, topic: str, records: list[Record[T]]) -> None:
+    def send(self, topic: str, records: list[OutgoingRecord[T]]) -> None:
         """Takes records for one topic in; `on_result` is told of each, perhaps at once, within a bounded time."""
         producer = self._producer
         if producer is None:
@@ -142,7 +142,7 @@ class BulkProducer(Generic[T]):
         self._fail_parked(error)
         self._ready.set()
 
-    def _park(self, producer: AIOKafkaProducer, topic: str, records: list[Record[T]]) -> None:
+    def _park(self, producer: AIOKafkaProducer, topic: str, records: list[OutgoingRecord[T]]) -> None:
         """Keeps records until it is known whether their topic exists; meanwhile others go on."""
         until_s, unknown = self._unknown.get(topic, (0.0, None))
         if unknown is not None and asyncio.get_running_loop().time() < until_s:

@@ -44,8 +44,8 @@ class TopicUnavailableError(OrchestratorError):
     """The topic does not exist, or not for us; that may be mended."""
 
 
-class Record(NamedTuple, Generic[T]):
-    """A record, and what its sender knows it by."""
+class OutgoingRecord(NamedTuple, Generic[T]):
+    """A record to send; `item` is what its sender knows it by."""
 
     key: bytes | None
     value: bytes | None
@@ -59,9 +59,9 @@ class _Batch(Generic[T]):
     def __init__(self, builder: BatchBuilder, deadline_s: float) -> None:
         self.builder = builder
         self.deadline_s = deadline_s
-        self.records: list[Record[T]] = []
+        self.records: list[OutgoingRecord[T]] = []
 
-    def add(self, record: Record[T]) -> bool:
+    def add(self, record: OutgoingRecord[T]) -> bool:
         """Whether there was room; there is for a first record of any size."""
         added = self.builder.append(timestamp=None, key=record.key, value=record.value, headers=record.headers)
         if added is None:
@@ -82,7 +82,7 @@ class _PartitionQueue(Generic[T]):
         self.sent_s: float | None = None
         self.task: asyncio.Task[None] | None = None
 
-    def take_all(self) -> list[Record[T]]:
+    def take_all(self) -> list[OutgoingRecord[T]]:
         """Every record it holds, oldest first, and leaves it empty."""
         batches = [self.under_way, *self.batches, self.filling]
         self.under_way = self.filling = None
@@ -135,7 +135,7 @@ class PartitionQueues(Generic[T]):
         """Waits until nothing is under way any more."""
         await self._settled.wait()
 
-    def add(self, topic: str, partition: int, record: Record[T]) -> None:
+    def add(self, topic: str, partition: int, record: OutgoingRecord[T]) -> None:
         """Takes a record in; `use` has been called before."""
         queue = self._queues.get((topic, partition))
         if queue is None:
@@ -163,7 +163,7 @@ class PartitionQueues(Generic[T]):
                 queue.task.cancel()
             self._report(queue.take_all(), error)
 
-    def _batch(self, records: Sequence[Record[T]], deadline_s: float) -> _Batch[T]:
+    def _batch(self, records: Sequence[OutgoingRecord[T]], deadline_s: float) -> _Batch[T]:
         if self._create_batch is None:
             raise RuntimeError("there has been no producer yet")
         batch: _Batch[T] = _Batch(self._create_batch(), deadline_s)
@@ -251,6 +251,6 @@ class PartitionQueues(Generic[T]):
             self._on_broken()
         return error
 
-    def _report(self, records: Sequence[Record[T]], error: OrchestratorError | None) -> None:
+    def _report(self, records: Sequence[OutgoingRecord[T]], error: OrchestratorError | None) -> None:
         if records:
             self._on_result([record.item for record in records], error)
