@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.database import Claims, Leases
 from orchestrator.dispatch import dispatcher as module
-from orchestrator.dispatch.queue.destination_queue import destination_name
+from orchestrator.events.destination_name import destination_name
 from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.test_dispatcher import Gate

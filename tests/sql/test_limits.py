@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from orchestrator.dispatch.queue.destination_queue import destination_name
+from orchestrator.events.destination_name import destination_name
 from tests.support.sql_client import HOST, NOON, Client, Lease, Result, results, seconds
 
 NAME = HOST.removeprefix("https://")
