@@ -26,7 +26,7 @@ help:
 	@echo 'make test        the whole test suite, or TESTS=tests/unit; alike for everybody'
 	@echo 'make explore     the property tests from other seeds for MINUTES=5; SEED=123 repeats what was found'
 	@echo 'make test-tools  install with apt-get what some tests need, or say what is missing'
-	@echo 'make lint        ruff and mypy'
+	@echo 'make lint        form, types and imports'
 	@echo 'make format      put the code into its form'
 	@echo 'make bench       every benchmark, one JSON object each; takes about an hour'
 	@echo 'make clean       remove .venv and caches; data of `make run` stays'
@@ -82,6 +82,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
