@@ -171,7 +171,7 @@ class Source:
         self._placed[partition] = tp
         self._seen_ms.pop(partition, None)
 
-    def hold(self, partition: int, offset: int) -> None:
+    def pause(self, partition: int, offset: int) -> None:
         """Reads the partition no more."""
         tp = self._tps[partition]
         self._consumer.pause(tp)
