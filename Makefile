@@ -17,13 +17,14 @@ TESTS      :=
 MINUTES    := 5
 SEED       :=
 
-.PHONY: help setup run demo test explore test-tools lint format docs bench clean FORCE
+.PHONY: help setup run demo test check explore test-tools lint format docs bench clean FORCE
 
 help:
 	@echo 'make setup       create .venv with everything in it (the other targets do so when it is missing)'
 	@echo 'make run         PostgreSQL, a broker and every role on this machine, data kept between runs'
 	@echo 'make demo        10,000 events through all of it, with a table of what became of them'
 	@echo 'make test        the whole test suite, or TESTS=tests/unit; alike for everybody'
+	@echo 'make check       make lint and make test: what a change must pass'
 	@echo 'make explore     the property tests from other seeds for MINUTES=5; SEED=123 repeats what was found'
 	@echo 'make test-tools  install with apt-get what some tests need, or say what is missing'
 	@echo 'make lint        form, types and imports'
@@ -65,6 +66,8 @@ demo: setup
 
 test: setup
 	$(VENV)/bin/pytest -n 3 --dist loadgroup $(TESTS)
+
+check: lint test
 
 explore: setup
 	$(VENV)/bin/python -m tests.support.exploring --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
