@@ -277,7 +277,7 @@ class TestDatabaseUrl:
         assert database(DB_HOST=host)["host"] == host
 
     def test_a_port_in_the_host_is_refused(self) -> None:
-        assert problem(DB_HOST="db:5432").startswith("DB_HOST: expected a host name, an address without its port")
+        assert problem(DB_HOST="db:5432").startswith("DB_HOST: expected a host name, an address without a port")
 
     @examples(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n")).filter(str.strip))
     def test_any_password_reaches_libpq_intact(self, password: str) -> None:
@@ -305,8 +305,8 @@ class TestDatabaseUrl:
         }
         notices = Settings.from_env({"DATABASE_URL": "postgres://a@h/d", "DB_USER": "b", "DB_HOST": "x"}).notices
         assert notices == (
-            "DB_HOST: no effect, because DATABASE_URL says it",
-            "DB_USER: no effect, because DATABASE_URL says it",
+            "DB_HOST: no effect, because DATABASE_URL replaces it",
+            "DB_USER: no effect, because DATABASE_URL replaces it",
         )
 
     def test_parameters_of_the_java_driver_are_translated_or_named(self) -> None:
@@ -360,7 +360,7 @@ class TestDatabaseUrl:
     )
     def test_sessions_that_cannot_write_are_refused(self, asked: str, named: str) -> None:
         assert problem(DATABASE_URL=asked) == (
-            "DATABASE_URL: expected a target_session_attrs of read-write or primary, as all roles write, "
+            "DATABASE_URL: expected target_session_attrs read-write or primary, because all roles write, "
             f"got {named}; leave it out"
         )
 
