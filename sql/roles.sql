@@ -68,11 +68,12 @@ grant execute on function orchestrator.register_worker(text), orchestrator.claim
   orchestrator.finish_free_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
   orchestrator.release_events(uuid[], integer[]), orchestrator.release_free_events(uuid[], integer[]), orchestrator.own_lane(text, boolean), orchestrator.next_due_at(), orchestrator.backlog(),
   orchestrator.set_outbox(text[]), orchestrator.configure_topics(text, text[], text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
-  orchestrator.outbox_pending(), orchestrator.raise_floors(), orchestrator.settle_restored()
+  orchestrator.outbox_pending(), orchestrator.raise_floors(), orchestrator.repair_after_restore(), orchestrator.settle_restored()
   to orchestrator_dispatch, orchestrator_ops;
 grant execute on function orchestrator.ingest_offsets(text), orchestrator.advance_offsets(text, integer[], bigint[], bigint[], bigint[], bigint[]),
   orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]), orchestrator.execute_commands(text, jsonb),
-  orchestrator.set_aside_staged(text, integer[], integer[], bigint[], bytea[], bytea[]), orchestrator.keep_aside(integer)
+  orchestrator.set_aside_staged(text, integer[], integer[], bigint[], bytea[], bytea[]), orchestrator.submit_set_aside(integer),
+  orchestrator.keep_aside(integer)
   to orchestrator_ingest, orchestrator_ops;
 grant execute on function orchestrator.set_ingest_offset(text, integer, bigint), orchestrator.get_reject(bigint), orchestrator.resubmitted_reject(bigint, uuid),
   orchestrator.redrive_event(uuid), orchestrator.pass_dead_letter(uuid),

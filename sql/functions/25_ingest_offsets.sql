@@ -79,7 +79,7 @@ comment on function orchestrator.set_aside_staged(text, integer[], integer[], bi
   'Sets the rows of pg_temp.submission aside, with the record that each came from, by its number n';
 
 -- One at a time, as each may wait, and by chance, so that those that wait for long keep nobody behind them; rows that another call has are left to it.
-create or replace function orchestrator.keep_aside(p_limit integer default 100, out kept bigint, out waiting bigint)
+create or replace function orchestrator.submit_set_aside(p_limit integer default 100, out kept bigint, out waiting bigint)
 language plpgsql security definer set search_path = orchestrator, pg_temp set lock_timeout = '20 ms' as $$
 declare
   v_row orchestrator.submission_aside;
@@ -106,5 +106,5 @@ begin
     end;
   end loop;
 end $$;
-comment on function orchestrator.keep_aside(integer) is
+comment on function orchestrator.submit_set_aside(integer) is
   'Submits up to p_limit records that were set aside, until ten of them still wait for another session; says how many became events, duplicates or rejects, and how many waited';

@@ -12,7 +12,7 @@ end $$;
 comment on function orchestrator.lock_events(uuid[]) is 'Locks what may change of events, wherever they are kept';
 
 -- Waits for a second, as for a claim, and then leaves out what another session has: one of them must not hold up all others.
-create or replace function orchestrator.lock_most_events(p_ids uuid[]) returns uuid[]
+create or replace function orchestrator.lock_available_events(p_ids uuid[]) returns uuid[]
 language plpgsql security definer set search_path = orchestrator, pg_temp
 set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
 declare
@@ -29,7 +29,7 @@ exception when lock_not_available then
     except select f.id from (select h.id from orchestrator.horizon h where h.id = any (p_ids) order by h.id for update skip locked) f);
   return array(select i from unnest(p_ids) i where i <> all (v_blocked));
 end $$;
-comment on function orchestrator.lock_most_events(uuid[]) is
+comment on function orchestrator.lock_available_events(uuid[]) is
   'lock_events() of many: answers those that it has locked, which are all but for those that another session''s open transaction has';
 
 -- The caller has them locked.
@@ -185,7 +185,7 @@ begin
   examples := coalesce(v_ids[:10], '{}');
   next_after := case when seen >= p_limit then v_last end;
   if matched > 0 and not p_dry_run then
-    cancelled := cardinality(orchestrator.end_events(orchestrator.lock_most_events(v_ids), 'cancelled'));
+    cancelled := cardinality(orchestrator.end_events(orchestrator.lock_available_events(v_ids), 'cancelled'));
   end if;
   in_flight := (select count(*) from orchestrator.timer t where t.event_id = any (v_ids) and t.lease_until > v_now);
   return next;

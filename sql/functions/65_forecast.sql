@@ -3,10 +3,10 @@
 -- events due so far less those that could have begun so far, the backlog is W - min(0, least W so far), so only the buckets in which
 -- something falls due are looked at, however many there are.
 
-create or replace function orchestrator.could_begin(p_rate double precision, p_opens_at timestamptz, p_at timestamptz) returns double precision
+create or replace function orchestrator.attempts_allowed(p_rate double precision, p_opens_at timestamptz, p_at timestamptz) returns double precision
 language sql immutable parallel safe
 return p_rate * greatest(0, extract(epoch from p_at - p_opens_at))::double precision;
-comment on function orchestrator.could_begin(double precision, timestamptz, timestamptz) is 'Attempts that a rate allows from p_opens_at (infinity: never) to p_at';
+comment on function orchestrator.attempts_allowed(double precision, timestamptz, timestamptz) is 'Attempts that a rate allows from p_opens_at (infinity: never) to p_at';
 
 -- Two scans of timer, and one event for each host in it, for its name.
 create or replace function orchestrator.backlog_forecast(
@@ -85,8 +85,8 @@ begin
         else 0 end as waiting
     from taken t
     cross join lateral (
-      select t.due_so_far - t.due - orchestrator.could_begin(t.rate, t.opens_at, t.bucket_at) as before
-        , t.due_so_far - orchestrator.could_begin(t.rate, t.opens_at, t.ends_at) as after) w
+      select t.due_so_far - t.due - orchestrator.attempts_allowed(t.rate, t.opens_at, t.bucket_at) as before
+        , t.due_so_far - orchestrator.attempts_allowed(t.rate, t.opens_at, t.ends_at) as after) w
   ), chained as (
     select r.*
       , coalesce(lag(r.waiting) over in_order, 0) as waiting_before
@@ -102,9 +102,9 @@ begin
     -- Those in which something falls due, and those after it in which what it left begins.
     select c.name, b.at, c.rate, c.opens_at, c.drains_at, case when b.at = c.bucket_at then c.due else 0 end as due
       -- Whole events: the next one begins as soon as a part of its time has come.
-      , floor(case when b.at = c.bucket_at then orchestrator.still_waiting(c.waiting_before, c.rate, c.opens_at, c.ended_before, b.at)
-              else orchestrator.still_waiting(c.waiting, c.rate, c.opens_at, c.ends_at, b.at) end + 1e-6)::bigint as found
-      , floor(orchestrator.still_waiting(c.waiting, c.rate, c.opens_at, c.ends_at, b.at + v_bucket) + 1e-6)::bigint as backlog
+      , floor(case when b.at = c.bucket_at then orchestrator.backlog_left(c.waiting_before, c.rate, c.opens_at, c.ended_before, b.at)
+              else orchestrator.backlog_left(c.waiting, c.rate, c.opens_at, c.ends_at, b.at) end + 1e-6)::bigint as found
+      , floor(orchestrator.backlog_left(c.waiting, c.rate, c.opens_at, c.ends_at, b.at + v_bucket) + 1e-6)::bigint as backlog
     from chained c
     cross join lateral generate_series(c.bucket_at
       , least(c.next_at - interval '1 us', case when isfinite(c.opens_at) then greatest(c.ends_at - interval '1 us', c.drains_at) else c.bucket_at end)
@@ -112,7 +112,7 @@ begin
   )
   select b.name, b.at, b.due, b.found + b.due - b.backlog
     , case when b.rate is not null
-        then round((orchestrator.could_begin(b.rate, b.opens_at, b.at + v_bucket) - orchestrator.could_begin(b.rate, b.opens_at, b.at))::numeric, 6)::double precision
+        then round((orchestrator.attempts_allowed(b.rate, b.opens_at, b.at + v_bucket) - orchestrator.attempts_allowed(b.rate, b.opens_at, b.at))::numeric, 6)::double precision
            when b.at + v_bucket <= b.opens_at then 0 end
     , b.backlog, least(b.due, b.backlog), case when b.backlog > 0 and isfinite(b.drains_at) then b.drains_at end
   from bucket b
@@ -122,16 +122,16 @@ end $$;
 comment on function orchestrator.backlog_forecast(interval, interval, text) is
   'Events due in each of the next buckets by destination (a pattern counts as one; the first bucket has what is overdue), how many of them and of the backlog start in it, its capacity at the rate (null: no rate; a bound in parallel may hold it all the same), the backlog left at its end, how many of those due in it are late then, and when that backlog will have drained (null: nothing is left, or it stands still). Only buckets in which something is due or starts';
 
-create or replace function orchestrator.still_waiting(
+create or replace function orchestrator.backlog_left(
   p_waiting double precision, p_rate double precision, p_opens_at timestamptz, p_since timestamptz, p_at timestamptz) returns double precision
 language sql immutable parallel safe
 return case
   when p_waiting = 0 then 0
-  when p_rate is not null then greatest(0, p_waiting - (orchestrator.could_begin(p_rate, p_opens_at, p_at) - orchestrator.could_begin(p_rate, p_opens_at, p_since)))
+  when p_rate is not null then greatest(0, p_waiting - (orchestrator.attempts_allowed(p_rate, p_opens_at, p_at) - orchestrator.attempts_allowed(p_rate, p_opens_at, p_since)))
   when p_at <= p_opens_at then p_waiting
   else 0
 end;
-comment on function orchestrator.still_waiting(double precision, double precision, timestamptz, timestamptz, timestamptz) is
+comment on function orchestrator.backlog_left(double precision, double precision, timestamptz, timestamptz, timestamptz) is
   'What is left at p_at of a backlog of p_waiting at p_since to which nothing was added';
 
 create or replace function orchestrator.forecast(

@@ -1,9 +1,9 @@
 -- Statistics: counts appended as deltas by whatever happens, folded once a minute, and read from both. Nothing counts a big table.
 
-create or replace function orchestrator.pairs_kept() returns integer
+create or replace function orchestrator.max_statistic_pairs() returns integer
 language sql immutable parallel safe
 return 1000;
-comment on function orchestrator.pairs_kept() is 'Pairs of source and destination that statistic_folded tells apart in a minute or hour; the others are summed by source under destination *';
+comment on function orchestrator.max_statistic_pairs() is 'Pairs of source and destination that statistic_folded tells apart in a minute or hour; the others are summed by source under destination *';
 
 create or replace function orchestrator.add_statistics(p_minutes timestamptz[], p_names text[], p_sources text[], p_destinations text[], p_values bigint[]) returns void
 language sql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off as $$
@@ -16,7 +16,7 @@ language sql security definer set search_path = orchestrator, pg_temp set enable
     select g.*, row_number() over (partition by g.minute, g.name, g.known order by g.value desc, g.source, g.destination) as place from given g
   ), room as materialized (
     select g.minute, g.name
-      , orchestrator.pairs_kept() - (select count(*) from orchestrator.statistic_folded t where t.minute = g.minute and t.name = g.name) as pairs
+      , orchestrator.max_statistic_pairs() - (select count(*) from orchestrator.statistic_folded t where t.minute = g.minute and t.name = g.name) as pairs
     from (select distinct g.minute, g.name from given g) g
   ), placed as (
     select r.*, r.known or r.place <= m.pairs as kept from ranked r join room m on m.minute = r.minute and m.name = r.name
@@ -26,7 +26,7 @@ language sql security definer set search_path = orchestrator, pg_temp set enable
   on conflict (minute, name, source, destination) do update set value = t.value + excluded.value
 $$;
 comment on function orchestrator.add_statistics(timestamptz[], text[], text[], text[], bigint[]) is
-  'Adds counts to statistic_folded, one array element each; once a minute and name has pairs_kept() pairs, new ones go under destination *';
+  'Adds counts to statistic_folded, one array element each; once a minute and name has max_statistic_pairs() pairs, new ones go under destination *';
 
 create or replace function orchestrator.fold_statistics(p_now timestamptz) returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC' set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off as $$

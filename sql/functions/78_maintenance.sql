@@ -30,7 +30,7 @@ begin
     v_problems := v_problems || jsonb_build_object('step', 'retention_configured', 'problem', concat_ws('; ', sqlerrm, orchestrator.holders_text()));
   end;
   begin
-    select a.kept, a.waiting into v_count, v_waiting from orchestrator.keep_aside(1000) a where exists (select from orchestrator.submission_aside);
+    select a.kept, a.waiting into v_count, v_waiting from orchestrator.submit_set_aside(1000) a where exists (select from orchestrator.submission_aside);
     v_did := v_did || jsonb_strip_nulls(jsonb_build_object('submissions_kept', v_count));
     if v_waiting > 0 then
       v_problems := v_problems || jsonb_build_object('step', 'submissions_kept', 'problem', concat_ws('; ', format('%s records still wait for another session', v_waiting), orchestrator.holders_text()));
@@ -44,11 +44,11 @@ begin
   loop
     begin
       v_count := case v_step
-        when 'restore_settled' then orchestrator.settle_restored()
+        when 'restore_settled' then orchestrator.repair_after_restore()
         when 'statistics_folded' then orchestrator.fold_statistics(v_now)
         when 'events_expired' then orchestrator.expire_events()
         -- A net below finish_events() and the others, which do this at once.
-        when 'orderings_advanced' then orchestrator.advance_waiting()
+        when 'orderings_advanced' then orchestrator.advance_all_orderings()
         -- Before lanes are given up here, which others see only when this has committed.
         when 'timers_moved' then orchestrator.settle_lanes()
         when 'destinations_forgotten' then orchestrator.forget_well_destinations()
@@ -58,7 +58,7 @@ begin
         when 'runs_forgotten' then orchestrator.forget_runs(v_now)
         when 'requests_forgotten' then orchestrator.forget_requests(v_now)
         when 'partitions_attached' then orchestrator.attach_partitions(v_now)
-        when 'partitions_created' then orchestrator.make_ready(v_now)
+        when 'partitions_created' then orchestrator.prepare_partitions(v_now)
       end;
       if v_step = 'partitions_detached' then
         v_count := 0;
@@ -100,7 +100,7 @@ $$;
 comment on function orchestrator.forget_runs(timestamptz) is 'Deletes rows of maintenance_run past retention; returns how many';
 
 -- Days of the horizon that were overslept get their partitions too: their events are late, not lost.
-create or replace function orchestrator.make_ready(p_now timestamptz) returns bigint
+create or replace function orchestrator.prepare_partitions(p_now timestamptz) returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
 set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
@@ -131,5 +131,5 @@ begin
   perform orchestrator.forget_former_ids();
   return v_created;
 end $$;
-comment on function orchestrator.make_ready(timestamptz) is
+comment on function orchestrator.prepare_partitions(timestamptz) is
   'Makes the partitions of the last week, as far as it is kept, and of the days ahead; says from when on events wait in horizon. Returns how many it made';

@@ -55,7 +55,7 @@ comment on function orchestrator.staging_problem() is 'Why nobody can submit, an
 
 -- Numbers of transactions rise for ever within a cluster, and begin anew in the next one: those that a dump brought along may lie far ahead.
 -- The messages of before become the oldest, in the order of their own numbers: no transaction that is under way can write below the oldest one.
-create or replace function orchestrator.settle_restored() returns bigint
+create or replace function orchestrator.repair_after_restore() returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp set enable_seqscan = off set lock_timeout = '80 ms' as $$
 declare
   v_control orchestrator.control;
@@ -86,5 +86,5 @@ begin
   set cluster = v_cluster, marked_at = null, marked_writers = null, rerouted_writers = null, rerouted_by = case when c.rerouted_by is not null then pg_current_xact_id() end;
   return v_moved;
 end $$;
-comment on function orchestrator.settle_restored() is
+comment on function orchestrator.repair_after_restore() is
   'In a database that came from another cluster: makes anew what depends on numbers of transactions. Called by run_maintenance(), and by the publisher of the outbox when it connects. Returns how many messages of the outbox it changed';
