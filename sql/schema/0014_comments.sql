@@ -8,3 +8,4 @@ drop function if exists orchestrator.still_waiting(
 drop function if exists orchestrator.could_begin(double precision, timestamptz, timestamptz);
 drop function if exists orchestrator.lock_most_events(uuid[]);
 drop function if exists orchestrator.pairs_kept();
+drop function if exists orchestrator.add_statistics(timestamptz[], text[], text[], text[], bigint[]);
