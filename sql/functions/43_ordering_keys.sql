@@ -42,7 +42,7 @@ begin
 end $$;
 comment on function orchestrator.advance_ordering(bigint[]) is 'Lets the first waiting event of each ordering key be claimed, where nothing holds it any more';
 
-create or replace function orchestrator.advance_waiting() returns bigint
+create or replace function orchestrator.advance_all_orderings() returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
@@ -61,7 +61,7 @@ begin
   end if;
   return cardinality(v_orderings || v_others);
 end $$;
-comment on function orchestrator.advance_waiting() is 'Lets the first waiting event of every ordering key be claimed, where nothing holds it any more, but for keys whose lock another session has; returns how many keys have any that wait';
+comment on function orchestrator.advance_all_orderings() is 'Lets the first waiting event of every ordering key be claimed, where nothing holds it any more, but for keys whose lock another session has; returns how many keys have any that wait';
 
 create or replace function orchestrator.blocked_by_death(p_event_id uuid, p_scheduled_at timestamptz, p_lane integer, p_ordering bigint) returns bigint
 language sql stable security definer set search_path = orchestrator, pg_temp as $$
