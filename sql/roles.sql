@@ -66,7 +66,8 @@ grant execute on function orchestrator.keep_answer(uuid, json), orchestrator.kep
 grant execute on function orchestrator.register_worker(text), orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer),
   orchestrator.finish_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
   orchestrator.finish_free_events(uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[], integer, double precision[], text[]),
-  orchestrator.release_events(uuid[], integer[]), orchestrator.release_free_events(uuid[], integer[]), orchestrator.own_lane(text, boolean), orchestrator.next_due_at(), orchestrator.backlog(),
+  orchestrator.release_events(uuid[], integer[]), orchestrator.release_free_events(uuid[], integer[]), orchestrator.ensure_dedicated_lane(text, boolean), orchestrator.own_lane(text, boolean),
+  orchestrator.next_due_at(), orchestrator.backlog(),
   orchestrator.set_outbox(text[]), orchestrator.configure_topics(text, text[], text[]), orchestrator.outbox_batch(integer, bigint), orchestrator.outbox_published(tid[]), orchestrator.outbox_failed(tid[], text[]),
   orchestrator.outbox_pending(), orchestrator.raise_floors(), orchestrator.settle_restored()
   to orchestrator_dispatch, orchestrator_ops;

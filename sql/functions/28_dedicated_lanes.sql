@@ -3,12 +3,12 @@
 -- advisory lock of their name, old destinations, lanes by number. Nobody waits for the row of control, see 27_control_notes.sql.
 -- A claim waits a moment for lanes, and for nothing else.
 
-create or replace function orchestrator.hold_lane(p_lane integer) returns void
+create or replace function orchestrator.recall_lane(p_lane integer) returns void
 language sql security definer set search_path = orchestrator, pg_temp
 as $$ select pg_notify('orchestrator_due', 'hold ' || coalesce(p_lane::text, '*')) $$;
-comment on function orchestrator.hold_lane(integer) is 'Has dispatchers hand back what they hold of a lane and have not begun; null: of all lanes. A hint: they see it at their next claim all the same';
+comment on function orchestrator.recall_lane(integer) is 'Has dispatchers hand back what they hold of a lane and have not begun; null: of all lanes. A hint: they see it at their next claim all the same';
 
-create or replace function orchestrator.own_lanes(p_names text[], p_configured boolean) returns table (name text, lane integer)
+create or replace function orchestrator.ensure_dedicated_lanes(p_names text[], p_configured boolean) returns table (name text, lane integer)
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$
 #variable_conflict use_column
 declare
@@ -31,7 +31,7 @@ begin
     from (select distinct n as name from unnest(p_names) n) n
     where not exists (select from orchestrator.destination d where d.name = n.name)
       and (p_configured or orchestrator.pattern_lane(n.name) is null
-           and (select count(*) from orchestrator.destination d where not d.configured) < orchestrator.watched_at_most())
+           and (select count(*) from orchestrator.destination d where not d.configured) < orchestrator.max_unconfigured_destinations())
     order by n.name
     on conflict do nothing
     returning name
@@ -52,13 +52,13 @@ begin
   select n.name, coalesce(l.lane, orchestrator.pattern_lane(n.name))
   from unnest(p_names) as n (name) left join orchestrator.lane l on l.name = n.name;
 end $$;
-comment on function orchestrator.own_lanes(text[], boolean) is
+comment on function orchestrator.ensure_dedicated_lanes(text[], boolean) is
   'Gives destinations lanes of their own, unless they have one; claims move the timers that wait elsewhere. Lane null: too many misbehave already, or (then it is left out) another session is about to make or delete it';
 
-create or replace function orchestrator.own_lane(p_name text, p_configured boolean) returns integer
+create or replace function orchestrator.ensure_dedicated_lane(p_name text, p_configured boolean) returns integer
 language sql security definer set search_path = orchestrator, pg_temp
-as $$ select o.lane from orchestrator.own_lanes(array[p_name], p_configured) o $$;
-comment on function orchestrator.own_lane(text, boolean) is 'Gives a destination a lane of its own, unless it has one. Null: too many misbehave already';
+as $$ select o.lane from orchestrator.ensure_dedicated_lanes(array[p_name], p_configured) o $$;
+comment on function orchestrator.ensure_dedicated_lane(text, boolean) is 'Gives a destination a lane of its own, unless it has one. Null: too many misbehave already';
 
 create or replace function orchestrator.forget_destination(p_name text) returns boolean
 language plpgsql security definer set search_path = orchestrator, pg_temp as $$

@@ -3,7 +3,7 @@
 -- one another, and neither deadlocks. Pausing, resuming and closing a breaker wait for nobody: what they cannot lock, they note. All of it holds from the next claim on; attempts under way are left alone.
 
 -- One scan of timer, and one event for each host in it: a scan of all events would cost a hundred times as much.
-create or replace function orchestrator.waiting_for(p_name text) returns bigint
+create or replace function orchestrator.count_waiting(p_name text) returns bigint
 language plpgsql stable security definer set search_path = orchestrator, pg_temp as $$
 declare
   v_now constant timestamptz := orchestrator.now();
@@ -24,7 +24,7 @@ begin
     where orchestrator.matches(e.name, p_name)
       and (select l.name from orchestrator.lane l where l.lane = orchestrator.lane_for(e.name)) = p_name);
 end $$;
-comment on function orchestrator.waiting_for(text) is 'Events that wait for a destination, due or not, and that no dispatcher holds; null within fold_destination()';
+comment on function orchestrator.count_waiting(text) is 'Events that wait for a destination, due or not, and that no dispatcher holds; null within fold_destination()';
 
 -- The values themselves are never quoted where a secret may stand by mistake.
 create or replace function orchestrator.check_secrets(p_name text, p_signing_secret text, p_secret_headers jsonb) returns text
@@ -93,7 +93,7 @@ begin
   if v_problem is null then
     -- Again, where another has deleted it just then.
     loop
-      v_lane := orchestrator.own_lane(v_name, true);
+      v_lane := orchestrator.ensure_dedicated_lane(v_name, true);
       select * into v_before from orchestrator.destination d where d.name = v_name for update;
       exit when found;
     end loop;
@@ -141,7 +141,7 @@ begin
   where l.lane = v_lane
   returning * into v_state;
   perform orchestrator.tell_due(v_now);
-  v_waiting := orchestrator.waiting_for(v_name);
+  v_waiting := orchestrator.count_waiting(v_name);
   v_under_way := (select count(*) from orchestrator.timer t where t.slot = v_lane and t.lease_until > v_now);
   return query
   select v_name, v_lane, v_after.rate_per_second, v_after.burst, v_after.max_parallel, v_after.adaptive, v_after.timeout, v_after.retry_policy
@@ -176,7 +176,7 @@ begin
   if not found then
     return;
   end if;
-  v_waiting := orchestrator.waiting_for(v_name);
+  v_waiting := orchestrator.count_waiting(v_name);
   perform orchestrator.forget_destination(v_name);
   v_instead := case when not orchestrator.is_pattern(v_name) then orchestrator.destination_for(v_name) end;
   return query

@@ -19,17 +19,17 @@ begin
     if v_lane is null and orchestrator.is_pattern(v_name) then
       raise exception 'name: % cannot be paused yet: %', v_name, orchestrator.note_destination(v_name, 'pause') using errcode = 'lock_not_available';
     end if;
-    perform orchestrator.hold_lane(h.lane)
+    perform orchestrator.recall_lane(h.lane)
     from unnest(case when orchestrator.is_pattern(v_name) then array[null::integer] else array[v_lane, (hashtextextended(v_name, 0) & 63)::integer] end) as h (lane)
     where h.lane is not null or orchestrator.is_pattern(v_name);
     return query
     select v_name, v_now, (select count(*) from orchestrator.timer t where t.destination = hashtextextended(v_name, 0) and t.lease_until > v_now)
-      , orchestrator.waiting_for(v_name)
+      , orchestrator.count_waiting(v_name)
       , concat_ws('; ', 'no attempt begins until it is resumed; those under way are left alone', orchestrator.note_destination(v_name, 'pause'));
     return;
   end if;
   perform orchestrator.fold_destination(v_name) where exists (select from orchestrator.control_note n where n.name = v_name);
-  v_lane := orchestrator.own_lane(v_name, true);
+  v_lane := orchestrator.ensure_dedicated_lane(v_name, true);
   if v_part_of is not null then
     update orchestrator.destination d
     set (rate_per_second, burst, max_parallel, adaptive, timeout, retry_policy, signing_secret, secret_headers, spread
@@ -45,11 +45,11 @@ begin
   where l.lane = v_lane
   returning l.paused_at into v_since;
   -- What dispatchers were given before it had this lane, they know by another.
-  perform orchestrator.hold_lane(h.lane)
+  perform orchestrator.recall_lane(h.lane)
   from unnest(case when orchestrator.is_pattern(v_name) or v_part_of is not null then array[null::integer]
     else array[v_lane, (hashtextextended(v_name, 0) & 63)::integer] end) as h (lane);
   return query
-  select v_name, v_since, d.in_flight, orchestrator.waiting_for(v_name)
+  select v_name, v_since, d.in_flight, orchestrator.count_waiting(v_name)
     , concat_ws('; ', 'no attempt begins until it is resumed; those under way are left alone'
       , case when v_since < v_now then 'it was paused before' end
       , case when v_part_of is not null then format('it was part of %s, and has its settings as its own now', v_part_of) end)
@@ -74,7 +74,7 @@ begin
   perform orchestrator.fold_destination(v_name) where v_has and exists (select from orchestrator.control_note n where n.name = v_name);
   -- A pattern's pause stays a note while one that it matches is held.
   if not v_has or exists (select from orchestrator.control_note n where n.name = v_name) then
-    return query select v_name, null::timestamptz, true, orchestrator.waiting_for(v_name), orchestrator.note_destination(v_name, 'resume');
+    return query select v_name, null::timestamptz, true, orchestrator.count_waiting(v_name), orchestrator.note_destination(v_name, 'resume');
     return;
   end if;
   update orchestrator.lane l
@@ -88,7 +88,7 @@ begin
   end if;
   perform orchestrator.tell_due(v_now);
   return query
-  select v_name, null::timestamptz, v_before is not null, orchestrator.waiting_for(v_name)
+  select v_name, null::timestamptz, v_before is not null, orchestrator.count_waiting(v_name)
     , concat_ws('; ', case when v_before is null then 'it was not paused' else format('it was paused since %s', to_json(v_before) #>> '{}') end
       , case when v_breaker <> 'closed' then format('its breaker is %s', replace(v_breaker, '_', ' ')) end
       , case when (select c.paused_at from orchestrator.control_now() c) is not null then 'everything is paused, and so is it' end);
@@ -105,7 +105,7 @@ declare
 begin
   perform orchestrator.note_control('pause');
   v_since := (select c.paused_at from orchestrator.control_now() c);
-  perform orchestrator.hold_lane(null);
+  perform orchestrator.recall_lane(null);
   return query
   select v_since, (select count(*) from orchestrator.timer t where t.lease_until > v_now)
     , concat_ws('; ', 'no attempt begins anywhere until everything is resumed; those under way are left alone'

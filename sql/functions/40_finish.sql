@@ -135,9 +135,9 @@ begin
   end if;
   if v_lanes is not null then
     if 63 >= any (v_lanes) then
-      v_lanes := orchestrator.watch_lanes(v_lanes, v_strangers);
+      v_lanes := orchestrator.ensure_lanes_for_failures(v_lanes, v_strangers);
     end if;
-    perform orchestrator.note_results(v_lanes, v_delivered, v_status_codes, v_started, v_ended);
+    perform orchestrator.update_breakers(v_lanes, v_delivered, v_status_codes, v_started, v_ended);
   end if;
   if v_finished < cardinality(p_event_ids) then
     return query

@@ -2,7 +2,7 @@
 
 -- Locks the lanes in order, and only those whose state may change: the successes of a healthy destination write nothing.
 -- finish_free_events() has it leave out those that another session has: a result is worth more than its count.
-create or replace function orchestrator.note_results(
+create or replace function orchestrator.update_breakers(
   p_lanes integer[], p_delivered boolean[], p_status_codes integer[], p_started_at double precision[], p_finished_at double precision[])
 returns void
 language plpgsql security definer set search_path = orchestrator, pg_temp
@@ -95,15 +95,15 @@ begin
   select array_agg(n.lane) filter (where n.opens) || array_agg((n.hash & 63)::integer) filter (where n.opens and n.hash is not null), bool_or(n.closes)
   into v_opened, v_closed
   from noted n;
-  perform orchestrator.hold_lane(o.lane) from unnest(v_opened) as o (lane);
+  perform orchestrator.recall_lane(o.lane) from unnest(v_opened) as o (lane);
   if v_closed then
     perform orchestrator.tell_due(v_now);
   end if;
 end $$;
-comment on function orchestrator.note_results(integer[], boolean[], integer[], double precision[], double precision[]) is
+comment on function orchestrator.update_breakers(integer[], boolean[], integer[], double precision[], double precision[]) is
   'Counts results of own lanes, one array element each, and opens and closes their breakers; lowers and raises the bound of adaptive ones';
 
-create or replace function orchestrator.watch_lanes(p_lanes integer[], p_event_ids uuid[]) returns integer[]
+create or replace function orchestrator.ensure_lanes_for_failures(p_lanes integer[], p_event_ids uuid[]) returns integer[]
 language plpgsql security definer set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
@@ -116,16 +116,16 @@ begin
     from unnest(p_lanes, p_event_ids) with ordinality as r (lane, event_id, n) order by r.n);
   return array(
     select coalesce(o.lane, r.lane) from unnest(p_lanes, v_names) with ordinality as r (lane, name, n)
-    left join (select distinct o.name, o.lane from orchestrator.own_lanes(array(select distinct n from unnest(v_names) n where n is not null), false) o) o on o.name = r.name
+    left join (select distinct o.name, o.lane from orchestrator.ensure_dedicated_lanes(array(select distinct n from unnest(v_names) n where n is not null), false) o) o on o.name = r.name
     order by r.n);
 end $$;
-comment on function orchestrator.watch_lanes(integer[], uuid[]) is
+comment on function orchestrator.ensure_lanes_for_failures(integer[], uuid[]) is
   'Gives the destinations of events that failed in shared lanes lanes of their own, for their breakers; answers the lanes by which to count, one for each event';
 
-create or replace function orchestrator.watched_at_most() returns integer
+create or replace function orchestrator.max_unconfigured_destinations() returns integer
 language sql immutable parallel safe
 return 1000;
-comment on function orchestrator.watched_at_most() is 'Destinations that get a lane of their own for failing, without being configured; each costs every claim a look';
+comment on function orchestrator.max_unconfigured_destinations() is 'Destinations that get a lane of their own for failing, without being configured; each costs every claim a look';
 
 create or replace function orchestrator.close_breaker(p_name text)
 returns table (name text, closed boolean, waiting bigint, note text)
@@ -138,7 +138,7 @@ declare
   v_paused boolean;
 begin
   if not orchestrator.await_destination(v_name) then
-    return query select v_name, true, orchestrator.waiting_for(v_name), orchestrator.note_destination(v_name, 'close_breaker');
+    return query select v_name, true, orchestrator.count_waiting(v_name), orchestrator.note_destination(v_name, 'close_breaker');
     return;
   end if;
   perform orchestrator.fold_destination(v_name) where exists (select from orchestrator.control_note n where n.name = v_name);
@@ -152,7 +152,7 @@ begin
   end if;
   perform orchestrator.tell_due(v_now);
   return query
-  select v_name, v_before <> 'closed', orchestrator.waiting_for(v_name)
+  select v_name, v_before <> 'closed', orchestrator.count_waiting(v_name)
     , concat_ws('; ', case when v_before = 'closed' then 'it was closed' else 'it opens again when attempts go on failing' end
       , case when v_paused then 'the destination is paused' end);
 end $$;

@@ -72,7 +72,7 @@ language sql stable security definer set search_path = orchestrator, pg_temp as 
 $$;
 comment on function orchestrator.blocked_by_death(uuid, timestamptz, integer, bigint) is 'The ordering key that an event holds back by dying, if its retry policy says so; else null';
 
-create or replace function orchestrator.waits_for(p_ordering bigint, p_event_id uuid, p_scheduled_at timestamptz) returns uuid
+create or replace function orchestrator.blocking_event(p_ordering bigint, p_event_id uuid, p_scheduled_at timestamptz) returns uuid
 language sql volatile security definer set search_path = orchestrator, pg_temp set enable_seqscan = off as $$
   select b.event_id from (
     (select d.event_id, 1 as place from orchestrator.dead_letter d where d.blocks = p_ordering order by d.scheduled_at, d.event_id limit 1)
@@ -84,5 +84,5 @@ language sql volatile security definer set search_path = orchestrator, pg_temp s
   order by b.place
   limit 1
 $$;
-comment on function orchestrator.waits_for(bigint, uuid, timestamptz) is
+comment on function orchestrator.blocking_event(bigint, uuid, timestamptz) is
   'What an event of an ordering key waits for: a dead one that blocks, else the first live one, else a later one that is under way; null: nothing';

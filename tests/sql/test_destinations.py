@@ -432,13 +432,13 @@ def test_overlaps_say_which_goes_first(client: Client) -> None:
 
 
 def test_a_destination_that_is_only_watched_overlaps_nothing(client: Client) -> None:
-    client.value("select orchestrator.own_lane('api.example', false)")
+    client.value("select orchestrator.ensure_dedicated_lane('api.example', false)")
     assert configure(client, "*.example").overlaps == []
 
 
 def test_a_pattern_that_overlaps_many_names_some(client: Client) -> None:
     for n in range(30):
-        client.value("select orchestrator.own_lane(%s, true)", f"h{n:02}.example")
+        client.value("select orchestrator.ensure_dedicated_lane(%s, true)", f"h{n:02}.example")
     overlaps = configure(client, "*.example").overlaps
     assert overlaps[0] == "h00.example goes first: an exact name"
     assert (len(overlaps), overlaps[-1]) == (21, "and 10 more")
@@ -587,7 +587,7 @@ def test_deleting_ends_a_pause(client: Client) -> None:
 
 
 def test_what_is_not_configured_is_not_deleted(client: Client) -> None:
-    client.value("select orchestrator.own_lane('watched.example', false)")
+    client.value("select orchestrator.ensure_dedicated_lane('watched.example', false)")
     assert act(client, "delete_destination", "none.example") is None
     assert act(client, "delete_destination", "watched.example") is None
     assert client.column("select name from orchestrator.destinations") == ["watched.example"]
