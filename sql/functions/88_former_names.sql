@@ -19,19 +19,28 @@ return orchestrator.max_unconfigured_destinations();
 comment on function orchestrator.watched_at_most() is 'Former name of max_unconfigured_destinations()';
 
 create or replace function orchestrator.watch_lanes(p_lanes integer[], p_event_ids uuid[]) returns integer[]
-language sql security definer set search_path = orchestrator, pg_temp
-as $$ select orchestrator.ensure_lanes_for_failures(p_lanes, p_event_ids) $$;
-comment on function orchestrator.watch_lanes(integer[], uuid[]) is 'Former name of ensure_lanes_for_failures()';
+language sql security definer set search_path = orchestrator, pg_temp as $$
+  select array_agg(r.lane order by f.n)
+  from unnest(p_event_ids) with ordinality as f (event_id, n)
+  join unnest(orchestrator.ensure_lanes_for_failures(array(
+    select row(f.lane, f.event_id, null, null, null, null)::orchestrator.lane_result
+    from unnest(p_lanes, p_event_ids) as f (lane, event_id)))) r on r.event_id = f.event_id
+$$;
+comment on function orchestrator.watch_lanes(integer[], uuid[]) is 'Former form of ensure_lanes_for_failures()';
 
 create or replace function orchestrator.note_results(
   p_lanes integer[], p_delivered boolean[], p_status_codes integer[],
   p_started_at double precision[], p_finished_at double precision[])
 returns void
-language sql security definer set search_path = orchestrator, pg_temp
-as $$ select orchestrator.update_breakers(p_lanes, p_delivered, p_status_codes, p_started_at, p_finished_at) $$;
+language sql security definer set search_path = orchestrator, pg_temp as $$
+  select orchestrator.update_breakers(array(
+    select row(r.lane, null, r.delivered, r.status_code, r.started_at, r.finished_at)::orchestrator.lane_result
+    from unnest(p_lanes, p_delivered, p_status_codes, p_started_at, p_finished_at)
+      as r (lane, delivered, status_code, started_at, finished_at)))
+$$;
 comment on function orchestrator.note_results(
   integer[], boolean[], integer[], double precision[], double precision[]) is
-  'Former name of update_breakers()';
+  'Former form of update_breakers()';
 
 create or replace function orchestrator.hold_lane(p_lane integer) returns void
 language sql security definer set search_path = orchestrator, pg_temp
