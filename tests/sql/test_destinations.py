@@ -306,6 +306,13 @@ def test_a_bound_that_an_adaptive_one_needs_cannot_be_cleared_alone(client: Clie
         configure(client, clear=["max_parallel"])
 
 
+def test_a_refusal_names_the_default_that_a_cleared_setting_would_have(client: Client) -> None:
+    configure(client, breaker_cooldown=seconds(1), breaker_max_cooldown=seconds(2))
+    complaint = "breaker_cooldown: expected at most breaker_max_cooldown, got 00:00:05"
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=complaint):
+        configure(client, clear=["breaker_cooldown"])
+
+
 def test_zero_keeps_a_breaker_from_opening_by_that(client: Client) -> None:
     answer = configure(client, breaker_failures=0, breaker_ratio=0)
     assert (answer.breaker_failures, answer.breaker_ratio) == (0, 0)
