@@ -124,6 +124,7 @@ grant execute on function
     double precision[], integer, double precision[], text[]),
   orchestrator.release_events(uuid[], integer[]),
   orchestrator.release_free_events(uuid[], integer[]),
+  orchestrator.ensure_dedicated_lane(text, boolean),
   orchestrator.own_lane(text, boolean),
   orchestrator.next_due_at(),
   orchestrator.backlog(),

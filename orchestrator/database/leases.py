@@ -237,7 +237,7 @@ select nullif(current_setting('orchestrator.claim_again_at', true), '')::float8
      , null, nullif(current_setting('orchestrator.locked_out', true), '')::smallint
      , null, null, null, null, null, null, null, null, null, null, null, null, null
 """
-_OWN_LANE: LiteralString = "select orchestrator.own_lane(orchestrator.destination_name(%s, %s), false)"
+_OWN_LANE: LiteralString = "select orchestrator.ensure_dedicated_lane(orchestrator.destination_name(%s, %s), false)"
 _FINISH: LiteralString = """
 select event_id, result, extract(epoch from due_at)::float8 from orchestrator.finish_events(
   %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[], %s::text[], %s::text[],

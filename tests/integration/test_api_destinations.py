@@ -239,7 +239,7 @@ async def test_pages_show_each_destination_once_by_name(api: httpx.AsyncClient, 
     names = ["a.example", "b.example", "kafka:", "kafka:orders", "*.org"]
     for name in names:
         await put(api, name)
-    client.value("select orchestrator.own_lane('é.example', false)")
+    client.value("select orchestrator.ensure_dedicated_lane('é.example', false)")
     seen: list[str] = []
     query: dict[str, Any] = {"limit": limit}
     while True:

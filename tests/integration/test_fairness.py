@@ -224,7 +224,7 @@ async def test_events_for_kafka_are_handed_back_as_well(settings: MakeSettings, 
         made = [event(delivery_type="KAFKA", destination=topic, scheduled_at=soon(1.2)) for _ in range(20)]
         ids = [str(answer.id) for answer in client.submit(*made)]
         await eventually(lambda: running.value("events_held") == 20)
-        client.rows("select orchestrator.hold_lane(null)")
+        client.rows("select orchestrator.recall_lane(null)")
         await eventually(lambda: running.value("events_released_total") == 20)
         await finished(client, ids)
     assert len(await records(kafka.servers, topic)) == 20
