@@ -10,10 +10,10 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from orchestrator.api.requests.destination_settings import SETTINGS
+from orchestrator.api.requests.destination_settings import DESTINATION_SETTINGS
 from orchestrator.api.routes.health import STANDSTILLS_CACHE_S
 from orchestrator.database import Database
-from orchestrator.database.destinations import SETTINGS as COLUMNS
+from orchestrator.database.destinations import SETTING_COLUMNS
 from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields, running_api, submission
@@ -79,7 +79,7 @@ async def put(api: httpx.AsyncClient, name: str, **wanted: Any) -> Any:
 
 
 def settings_of(destination: Any) -> dict[str, Any]:
-    return {name: destination[name] for name in SETTINGS}
+    return {name: destination[name] for name in DESTINATION_SETTINGS}
 
 
 def submit(client: Client, count: int, destination: str = API, *, after_s: float = 0) -> None:
@@ -87,7 +87,7 @@ def submit(client: Client, count: int, destination: str = API, *, after_s: float
 
 
 def test_every_destination_setting_of_the_database_has_a_name_in_the_api() -> None:
-    assert [setting.column for setting in SETTINGS.values()] == list(COLUMNS)
+    assert [setting.column for setting in DESTINATION_SETTINGS.values()] == list(SETTING_COLUMNS)
 
 
 async def test_a_put_sets_the_given_settings_and_all_others_to_their_defaults(api: httpx.AsyncClient) -> None:
@@ -239,7 +239,7 @@ async def test_pages_show_each_destination_once_by_name(api: httpx.AsyncClient, 
     names = ["a.example", "b.example", "kafka:", "kafka:orders", "*.org"]
     for name in names:
         await put(api, name)
-    client.value("select orchestrator.own_lane('é.example', false)")
+    client.value("select orchestrator.ensure_dedicated_lane('é.example', false)")
     seen: list[str] = []
     query: dict[str, Any] = {"limit": limit}
     while True:

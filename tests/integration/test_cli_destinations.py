@@ -121,7 +121,7 @@ def test_destinations_are_listed_by_page(call: Call, client: Client) -> None:
     assert told(call("destinations", "list")) == "No destination is configured.\n"
     for name in ("a.example", "b.example", "c.example"):
         told(call("destinations", "set", name, "--rate", "5", "--burst", "2", "--max-parallel", "4"))
-    client.value("select orchestrator.own_lane('d.example', false)")
+    client.value("select orchestrator.ensure_dedicated_lane('d.example', false)")
     page = answer(call("destinations", "list", "--limit", "2", "--json"))
     assert [each["name"] for each in page] == ["a.example", "b.example"]
     shown = told(call("destinations", "list", "--limit", "2"))

@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.database import Claims, Leases
 from orchestrator.dispatch import dispatcher as module
-from orchestrator.dispatch.queue.destination_queue import destination_name
+from orchestrator.events.destination_name import destination_name
 from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.test_dispatcher import Gate
@@ -224,7 +224,7 @@ async def test_events_for_kafka_are_handed_back_as_well(settings: MakeSettings, 
         made = [event(delivery_type="KAFKA", destination=topic, scheduled_at=soon(1.2)) for _ in range(20)]
         ids = [str(answer.id) for answer in client.submit(*made)]
         await eventually(lambda: running.value("events_held") == 20)
-        client.rows("select orchestrator.hold_lane(null)")
+        client.rows("select orchestrator.recall_lane(null)")
         await eventually(lambda: running.value("events_released_total") == 20)
         await finished(client, ids)
     assert len(await records(kafka.servers, topic)) == 20

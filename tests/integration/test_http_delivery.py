@@ -29,8 +29,8 @@ import pytest
 
 from orchestrator.dispatch.attempt import Attempted
 from orchestrator.dispatch.http.sender import Delivery, HttpSender
-from orchestrator.dispatch.queue.destination_queue import destination_name
 from orchestrator.errors import OwnFaultError
+from orchestrator.events.destination_name import destination_name
 from orchestrator.events.rules import RESERVED_HEADERS
 from orchestrator.events.urls import url_fault
 from orchestrator.settings import Settings

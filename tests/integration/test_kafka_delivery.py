@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from orchestrator.dispatch import kafka as module
+from orchestrator.dispatch import kafka_deliveries as module
 from orchestrator.kafka.partitions import partition_of
 from tests.conftest import MakeSettings, Spawn
 from tests.support.brokers import Kafka, KafkaBroker

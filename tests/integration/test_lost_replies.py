@@ -261,8 +261,8 @@ def methods(*classes: type) -> set[str]:
     return {
         f"{cls.__name__}.{name}"
         for cls in classes
-        for name, method in vars(cls).items()
-        if inspect.iscoroutinefunction(method) and not name.startswith("_")
+        for name, _ in inspect.getmembers(cls, inspect.iscoroutinefunction)
+        if not name.startswith("_")
     }
 
 
@@ -280,7 +280,7 @@ def test_every_method_that_changes_data_is_tested_with_a_lost_reply() -> None:
 async def test_a_change_whose_outcome_cannot_be_learned_is_reported_as_in_doubt(
     settings: MakeSettings, database_url: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.database.gateway._POOL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("orchestrator.database.pool._TIMEOUT_S", 0.5)
     event_id = client.schedule()
     async with CuttingProxy(database_url) as proxy:
         ours = replace(settings(DATABASE_URL=proxy.url), pool_min_idle=0, pool_max_size=1)

@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 
 from orchestrator.database import Database
 from orchestrator.database.connection import connect, connect_blocking
-from orchestrator.database.gateway import Filter
+from orchestrator.database.event_calls import Filter
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.database.maintenance import Maintenance, Retention
 from orchestrator.database.migrate import check, migrate

@@ -242,7 +242,7 @@ def _steps(client: Client, count: int, name: str) -> Iterator[tuple[str, Step]]:
             count,
         ),
     )
-    yield "let all that wait go on", lambda: client.value("select orchestrator.advance_waiting()")
+    yield "let all that wait go on", lambda: client.value("select orchestrator.advance_all_orderings()")
     yield "pass a dead letter", lambda: client.value("select orchestrator.pass_dead_letter(%s::uuid)", dead[0])
     yield (
         "count what happened",

@@ -308,6 +308,13 @@ def test_max_parallel_cannot_be_cleared_alone_while_adaptive_needs_it(client: Cl
         configure(client, clear=["max_parallel"])
 
 
+def test_a_refusal_names_the_default_that_a_cleared_setting_would_have(client: Client) -> None:
+    configure(client, breaker_cooldown=seconds(1), breaker_max_cooldown=seconds(2))
+    complaint = "breaker_cooldown: expected at most breaker_max_cooldown, got 00:00:05"
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=complaint):
+        configure(client, clear=["breaker_cooldown"])
+
+
 def test_zero_failures_and_ratio_keep_a_breaker_from_opening(client: Client) -> None:
     answer = configure(client, breaker_failures=0, breaker_ratio=0)
     assert (answer.breaker_failures, answer.breaker_ratio) == (0, 0)
@@ -434,13 +441,13 @@ def test_overlaps_say_which_goes_first(client: Client) -> None:
 
 
 def test_a_destination_that_is_only_watched_overlaps_nothing(client: Client) -> None:
-    client.value("select orchestrator.own_lane('api.example', false)")
+    client.value("select orchestrator.ensure_dedicated_lane('api.example', false)")
     assert configure(client, "*.example").overlaps == []
 
 
 def test_a_pattern_that_overlaps_many_destinations_names_some_of_them(client: Client) -> None:
     for n in range(30):
-        client.value("select orchestrator.own_lane(%s, true)", f"h{n:02}.example")
+        client.value("select orchestrator.ensure_dedicated_lane(%s, true)", f"h{n:02}.example")
     overlaps = configure(client, "*.example").overlaps
     assert overlaps[0] == "h00.example goes first: an exact name"
     assert (len(overlaps), overlaps[-1]) == (21, "and 10 more")
@@ -589,7 +596,7 @@ def test_deleting_a_destination_ends_its_pause(client: Client) -> None:
 
 
 def test_a_destination_that_is_not_configured_is_not_deleted(client: Client) -> None:
-    client.value("select orchestrator.own_lane('watched.example', false)")
+    client.value("select orchestrator.ensure_dedicated_lane('watched.example', false)")
     assert act(client, "delete_destination", "none.example") is None
     assert act(client, "delete_destination", "watched.example") is None
     assert client.column("select name from orchestrator.destinations") == ["watched.example"]

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from orchestrator.dispatch.queue.destination_queue import destination_name
+from orchestrator.events.destination_name import destination_name
 from tests.support.sql_client import HOST, NOON, Client, Lease, Result, results, seconds
 
 NAME = HOST.removeprefix("https://")
@@ -198,6 +198,19 @@ def test_ten_failures_in_a_row_open_the_breaker_of_a_destination_never_configure
     assert again_at(client) == pytest.approx((NOON + seconds(5)).timestamp())
     attempts = client.column("select attempt from orchestrator.timer order by 1")
     assert attempts.count(0) == 30, "those that wait spend no attempt"
+
+
+def test_a_finish_of_the_version_before_that_waited_for_the_migration_counts_its_failures(client: Client) -> None:
+    """Its text goes on with the names that its functions had."""
+    ids = client.schedule_many(3)
+    shared = client.value("select min(lane) from orchestrator.timer")
+    lanes = client.value("select orchestrator.watch_lanes(%s, %s::uuid[])", [shared, 99, shared], ids)
+    assert lanes[1] == 99
+    assert lanes[0] == lanes[2] > 63
+    moment = NOON.timestamp()
+    given = [[lanes[0]] * 10, [False] * 10, [500] * 10, [moment] * 10, [moment] * 10]
+    client.value("select orchestrator.note_results(%s, %s, %s, %s::float8[], %s::float8[])", *given)
+    assert client.value("select breaker from orchestrator.lane where lane = %s", lanes[0]) == "open"
 
 
 def test_an_open_breaker_tries_one_event_and_closes_when_that_is_delivered(client: Client) -> None:

@@ -28,11 +28,15 @@ CHANGING = {"cancel_event", "cancel_events", "reschedule_event", "keep_answer", 
 DISPATCHING = {
     "register_worker", "claim_due_events", "finish_events", "release_events", "next_due_at", "backlog",
     "finish_free_events", "release_free_events",
-    "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published", "outbox_failed", "outbox_pending",
-    "settle_restored",
+    "ensure_dedicated_lane", "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published",
+    "outbox_failed", "outbox_pending",
+    "repair_after_restore", "settle_restored",
     "configure_topics",
 }  # fmt: skip
-INGESTING = {"ingest_offsets", "advance_offsets", "keep_rejects", "execute_commands", "set_aside_staged", "keep_aside"}
+INGESTING = {
+    "ingest_offsets", "advance_offsets", "keep_rejects", "execute_commands", "set_aside_staged", "submit_set_aside",
+    "keep_aside",
+}  # fmt: skip
 READING = {
     "get_event", "events_by_external_id", "list_dead_letters", "statistics", "statistics_by", "next_due_at", "backlog",
     "list_rejects", "ingest_offsets", "outbox_pending", "get_destination", "list_destinations", "destination_for",

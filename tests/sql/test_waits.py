@@ -453,7 +453,7 @@ def test_a_record_that_was_set_aside_is_kept_once_the_other_session_has_ended(co
         client.rows(
             "select orchestrator.set_aside_staged('topic', '{7}', '{0}', '{41}', array[null::bytea], '{x}'::bytea[])"
         )
-    assert client.rows("select kept, waiting from orchestrator.keep_aside()") == [(0, 1)]
+    assert client.rows("select kept, waiting from orchestrator.submit_set_aside()") == [(0, 1)]
     [problem] = client.value("select orchestrator.run_maintenance()")["problems"]
     assert problem["step"] == "submissions_kept"
     holder.rows("rollback")

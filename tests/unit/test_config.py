@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import base64
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
@@ -17,12 +15,11 @@ from hypothesis import given as examples
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator.errors import OrchestratorError, SettingsError
+from orchestrator.errors import SettingsError
 from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings, given
 from orchestrator.settings.rules import MARGIN_S
-from orchestrator.settings.table import BEGIN, END, render_markdown_table, settings_table, with_table
+from orchestrator.settings.table import render_markdown_table, settings_table
 
-ROOT = Path(__file__).parents[2]
 KEY = "whsec_" + base64.b64encode(bytes(range(24))).decode()
 ALL = (*SETTINGS.values(), *DATABASE_PARTS.values())
 
@@ -551,34 +548,7 @@ def test_the_values_in_the_table_would_be_read_back_the_same() -> None:
     assert Settings.from_env(again) == Settings.from_env(environ)
 
 
-def test_the_readme_documents_the_settings_as_they_are() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_table(readme) == readme, "run: python -m orchestrator.settings.table README.md"
-
-
-def test_a_row_of_the_readme_has_as_many_cells_as_its_head() -> None:
+def test_a_row_of_the_reference_has_as_many_cells_as_its_head() -> None:
     lines = render_markdown_table().splitlines()
     assert {line.count("|") for line in lines} == {5}
     assert len(lines) == len(ALL) + 2
-
-
-def test_a_document_without_markers_is_refused() -> None:
-    with pytest.raises(OrchestratorError, match="add them"):
-        with_table(f"# Title\n{BEGIN}\n")
-
-
-def test_config_table_rewrites_the_table_and_checks_it(tmp_path: Path) -> None:
-    document = tmp_path / "README.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-
-    def run(*arguments: str) -> int:
-        command = [sys.executable, "-m", "orchestrator.settings.table", str(document), *arguments]
-        return subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, check=False).returncode
-
-    assert run("--check") == 1
-    assert "old" in document.read_text(encoding="utf-8")
-    assert run() == 0
-    assert document.read_text(encoding="utf-8") == f"before\n{BEGIN}\n{render_markdown_table()}\n{END}\nafter\n"
-    assert run("--check") == 0
-    document.unlink()
-    assert run() == 2

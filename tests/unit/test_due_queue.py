@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.database import Claimed
 from orchestrator.dispatch.queue import due_queue as module
-from orchestrator.dispatch.queue.destination_queue import Line, Windows
+from orchestrator.dispatch.queue.destination_queue import DestinationQueue, Windows
 from orchestrator.dispatch.queue.due_queue import DueQueue
 from tests.support.waiting import eventually
 
@@ -376,7 +376,7 @@ async def test_idle_destinations_are_forgotten_when_there_are_very_many(monkeypa
     for n in range(1000):
         queue.put([claimed(-1, "x", f"http://host-{n}/")])
         queue.ended((await taken(queue, 1))[0], quick=True)
-    assert len(queue.lines) <= 101
+    assert len(queue.queues) <= 101
     assert await nothing_to_be_had(queue)  # the window of the first is still full
     queue.ended(running)
     assert [event.event_id for event in await taken(queue, 1)] == ["1"]
@@ -392,8 +392,8 @@ class Model:
         self.running: list[Claimed] = []
         self.count = 0
 
-    def line(self, event: Claimed) -> Line:
-        return next(line for line in self.queue.lines if line.destination == event.destination)
+    def destination_queue(self, event: Claimed) -> DestinationQueue:
+        return next(each for each in self.queue.queues if each.destination == event.destination)
 
     def put(self, events: list[tuple[int, int]]) -> None:
         made = []
@@ -418,14 +418,14 @@ class Model:
             assert event.start_at <= self.clock.s
             self.waiting.remove(event.event_id)
             self.running.append(event)
-            line = self.line(event)
-            assert line.running <= line.window
+            each = self.destination_queue(event)
+            assert each.running <= each.window
 
     def check(self) -> None:
-        assert len(self.queue) == len(self.waiting) == sum(len(line.events) for line in self.queue.lines)
-        for line in self.queue.lines:
-            assert line.running == sum(event.destination == line.destination for event in self.running)
-            assert line.window <= 4
+        assert len(self.queue) == len(self.waiting) == sum(len(each.events) for each in self.queue.queues)
+        for each in self.queue.queues:
+            assert each.running == sum(event.destination == each.destination for event in self.running)
+            assert each.window <= 4
 
 
 OPERATIONS = st.one_of(
@@ -460,17 +460,17 @@ def test_no_history_of_the_queue_loses_an_event_or_hands_one_out_early_or_beyond
                     queue.put([])
                 case ("take",):
                     await model.take()
-                case ("stall", int(n), int(window), int(keep)) if queue.lines:
-                    out = queue.stall(queue.lines[n % len(queue.lines)], window, keep)
+                case ("stall", int(n), int(window), int(keep)) if queue.queues:
+                    out = queue.stall(queue.queues[n % len(queue.queues)], window, keep)
                     model.waiting -= {event.event_id for event in out}
                 case ("recover", int(n)) if queue.stalled:
-                    queue.recover(sorted(queue.stalled, key=lambda line: str(line.destination))[n % len(queue.stalled)])
+                    queue.recover(sorted(queue.stalled, key=lambda each: str(each.destination))[n % len(queue.stalled)])
                 case ("remove", lane):
                     out = queue.remove(lane if isinstance(lane, int) else None)
                     model.waiting -= {event.event_id for event in out}
             model.check()
-        for line in list(queue.stalled):
-            queue.recover(line)
+        for each in list(queue.stalled):
+            queue.recover(each)
         model.clock.s += 1000
         queue.put([])
         for _ in range(len(model.waiting) + len(model.running) + 1):

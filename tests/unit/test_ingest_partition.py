@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.database.ingestion import Move, Position
-from orchestrator.ingest.partition import Halt, Partition, Step, record_hash, take
+from orchestrator.ingest.partition import HaltError, Partition, Step, record_hash, take
 
 
 @dataclass
@@ -65,7 +65,7 @@ def test_an_anchor_that_is_read_again_proves_the_log() -> None:
 def test_another_record_in_the_anchor_s_place_halts_the_partition(other: Sent) -> None:
     placed = partition()
     placed.place(READ_TO_100, 0, 200)
-    with pytest.raises(Halt, match="offset 99 is not the one that was read"):
+    with pytest.raises(HaltError, match="offset 99 is not the one that was read"):
         placed.fresh([other, Sent(100)])
 
 
@@ -89,12 +89,12 @@ def test_a_log_that_does_not_reach_the_position_halts_the_partition(
     begins: int, ends: int, why: str, may_pass: bool
 ) -> None:
     placed = partition()
-    with pytest.raises(Halt, match=why) as halt:
+    with pytest.raises(HaltError, match=why) as halt:
         placed.place(READ_TO_100, begins, ends)
     placed.halt(halt.value)
-    assert placed.halted is not None
-    assert "partition 3 of topic orders is halted at offset 100" in placed.halted
-    assert "select orchestrator.set_ingest_offset('orders', 3, <offset>)" in placed.halted
+    assert placed.halt_reason is not None
+    assert "partition 3 of topic orders is halted at offset 100" in placed.halt_reason
+    assert "select orchestrator.set_ingest_offset('orders', 3, <offset>)" in placed.halt_reason
     assert placed.may_pass is may_pass
     assert placed.position() == READ_TO_100
 

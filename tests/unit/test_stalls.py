@@ -114,10 +114,10 @@ async def test_a_stalled_destination_in_a_shared_lane_asks_for_a_dedicated_lane_
     await taken(fixture.queue, 2)
     fixture.look(1)
     assert fixture.stalls.lanes(100) == set()  # others are in there, too
-    (line,) = fixture.stalls.without_lane()
-    assert (line.delivery_type, line.destination) == ("HTTP", "http://a/")
-    assert fixture.stalls.without_lane() == []
-    line.lane = 99
+    (queue,) = fixture.stalls.without_dedicated_lane()
+    assert (queue.delivery_type, queue.destination) == ("HTTP", "http://a/")
+    assert fixture.stalls.without_dedicated_lane() == []
+    queue.lane = 99
     assert fixture.stalls.lanes(100) == {99}
     fixture.put(3, lane=7)  # on their way since before
     fixture.stalls.sweep()
@@ -132,11 +132,11 @@ async def test_a_dedicated_lane_that_was_removed_is_asked_for_again(fixture: Fix
     for after_s in (0, 5, 5):
         fixture.put(3, lane=7)
         fixture.look(after_s)
-        (line,) = fixture.stalls.without_lane()
-        line.lane = 99
+        (queue,) = fixture.stalls.without_dedicated_lane()
+        queue.lane = 99
         fixture.put(3, lane=7)
         fixture.look(4.9)
-        assert fixture.stalls.without_lane() == []
+        assert fixture.stalls.without_dedicated_lane() == []
         assert fixture.stalls.lanes(100) == {99}
 
 
@@ -148,7 +148,7 @@ async def test_a_dedicated_lane_takes_at_most_its_share_of_the_memory(fixture: F
     assert fixture.stalls.lanes(29) == {70}
     assert fixture.stalls.lanes(30) == set()
     assert fixture.stalls.lanes(15) == {70, 71}
-    assert fixture.stalls.without_lane() == []
+    assert fixture.stalls.without_dedicated_lane() == []
 
 
 async def test_destinations_that_share_one_connection_stall_and_recover_together() -> None:
@@ -159,7 +159,7 @@ async def test_destinations_that_share_one_connection_stall_and_recover_together
     stalls.stall_all()
     assert sorted(event.event_id for event in released) == ["a", "b", "c"]
     assert stalls.lanes(100) == {70, 71}
-    assert [line.destination for line in stalls.without_lane()] == ["http://b/"]
+    assert [queue.destination for queue in stalls.without_dedicated_lane()] == ["http://b/"]
     queue.put([claimed(-1, "a", "http://a/", 70)])
     assert await nothing_to_be_had(queue)
     stalls.recover_all()
