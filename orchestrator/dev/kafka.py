@@ -33,7 +33,7 @@ __all__ = [
 
 Kind = Literal["docker", "maven", "wheel"]
 
-# In the order of preference: as near to production as this machine allows.
+# In the order of preference: as close to production as this machine allows.
 _UNAVAILABLE: dict[Kind, Callable[[], str | None]] = {
     "docker": kafka_docker.unavailable,
     "maven": kafka_maven.unavailable,
