@@ -1,4 +1,4 @@
-"""Every setting, each defined once; the reference's table and `orchestrator config check` come from here.
+"""Every setting, each defined once; the documented table and `orchestrator config check` are made from here.
 
 An instance is told apart from its neighbours by its environment alone, so one image serves many customers.
 """
