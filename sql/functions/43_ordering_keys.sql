@@ -70,7 +70,7 @@ end $$;
 comment on function orchestrator.advance_ordering(bigint[]) is
   'Makes the first waiting event of each ordering key claimable, where nothing holds it any more.';
 
-create or replace function orchestrator.advance_waiting() returns bigint
+create or replace function orchestrator.advance_all_orderings() returns bigint
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set enable_seqscan = off
@@ -93,7 +93,7 @@ begin
   end if;
   return cardinality(v_orderings || v_others);
 end $$;
-comment on function orchestrator.advance_waiting() is
+comment on function orchestrator.advance_all_orderings() is
   'advance_ordering() of all keys, except those that another session has locked. '
   'Returns how many keys have events that wait.';
 
