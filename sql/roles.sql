@@ -93,7 +93,7 @@ grant execute on function
   orchestrator.delete_destination(text), orchestrator.pause_destination(text), orchestrator.resume_destination(text), orchestrator.pause_all(),
   orchestrator.resume_all(), orchestrator.close_breaker(text), orchestrator.destination_json(text)
   to orchestrator_ops;
-grant execute on function orchestrator.run_maintenance(integer, integer), orchestrator.settle_lanes(integer), orchestrator.create_partitions(date, date),
+grant execute on function orchestrator.run_maintenance(integer, integer), orchestrator.reroute_remaining(integer), orchestrator.create_partitions(date, date),
   orchestrator.configure_retention(integer, integer, integer, boolean), orchestrator.partitions_to_archive(), orchestrator.archived_partition(text),
   orchestrator.hand_partitions_to(text),
   orchestrator.create_api_key(text, bytea, text[]), orchestrator.revoke_api_key(text), orchestrator.find_api_key(bytea), orchestrator.count_api_keys()

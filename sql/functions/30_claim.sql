@@ -80,7 +80,7 @@ begin
   end if;
 
   v_floors := orchestrator.floors(v_control, v_now);
-  v_floors_hold := orchestrator.floors_hold(v_control, v_now);
+  v_floors_hold := orchestrator.floors_valid(v_control, v_now);
   v_own_floor := case when v_floors_hold then v_control.own_floor else '-infinity' end;
   -- Where little is due in own lanes, that says which to look at; else this claim looks on from where the session's last one stopped.
   v_own := array(select t.lane from orchestrator.timer t where t.lane > 63 and t.due_at >= v_own_floor and t.due_at <= v_until order by t.due_at limit c_few);
@@ -123,7 +123,7 @@ begin
     v_wanted := v_limited;
     select l.caps, l.untils, l.lanes, l.allowed, l.kinds, l.bounded, l.spread, l.again_at
     into v_caps, v_untils, v_limited, v_allowed, v_kinds, v_bounded, v_spread, v_again_at
-    from orchestrator.lane_limits(v_lanes, v_limited, v_now, v_until, p_max_parallel) l;
+    from orchestrator.lock_limits(v_lanes, v_limited, v_now, v_until, p_max_parallel) l;
     v_limited := coalesce(v_limited, '{}');
     v_locked_out := not v_wanted <@ v_limited;
   end if;
@@ -156,7 +156,7 @@ begin
       select v_at || s.ready, v_changed or s.changed or cardinality(s.ready) + s.locked < cardinality(v_odd_at)
         , v_left + s.locked, v_buckets || s.buckets, v_left_out or s.locked > 0, v_locked_out or s.locked > 0
       into v_at, v_changed, v_left, v_buckets, v_left_out, v_locked_out
-      from orchestrator.sort_out(v_odd_at, v_control.rerouted_by is not null, p_max_parallel is not null, p_skip) s;
+      from orchestrator.reroute_or_park(v_odd_at, v_control.rerouted_by is not null, p_max_parallel is not null, p_skip) s;
     end if;
     if v_at <> '{}' then
       with leased as (
@@ -179,7 +179,7 @@ begin
               , least(v_caps[u.n], v_left / cardinality(v_queues) + (u.place <= v_left % cardinality(v_queues))::integer) as share
             from unnest(v_queues) with ordinality as u (n, place)) q
       cross join lateral (
-        select t.ctid as at, t.attempt >= t.max_attempts + orchestrator.lost_leases_borne() or t.expires_at <= v_now is true as lost
+        select t.ctid as at, t.attempt >= t.max_attempts + orchestrator.max_lost_leases() or t.expires_at <= v_now is true as lost
           , t.ordering is not null or v_control.rerouted_by is not null or t.lane = any (v_spread) is true as odd
         from orchestrator.timer t
         where t.lane = q.lane and t.priority = q.priority and t.due_at >= q.floor and t.due_at <= q.until and (t.lease_until is null or t.lease_until <= v_now)
@@ -204,7 +204,7 @@ begin
     from (select * from leased order by due_at, event_id) l;
     v_all_ids := v_all_ids || v_ids; v_all_scheduled := v_all_scheduled || v_scheduled; v_all_due := v_all_due || v_due;
     v_all_attempts := v_all_attempts || v_attempts; v_all_from := v_all_from || v_from;
-    if v_lost_at <> '{}' and orchestrator.bury(v_lost_at) < cardinality(v_lost_at) then
+    if v_lost_at <> '{}' and orchestrator.end_without_attempt(v_lost_at) < cardinality(v_lost_at) then
       -- Those whose ordering key another has stay, and would be met again.
       v_buckets := v_buckets || array(select orchestrator.ordering_bucket(t.ordering) from orchestrator.timer t where t.ctid = any (v_lost_at));
       v_left_out := true;
@@ -221,7 +221,7 @@ begin
 
   if v_limited is not null then
     select s.start_at, s.lease_until, s.options, s.waited into v_start, v_lease, v_options, v_waited
-    from orchestrator.take_slots(v_all_ids, v_all_due, v_all_from, v_limited, v_allowed, v_kinds, v_bounded, v_now, v_lease_until, p_lease) s;
+    from orchestrator.book_slots(v_all_ids, v_all_due, v_all_from, v_limited, v_allowed, v_kinds, v_bounded, v_now, v_lease_until, p_lease) s;
   end if;
   -- What went elsewhere, a lane that was not looked at, a limit that has more to give, a breaker that lets its next try through, or what another session has locked.
   v_again_at := least(case when v_locked_out then v_now + interval '10 ms' * power(2, least(7, coalesce(v_misses, 0) + 1)) end, case when v_changed or v_more and v_left > 0 then v_now end, v_again_at
@@ -236,7 +236,7 @@ begin
   select e.id, l.attempt, l.due_at, coalesce(l.lease_until, v_lease_until), e.scheduled_at, e.source, e.external_job_id, e.delivery_type, e.destination
     , e.ordering_key, e.headers, e.payload, coalesce(l.start_at, l.due_at), l.lane
     , l.options, case when l.waited is not null then l.waited
-           when l.due_at < v_control.resumed_at then orchestrator.waits(l.due_at, v_now, v_control.last_paused_at, v_control.resumed_at, null, null, null) end
+           when l.due_at < v_control.resumed_at then orchestrator.wait_causes(l.due_at, v_now, v_control.last_paused_at, v_control.resumed_at, null, null, null) end
     , e.expires_at
   from unnest(v_all_ids, v_all_scheduled, v_all_due, v_all_attempts, v_all_from, v_start, v_lease, v_options, v_waited)
     as l (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited)

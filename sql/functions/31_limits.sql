@@ -14,7 +14,7 @@ comment on function orchestrator.next_slot(timestamptz, timestamptz, interval, i
 
 -- Locks in order of lane; what it then reads, it reads in a new snapshot. A lane that an open transaction has gives nothing: another claim
 -- has it for milliseconds, which are waited for, but not any more once three claims of this session in turn have failed to get it.
-create or replace function orchestrator.lane_limits(
+create or replace function orchestrator.lock_limits(
   p_queues integer[], p_limited integer[], p_now timestamptz, p_until timestamptz, p_max_parallel integer,
   out caps integer[], out untils timestamptz[], out lanes integer[], out allowed integer[], out kinds text[], out bounded integer[], out spread integer[], out again_at timestamptz)
 language plpgsql security definer set search_path = orchestrator, pg_temp set enable_hashjoin = on set enable_seqscan = off set enable_bitmapscan = off as $$
@@ -70,7 +70,7 @@ begin
   from (select u.lane, u.n, row_number() over (partition by u.lane order by u.n) = 1 as first from unnest(p_queues) with ordinality as u (lane, n)) q
   left join limits l on l.lane = q.lane;
 end $$;
-comment on function orchestrator.lane_limits(integer[], integer[], timestamptz, timestamptz, integer) is
+comment on function orchestrator.lock_limits(integer[], integer[], timestamptz, timestamptz, integer) is
   'Locks limited lanes and says how many events a claim may take and due until when, for each queue given (caps, untils; null: any number), and for each limited lane that no other session has locked: allowed, the limit that decides (rate or parallel), and which give slots of a bound or are spread; again_at: when a rate has more to give, or events of a bound become due';
 
 create or replace function orchestrator.is_limited(p_destination orchestrator.destination) returns boolean
@@ -86,7 +86,7 @@ return p_lane.paused_at is null and (p_lane.open_until <= p_now or coalesce(grea
 comment on function orchestrator.lane_open(orchestrator.lane, timestamptz) is 'Whether claims may take from a lane: not paused, and its breaker lets at least a try through';
 
 -- GCRA in closed form: the i-th theoretical arrival time is i·T + max(TAT, max over j ≤ i of (x_j - (j-1)·T)), x being when each may start at the earliest.
-create or replace function orchestrator.take_slots(
+create or replace function orchestrator.book_slots(
   p_ids uuid[], p_due_at timestamptz[], p_lanes integer[], p_limited integer[], p_allowed integer[], p_kinds text[],
   p_bounded integer[], p_now timestamptz, p_lease_until timestamptz, p_lease interval,
   out start_at timestamptz[], out lease_until timestamptz[], out options json[], out waited json[])
@@ -134,7 +134,7 @@ begin
     set lease_until = (select s.lease_until from slot s where s.id = t.event_id)
     where t.event_id = any (array(select s.id from slot s where s.lease_until > p_lease_until))
   ), why as (
-    select s.n, orchestrator.waits(s.due_at, greatest(s.start_at, p_now)
+    select s.n, orchestrator.wait_causes(s.due_at, greatest(s.start_at, p_now)
       , s.last_paused_at, s.resumed_at, s.opened_at, case when s.closed_at >= s.opened_at then s.closed_at else p_now end
       , case when s.gap is not null and (s.start_at > p_now or s.held_by = 'rate') then 'rate' else s.held_by end) as waited
     from slot s
@@ -145,7 +145,7 @@ begin
   into start_at, lease_until, options, waited
   from generate_subscripts(p_ids, 1) n left join slot s using (n) left join why w using (n);
 end $$;
-comment on function orchestrator.take_slots(uuid[], timestamptz[], integer[], integer[], integer[], text[], integer[], timestamptz, timestamptz, interval) is
+comment on function orchestrator.book_slots(uuid[], timestamptz[], integer[], integer[], integer[], text[], integer[], timestamptz, timestamptz, interval) is
   'Books leases, one array element each, with the lanes they came from; answers nulls for those not of limited lanes: when each may start under its rate, until when it is leased, why it waited, and what a dispatcher must know to deliver it: rate and bound (true: its start and its result count at once), timeout_s, signing_secret, secret_headers; null: nothing special';
 
 create or replace function orchestrator.caps_left(p_lanes integer[], p_caps integer[], p_asked integer[], p_given bigint[]) returns integer[]
@@ -156,7 +156,7 @@ language sql stable set search_path = orchestrator, pg_temp set enable_hashjoin 
 $$;
 comment on function orchestrator.caps_left(integer[], integer[], integer[], bigint[]) is 'What each queue may still give after those asked have given; queues of one lane share its cap';
 
-create or replace function orchestrator.waits(
+create or replace function orchestrator.wait_causes(
   p_due_at timestamptz, p_begins_at timestamptz, p_paused_at timestamptz, p_resumed_at timestamptz, p_opened_at timestamptz, p_closed_at timestamptz, p_held_by text)
 returns json
 language sql immutable parallel safe as $$
@@ -171,5 +171,5 @@ language sql immutable parallel safe as $$
     , greatest(0, (extract(epoch from least(p_begins_at, p_closed_at) - greatest(p_due_at, p_opened_at)) * 1000)::integer) * (p_opened_at is not null)::integer
     )) as t (total, pause, breaker)) parts
 $$;
-comment on function orchestrator.waits(timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, text) is
+comment on function orchestrator.wait_causes(timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, text) is
   'Milliseconds that an event waited from due to begin, by cause: the last pause and the last opening of the breaker as far as they overlap, the rest by the limit that held its lane back; null: by none';

@@ -3,7 +3,7 @@
 
 -- Timers are in a wrong lane when their destination was given a lane, or lost one, after they were submitted. Claims move those they
 -- come across; this moves the rest, so that claims need not look any more. Whoever was submitting when the lanes changed must have ended.
-create or replace function orchestrator.settle_lanes(p_limit integer default 50000) returns bigint
+create or replace function orchestrator.reroute_remaining(p_limit integer default 50000) returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp
 set enable_nestloop = off set enable_mergejoin = off as $$
 declare
@@ -63,9 +63,9 @@ begin
   end if;
   return v_moved;
 end $$;
-comment on function orchestrator.settle_lanes(integer) is 'Moves up to p_limit timers to the lanes where they belong; once there are none left, claims stop looking for them, and lanes of deleted destinations go. Returns how many it moved';
+comment on function orchestrator.reroute_remaining(integer) is 'Moves up to p_limit timers to the lanes where they belong; once there are none left, claims stop looking for them, and lanes of deleted destinations go. Returns how many it moved';
 
--- Apart from settle_lanes(), which reads the whole table: rows are found by their places, whatever the size of the table.
+-- Apart from reroute_remaining(), which reads the whole table: rows are found by their places, whatever the size of the table.
 create or replace function orchestrator.move_timers(p_at tid[], p_lanes integer[]) returns bigint
 language sql security definer set search_path = orchestrator, pg_temp
 set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
@@ -78,7 +78,7 @@ set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off se
 $$;
 comment on function orchestrator.move_timers(tid[], integer[]) is 'Puts timers, by their places, into lanes. The caller has them locked; returns how many';
 
-create or replace function orchestrator.forget_well_destinations() returns bigint
+create or replace function orchestrator.forget_recovered_destinations() returns bigint
 language sql security definer set search_path = orchestrator, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off as $$
   select count(*) from orchestrator.destination d join orchestrator.lane l on l.name = d.name cross join orchestrator.now() as n (now)
@@ -88,10 +88,10 @@ set enable_seqscan = off set enable_bitmapscan = off as $$
         else l.open_until < n.now - interval '1 hour' and (select true from orchestrator.timer t where t.lane = l.lane limit 1) is null
       end and orchestrator.try_destination(d.name) then orchestrator.forget_destination(d.name) end
 $$;
-comment on function orchestrator.forget_well_destinations() is 'Gives up the lanes of destinations that were never configured and have not failed for ten minutes. Returns how many';
+comment on function orchestrator.forget_recovered_destinations() is 'Gives up the lanes of destinations that were never configured and have not failed for ten minutes. Returns how many';
 
 -- The caller has the rows locked. Never waits: keys whose lock another has are left for the next claim.
-create or replace function orchestrator.sort_out(p_at tid[], p_rerouted boolean, p_bounded boolean, p_skip integer[]
+create or replace function orchestrator.reroute_or_park(p_at tid[], p_rerouted boolean, p_bounded boolean, p_skip integer[]
 , out ready tid[], out changed boolean, out locked bigint, out buckets integer[])
 language plpgsql security definer set search_path = orchestrator, pg_temp
 set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
@@ -170,5 +170,5 @@ begin
     end if;
   end if;
 end $$;
-comment on function orchestrator.sort_out(tid[], boolean, boolean, integer[]) is
+comment on function orchestrator.reroute_or_park(tid[], boolean, boolean, integer[]) is
   'Of due timers that a claim has locked: moves those in a wrong lane (which it may lease all the same, unless that lane has limits or is to be skipped; p_bounded: all own lanes have limits), puts off those whose destination was spread since, and parks those that wait for their ordering key. Answers which may be leased, whether others became due elsewhere, and how many wait because another session has the lock of their ordering key, and which locks';

@@ -1,7 +1,7 @@
 -- Events that end without another attempt: expired ones, and those whose workers vanished time after time.
 
 -- The caller has the timers locked, and may have lanes: it must not wait. Those whose ordering key another has are left for the next claim.
-create or replace function orchestrator.bury(p_at tid[]) returns bigint
+create or replace function orchestrator.end_without_attempt(p_at tid[]) returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
@@ -39,7 +39,7 @@ begin
   end if;
   return coalesce(cardinality(v_ids), 0);
 end $$;
-comment on function orchestrator.bury(tid[]) is 'Ends events that have expired, and those whose workers vanished time after time. Returns how many';
+comment on function orchestrator.end_without_attempt(tid[]) is 'Ends events that have expired, and those whose workers vanished time after time. Returns how many';
 
 create or replace function orchestrator.expire_events(p_limit integer default 10000) returns bigint
 language plpgsql security definer set search_path = orchestrator, pg_temp
@@ -47,7 +47,7 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
 begin
-  return orchestrator.bury(array(
+  return orchestrator.end_without_attempt(array(
     select t.ctid from orchestrator.timer t
     where t.expires_at <= v_now and (t.lease_until is null or t.lease_until <= v_now)
     order by t.expires_at
@@ -62,8 +62,8 @@ return 'its leases ran out time after time: every worker vanished, whether one o
 comment on function orchestrator.lost_lease() is 'Why an event dies whose workers never answered';
 
 -- A worker that is killed loses leases on many events that it had not begun to deliver: none of them may die of that.
-create or replace function orchestrator.lost_leases_borne() returns integer
+create or replace function orchestrator.max_lost_leases() returns integer
 language sql immutable parallel safe
 return 5;
-comment on function orchestrator.lost_leases_borne() is
+comment on function orchestrator.max_lost_leases() is
   'Leases given beyond max_attempts when earlier ones ran out unanswered; after that an event that may be killing its workers is buried';

@@ -112,12 +112,12 @@ begin
 end $$;
 comment on function orchestrator.lower_floors() is 'A net below raise_floors(), for whoever changed timer by hand: gives the floors up when a lane has a timer below its own. Returns how many lanes had one';
 
-create or replace function orchestrator.floors_hold(p_control orchestrator.control, p_now timestamptz) returns boolean
+create or replace function orchestrator.floors_valid(p_control orchestrator.control, p_now timestamptz) returns boolean
 language sql immutable parallel safe
 return p_control.rerouted_by is null and p_control.floors_at <= p_now;
-comment on function orchestrator.floors_hold(orchestrator.control, timestamptz) is 'Whether claims may use the floors: not while timers move between lanes, nor when the clock was set back';
+comment on function orchestrator.floors_valid(orchestrator.control, timestamptz) is 'Whether claims may use the floors: not while timers move between lanes, nor when the clock was set back';
 
 create or replace function orchestrator.floors(p_control orchestrator.control, p_now timestamptz) returns timestamptz[]
 language sql immutable parallel safe
-return case when orchestrator.floors_hold(p_control, p_now) then p_control.floors else array_fill('-infinity'::timestamptz, array[64]) end;
+return case when orchestrator.floors_valid(p_control, p_now) then p_control.floors else array_fill('-infinity'::timestamptz, array[64]) end;
 comment on function orchestrator.floors(orchestrator.control, timestamptz) is 'The floors of shared lanes as claims may use them';

@@ -50,8 +50,8 @@ begin
         -- A net below finish_events() and the others, which do this at once.
         when 'orderings_advanced' then orchestrator.advance_waiting()
         -- Before lanes are given up here, which others see only when this has committed.
-        when 'timers_moved' then orchestrator.settle_lanes()
-        when 'destinations_forgotten' then orchestrator.forget_well_destinations()
+        when 'timers_moved' then orchestrator.reroute_remaining()
+        when 'destinations_forgotten' then orchestrator.forget_recovered_destinations()
         when 'floors_lowered' then orchestrator.lower_floors()
         when 'partitions_dropped' then orchestrator.drop_partitions(v_now)
         when 'horizon_moved' then orchestrator.move_horizon()
