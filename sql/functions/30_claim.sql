@@ -191,6 +191,27 @@ comment on function orchestrator.next_queues(orchestrator.queue[], orchestrator.
   'Which queues the next round of a claim asks: those not asked yet, those that gave all they were asked for, '
   'and the next priority of the others';
 
+-- Called at the end of a claim. Each claim in a row that other sessions locked out waits twice as long for the next.
+create or replace function orchestrator.set_claim_again(
+  p_now timestamptz, p_limits_at timestamptz, p_at_once boolean, p_locked_out boolean) returns void
+language plpgsql as $$
+declare
+  v_misses integer := nullif(current_setting('orchestrator.locked_out', true), '')::integer;
+  v_again_at timestamptz;
+begin
+  v_misses := case when p_locked_out then least(7, coalesce(v_misses, 0) + 1) when v_misses > 0 then 0 end;
+  v_again_at := least(p_limits_at
+    , case when p_at_once then p_now end
+    , case when p_locked_out then p_now + interval '10 ms' * power(2, v_misses) end
+    , (select min(l.open_until) from orchestrator.lane l where l.breaker <> 'closed' and l.open_until > p_now));
+  perform set_config('orchestrator.claim_again_at', coalesce(extract(epoch from v_again_at)::text, ''), false);
+  if v_misses is not null then
+    perform set_config('orchestrator.locked_out', v_misses::text, false);
+  end if;
+end $$;
+comment on function orchestrator.set_claim_again(timestamptz, timestamptz, boolean, boolean) is
+  'Says when to claim again: at once, soon after something was locked, or when a limit or breaker allows more';
+
 -- p_skip: lanes to leave out. p_max_parallel: bounds dedicated lanes that have no max_parallel.
 -- lease_until: when the event becomes due again, unless it is finished or released. Expired events end here.
 -- Afterwards current_setting('orchestrator.claim_again_at') says when another claim is worthwhile, in Unix seconds;
@@ -237,8 +258,7 @@ declare
   v_buckets integer[];                -- of ordering keys that another session has locked
   v_moved boolean := false;           -- whether timers became due elsewhere
   v_locked_out boolean := false;      -- whether another session has locked a lane or an ordering key
-  v_misses integer := nullif(current_setting('orchestrator.locked_out', true), '')::integer;
-  v_again_at timestamptz;
+  v_again_at timestamptz;             -- when a limit allows more
   v_first timestamptz;
   v_last timestamptz;
 begin
@@ -280,11 +300,10 @@ begin
     v_left := v_left - coalesce(cardinality(v_ready), 0) - coalesce(cardinality(v_unchecked), 0);
   end if;
 
-  -- Step 4: rounds. Each splits what is left of the batch evenly among the queues that filled their share in the last
-  -- one.
+  -- Step 4: rounds. Each splits what is left of the batch evenly among the queues that filled their share before.
   loop
     if v_unchecked is not null then
-      -- A statement of its own: only the next one sees what it moves.
+      -- What this moves, only the next statement sees.
       select v_ready || c.ready, v_left + c.locked, v_buckets || c.buckets, v_moved or c.changed
         , v_locked_out or c.locked > 0
       into v_ready, v_left, v_buckets, v_moved, v_locked_out
@@ -308,6 +327,7 @@ begin
     end if;
     exit when v_left <= 0 or cardinality(v_queues) > 0 is not true;
 
+    -- Locks the share of each queue, and sorts out what may be leased at once.
     with picked as materialized (
       select q.n, t.at, t.ends, t.unchecked
       from unnest(v_queues) with ordinality as q (lane, priority, floor, until, cap, n)
@@ -332,7 +352,7 @@ begin
       , (select array_agg(g.given order by g.n) from (select p.n, count(p.at) as given from picked p group by p.n) g)
     into v_ready, v_unchecked, v_ending, v_got, v_given
     from picked p;
-    -- Those whose ordering key another session has locked do not end yet; no round is to meet them again.
+    -- Events whose ordering key another session has locked do not end yet; no later round may meet them again.
     if v_ending is not null and orchestrator.end_without_attempt(v_ending) < cardinality(v_ending) then
       v_buckets := v_buckets || array(
         select orchestrator.ordering_bucket(t.ordering) from orchestrator.timer t where t.ctid = any (v_ending));
@@ -343,21 +363,11 @@ begin
     v_left := v_left - v_got;
   end loop;
 
-  -- Step 5: slots of rates, longer leases, and what held the events back.
+  -- Step 5: slots of rates, longer leases, what held the events back, and when to claim again.
   if v_limits is not null then
     v_leased := orchestrator.book_slots(v_leased, v_limits, v_now, p_lease);
   end if;
-  -- When to claim again: at once if timers were moved or lanes left unvisited, soon if something was locked, else when
-  -- a limit or a breaker next allows an attempt.
-  v_misses := case when v_locked_out then least(7, coalesce(v_misses, 0) + 1) when v_misses > 0 then 0 end;
-  v_again_at := least(v_again_at
-    , case when v_locked_out then v_now + interval '10 ms' * power(2, v_misses) end
-    , case when v_moved or v_work.more and v_left > 0 then v_now end
-    , (select min(l.open_until) from orchestrator.lane l where l.breaker <> 'closed' and l.open_until > v_now));
-  perform set_config('orchestrator.claim_again_at', coalesce(extract(epoch from v_again_at)::text, ''), false);
-  if v_misses is not null then
-    perform set_config('orchestrator.locked_out', v_misses::text, false);
-  end if;
+  perform orchestrator.set_claim_again(v_now, v_again_at, v_moved or v_work.more and v_left > 0, v_locked_out);
 
   -- The bounds on scheduled_at let the executor leave out all other partitions when it starts. The limit makes it look
   -- up each event by its key: a join may read all events between the bounds for each lease.
