@@ -13,13 +13,13 @@ from orchestrator.database.connection import named
 from orchestrator.database.gateway import Database
 from orchestrator.errors import ValidationError
 
-SETTINGS = (
+SETTING_COLUMNS = (
     *("rate_per_second", "burst", "max_parallel", "adaptive", "timeout", "retry_policy", "signing_secret"),
     *("secret_headers", "spread", "breaker_failures", "breaker_ratio", "breaker_minimum", "breaker_window"),
     *("breaker_cooldown", "breaker_max_cooldown"),
 )
 """The settings of a destination, as columns of table destination; times in seconds."""
-TIMES = frozenset({"timeout", "spread", "breaker_window", "breaker_cooldown", "breaker_max_cooldown"})
+_TIME_COLUMNS = frozenset({"timeout", "spread", "breaker_window", "breaker_cooldown", "breaker_max_cooldown"})
 
 _CONFIGURE: LiteralString = """
 select orchestrator.destination_json(d.name)::text, d.waiting, d.overlaps, d.note
@@ -43,7 +43,7 @@ class Destinations:
     """What operators ask of the database, by its pool. Answers are JSON as text.
 
     Every method raises DatabaseUnavailable, and ValidationError for what cannot be; `field` is then ``name``, a
-    setting of `SETTINGS`, ``bucket`` or ``until``.
+    setting of `SETTING_COLUMNS`, ``bucket`` or ``until``.
     """
 
     def __init__(self, database: Database) -> None:
@@ -67,7 +67,7 @@ class Destinations:
 
         Answers the destination, how many events wait for it, other destinations that overlap, and a note.
         """
-        values = [_checked(name, settings.get(name)) for name in SETTINGS]
+        values = [_checked(name, settings.get(name)) for name in SETTING_COLUMNS]
         with named():
             [(kept, waiting, overlaps, note)] = await self._database.once(_CONFIGURE, name, *values, list(clear))
         told = {"destination": msgspec.Raw(kept.encode()), "waiting": waiting, "overlaps": overlaps, "note": note}
@@ -143,7 +143,7 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
         raise ValidationError(name, f"expected a smaller number, got {value}")
-    is_time = name in TIMES or name not in SETTINGS
+    is_time = name in _TIME_COLUMNS or name not in SETTING_COLUMNS
     if is_time and value is not None and not math.fabs(value) <= _LONGEST_S:
         raise ValidationError(name, f"expected seconds, got {value}")
     return Jsonb(value) if isinstance(value, dict) else value

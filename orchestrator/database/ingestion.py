@@ -19,7 +19,7 @@ import msgspec
 from psycopg import errors
 
 from orchestrator.database.connection import HOLDERS, Connection, connect, translated
-from orchestrator.database.gateway import COPY_SUBMISSIONS
+from orchestrator.database.submission_calls import COPY_SUBMISSIONS
 from orchestrator.errors import Blocked, OrchestratorError, ValidationError
 from orchestrator.settings import Settings
 

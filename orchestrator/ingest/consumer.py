@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaError
 
+from orchestrator.backoff import backoff_s
 from orchestrator.database.ingestion import OffsetsMovedError
 from orchestrator.errors import KafkaUnavailable, SettingsError
 from orchestrator.ingest.halts import Halts
@@ -24,7 +25,6 @@ from orchestrator.ingest.watch import StalledError, Watch
 from orchestrator.ingest.writer import Writer
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
-from orchestrator.tasks import backoff_s
 
 _AGAIN_S = 0.1
 _WELL_S = 60.0  # a consumer that has lasted so long has not failed in turn

@@ -14,8 +14,8 @@ from typing import Protocol
 from orchestrator.database.ingestion import Move, Position
 
 
-class Record(Protocol):
-    """What is used of a consumed record; its names are the client's."""
+class ConsumedRecord(Protocol):
+    """What the ingester uses of a consumed record; the names are aiokafka's."""
 
     @property
     def partition(self) -> int: ...
@@ -31,7 +31,7 @@ class Record(Protocol):
     def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
 
 
-def record_hash(record: Record) -> int:
+def record_hash(record: ConsumedRecord) -> int:
     """A hash of timestamp, key and value that fits a bigint."""
     digest = hashlib.blake2b(b"%d" % record.timestamp, digest_size=8)
     for part in (record.key, record.value):
@@ -94,7 +94,7 @@ class Partition:
         self.unproved = self.anchor
         return self.next_offset if self.anchor is None else self.anchor[0]
 
-    def fresh(self, records: Sequence[Record]) -> Sequence[Record]:
+    def fresh(self, records: Sequence[ConsumedRecord]) -> Sequence[ConsumedRecord]:
         """Those of the records that were not read before. Raises Halt when the anchor among them is another record."""
         if not records:
             return records
@@ -137,7 +137,7 @@ class Step:
         return Move(self.partition, self.expected, self.next_offset, offset, hashed)
 
 
-def take(steps: dict[int, Step], partition: Partition, records: Sequence[Record], next_offset: int) -> None:
+def take(steps: dict[int, Step], partition: Partition, records: Sequence[ConsumedRecord], next_offset: int) -> None:
     """Moves the partition, and the batch's step for it, past the records to `next_offset`."""
     step = steps.get(partition.number)
     if step is None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from orchestrator.ingest.halts import Halts
-from orchestrator.ingest.partition import Halt, Partition, Record, Step, take
+from orchestrator.ingest.partition import ConsumedRecord, Halt, Partition, Step, take
 from orchestrator.ingest.source import Fetched, Source, UnreadableError
 from orchestrator.ingest.watch import Watch
 from orchestrator.ingest.writer import Writable, Writer
@@ -43,7 +43,7 @@ class Batch(Writable, Protocol):
     @property
     def full(self) -> bool: ...
 
-    def add(self, records: Sequence[Record]) -> None:
+    def add(self, records: Sequence[ConsumedRecord]) -> None:
         """Parses records; whatever they hold, it raises nothing."""
 
 

@@ -1,4 +1,4 @@
-"""Every setting, each defined once; the README's table and `orchestrator config check` come from here.
+"""Every setting, each defined once; the reference's table and `orchestrator config check` come from here.
 
 An instance is told apart from its neighbours by its environment alone, so one image serves many customers.
 """

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.dispatch.http.signing import decode_secret
 from orchestrator.events.rules import TOPIC_PATTERN
 from orchestrator.settings import jaas
+from orchestrator.settings.webhook_secrets import decode_secret
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 

@@ -90,7 +90,7 @@ def test_a_role_may_touch_no_table_but_those_it_needs(client: Client, role: str)
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_nobody_reads_the_hashes_of_keys(connect: Connect, role: str) -> None:
+def test_no_role_reads_the_hashes_of_keys(connect: Connect, role: str) -> None:
     client = connect()
     client.set_role(role)
     for query in (
@@ -127,7 +127,7 @@ def test_operators_make_list_and_revoke_keys(connect: Connect) -> None:
     assert client.rows(find, b"\x01" * 32) == []
 
 
-def test_public_may_do_nothing(connect: Connect) -> None:
+def test_the_role_public_may_do_nothing(connect: Connect) -> None:
     client = connect()
     assert (
         client.column(
