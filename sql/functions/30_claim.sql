@@ -1,4 +1,5 @@
 -- Claiming: due timers become leased ones. Called by dispatchers, or by hand: select * from claim_due_events(10).
+
 -- A claim takes five steps; most claims skip steps 2 and 3:
 --   1 queues_with_work    which lanes have due timers, in random order
 --   2 lock_limits         locks the lanes that have limits, and reads what each may give (31_limits.sql)
