@@ -37,11 +37,12 @@ $$;
 comment on function orchestrator.stale_results(uuid[], integer[], integer) is
   'Events whose result is not in the log. The lease was lost before the result came.';
 
--- A result counts only while its (event_id, attempt) names the present lease. All others are stale, but for
--- those that are in the log already, because the reply to an earlier call was lost. Locks timers in the order
--- of event_id, as cancel_event() does; then what 28_dedicated_lanes.sql lists. The pinned plan searches the
--- primary key for p_event_ids, and hashes the timers with the arrays. A nested loop is as fast. But once a
--- vacuum has found the table empty, the planner expects one timer, and each call reads the whole index.
+-- A result counts only while its (event_id, attempt) names the present lease. All others are stale, except those
+-- that are in the log already, because the reply to an earlier call was lost.
+-- Locks timers in the order of event_id, as cancel_event() does; then what 28_dedicated_lanes.sql lists.
+-- The pinned plan searches the primary key for p_event_ids, and hashes the timers with the arrays. A nested loop
+-- is as fast; but once a vacuum has found the table empty, the planner expects one timer, and each call reads the
+-- whole index.
 create or replace function orchestrator.finish_events(
   p_event_ids uuid[],
   p_attempts integer[],
@@ -84,6 +85,7 @@ begin
   if p_results <@ array['delivered'] and array_remove(p_errors, null) = '{}' is not false then
     -- All were delivered, without a remark in p_errors, which only the other branch logs.
     with finished as (
+      -- The timers whose present lease the result names.
       delete from orchestrator.timer t
       using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_claimed_at, p_waited)
         as r (event_id, attempt, status_code, started_at, finished_at, claimed_at, waited)
@@ -123,6 +125,7 @@ begin
     from finished f;
   else
     with given as materialized (
+      -- In the order of the ids; of a result that is given twice, one.
       select distinct on (r.event_id, r.attempt) r.*
       from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses
           , p_retry_after, p_claimed_at, p_waited)
@@ -183,7 +186,7 @@ begin
     select count(*)
       , array_agg(row(f.event_id, f.scheduled_at, f.result, f.next_due_at, f.claimed_at)::orchestrator.finished_event)
       , array_agg(f.ordering) filter (where f.ordering is not null)
-      -- Of the shared lanes only failures: they give a destination a lane of its own, with a breaker.
+      -- Of the shared lanes only failures: they give a destination a dedicated lane, with a breaker.
       , array_agg(row(f.lane, f.event_id, f.verdict <> 'retry', f.status_code, f.started_at, f.finished_at)
           ::orchestrator.lane_result) filter (where f.lane > 63 or f.verdict = 'retry')
       , bool_or(f.lane < 64 and f.verdict = 'retry')

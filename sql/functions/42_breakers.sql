@@ -86,6 +86,8 @@ begin
     cross join lateral (
       select l.window_at is null or l.window_at not between v_now - d.breaker_window and v_now as is_new) w
   ), decision as (
+    -- A success closes a half-open breaker. A batch without one opens it again, as failures in a row, or
+    -- their share of the window, open a closed one.
     select c.*
       , c.breaker = 'half_open' and c.delivered > 0 as closes
       , c.failed > 0 and case c.breaker
@@ -96,6 +98,7 @@ begin
         end as opens
     from counters c
   ), updated as (
+    -- Counters begin again when a breaker opens or closes; each opening doubles the cooldown.
     update orchestrator.lane l
     set failures = case when d.opens or d.closes then 0 else d.failures end
       , failed_at = case when d.failed > 0 then v_now else l.failed_at end
