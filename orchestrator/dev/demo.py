@@ -36,7 +36,7 @@ _BATCH = 500
 _POSTING = 2
 _SUBMITTED_PER_S = 5000  # a cautious guess, so that the last is submitted before the first is due
 _LEAD_S = 1.5
-_SESSION_MS = "2000"  # the wheel's broker makes a group wait for about so long before it has its partitions
+_SESSION_MS = "2000"  # the broker of the wheel gives a group its partitions only after about this time
 _START_S = 30.0
 _STALLED_S = 30.0
 _SETTLE_S = 10.0
@@ -158,7 +158,7 @@ class _Demo:
         if self._kafka is not None:
             async with ingester:
                 topic = Settings.from_env(self._environ).topic_submission
-                await self._until(ingester, "metrics", f'partition="0",topic="{topic}"')  # it has been given it
+                await self._until(ingester, "metrics", f'partition="0",topic="{topic}"')  # it has the partition
 
     def _start_worker(self, role: str, given: Mapping[str, str]) -> aiohttp.ClientSession:
         """Starts it, and returns a client of its management port."""

@@ -58,7 +58,7 @@ def temporary_broker(kind: str | None = None, *, parent: Path | None = None) -> 
     """A broker not yet started, whose data goes when it is closed; enter it or start it.
 
     `kind` is ``docker``, ``maven`` or ``wheel``; None: `available_kind`. `parent` is the directory that a temporary
-    one for the data is made in. Raises OrchestratorError when there is none to be had.
+    one for the data is made in. Raises OrchestratorError if no kind can run.
     """
     match kind or available_kind():
         case "docker":
