@@ -50,7 +50,7 @@ def _time(option: str, value: str) -> str:
 
 def _after(scheduled_at: str, duration: timedelta) -> str | None:
     """The time so long after another; None after what is no time, which is refused itself."""
-    from orchestrator.events.rules import time_of
+    from orchestrator.events.times import time_of
 
     try:
         return (time_of(scheduled_at) + duration).isoformat()
@@ -201,12 +201,12 @@ def _payload(given: str) -> bytes:
 
 def _submit_one(fields: dict[str, object], payload: bytes, as_json: bool) -> None:
     async def work(database: Database, settings: Settings) -> tuple[Submission, Submitted]:
-        from orchestrator.events.submission import parse_submission, require_topic
+        from orchestrator.events.reading import parse_submission
         from orchestrator.events.topics import topic_rules
 
         # Spliced in as it is, since the payload is kept and delivered byte for byte.
         raw = b'%b,"payload":%b}' % (json.dumps(fields).encode()[:-1], payload)
-        submission = require_topic(parse_submission(raw, settings), topic_rules(settings))
+        submission = parse_submission(raw, settings, topic_rules(settings))
         return submission, (await database.submit([submission]))[0]
 
     submission, kept = with_database(work)
@@ -260,7 +260,7 @@ def _submit_file(file: IO[bytes], as_json: bool) -> None:
 
 def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Submission | ValidationError]]]:
     """Lists of (line number, what stands there), empty lines left out."""
-    from orchestrator.events.submission import parse_submission, require_topic
+    from orchestrator.events.reading import parse_submission
     from orchestrator.events.topics import topic_rules
 
     topics = topic_rules(settings)
@@ -269,7 +269,7 @@ def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Su
         for number, line in enumerate(_lines(file, settings.max_payload_bytes + MAX_FRAME_BYTES + 2), start=1):
             if not line.isspace():
                 try:
-                    yield number, require_topic(parse_submission(line, settings), topics)
+                    yield number, parse_submission(line, settings, topics)
                 except ValidationError as error:
                     yield number, error
 

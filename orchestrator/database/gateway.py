@@ -38,7 +38,8 @@ from orchestrator.errors import (
     OrchestratorError,
     ValidationError,
 )
-from orchestrator.events.submission import Submission, copy_row
+from orchestrator.events.copying import copy_row
+from orchestrator.events.submission import Submission
 from orchestrator.settings import Settings
 from orchestrator.tasks import within
 

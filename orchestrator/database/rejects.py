@@ -10,7 +10,8 @@ import msgspec
 from orchestrator.database.connection import Connection
 from orchestrator.database.gateway import COPY_SUBMISSIONS, Database, Submitted
 from orchestrator.errors import OrchestratorError, ValidationError
-from orchestrator.events.submission import Submission, copy_row
+from orchestrator.events.copying import copy_row
+from orchestrator.events.submission import Submission
 
 
 class KeptReject(NamedTuple):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
-from orchestrator.events.submission import EVENT_ID_HEADER, submission_row
+from orchestrator.events.ids import EVENT_ID_HEADER
+from orchestrator.events.reading import submission_row
 from orchestrator.events.topics import topic_rules
 from orchestrator.ingest.partition import Record
 from orchestrator.metrics import Metrics

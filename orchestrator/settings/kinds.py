@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.dispatch.http.signing import decode_secret
-from orchestrator.events.rules import TOPIC_PATTERN
+from orchestrator.events.topics import TOPIC_PATTERN
 from orchestrator.settings import jaas
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -1,4 +1,4 @@
--- The clock and the event id. Used by every other function; event_id() has a twin in orchestrator/events/submission.py.
+-- The clock and the event id. Used by every other function; event_id() has a twin in orchestrator/events/ids.py.
 
 create or replace function orchestrator.now() returns timestamptz
 language sql volatile parallel safe

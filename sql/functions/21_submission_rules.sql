@@ -56,7 +56,7 @@ $$;
 comment on function orchestrator.check_submission(timestamptz, text, text, text, text, json, integer, text, text, smallint, interval, timestamptz, timestamptz, timestamptz, integer) is
   'The first rule that a submission breaks: field and reason; both null when it breaks none';
 
--- The rules of orchestrator/events/rules.py; a dispatcher must be able to send whatever passes.
+-- The rules of orchestrator/events/headers.py; a dispatcher must be able to send whatever passes.
 create or replace function orchestrator.check_headers(p_headers jsonb) returns text
 language sql immutable parallel safe as $$
   select case

@@ -16,7 +16,7 @@ import pytest
 
 from orchestrator.api.routes import events
 from orchestrator.database import Database
-from orchestrator.events.submission import event_id
+from orchestrator.events.ids import event_id
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields, running_api, submission, tomorrow
 from tests.support.times import READ, REFUSED

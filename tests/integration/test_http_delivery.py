@@ -31,7 +31,7 @@ from orchestrator.dispatch.attempt import Attempted
 from orchestrator.dispatch.http.sender import Delivery, HttpSender
 from orchestrator.dispatch.queue.destination_queue import destination_name
 from orchestrator.errors import OwnFaultError
-from orchestrator.events.rules import RESERVED_HEADERS
+from orchestrator.events.headers import RESERVED_HEADERS
 from orchestrator.events.urls import url_fault
 from orchestrator.settings import Settings
 from tests.support.certificates import Authority

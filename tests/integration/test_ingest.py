@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.dev.kafka import MavenBroker
 from orchestrator.errors import OrchestratorError
-from orchestrator.events.submission import random_event_id
+from orchestrator.events.ids import random_event_id
 from tests.conftest import MakeSettings, Spawn
 from tests.support.brokers import Kafka, KafkaBroker
 from tests.support.databases import scratch_directory

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from orchestrator.events.submission import bucket, event_id
+from orchestrator.events.ids import bucket, event_id
 from tests.sql.conftest import Connect
 from tests.support.laws import violations
 from tests.support.sql_client import NOON, Client, event, results, seconds

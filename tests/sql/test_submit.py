@@ -15,8 +15,10 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from orchestrator.dispatch.http.request import custom_headers
-from orchestrator.events.rules import RESERVED_HEADER_PREFIXES, RESERVED_HEADERS, headers_fault
-from orchestrator.events.submission import Submission, copy_row, event_id, random_event_id
+from orchestrator.events.copying import copy_row
+from orchestrator.events.headers import RESERVED_HEADER_PREFIXES, RESERVED_HEADERS, headers_fault
+from orchestrator.events.ids import event_id, random_event_id
+from orchestrator.events.submission import Submission
 from tests.sql.conftest import Connect
 from tests.support.sql_client import HOST, NOON, Client, event, results, seconds
 from tests.support.upkeep import moved

@@ -16,21 +16,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ValidationError
-from orchestrator.events.submission import (
-    JsonError,
-    OutOfRangeError,
-    Submission,
-    SubmissionError,
-    bucket,
-    bucket_of_key,
-    copy_row,
-    encode_submission,
-    event_id,
-    parse_batch,
-    parse_submission,
-    random_event_id,
-    submission_row,
-)
+from orchestrator.events.copying import copy_row, encode_submission
+from orchestrator.events.ids import bucket, bucket_of_key, event_id, random_event_id
+from orchestrator.events.reading import parse_batch, parse_submission, submission_row
+from orchestrator.events.submission import JsonError, OutOfRangeError, Submission, SubmissionError
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 from orchestrator.api.openapi.parts import EXTERNAL_ID, NAME, NO_NUL_PATTERN, TIME, Schema, closed, nullable, ref
-from orchestrator.events.rules import (
-    HEADER_NAME_PATTERN,
-    HEADER_VALUE_PATTERN,
-    MAX_HEADER_CHARS,
-    MAX_HEADERS,
-    MAX_PRIORITY,
-    MAX_RETRIES,
-    MAX_SPREAD_S,
-    MIN_SPREAD_S,
-    RETRY_POLICY_PATTERN,
-    TOPIC_PATTERN,
-)
+from orchestrator.events.headers import HEADER_NAME_PATTERN, HEADER_VALUE_PATTERN, MAX_HEADER_CHARS, MAX_HEADERS
+from orchestrator.events.rules import MAX_PRIORITY, MAX_RETRIES, MAX_SPREAD_S, MIN_SPREAD_S, RETRY_POLICY_PATTERN
+from orchestrator.events.topics import TOPIC_PATTERN
 from orchestrator.events.urls import MAX_URL_CHARS, URL_PATTERN
 from orchestrator.settings import Settings
 

@@ -14,7 +14,8 @@ from orchestrator.api.intake import Intake
 from orchestrator.api.problems import Problem
 from orchestrator.database import Submitted
 from orchestrator.errors import ValidationError
-from orchestrator.events.submission import Submission, batch_items, parse_submission, require_topic
+from orchestrator.events.reading import batch_items, parse_submission
+from orchestrator.events.submission import Submission
 from orchestrator.events.topics import TopicRules, topic_rules
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
@@ -78,7 +79,7 @@ class SubmitOne:
         raw = await read_json(scope, receive, self._settings.max_body_bytes)
         self._received.inc()
         try:
-            submission = require_topic(parse_submission(raw, self._settings), self._topics)
+            submission = parse_submission(raw, self._settings, self._topics)
             kept = await self._intake.submit(submission)
             if kept.result not in _STATUSES:
                 raise _refusal(kept)
@@ -128,10 +129,8 @@ async def _parsed(raw: bytes, settings: Settings, topics: TopicRules) -> list[Su
     """The items of a batch; whatever else this process does goes on in between."""
     items: list[Submission | ValidationError] = []
     until = time.perf_counter() + _SLICE_S
-    for item in batch_items(raw, settings):
-        if isinstance(item, Submission) and (fault := topics.fault(item.delivery_type, item.destination)):
-            items.append(ValidationError("destination", fault))
-        elif item is not None:
+    for item in batch_items(raw, settings, topics):
+        if item is not None:
             items.append(item)
         if time.perf_counter() > until:
             await asyncio.sleep(0)
