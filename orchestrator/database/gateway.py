@@ -39,6 +39,7 @@ from orchestrator.errors import (
     ValidationError,
 )
 from orchestrator.events.copying import copy_row
+from orchestrator.events.fields import FIELDS
 from orchestrator.events.submission import Submission
 from orchestrator.settings import Settings
 from orchestrator.tasks import within
@@ -74,9 +75,9 @@ _SUBMIT: LiteralString = (
 _SUBMIT_HASTILY: LiteralString = (
     "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
 )
+_COLUMNS = {"id": "id"} | {field.name: field.column for field in FIELDS}
 COPY_SUBMISSIONS: LiteralString = (
-    "copy pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload,"
-    " headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at) from stdin"
+    f"copy pg_temp.submission (n, {', '.join(_COLUMNS[name] for name in Submission.__struct_fields__)}) from stdin"
 )
 """For the lines of `copy_row`."""
 

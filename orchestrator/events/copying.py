@@ -13,21 +13,10 @@ _encode = msgspec.json.Encoder().encode
 
 def encode_submission(s: Submission) -> bytes:
     """The JSON with which a client would submit this; it does not hold the id."""
-    fields: dict[str, object] = {
-        "source": s.source,
-        "external_job_id": s.external_job_id,
-        "scheduled_at": s.scheduled_at,
-        "delivery_type": s.delivery_type,
-        "destination": s.destination,
-        "payload": msgspec.Raw(s.payload),
-        "headers": None if s.headers is None else msgspec.Raw(s.headers),
-        "max_retries": s.max_retries,
-        "retry_policy": s.retry_policy,
-        "ordering_key": s.ordering_key,
-        "priority": s.priority,
-        "spread_seconds": s.spread_seconds,
-        "expires_at": s.expires_at,
-    }
+    fields = msgspec.structs.asdict(s)
+    del fields["id"]
+    fields["payload"] = msgspec.Raw(s.payload)
+    fields["headers"] = None if s.headers is None else msgspec.Raw(s.headers)
     return _encode({name: value for name, value in fields.items() if value is not None})
 
 

@@ -5,75 +5,27 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from orchestrator.events.headers import headers_fault
+from orchestrator.events.fields import FIELDS
 from orchestrator.events.quoting import SHOWN_CHARS, kind_of, shown
-from orchestrator.events.rules import (
-    MAX_FRAME_BYTES,
-    MAX_NAME_CHARS,
-    MAX_PRIORITY,
-    MAX_RETRIES,
-    MAX_SPREAD_S,
-    DeliveryType,
-    Name,
-    Retries,
-    RetryPolicy,
-    SpreadSeconds,
-    WholeNumber,
-    destination_fault,
-    external_job_id_fault,
-    payload_fault,
-    priority_fault,
-    text_fault,
-)
+from orchestrator.events.rules import MAX_FRAME_BYTES, DeliveryType, destination_fault, payload_fault
 from orchestrator.events.submission import Limits
-from orchestrator.events.times import (
-    EXPECTED_TIME,
-    ScheduledAt,
-    expires_at_fault,
-    scheduled_at_fault,
-    with_usual_time,
-)
+from orchestrator.events.times import ScheduledAt, expires_at_fault, with_usual_time
 
 MAX_FAULTS = 20
-_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 16  # of unknown fields
 _TIMES = ("scheduled_at", "expires_at")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
-_EXPECTED: dict[str, tuple[Any, str]] = {
-    "source": (Name, f"a string of 1 to {MAX_NAME_CHARS} characters"),
-    "scheduled_at": (ScheduledAt, EXPECTED_TIME),
-    "destination": (str | None, "a URL, or the name of a Kafka topic"),
-    "payload": (msgspec.Raw, "a JSON value"),
-    "external_job_id": (Name | None, f"a string of 1 to {MAX_NAME_CHARS} characters, or null"),
-    "delivery_type": (DeliveryType | None, "HTTP or KAFKA"),
-    "headers": (dict[str, str] | None, "an object of strings, or null"),
-    "max_retries": (Retries | None, f"a whole number from 0 to {MAX_RETRIES}, or null"),
-    "retry_policy": (RetryPolicy | None, "a name of 1 to 63 characters from a-z, 0-9, _ and -, or null"),
-    "ordering_key": (Name | None, f"a string of 1 to {MAX_NAME_CHARS} characters, or null"),
-    "priority": (WholeNumber | None, f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"),
-    "spread_seconds": (SpreadSeconds | None, f"more than 0 and at most {MAX_SPREAD_S} seconds"),
-    "expires_at": (ScheduledAt | None, f"{EXPECTED_TIME}, or null"),
-}
-_REQUIRED = ("source", "scheduled_at", "payload")
-_CREDENTIALS = frozenset({"destination", "headers"})  # what they hold is never quoted
-_FAULTS: dict[str, Callable[[Any], str | None]] = {
-    "source": text_fault,
-    "scheduled_at": scheduled_at_fault,
-    "external_job_id": external_job_id_fault,
-    "headers": headers_fault,
-    "ordering_key": text_fault,
-    "priority": priority_fault,
-}
+_FIELDS = {field.name: field for field in FIELDS}
 # Reads what is known of a submission, and skips over the rest without keeping it.
 _decode_known = msgspec.json.Decoder(
-    msgspec.defstruct("_Known", [(name, msgspec.Raw, None) for name in _EXPECTED], kw_only=True)
+    msgspec.defstruct("_Known", [(name, msgspec.Raw, None) for name in _FIELDS], kw_only=True)
 ).decode
 _decode_only_known = msgspec.json.Decoder(
-    msgspec.defstruct("_OnlyKnown", [(name, msgspec.Raw, None) for name in _EXPECTED], forbid_unknown_fields=True)
+    msgspec.defstruct("_OnlyKnown", [(name, msgspec.Raw, None) for name in _FIELDS], forbid_unknown_fields=True)
 ).decode
 
 
@@ -94,7 +46,9 @@ def faults_of(text: bytes, limits: Limits, most: int = MAX_FAULTS) -> list[tuple
 
 
 def _faults(text: bytes, fields: dict[str, msgspec.Raw], limits: Limits) -> Iterator[tuple[str, str]]:
-    yield from ((name, f"required: {_EXPECTED[name][1]}") for name in _REQUIRED if name not in fields)
+    for field in FIELDS:
+        if field.required and field.name not in fields:
+            yield field.name, f"required: {field.expected}"
     if reason := _destination_fault(fields):
         yield "destination", reason
     if reason := _expiry_fault(fields):
@@ -103,13 +57,13 @@ def _faults(text: bytes, fields: dict[str, msgspec.Raw], limits: Limits) -> Iter
         if reason := _field_fault(name, raw, limits):
             yield name, reason
     for name in _unknown_names(text, fields):
-        yield shown(name), _unknown_field(name, tuple(_EXPECTED))
+        yield shown(name), _unknown_field(name, tuple(_FIELDS))
 
 
 def _known_fields(text: bytes | msgspec.Raw) -> dict[str, msgspec.Raw]:
     """The fields that a submission may have, without the work that others would make. Raises DecodeError."""
     known = _decode_known(text)
-    return {name: raw for name in _EXPECTED if (raw := getattr(known, name)) is not None}
+    return {name: raw for name in _FIELDS if (raw := getattr(known, name)) is not None}
 
 
 def _bytes_beside(text: bytes | msgspec.Raw, fields: dict[str, msgspec.Raw]) -> int:
@@ -120,7 +74,7 @@ def _unknown_names(text: bytes, known: dict[str, msgspec.Raw]) -> Iterator[str]:
     """The names of unknown fields; the first one alone where there is much of them."""
     if _bytes_beside(text, known) <= _READ_BYTES:
         names = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        yield from (name for name in names if name not in _EXPECTED)
+        yield from (name for name in names if name not in _FIELDS)
         return
     try:
         _decode_only_known(text)
@@ -152,15 +106,14 @@ def _expiry_fault(fields: dict[str, msgspec.Raw]) -> str | None:
 def _field_fault(name: str, raw: msgspec.Raw, limits: Limits) -> str | None:
     if name == "payload":
         return payload_fault(bytes(raw), limits)
-    expected_type, expected = _EXPECTED[name]
+    field = _FIELDS[name]
     if len(memoryview(raw)) > MAX_FRAME_BYTES:
-        return f"expected {expected}, got {len(memoryview(raw))} bytes"
+        return f"expected {field.expected}, got {len(memoryview(raw))} bytes"
     try:
-        value = msgspec.json.decode(raw, type=expected_type)
+        value = msgspec.json.decode(raw, type=field.type)
     except msgspec.ValidationError:
-        return f"expected {expected}, got {kind_of(raw) if name in _CREDENTIALS else shown(raw)}"
-    check = _FAULTS.get(name)
-    return check(value) if check and value is not None else None
+        return f"expected {field.expected}, got {kind_of(raw) if field.secret else shown(raw)}"
+    return field.fault(value) if field.fault and value is not None else None
 
 
 def envelope_faults(text: bytes, limits: Limits, error: str) -> list[tuple[str, str]]:

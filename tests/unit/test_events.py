@@ -11,14 +11,16 @@ from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ValidationError
 from orchestrator.events.copying import copy_row, encode_submission
+from orchestrator.events.fields import FIELDS, Field
 from orchestrator.events.ids import bucket, bucket_of_key, event_id, random_event_id
-from orchestrator.events.reading import parse_batch, parse_submission, submission_row
+from orchestrator.events.reading import Wire, parse_batch, parse_submission, submission_row
 from orchestrator.events.submission import JsonError, OutOfRangeError, Submission, SubmissionError
 
 
@@ -670,3 +672,60 @@ def test_an_id_that_the_event_cannot_have_is_refused(given_id: str, changes: dic
     with pytest.raises(SubmissionError) as caught:
         submission_row(body(**changes), BOUNDS, 0, given_id)
     assert caught.value.field == "orchestrator-event-id"
+
+
+FULL = {
+    "source": "orders",
+    "external_job_id": "j-1",
+    "scheduled_at": "2026-01-31T09:00:00Z",
+    "delivery_type": "KAFKA",
+    "destination": "reminders",
+    "payload": {"a": 1},
+    "headers": {"x": "y"},
+    "max_retries": 7,
+    "retry_policy": "gentle",
+    "ordering_key": "o-1",
+    "priority": 5,
+    "spread_seconds": 1.5,
+    "expires_at": "2026-02-01T09:00:00Z",
+}
+OTHER = {
+    "source": "others",
+    "external_job_id": "j-2",
+    "scheduled_at": "2026-01-31T10:00:00Z",
+    "delivery_type": "HTTP",
+    "destination": "https://example.com/hook",
+    "payload": {"a": 2},
+    "headers": {"x": "z"},
+    "max_retries": 8,
+    "retry_policy": "patient",
+    "ordering_key": "o-2",
+    "priority": 6,
+    "spread_seconds": 2.5,
+    "expires_at": "2026-02-02T09:00:00Z",
+}
+
+
+def test_the_table_of_fields_names_what_the_wire_and_the_submission_have() -> None:
+    names = [field.name for field in FIELDS]
+    assert set(Wire.__struct_fields__) == set(names) == set(FULL) == set(OTHER)
+    assert set(Submission.__struct_fields__) == {"id", *names}
+    required = [name for name in Wire.__struct_fields__ if name in ("source", "scheduled_at", "payload")]
+    assert {field.name for field in FIELDS if field.required} == set(required)
+
+
+@pytest.mark.parametrize("name", Submission.__struct_fields__)
+def test_each_field_is_read_and_stands_in_its_own_column_of_the_line_of_copy(name: str) -> None:
+    one, other = (parse_submission(json.dumps(given).encode(), BOUNDS) for given in (FULL, OTHER))
+    changed = msgspec.structs.replace(one, **{name: getattr(other, name)})
+    assert changed != one
+    before, after = copy_row(one, 1).split(b"\t"), copy_row(changed, 1).split(b"\t")
+    assert len(before) == len(after) == 1 + len(Submission.__struct_fields__)
+    assert [n for n in range(len(before)) if before[n] != after[n]] == [1 + Submission.__struct_fields__.index(name)]
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=[field.name for field in FIELDS])
+def test_each_field_that_is_set_is_in_the_json_for_the_submission_topic(field: Field) -> None:
+    submission = parse_submission(json.dumps(FULL).encode(), BOUNDS)
+    assert parse_submission(encode_submission(submission), BOUNDS) == submission
+    assert field.name in json.loads(encode_submission(submission))
