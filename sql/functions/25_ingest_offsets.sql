@@ -95,7 +95,7 @@ begin
         (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at)
       values (1, v_row.id, v_row.scheduled_at, v_row.source, v_row.external_job_id, v_row.delivery_type, v_row.destination, v_row.payload, v_row.headers
         , v_row.max_retries, v_row.retry_policy, v_row.ordering_key, v_row.priority, v_row.spread, v_row.expires_at);
-      select * into v_answer from orchestrator.keep_staged(null);
+      select * into v_answer from orchestrator.insert_staged(null);
       if v_answer.result = 'refused' then
         perform orchestrator.keep_rejects(v_row.topic, array[v_row.partition], array[v_row."offset"], array[v_row.key], array[v_row.value], array[v_answer.field], array[v_answer.reason]);
       end if;

@@ -161,7 +161,7 @@ class Client:
             self.connection.execute(sql.SQL("drop table orchestrator.{}").format(sql.Identifier(name)))
         self.rows("delete from orchestrator.retired_partition")
         self.rows("select orchestrator.create_partitions(%s, %s)", days[0].date(), days[-1].date())
-        self.rows("select orchestrator.settle_horizon()")
+        self.rows("select orchestrator.update_horizon_start()")
 
     def forget_floors(self) -> None:
         """Has claims look at everything, whatever the clock showed before."""
