@@ -13,3 +13,26 @@ alter table orchestrator.horizon add constraint event_expires_at_check
   check (expires_at > scheduled_at and expires_at < '2201-01-01 00:00:00+00') not valid;
 
 drop function if exists orchestrator.settle_horizon();
+
+-- What an event belongs to, for whoever follows it through several systems. horizon was made like event once, and has
+-- been a table of its own since.
+alter table orchestrator.event
+  add column correlation_id text,
+  add column traceparent text;
+alter table orchestrator.horizon
+  add column correlation_id text,
+  add column traceparent text;
+alter table orchestrator.event
+  add constraint event_correlation_id_check check (correlation_id ~ '^[!-~]([ -~]{0,198}[!-~])?$') not valid,
+  add constraint event_traceparent_check
+    check (traceparent ~ '^00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}$') not valid;
+alter table orchestrator.horizon
+  add constraint horizon_correlation_id_check check (correlation_id ~ '^[!-~]([ -~]{0,198}[!-~])?$') not valid,
+  add constraint horizon_traceparent_check
+    check (traceparent ~ '^00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}$') not valid;
+comment on column orchestrator.event.correlation_id is
+  'What the client follows it by, 1 to 200 printable ASCII characters; sent along as X-Correlation-ID; null: none';
+comment on column orchestrator.event.traceparent is
+  'The span that submitted it, as W3C Trace Context writes it in version 00; sent along as traceparent; null: none';
+comment on column orchestrator.horizon.correlation_id is 'event.correlation_id';
+comment on column orchestrator.horizon.traceparent is 'event.traceparent';
