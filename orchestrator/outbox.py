@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,12 +12,13 @@ from functools import lru_cache
 
 import msgspec
 
+from orchestrator.backoff import backoff_s
 from orchestrator.database.listening import listen
 from orchestrator.database.outbox import OUTBOX_CHANNEL, Message, Outbox
 from orchestrator.errors import OrchestratorError
 from orchestrator.events.topics import topic_rules
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
-from orchestrator.kafka.partition_queues import Record, RecordRefusedError, TopicUnavailableError
+from orchestrator.kafka.partition_queues import OutgoingRecord, RecordRefusedError, TopicUnavailableError
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 from orchestrator.tasks import end, within
@@ -30,8 +30,6 @@ _ACKNOWLEDGED_S = 15.0  # finding a topic included, half of the transaction's ti
 _GATHER_S = 0.05  # between batches that were not full
 _PENDING_EVERY_S = 1.0
 _PATIENCE_S = 60.0  # with a topic that does not exist, before its messages are set aside
-_FIRST_BACKOFF_S = 0.2
-_LAST_BACKOFF_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +83,7 @@ class _Publisher:
             await end(working, listening)
 
     async def _work(self, producer: BulkProducer[Message]) -> None:
-        backoff_s = 0.0
+        failures = 0
         while not self._stopping:
             try:
                 async with AsyncExitStack() as opened:
@@ -97,17 +95,17 @@ class _Publisher:
                     self._floor = 0
                     while not self._stopping:
                         await self._round(outbox, producer)
-                        backoff_s = 0.0
+                        failures = 0
             except Exception as error:
                 if not isinstance(error, OrchestratorError | TimeoutError):
                     _log.exception("publishing the outbox failed in a way not foreseen")
-                elif not backoff_s:
+                elif not failures:
                     _log.warning(
                         "the outbox waits for the database", extra={"error": str(error) or "no answer in time"}
                     )
-                backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s or _FIRST_BACKOFF_S)
+                failures += 1
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(backoff_s * random.uniform(0.5, 1.0)):
+                    async with asyncio.timeout(backoff_s(failures)):
                         await self._wake_for_stop()
 
     async def _wake_for_stop(self) -> None:
@@ -164,10 +162,10 @@ class _Publisher:
         """Returns when the fate of each is known, which the producer tells within its time."""
         self._acknowledged, self._failures, self._waiting = [], [], len(messages)
         self._settled.clear()
-        records: dict[str, list[Record[Message]]] = defaultdict(list)
+        records: dict[str, list[OutgoingRecord[Message]]] = defaultdict(list)
         for message in messages:
             headers = _headers(message.headers) if message.headers else []
-            records[self._topics[message.kind]].append(Record(message.key, message.value, headers, message))
+            records[self._topics[message.kind]].append(OutgoingRecord(message.key, message.value, headers, message))
         for topic, theirs in records.items():
             producer.send(topic, theirs)
         await self._settled.wait()

@@ -8,8 +8,9 @@ import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from orchestrator.backoff import backoff_s
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
-from orchestrator.tasks import backoff_s, within
+from orchestrator.tasks import within
 
 ANSWER_S = 10.0
 

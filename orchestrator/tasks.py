@@ -1,9 +1,8 @@
-"""Ending tasks, and waiting before they try again."""
+"""Ending tasks, and waiting for them with a deadline."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
@@ -11,13 +10,6 @@ T = TypeVar("T")
 
 _ASKED_S = 0.1
 _ENDING_S = 1.0
-_FIRST_BACKOFF_S = 0.1
-_LAST_BACKOFF_S = 5.0
-
-
-def backoff_s(failures: int) -> float:
-    """How long to wait after so many failures in turn: doubling from 0.1 s to 5 s, less up to half of it at random."""
-    return min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)
 
 
 def retrieve(*futures: asyncio.Future[Any]) -> None:

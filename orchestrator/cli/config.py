@@ -59,7 +59,7 @@ def _overruled(setting: tuple[str, str]) -> str:
 @config.command()
 @json_option
 def table(as_json: bool) -> None:
-    """Print every setting there is, as the Markdown table of the README."""
+    """Print every setting there is, as the Markdown table of docs/reference."""
     if not as_json:
         click.echo(render_markdown_table())
         return

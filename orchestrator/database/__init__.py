@@ -1,18 +1,11 @@
 """The database as Python sees it: the only package that names SQL functions."""
 
+from orchestrator.database.api_key_calls import ApiKey
 from orchestrator.database.connection import Connection, connect, translated
-from orchestrator.database.gateway import (
-    COPY_SUBMISSIONS,
-    ApiKey,
-    Cancelled,
-    Database,
-    Filter,
-    Rescheduled,
-    Submitted,
-    submit_all,
-    submit_free,
-)
+from orchestrator.database.event_calls import Cancelled, Filter, Rescheduled
+from orchestrator.database.gateway import Database
 from orchestrator.database.leases import NOTIFY_CHANNEL, Claimed, Claims, Finished, Leases, NotDelivered
+from orchestrator.database.submission_calls import COPY_SUBMISSIONS, Submitted, submit_all, submit_free
 
 __all__ = [
     "COPY_SUBMISSIONS",

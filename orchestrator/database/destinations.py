@@ -13,13 +13,13 @@ from orchestrator.database.connection import named
 from orchestrator.database.gateway import Database
 from orchestrator.errors import ValidationError
 
-SETTINGS = (
+SETTING_COLUMNS = (
     *("rate_per_second", "burst", "max_parallel", "adaptive", "timeout", "retry_policy", "signing_secret"),
     *("secret_headers", "spread", "breaker_failures", "breaker_ratio", "breaker_minimum", "breaker_window"),
     *("breaker_cooldown", "breaker_max_cooldown"),
 )
 """The settings of a destination, as columns of table destination; times in seconds."""
-TIMES = frozenset({"timeout", "spread", "breaker_window", "breaker_cooldown", "breaker_max_cooldown"})
+_TIME_COLUMNS = frozenset({"timeout", "spread", "breaker_window", "breaker_cooldown", "breaker_max_cooldown"})
 
 _CONFIGURE: LiteralString = """
 select orchestrator.destination_json(d.name)::text, d.waiting, d.overlaps, d.note
@@ -32,7 +32,7 @@ _LONGEST_S = 1e9
 
 
 class Standstills(NamedTuple):
-    """What stands still: since when everything does, and how many destinations, by a pause and by their breaker."""
+    """Since when everything is paused, and how many destinations are paused, or have a breaker that is not closed."""
 
     paused_at: str | None
     destinations_paused: int
@@ -40,10 +40,10 @@ class Standstills(NamedTuple):
 
 
 class Destinations:
-    """What operators ask of the database, by its pool. Answers are JSON as text.
+    """What operators ask the database about destinations. Answers are JSON as text.
 
     Every method raises DatabaseUnavailable, and ValidationError for what cannot be; `field` is then ``name``, a
-    setting of `SETTINGS`, ``bucket`` or ``until``.
+    setting of `SETTING_COLUMNS`, ``bucket`` or ``until``.
     """
 
     def __init__(self, database: Database) -> None:
@@ -63,11 +63,11 @@ class Destinations:
         return found
 
     async def configure(self, name: str, settings: Mapping[str, Any], clear: Sequence[str] = ()) -> bytes:
-        """Sets what `settings` has, and what `clear` names back to its default; leaves the rest.
+        """Sets what `settings` holds, resets what `clear` names to its default, and leaves the rest.
 
         Answers the destination, how many events wait for it, other destinations that overlap, and a note.
         """
-        values = [_checked(name, settings.get(name)) for name in SETTINGS]
+        values = [_checked(name, settings.get(name)) for name in SETTING_COLUMNS]
         with named():
             [(kept, waiting, overlaps, note)] = await self._database.once(_CONFIGURE, name, *values, list(clear))
         told = {"destination": msgspec.Raw(kept.encode()), "waiting": waiting, "overlaps": overlaps, "note": note}
@@ -126,7 +126,7 @@ class Destinations:
             return [row[0].encode() for row in await self._database.rows(query, *values)]
 
     async def _changed(self, query: LiteralString, *values: object, waits: bool = True) -> bytes | None:
-        """What a query answers that changes something: one text, or nothing."""
+        """Runs a query that changes something; returns the one text that it answers, None when it answers no row."""
         with named():
             rows = await self._database.once(query, *values, waits=waits)
         return rows[0][0].encode() if rows else None
@@ -138,12 +138,12 @@ class Destinations:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value as it is handed over. What no type of the database holds is refused here, the rest there."""
+    """The value as the database takes it. Refuses what no type there holds; the database checks the rest."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
         raise ValidationError(name, f"expected a smaller number, got {value}")
-    is_time = name in TIMES or name not in SETTINGS
+    is_time = name in _TIME_COLUMNS or name not in SETTING_COLUMNS
     if is_time and value is not None and not math.fabs(value) <= _LONGEST_S:
         raise ValidationError(name, f"expected seconds, got {value}")
     return Jsonb(value) if isinstance(value, dict) else value

@@ -19,7 +19,7 @@ import msgspec
 from psycopg import errors
 
 from orchestrator.database.connection import HOLDERS, Connection, connect, translated
-from orchestrator.database.gateway import COPY_SUBMISSIONS
+from orchestrator.database.submission_calls import COPY_SUBMISSIONS
 from orchestrator.errors import Blocked, OrchestratorError, ValidationError
 from orchestrator.settings import Settings
 
@@ -129,7 +129,7 @@ class Ingestion:
 
     async def keep_aside(self) -> None:
         """Keeps what was set aside, as far as nobody is in its way any more."""
-        [(_, left)] = await self._all("select kept, waiting from orchestrator.keep_aside()")
+        [(_, left)] = await self._all("select kept, waiting from orchestrator.submit_set_aside()")
         self.has_aside = left > 0
 
     async def execute(

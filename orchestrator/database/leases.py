@@ -131,8 +131,8 @@ class Leases:
         events = [Claimed(*row) for row in rows] if rows[0][1] is not None else []
         return Claims(database_s, events, again_at, locked_out or 0)
 
-    async def own_lane(self, delivery_type: str, destination: str | None) -> int | None:
-        """Gives a destination a lane of its own, unless it has one; None: too many have got one this way."""
+    async def ensure_dedicated_lane(self, delivery_type: str, destination: str | None) -> int | None:
+        """The dedicated lane of a destination, made unless there is one; None: too many were made this way."""
         with translated():
             row = await (await self._claiming.execute(_OWN_LANE, (delivery_type, destination))).fetchone()
         return row[0] if row else None
@@ -237,7 +237,7 @@ select nullif(current_setting('orchestrator.claim_again_at', true), '')::float8
      , null, nullif(current_setting('orchestrator.locked_out', true), '')::smallint
      , null, null, null, null, null, null, null, null, null, null, null, null, null
 """
-_OWN_LANE: LiteralString = "select orchestrator.own_lane(orchestrator.destination_name(%s, %s), false)"
+_OWN_LANE: LiteralString = "select orchestrator.ensure_dedicated_lane(orchestrator.destination_name(%s, %s), false)"
 _FINISH: LiteralString = """
 select event_id, result, extract(epoch from due_at)::float8 from orchestrator.finish_events(
   %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[], %s::text[], %s::text[],

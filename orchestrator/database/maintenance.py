@@ -66,7 +66,7 @@ CONFIGURE: LiteralString = "select orchestrator.configure_retention(%s, %s, %s, 
 """Takes a `Retention`."""
 
 
-class Problem(NamedTuple):
+class MaintenanceProblem(NamedTuple):
     """A step of maintenance that failed, and was undone by itself."""
 
     step: str
@@ -85,7 +85,7 @@ class Upkeep:
     more: bool = False
     skipped: str | None = None
     did: dict[str, int] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[MaintenanceProblem] = field(default_factory=list)
 
     def add(self, later: Upkeep) -> None:
         """Counts a later run in."""
@@ -170,7 +170,7 @@ def upkeep_of(told: dict[str, Any]) -> Upkeep:
     if "skipped" in told:
         return Upkeep(skipped=str(told["skipped"]))
     counts = {name: value for name, value in told.items() if type(value) is int and name not in ("run", "took_ms")}
-    problems = [Problem(each["step"], each["problem"]) for each in told["problems"]]
+    problems = [MaintenanceProblem(each["step"], each["problem"]) for each in told["problems"]]
     return Upkeep(1, told["took_ms"], told["more"], None, counts, problems)
 
 

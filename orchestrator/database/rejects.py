@@ -8,7 +8,8 @@ from uuid import UUID
 import msgspec
 
 from orchestrator.database.connection import Connection
-from orchestrator.database.gateway import COPY_SUBMISSIONS, Database, Submitted
+from orchestrator.database.gateway import Database
+from orchestrator.database.submission_calls import COPY_SUBMISSIONS, Submitted
 from orchestrator.errors import OrchestratorError, ValidationError
 from orchestrator.events.copying import copy_row
 from orchestrator.events.submission import Submission

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import LiteralString, NamedTuple
 
 from orchestrator.database.connection import named
-from orchestrator.database.gateway import Database, Filter
+from orchestrator.database.event_calls import Filter
+from orchestrator.database.gateway import Database
 
 
 class Swept(NamedTuple):

@@ -16,13 +16,14 @@ import socket
 import time
 from contextlib import AsyncExitStack, suppress
 
+from orchestrator.backoff import backoff_s
 from orchestrator.database import NOTIFY_CHANNEL, Claims, Leases
 from orchestrator.database.listening import listen
 from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import ANSWER_S, Finisher
 from orchestrator.dispatch.holders import Holders
 from orchestrator.dispatch.http.deliveries import HttpDeliveries, Sender
-from orchestrator.dispatch.kafka import KafkaDeliveries
+from orchestrator.dispatch.kafka_deliveries import KafkaDeliveries
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
@@ -35,8 +36,6 @@ _LOCKED_OUT = 5  # claims in turn, before it is told that another session is in 
 _CLAIM_AHEAD_S = 0.25  # how long before it is due an expected event is claimed
 _AGAIN_WITHIN_S = 0.02  # after the moment that a claim named, at random, so that dispatchers do not claim in step
 _HOLD = "hold "
-_FIRST_BACKOFF_S = 0.1
-_LAST_BACKOFF_S = 5.0
 _STOPPING_BACKOFF_S = 0.5
 _BACKLOG_EVERY_S = 5.0  # between counts of the backlog while claims come back full; else it is known to be nothing
 _FLOORS_EVERY_S = 1.0
@@ -62,7 +61,7 @@ class Dispatcher:
         self._stopping = asyncio.Event()
         self._claiming = False
         self._has_claimed = False
-        self._backoff_s = 0.0
+        self._failures = 0  # to connect, since the last claim
         self._backlog_read_s = 0.0
         self._given = asyncio.Event()
         self._room = asyncio.Event()
@@ -159,8 +158,8 @@ class Dispatcher:
             await self._finisher.flush(leases)  # what a claim brought that was under way at the stop
 
     async def _back_off(self, level: int, message: str, error: str) -> None:
-        self._backoff_s = min(_LAST_BACKOFF_S, 2 * self._backoff_s or _FIRST_BACKOFF_S)
-        wait_s = self._backoff_s * random.uniform(0.5, 1.0)
+        self._failures += 1
+        wait_s = backoff_s(self._failures)
         waiting = {"error": error, "retry_in_s": round(wait_s, 3), "results_waiting": self._finisher.pending}
         _log.log(level, message, extra=waiting)
         if self._stopping.is_set():
@@ -254,8 +253,8 @@ class Dispatcher:
         lanes: set[int] = set()
         batch, half = self._settings.batch_size, self._settings.prefetch // 2
         for stalls in (self._http.stalls, self._kafka.stalls):
-            for line in stalls.without_lane():
-                line.lane = await leases.own_lane(line.delivery_type, line.destination) or 0
+            for queue in stalls.without_dedicated_lane():
+                queue.lane = await leases.ensure_dedicated_lane(queue.delivery_type, queue.destination) or 0
             lanes |= stalls.lanes(half)
         low = max(batch, half - 2 * batch)
         if lanes and self._held > low:
@@ -265,8 +264,8 @@ class Dispatcher:
     def _note_claimed(self) -> None:
         """Only a claim proves the database: one that is read-only, or full, accepts connections all the same."""
         self._has_claimed = True
-        if self._backoff_s:
-            self._backoff_s = 0.0
+        if self._failures:
+            self._failures = 0
             self._metrics.database_reconnects_total.inc()
             _log.warning("the database is back")
 

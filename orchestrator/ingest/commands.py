@@ -18,7 +18,7 @@ from orchestrator.errors import ValidationError
 from orchestrator.events.json_text import has_forbidden_escape, utf8_fault
 from orchestrator.events.quoting import kind_of, shown
 from orchestrator.events.times import EXPECTED_TIME, expires_at_fault, in_utc, scheduled_at_fault, time_of
-from orchestrator.ingest.partition import Record
+from orchestrator.ingest.partition import ConsumedRecord
 from orchestrator.ingest.submissions import reject
 from orchestrator.metrics import Metrics
 
@@ -42,7 +42,7 @@ class Commands:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._items: list[dict[str, object]] = []
-        self._records: list[Record] = []
+        self._records: list[ConsumedRecord] = []
         self._rejects: list[Reject] = []
         self.size_bytes = 0
 
@@ -50,7 +50,7 @@ class Commands:
     def full(self) -> bool:
         return len(self._items) >= _MAX_RECORDS or self.size_bytes >= _BATCH_BYTES
 
-    def add(self, records: Sequence[Record]) -> None:
+    def add(self, records: Sequence[ConsumedRecord]) -> None:
         """Reads records; what is wrong with one becomes its answer and its reject."""
         for record in records:
             item: dict[str, object] = {"partition": record.partition, "offset": record.offset}

@@ -15,16 +15,15 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaError
 
+from orchestrator.backoff import backoff_s
 from orchestrator.database.ingestion import OffsetsMovedError
 from orchestrator.errors import KafkaUnavailable, SettingsError
-from orchestrator.ingest.halts import Halts
+from orchestrator.ingest.health import HaltReports, StalledError, StallWatch
 from orchestrator.ingest.reading import Batch, Reading
 from orchestrator.ingest.source import MisplacedError, Source, TooLargeError
-from orchestrator.ingest.watch import StalledError, Watch
 from orchestrator.ingest.writer import Writer
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
-from orchestrator.tasks import backoff_s
 
 _AGAIN_S = 0.1
 _WELL_S = 60.0  # a consumer that has lasted so long has not failed in turn
@@ -55,7 +54,7 @@ class Consumer:
         self._stall_s = stall_s
         self._fetch_factor = 1
         self._writer = Writer(settings, metrics, topic)
-        self._halts = Halts(metrics, topic)
+        self._halt_reports = HaltReports(metrics, topic)
 
     async def run(self) -> None:
         """Consumes until it is cancelled; Kafka and the database may come and go. Raises SettingsError."""
@@ -80,7 +79,7 @@ class Consumer:
                     failures = 1 if time.monotonic() > began_s + _WELL_S else failures + 1
                     await self._back_off(failures, error)
         finally:
-            self._halts.tell(())
+            self._halt_reports.update(())
             await self._writer.close()
 
     async def _consume(self) -> None:
@@ -89,9 +88,11 @@ class Consumer:
             self._settings, self._topic, self._group, share=self._share, fetch_factor=self._fetch_factor
         )
         async with opening as source:
-            watch = Watch(self._stall_s)
+            watch = StallWatch(self._stall_s)
             while True:
-                reading = Reading(self._topic, source, self._writer, watch, self._halts, self._metrics, self._new_batch)
+                reading = Reading(
+                    self._topic, source, self._writer, watch, self._halt_reports, self._metrics, self._new_batch
+                )
                 try:
                     await reading.run()
                 except OffsetsMovedError as moved:

@@ -14,8 +14,8 @@ from typing import Protocol
 from orchestrator.database.ingestion import Move, Position
 
 
-class Record(Protocol):
-    """What is used of a consumed record; its names are the client's."""
+class ConsumedRecord(Protocol):
+    """What the ingester uses of a consumed record; the names are aiokafka's."""
 
     @property
     def partition(self) -> int: ...
@@ -31,7 +31,7 @@ class Record(Protocol):
     def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
 
 
-def record_hash(record: Record) -> int:
+def record_hash(record: ConsumedRecord) -> int:
     """A hash of timestamp, key and value that fits a bigint."""
     digest = hashlib.blake2b(b"%d" % record.timestamp, digest_size=8)
     for part in (record.key, record.value):
@@ -39,10 +39,10 @@ def record_hash(record: Record) -> int:
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
-class Halt(Exception):  # noqa: N818  # an order, carried out by whoever catches it
-    """This partition must not be read on until an operator has decided; its text says why.
+class HaltError(Exception):
+    """A partition must not be read on until an operator has decided; the text says why.
 
-    `may_pass`: or until the log fits again, as it may after a change of leaders.
+    `may_pass`: or until its log fits again, as it may after a change of leaders. Who catches it calls `Partition.halt`.
     """
 
     def __init__(self, why: str, *, may_pass: bool = False) -> None:
@@ -64,15 +64,15 @@ class Partition:
     """Offset and hash of the last record before `next_offset`; None: unknown."""
     unproved: tuple[int, int] | None = None
     """The anchor, while the log has not shown yet that it still holds it."""
-    halted: str | None = None
-    """Why it is not read, for the operator."""
+    halt_reason: str | None = None
+    """Why it is not read, for the operator; None: it is not halted."""
     may_pass: bool = False
-    """Whether that may pass by itself."""
+    """Whether the halt may pass by itself."""
     failures: int = 0
     """How often in turn its next records could not be read."""
 
     def place(self, position: Position | None, begins: int, ends: int) -> int:
-        """Takes over where the database stands, and returns the offset to read from. Raises Halt.
+        """Takes over where the database stands, and returns the offset to read from. Raises HaltError.
 
         A log that still holds the anchor is read from there, so that its first record proves it to be the same log.
         """
@@ -84,9 +84,11 @@ class Partition:
         if position.anchor_offset is not None and position.anchor_hash is not None:
             self.anchor = position.anchor_offset, position.anchor_hash
         if ends < position.next_offset:
-            raise Halt(f"the log ends at offset {ends}, before it: the topic was made anew or truncated", may_pass=True)
+            raise HaltError(
+                f"the log ends at offset {ends}, before it: the topic was made anew or truncated", may_pass=True
+            )
         if begins > position.next_offset:
-            raise Halt(f"the log begins at offset {begins}, after it: records were deleted before they were read")
+            raise HaltError(f"the log begins at offset {begins}, after it: records were deleted before they were read")
         return self.doubt() if self.anchor is not None and begins <= self.anchor[0] else self.next_offset
 
     def doubt(self) -> int:
@@ -94,24 +96,27 @@ class Partition:
         self.unproved = self.anchor
         return self.next_offset if self.anchor is None else self.anchor[0]
 
-    def fresh(self, records: Sequence[Record]) -> Sequence[Record]:
-        """Those of the records that were not read before. Raises Halt when the anchor among them is another record."""
+    def fresh(self, records: Sequence[ConsumedRecord]) -> Sequence[ConsumedRecord]:
+        """Those of the records that were not read before.
+
+        Raises HaltError when another record is in the place of the anchor.
+        """
         if not records:
             return records
         if self.unproved is not None:
             offset, expected = self.unproved
             if records[0].offset == offset and record_hash(records[0]) != expected:
-                raise Halt(f"the record at offset {offset} is not the one that was read: the topic was made anew")
+                raise HaltError(f"the record at offset {offset} is not the one that was read: the topic was made anew")
             self.unproved = None  # or compaction has removed it
         if records[0].offset >= self.next_offset:
             return records
         return [record for record in records if record.offset >= self.next_offset]
 
-    def halt(self, order: Halt) -> None:
+    def halt(self, error: HaltError) -> None:
         """Notes that it is not read, and what to tell the operator."""
-        self.may_pass = order.may_pass
-        self.halted = (
-            f"partition {self.number} of topic {self.topic} is halted at offset {self.next_offset}: {order}. "
+        self.may_pass = error.may_pass
+        self.halt_reason = (
+            f"partition {self.number} of topic {self.topic} is halted at offset {self.next_offset}: {error}. "
             "To read on, say from where: "
             f"select orchestrator.set_ingest_offset('{self.topic}', {self.number}, <offset>)"
         )
@@ -137,7 +142,7 @@ class Step:
         return Move(self.partition, self.expected, self.next_offset, offset, hashed)
 
 
-def take(steps: dict[int, Step], partition: Partition, records: Sequence[Record], next_offset: int) -> None:
+def take(steps: dict[int, Step], partition: Partition, records: Sequence[ConsumedRecord], next_offset: int) -> None:
     """Moves the partition, and the batch's step for it, past the records to `next_offset`."""
     step = steps.get(partition.number)
     if step is None:

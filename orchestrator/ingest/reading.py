@@ -13,10 +13,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from orchestrator.ingest.halts import Halts
-from orchestrator.ingest.partition import Halt, Partition, Record, Step, take
+from orchestrator.ingest.health import HaltReports, StallWatch
+from orchestrator.ingest.partition import ConsumedRecord, HaltError, Partition, Step, take
 from orchestrator.ingest.source import Fetched, Source, UnreadableError
-from orchestrator.ingest.watch import Watch
 from orchestrator.ingest.writer import Writable, Writer
 from orchestrator.metrics import Metrics
 from orchestrator.tasks import end
@@ -43,7 +42,7 @@ class Batch(Writable, Protocol):
     @property
     def full(self) -> bool: ...
 
-    def add(self, records: Sequence[Record]) -> None:
+    def add(self, records: Sequence[ConsumedRecord]) -> None:
         """Parses records; whatever they hold, it raises nothing."""
 
 
@@ -55,8 +54,8 @@ class Reading:
         topic: str,
         source: Source,
         writer: Writer,
-        watch: Watch,
-        halts: Halts,
+        watch: StallWatch,
+        halt_reports: HaltReports,
         metrics: Metrics,
         new_batch: Callable[[], Batch],
     ) -> None:
@@ -64,7 +63,7 @@ class Reading:
         self._source = source
         self._writer = writer
         self._watch = watch
-        self._halts = halts
+        self._halt_reports = halt_reports
         self._lag = metrics.ingest_lag
         self._new_batch = new_batch
         self._partitions: dict[int, Partition] = {}
@@ -81,7 +80,7 @@ class Reading:
     async def run(self) -> None:
         """Reads until the group assigns other partitions, or a halted one may be read on.
 
-        Raises OffsetsMovedError when somebody else was faster with a batch, and what `Source` and `Watch` raise.
+        Raises OffsetsMovedError when somebody else was faster with a batch, and what `Source` and `StallWatch` raise.
         """
         await self._place()
         while not self._source.moved:
@@ -128,25 +127,25 @@ class Reading:
             partition = self._partitions[number] = Partition(self._topic, number)
             try:
                 source.place(number, partition.place(positions.get(number), *bounds[number]))
-            except Halt as halt:
-                self._halt(partition, halt)
+            except HaltError as error:
+                self._halt(partition, error)
         self._turns.extend(numbers)
         _log.info("reading partitions %s of %s", numbers, self._topic)
         self._tick()
 
-    def _halt(self, partition: Partition, order: Halt) -> None:
-        self._source.hold(partition.number, partition.next_offset)
-        partition.halt(order)
+    def _halt(self, partition: Partition, error: HaltError) -> None:
+        self._source.pause(partition.number, partition.next_offset)
+        partition.halt(error)
 
     async def _may_go_on(self) -> bool:
         """Whether a halted partition can be read: an operator has set its offset, or its log fits again."""
-        if all(p.halted is None for p in self._partitions.values()):
+        if all(p.halt_reason is None for p in self._partitions.values()):
             return False
         await self._wait_for_writing(_TICK_S)
         self._note_written()
         if self._writing is not None:
             return False
-        halted = [p for p in self._partitions.values() if p.halted and p.number not in self._steps]
+        halted = [p for p in self._partitions.values() if p.halt_reason and p.number not in self._steps]
         positions = await self._writer.positions()
         if any(positions.get(p.number) != p.position() for p in halted):
             return True
@@ -163,7 +162,7 @@ class Reading:
                 break
             partition = self._partitions[self._turns[0]]
             self._turns.rotate(-1)  # or a full batch would always be of the first ones
-            if partition.halted is not None:
+            if partition.halt_reason is not None:
                 continue
             try:
                 limit = max(1, self._slice >> 2 * partition.failures)
@@ -172,7 +171,7 @@ class Reading:
                 # What stands before it can be read; smaller slices come up to it.
                 partition.failures += 1
                 if partition.failures == _UNREADABLE_TRIES:
-                    self._halt(partition, Halt(f"its records cannot be read: {error}"))
+                    self._halt(partition, HaltError(f"its records cannot be read: {error}"))
                 continue
             if fetched is not None and self._add(fetched):
                 found = True
@@ -206,8 +205,8 @@ class Reading:
             return False
         try:
             records = partition.fresh(fetched.records)
-        except Halt as halt:
-            self._halt(partition, halt)
+        except HaltError as error:
+            self._halt(partition, error)
             return False
         if fetched.next_offset <= partition.next_offset:
             return False
@@ -247,9 +246,9 @@ class Reading:
     def _tick(self) -> None:
         self._source.mirror(self._written)
         partitions = list(self._partitions.values())
-        self._halts.tell(partitions)
+        self._halt_reports.update(partitions)
         for partition in partitions:
             end, _ = self._source.ends(partition.number)
             self._lag.labels(self._topic, partition.number).set(max(0, end - partition.next_offset))
         if not self._batch.full:  # else it is the database that is slow
-            self._watch.look(self._source, [p for p in partitions if p.halted is None])
+            self._watch.look(self._source, [p for p in partitions if p.halt_reason is None])

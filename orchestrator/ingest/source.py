@@ -26,7 +26,7 @@ from aiokafka.errors import (
 )
 
 from orchestrator.errors import KafkaUnavailable
-from orchestrator.ingest.partition import Record
+from orchestrator.ingest.partition import ConsumedRecord
 from orchestrator.kafka.client import client_arguments, kafka_errors
 from orchestrator.settings import Settings
 
@@ -63,7 +63,7 @@ class Fetched(NamedTuple):
     transactions have left gaps."""
 
     partition: int
-    records: Sequence[Record]
+    records: Sequence[ConsumedRecord]
     next_offset: int
 
 
@@ -171,7 +171,7 @@ class Source:
         self._placed[partition] = tp
         self._seen_ms.pop(partition, None)
 
-    def hold(self, partition: int, offset: int) -> None:
+    def pause(self, partition: int, offset: int) -> None:
         """Reads the partition no more."""
         tp = self._tps[partition]
         self._consumer.pause(tp)
@@ -200,7 +200,7 @@ class Source:
 
     async def _getmany(
         self, *tps: TopicPartition, timeout_s: float, limit: int
-    ) -> Mapping[TopicPartition, Sequence[Record]]:
+    ) -> Mapping[TopicPartition, Sequence[ConsumedRecord]]:
         try:
             async with asyncio.timeout(timeout_s + _REJOINING_S):
                 found = await self._consumer.getmany(*tps, timeout_ms=round(timeout_s * 1000), max_records=limit)

@@ -9,7 +9,7 @@ from orchestrator.errors import ValidationError
 from orchestrator.events.ids import EVENT_ID_HEADER
 from orchestrator.events.reading import submission_row
 from orchestrator.events.topics import topic_rules
-from orchestrator.ingest.partition import Record
+from orchestrator.ingest.partition import ConsumedRecord
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 
@@ -25,7 +25,7 @@ class Submissions:
         self._metrics = metrics
         self._max_bytes = max_bytes
         self._rows: list[bytes] = []
-        self._kept: list[Record] = []
+        self._kept: list[ConsumedRecord] = []
         self._rejects: list[Reject] = []
         self.size_bytes = 0
 
@@ -33,7 +33,7 @@ class Submissions:
     def full(self) -> bool:
         return len(self._rows) + len(self._rejects) >= _MAX_RECORDS or self.size_bytes >= self._max_bytes
 
-    def add(self, records: Sequence[Record]) -> None:
+    def add(self, records: Sequence[ConsumedRecord]) -> None:
         """Parses records; what is wrong with one becomes its reject."""
         limits, rows, kept = self._settings, self._rows, self._kept
         size_bytes = 0
@@ -62,12 +62,12 @@ class Submissions:
         self._metrics.events_rejected_total.inc(len(self._rejects) + done.refused)
 
 
-def _given_id(record: Record) -> str | None:
+def _given_id(record: ConsumedRecord) -> str | None:
     for name, value in record.headers:
         if name == EVENT_ID_HEADER:
             return (value or b"").decode(errors="replace")
     return None
 
 
-def reject(record: Record, field: str, reason: str) -> Reject:
+def reject(record: ConsumedRecord, field: str, reason: str) -> Reject:
     return Reject(record.partition, record.offset, record.key, record.value, field, reason)

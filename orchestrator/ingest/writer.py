@@ -10,11 +10,12 @@ from typing import Protocol, TypeVar
 
 import psycopg
 
+from orchestrator.backoff import backoff_s
 from orchestrator.database.ingestion import Ingestion, Move, OffsetsMovedError, Position
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
-from orchestrator.tasks import backoff_s, within
+from orchestrator.tasks import within
 
 T = TypeVar("T")
 

@@ -12,15 +12,14 @@ from typing import Generic
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
+from orchestrator.backoff import backoff_s
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.kafka.client import started_producer
-from orchestrator.kafka.partition_queues import Lanes, OnResult, Record, T, TopicUnavailableError
+from orchestrator.kafka.partition_queues import OnResult, OutgoingRecord, PartitionQueues, T, TopicUnavailableError
 from orchestrator.kafka.partitions import partition_of
 from orchestrator.own_faults import own_fault
 from orchestrator.settings import Settings
 
-_FIRST_BACKOFF_S = 0.1
-_LAST_BACKOFF_S = 5.0
 _LOOKS_S = (0.0, 0.1, 0.2, 0.4, 0.8)  # waits between looks: a topic that is just being made shows up within moments
 _ONE_LOOK = (0.0,)  # at a topic that was not there a while ago
 _METADATA_S = 5.0
@@ -50,10 +49,10 @@ class BulkProducer(Generic[T]):
         self._tasks = tasks
         self._on_result = on_result
         self._broken = asyncio.Event()
-        self._lanes = Lanes(tasks, on_result, self._break, timeout_s=timeout_s, ordered=ordered)
+        self._queues = PartitionQueues(tasks, on_result, self._break, timeout_s=timeout_s, ordered=ordered)
         self._producer: AIOKafkaProducer | None = None
         self._ready = asyncio.Event()
-        self._parked: dict[str, list[Record[T]]] = {}
+        self._parked: dict[str, list[OutgoingRecord[T]]] = {}
         self._looking: set[asyncio.Task[None]] = set()
         self._unknown: dict[str, tuple[float, TopicUnavailableError]] = {}
         self._topics: set[str] = set()
@@ -70,7 +69,7 @@ class BulkProducer(Generic[T]):
         """Ends every `ready` at once."""
         self._ready.set()
 
-    def send(self, topic: str, records: list[Record[T]]) -> None:
+    def send(self, topic: str, records: list[OutgoingRecord[T]]) -> None:
         """Takes records for one topic in; `on_result` is told of each, perhaps at once, within a bounded time."""
         producer = self._producer
         if producer is None:
@@ -80,7 +79,7 @@ class BulkProducer(Generic[T]):
         if not partitions:
             self._park(producer, topic, records)
             return
-        count, add = len(partitions), self._lanes.add
+        count, add = len(partitions), self._queues.add
         for record in records:
             if record.key is None:
                 self._keyless += 1
@@ -93,19 +92,19 @@ class BulkProducer(Generic[T]):
         stopped = KafkaUnavailable(_STOPPED)
         for task in self._looking:
             task.cancel()
-        self._lanes.drop(stopped)
+        self._queues.drop(stopped)
         self._fail_parked(stopped)
 
     async def keep_connected(self) -> None:
         """Connects, and again whenever that broke; never returns."""
-        backoff_s = _FIRST_BACKOFF_S
+        failures = 0
         while True:
             try:
                 async with started_producer(self._settings, self._role) as producer:
                     self._connected(producer)
-                    backoff_s = _FIRST_BACKOFF_S
+                    failures = 0
                     await self._broken.wait()
-                    await self._lanes.settled()
+                    await self._queues.settled()
                     await producer.abandon()  # what was given up must not be delivered later
             except KafkaUnavailable as error:
                 self._disconnected(error)
@@ -116,8 +115,8 @@ class BulkProducer(Generic[T]):
                 _log.exception("connecting to Kafka failed in a way not foreseen")
                 self._disconnected(KafkaUnavailable(f"internal error: {type(error).__name__}", own_fault(error)))
             if self.away is not None:
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
-                backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s)
+                failures += 1
+                await asyncio.sleep(backoff_s(failures))
 
     def _connected(self, producer: AIOKafkaProducer) -> None:
         if self.away is not None:
@@ -126,7 +125,7 @@ class BulkProducer(Generic[T]):
         self._broken.clear()
         self._topics = set()
         self._producer = producer
-        self._lanes.use(producer)
+        self._queues.use(producer)
         self._ready.set()
 
     def _break(self) -> None:
@@ -139,11 +138,11 @@ class BulkProducer(Generic[T]):
             _log.warning("Kafka is away; trying again", extra={"role": self._role, "error": str(error)})
         self._producer = None
         self.away = error
-        self._lanes.drop(error)
+        self._queues.drop(error)
         self._fail_parked(error)
         self._ready.set()
 
-    def _park(self, producer: AIOKafkaProducer, topic: str, records: list[Record[T]]) -> None:
+    def _park(self, producer: AIOKafkaProducer, topic: str, records: list[OutgoingRecord[T]]) -> None:
         """Keeps records until it is known whether their topic exists; meanwhile others go on."""
         until_s, unknown = self._unknown.get(topic, (0.0, None))
         if unknown is not None and asyncio.get_running_loop().time() < until_s:

@@ -120,7 +120,7 @@ async def started_producer(settings: Settings, role: str, *, linger_ms: int = 10
             await producer.start()
     except (KafkaError, OSError) as error:  # TimeoutError is one
         await producer.abandon()
-        raise await unavailable(settings, role, error) from error
+        raise await start_failure(settings, role, error) from error
     except BaseException:
         await producer.abandon()
         raise
@@ -150,10 +150,10 @@ def kafka_errors() -> Iterator[None]:
         raise KafkaUnavailable(f"KAFKA_BOOTSTRAP_SERVERS: the brokers cannot be used just now: {error}") from error
 
 
-async def unavailable(settings: Settings, role: str, error: BaseException) -> OrchestratorError:
-    """What `error` of a client that does not start means, found by connecting once more.
+async def start_failure(settings: Settings, role: str, error: BaseException) -> OrchestratorError:
+    """The error to raise for a client that failed to start with `error`; connects once more to find the cause.
 
-    aiokafka logs why it cannot connect and raises an error that does not say it.
+    aiokafka only logs why it cannot connect; the error that it raises does not say.
     """
     arguments = client_arguments(settings, role)
     servers = [(host, port) for host, port, _ in collect_hosts(arguments["bootstrap_servers"], randomize=False)]

@@ -44,8 +44,8 @@ class TopicUnavailableError(OrchestratorError):
     """The topic does not exist, or not for us; that may be mended."""
 
 
-class Record(NamedTuple, Generic[T]):
-    """A record, and what its sender knows it by."""
+class OutgoingRecord(NamedTuple, Generic[T]):
+    """A record to send; `item` is what its sender knows it by."""
 
     key: bytes | None
     value: bytes | None
@@ -59,9 +59,9 @@ class _Batch(Generic[T]):
     def __init__(self, builder: BatchBuilder, deadline_s: float) -> None:
         self.builder = builder
         self.deadline_s = deadline_s
-        self.records: list[Record[T]] = []
+        self.records: list[OutgoingRecord[T]] = []
 
-    def add(self, record: Record[T]) -> bool:
+    def add(self, record: OutgoingRecord[T]) -> bool:
         """Whether there was room; there is for a first record of any size."""
         added = self.builder.append(timestamp=None, key=record.key, value=record.value, headers=record.headers)
         if added is None:
@@ -70,34 +70,34 @@ class _Batch(Generic[T]):
         return True
 
 
-class _Lane(Generic[T]):
-    __slots__ = ("filling", "partition", "queue", "sent_s", "task", "topic", "under_way")
+class _PartitionQueue(Generic[T]):
+    __slots__ = ("batches", "filling", "partition", "sent_s", "task", "topic", "under_way")
 
     def __init__(self, topic: str, partition: int) -> None:
         self.topic = topic
         self.partition = partition
         self.filling: _Batch[T] | None = None
-        self.queue: deque[_Batch[T]] = deque()
+        self.batches: deque[_Batch[T]] = deque()
         self.under_way: _Batch[T] | None = None
         self.sent_s: float | None = None
         self.task: asyncio.Task[None] | None = None
 
-    def take_all(self) -> list[Record[T]]:
+    def take_all(self) -> list[OutgoingRecord[T]]:
         """Every record it holds, oldest first, and leaves it empty."""
-        batches = [self.under_way, *self.queue, self.filling]
+        batches = [self.under_way, *self.batches, self.filling]
         self.under_way = self.filling = None
-        self.queue.clear()
+        self.batches.clear()
         return [record for batch in batches if batch for record in batch.records]
 
 
-class Lanes(Generic[T]):
+class PartitionQueues(Generic[T]):
     """Fills batches and sends them through the producer it was last given, in order of each partition.
 
-    A batch leaves when it is full, or at once when its lane is idle, but then no sooner than 10 ms after the last
+    A batch leaves when it is full, or at once when its queue is idle, but then no sooner than 10 ms after the last
     such departure: a single record does not wait, and many travel together. Each record has `timeout_s` to be
     acknowledged. When one was not, or so that it is in doubt, the producer is put away and `on_broken` called: what
     is under way goes on with it, and what waits goes on with the next one. With `ordered`, what waits behind a failure
-    in its lane fails with it, so that nothing overtakes.
+    in its queue fails with it, so that nothing overtakes.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class Lanes(Generic[T]):
         self._timeout_s = timeout_s
         self._ordered = ordered
         self._loop = asyncio.get_running_loop()
-        self._lanes: dict[tuple[str, int], _Lane[T]] = {}
-        self._filling: set[_Lane[T]] = set()
+        self._queues: dict[tuple[str, int], _PartitionQueue[T]] = {}
+        self._filling: set[_PartitionQueue[T]] = set()
         self._alarm: asyncio.TimerHandle | None = None
         self._departed_s = 0.0
         self._producer: AIOKafkaProducer | None = None
@@ -135,35 +135,35 @@ class Lanes(Generic[T]):
         """Waits until nothing is under way any more."""
         await self._settled.wait()
 
-    def add(self, topic: str, partition: int, record: Record[T]) -> None:
+    def add(self, topic: str, partition: int, record: OutgoingRecord[T]) -> None:
         """Takes a record in; `use` has been called before."""
-        lane = self._lanes.get((topic, partition))
-        if lane is None:
-            lane = self._lanes[topic, partition] = _Lane(topic, partition)
-        elif lane.sent_s is not None and self._loop.time() > lane.sent_s + _STALLED_S:
+        queue = self._queues.get((topic, partition))
+        if queue is None:
+            queue = self._queues[topic, partition] = _PartitionQueue(topic, partition)
+        elif queue.sent_s is not None and self._loop.time() > queue.sent_s + _STALLED_S:
             self._on_result([record.item], KafkaUnavailable(f"{topic}: its brokers do not answer just now"))
             return
-        batch = lane.filling
+        batch = queue.filling
         if batch is not None:
             if batch.add(record):
                 return
-            lane.queue.append(batch)
-            self._start(lane)
-        lane.filling = self._batch([record], self._loop.time() + self._timeout_s)
-        self._filling.add(lane)
+            queue.batches.append(batch)
+            self._start(queue)
+        queue.filling = self._batch([record], self._loop.time() + self._timeout_s)
+        self._filling.add(queue)
         if self._alarm is None:
             self._alarm = self._loop.call_at(max(self._departed_s + _LINGER_S, self._loop.time()), self._depart)
 
     def drop(self, error: OrchestratorError) -> None:
         """Gives up on everything, under way or not."""
-        lanes, self._lanes = self._lanes, {}
+        queues, self._queues = self._queues, {}
         self._filling.clear()
-        for lane in lanes.values():
-            if lane.task is not None:
-                lane.task.cancel()
-            self._report(lane.take_all(), error)
+        for queue in queues.values():
+            if queue.task is not None:
+                queue.task.cancel()
+            self._report(queue.take_all(), error)
 
-    def _batch(self, records: Sequence[Record[T]], deadline_s: float) -> _Batch[T]:
+    def _batch(self, records: Sequence[OutgoingRecord[T]], deadline_s: float) -> _Batch[T]:
         if self._create_batch is None:
             raise RuntimeError("there has been no producer yet")
         batch: _Batch[T] = _Batch(self._create_batch(), deadline_s)
@@ -173,41 +173,43 @@ class Lanes(Generic[T]):
 
     def _depart(self) -> None:
         now_s = self._departed_s = self._loop.time()
-        for lane in [lane for lane in self._filling if lane.task is None]:
-            self._filling.discard(lane)
-            if lane.filling is not None:
-                lane.queue.append(lane.filling)
-                lane.filling = None
-                self._start(lane)
-        # Lanes with a batch under way fill the next one meanwhile.
+        for queue in [queue for queue in self._filling if queue.task is None]:
+            self._filling.discard(queue)
+            if queue.filling is not None:
+                queue.batches.append(queue.filling)
+                queue.filling = None
+                self._start(queue)
+        # Queues with a batch under way fill the next one meanwhile.
         self._alarm = self._loop.call_at(now_s + _LINGER_S, self._depart) if self._filling else None
 
-    def _start(self, lane: _Lane[T]) -> None:
-        if lane.task is None:
-            lane.task = self._tasks.create_task(self._work(lane))
+    def _start(self, queue: _PartitionQueue[T]) -> None:
+        if queue.task is None:
+            queue.task = self._tasks.create_task(self._work(queue))
 
-    async def _work(self, lane: _Lane[T]) -> None:
-        while lane.queue:
-            batch = lane.under_way = lane.queue.popleft()
-            error = await self._send(lane, batch)
-            lane.under_way = None
+    async def _work(self, queue: _PartitionQueue[T]) -> None:
+        while queue.batches:
+            batch = queue.under_way = queue.batches.popleft()
+            error = await self._send(queue, batch)
+            queue.under_way = None
             if error is None:
                 self._report(batch.records, None)
             elif isinstance(error, RecordRefusedError) and len(batch.records) > 1:
                 middle = len(batch.records) // 2
                 for half in (batch.records[middle:], batch.records[:middle]):
-                    lane.queue.appendleft(self._batch(half, batch.deadline_s))
+                    queue.batches.appendleft(self._batch(half, batch.deadline_s))
             else:
                 self._report(batch.records, error)
                 if self._ordered:
-                    self._report(lane.take_all(), KafkaUnavailable(f"not sent, as a record before it was not: {error}"))
-        lane.task = None
-        if lane.filling is None:
-            del self._lanes[lane.topic, lane.partition]
+                    self._report(
+                        queue.take_all(), KafkaUnavailable(f"not sent, as a record before it was not: {error}")
+                    )
+        queue.task = None
+        if queue.filling is None:
+            del self._queues[queue.topic, queue.partition]
 
-    async def _send(self, lane: _Lane[T], batch: _Batch[T]) -> OrchestratorError | None:
+    async def _send(self, queue: _PartitionQueue[T], batch: _Batch[T]) -> OrchestratorError | None:
         """None once the brokers have acknowledged the batch."""
-        topic = lane.topic
+        topic = queue.topic
         producer = None
         try:
             async with asyncio.timeout_at(batch.deadline_s):
@@ -216,11 +218,11 @@ class Lanes(Generic[T]):
                     await self._usable.wait()
                 self._sending += 1
                 self._settled.clear()
-                lane.sent_s = self._loop.time()
+                queue.sent_s = self._loop.time()
                 try:
-                    await (await producer.send_batch(batch.builder, topic, partition=lane.partition))
+                    await (await producer.send_batch(batch.builder, topic, partition=queue.partition))
                 finally:
-                    lane.sent_s = None
+                    queue.sent_s = None
                     self._sending -= 1
                     if not self._sending:
                         self._settled.set()
@@ -249,6 +251,6 @@ class Lanes(Generic[T]):
             self._on_broken()
         return error
 
-    def _report(self, records: Sequence[Record[T]], error: OrchestratorError | None) -> None:
+    def _report(self, records: Sequence[OutgoingRecord[T]], error: OrchestratorError | None) -> None:
         if records:
             self._on_result([record.item for record in records], error)

@@ -12,7 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.kafka.client import client_arguments, kafka_errors, unavailable
+from orchestrator.kafka.client import client_arguments, kafka_errors, start_failure
 from orchestrator.settings import Settings
 
 _START_TIMEOUT_S = 5.0
@@ -136,7 +136,7 @@ async def _administration(settings: Settings) -> AsyncIterator[Any]:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 await admin.start()
         except (KafkaError, OSError) as error:  # TimeoutError is one
-            raise await unavailable(settings, "topics", error) from error
+            raise await start_failure(settings, "topics", error) from error
         with kafka_errors():
             async with asyncio.timeout(_DEADLINE_S):
                 yield admin

@@ -22,7 +22,7 @@ from typing import BinaryIO, Protocol
 
 import psycopg
 
-from orchestrator.database.maintenance import Buffer, Problem, Retired
+from orchestrator.database.maintenance import Buffer, MaintenanceProblem, Retired
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.settings import Settings
 
@@ -37,7 +37,7 @@ class Archived:
     """Files written, and what failed: its partition stays until another try succeeds."""
 
     files: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[MaintenanceProblem] = field(default_factory=list)
 
 
 async def archive(settings: Settings) -> Archived:
@@ -83,7 +83,7 @@ class _Work:
                 except OSError as error:
                     reason = error.strerror or str(error)
                     told.problems.append(
-                        Problem("archive", f"{name}: {self._directory}: {reason}; make room, or mend it")
+                        MaintenanceProblem("archive", f"{name}: {self._directory}: {reason}; make room, or mend it")
                     )
                 except _StoppedError:
                     raise
@@ -91,7 +91,7 @@ class _Work:
                     self._check()  # then it was ended by us
                     raise
                 except (OrchestratorError, psycopg.Error, ValueError) as error:
-                    told.problems.append(Problem("archive", f"{name}: {error}"))
+                    told.problems.append(MaintenanceProblem("archive", f"{name}: {error}"))
                 else:
                     told.files.append(str(file))
                     _log.info("partition archived", extra={"partition": name, "file": str(file)})

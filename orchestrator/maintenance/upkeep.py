@@ -7,7 +7,7 @@ import logging
 import time
 from typing import Any
 
-from orchestrator.database.maintenance import Maintenance, Problem, Retention, Upkeep
+from orchestrator.database.maintenance import Maintenance, MaintenanceProblem, Retention, Upkeep
 from orchestrator.errors import Blocked, OrchestratorError
 from orchestrator.maintenance.archive import archive
 from orchestrator.metrics import Metrics
@@ -48,7 +48,7 @@ async def maintain_once(settings: Settings, retention: Retention) -> tuple[Upkee
     if refused is not None:
         if told.skipped is not None:
             raise refused
-        told.problems.insert(0, Problem("retention_configured", str(refused)))
+        told.problems.insert(0, MaintenanceProblem("retention_configured", str(refused)))
     if told.skipped is None:
         archived = await archive(settings)
         files = archived.files
@@ -106,7 +106,7 @@ class _Minutes:
             self._archive_at = time.monotonic() + _ARCHIVE_AGAIN_S
             self._warn(told.problems)
 
-    def _warn(self, problems: list[Problem]) -> None:
+    def _warn(self, problems: list[MaintenanceProblem]) -> None:
         for step, problem in problems:
             self._metrics.maintenance_problems_total(step).inc()
             _log.warning("a step of maintenance failed", extra={"step": step, "problem": problem})

@@ -18,7 +18,7 @@ set enable_seqscan = off as $$
   , 'spread_ms', round(extract(epoch from case
       when s.spread is not null then orchestrator.spread_shift(s.id, s.spread)
       when f.due_at > greatest(s.scheduled_at, s.created_at) then f.due_at - s.scheduled_at end) * 1000, 3)
-  , 'waits_for', case when t.lane < 0 then orchestrator.waits_for(t.ordering, t.event_id, t.scheduled_at) end
+  , 'waits_for', case when t.lane < 0 then orchestrator.blocking_event(t.ordering, t.event_id, t.scheduled_at) end
   , 'outcomes', coalesce((
       select json_agg(json_build_object(
           'attempt', o.attempt, 'result', o.result, 'status_code', o.status_code, 'error', o.error

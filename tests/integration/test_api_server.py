@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-import orchestrator.database.gateway
+import orchestrator.database.pool
 from orchestrator.api.routes import health
 from orchestrator.api.server.server import serve, serve_management
 from orchestrator.database import Database
@@ -187,7 +187,7 @@ async def test_while_the_database_is_away_requests_are_503_and_the_process_lives
     postgres_server: EmbeddedPostgres, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "CACHE_S", 0.0)
-    monkeypatch.setattr(orchestrator.database.gateway, "_POOL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(orchestrator.database.pool, "_TIMEOUT_S", 0.5)
     chosen = settings(DATABASE_URL=postgres_server.url("orchestrator"))
     async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
         await asyncio.to_thread(postgres_server.stop)

@@ -148,7 +148,7 @@ async def test_redriven_events_are_delivered_and_keep_their_history(
         assert client.outcomes(event_id) == [(1, "dead"), (1, "redriven"), (2, "delivered")]
 
 
-async def test_a_purge_forgets_the_letters_and_leaves_the_events_dead(
+async def test_a_purge_forgets_dead_letters_and_leaves_their_events_dead(
     api: httpx.AsyncClient, client: Client, dead: dict[str, list[str]]
 ) -> None:
     body: dict[str, Any] = {"source": "tests", "limit": 5}
@@ -174,7 +174,7 @@ WRONG_BODIES: list[tuple[Any, set[str]]] = [
 ]
 
 
-async def test_a_body_that_breaks_rules_is_a_422_that_names_each(
+async def test_a_body_that_breaks_rules_is_a_422_that_names_each_field(
     api: httpx.AsyncClient, client: Client, dead: dict[str, list[str]]
 ) -> None:
     for what in ("redrive", "purge"):
@@ -193,7 +193,7 @@ async def test_a_purge_of_everything_is_refused(api: httpx.AsyncClient) -> None:
         assert "expected at least one of source, destination, from, until, reason" in problem["detail"]
 
 
-async def test_a_parameter_that_is_wrong_is_named(api: httpx.AsyncClient) -> None:
+async def test_a_wrong_parameter_of_the_list_is_named(api: httpx.AsyncClient) -> None:
     for query, status, kind, field in (
         ("source=", 422, "validation", "source"),
         ("destination=a%20b", 422, "validation", "destination"),
@@ -214,7 +214,9 @@ def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeping, "_LOOKED_AT", 3)
 
 
-def test_they_are_listed_by_filter_and_shown_one_by_one(call: Call, client: Client, dead: dict[str, list[str]]) -> None:
+def test_dead_letters_are_listed_by_filter_and_shown_one_by_one(
+    call: Call, client: Client, dead: dict[str, list[str]]
+) -> None:
     everything = answer(call("dead-letters", "list", "--json"))
     assert [each["died_at"] for each in everything] == sorted((each["died_at"] for each in everything), reverse=True)
     narrowed = answer(call("dead-letters", "list", "--destination", BANK, "--from", "-2h", "--reason", "410", "--json"))
@@ -232,7 +234,7 @@ def test_they_are_listed_by_filter_and_shown_one_by_one(call: Call, client: Clie
     assert "there is no event" in refused(call("dead-letters", "show", UNKNOWN))
 
 
-def test_a_redrive_by_command_asks_first_and_goes_on_until_all_are_done(
+def test_a_redrive_by_command_asks_first_and_goes_on_until_all_events_are_done(
     call: Call, client: Client, dead: dict[str, list[str]]
 ) -> None:
     which = ("dead-letters", "redrive", "--source", "tests")
@@ -248,7 +250,9 @@ def test_a_redrive_by_command_asks_first_and_goes_on_until_all_are_done(
     assert (done["matched"], done["redriven"]) == (2, 2)
 
 
-def test_a_limit_is_of_those_that_the_filter_means(call: Call, client: Client, dead: dict[str, list[str]]) -> None:
+def test_a_limit_counts_only_dead_letters_that_match_the_filter(
+    call: Call, client: Client, dead: dict[str, list[str]]
+) -> None:
     for limit, left in ((1, 7), (4, 3), (9, 2)):
         done = answer(call("dead-letters", "redrive", "--source", "tests", "--limit", str(limit), "--yes", "--json"))
         assert done["redriven"] == done["matched"]
@@ -256,7 +260,7 @@ def test_a_limit_is_of_those_that_the_filter_means(call: Call, client: Client, d
     assert listed(client) == ids(dead, {"other"})
 
 
-def test_one_is_redriven_by_its_id(call: Call, client: Client, dead: dict[str, list[str]]) -> None:
+def test_a_dead_event_is_redriven_by_its_id(call: Call, client: Client, dead: dict[str, list[str]]) -> None:
     event_id = dead["shop"][0]
     assert told(call("dead-letters", "redrive", event_id)) == f"{event_id}  redriven\n"
     assert listed(client) == ids(dead, set(dead)) - {event_id}
@@ -294,5 +298,5 @@ def test_a_purge_by_command_asks_first(call: Call, client: Client, dead: dict[st
         (["purge", "--yes", "--reason", ""], "--reason: expected a text"),
     ],
 )
-def test_the_command_used_wrongly_says_how_it_is_used(arguments: list[str], complaint: str) -> None:
+def test_the_command_dead_letters_used_wrongly_says_how_it_is_used(arguments: list[str], complaint: str) -> None:
     assert complaint in refused(invoke("dead-letters", *arguments), 2)

@@ -83,7 +83,7 @@ async def is_ready(http: httpx.AsyncClient, wanted: int) -> bool:
     return await status(http, "/ready") == wanted
 
 
-async def test_what_must_write_says_that_it_cannot(client: Client, settings: MakeSettings) -> None:
+async def test_commands_that_must_write_say_that_they_cannot(client: Client, settings: MakeSettings) -> None:
     set_read_only(client, "set default_transaction_read_only = on")
     url = settings().database_url
     with pytest.raises(DatabaseUnavailable, match="takes no writes"):

@@ -10,7 +10,7 @@ import pytest
 from psycopg import sql
 
 from orchestrator.database.migrate import migrate
-from orchestrator.dispatch.queue.destination_queue import destination_name
+from orchestrator.events.destination_name import destination_name
 from tests.support.databases import Databases, sibling
 from tests.support.sql_client import Client
 

@@ -13,7 +13,7 @@ from orchestrator.events.copying import encode_submission
 from orchestrator.events.ids import EVENT_ID_HEADER
 from orchestrator.events.submission import Submission
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
-from orchestrator.kafka.partition_queues import Record, RecordRefusedError
+from orchestrator.kafka.partition_queues import OutgoingRecord, RecordRefusedError
 from orchestrator.settings import Settings
 
 SEND_TIMEOUT_S = 5.0
@@ -95,10 +95,10 @@ class SubmissionTopic:
         return sent.errors
 
 
-def _record(submission: Submission, item: _Item) -> Record[_Item]:
+def _record(submission: Submission, item: _Item) -> OutgoingRecord[_Item]:
     key = submission.ordering_key or submission.external_job_id or submission.id
     headers = [] if submission.external_job_id is not None else [(EVENT_ID_HEADER, submission.id.encode())]
-    return Record(key.encode(), encode_submission(submission), headers, item)
+    return OutgoingRecord(key.encode(), encode_submission(submission), headers, item)
 
 
 def _take_results(items: Sequence[_Item], error: OrchestratorError | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestrator.api.openapi.operations import BODY_PROBLEMS, READ_PROBLEMS, answer, operation, page_parameters
 from orchestrator.api.openapi.parts import COUNT, TIME, Schema, closed, nullable, ref
-from orchestrator.api.requests.destination_settings import MAX_NAME_CHARS, NAME_PATTERN, SETTINGS
+from orchestrator.api.requests.destination_settings import DESTINATION_SETTINGS, MAX_DESTINATION_CHARS, NAME_PATTERN
 from orchestrator.api.routes.destinations import (
     CURSOR_PATTERN,
     DEFAULT_BUCKET_S,
@@ -16,7 +16,7 @@ from orchestrator.api.routes.destinations import (
     MAX_UNTIL_S,
 )
 
-_NAME_SCHEMA: Schema = {"type": "string", "pattern": NAME_PATTERN, "maxLength": MAX_NAME_CHARS}
+_NAME_SCHEMA: Schema = {"type": "string", "pattern": NAME_PATTERN, "maxLength": MAX_DESTINATION_CHARS}
 _NAME: Schema = {
     "name": "name",
     "in": "path",
@@ -151,7 +151,9 @@ def _seconds(name: str, most: int, default: int, about: str) -> Schema:
 
 def destination_schemas() -> dict[str, Schema]:
     return {
-        "DestinationSettings": closed({name: nullable(each.schema) for name, each in SETTINGS.items()}, *SETTINGS)
+        "DestinationSettings": closed(
+            {name: nullable(each.schema) for name, each in DESTINATION_SETTINGS.items()}, *DESTINATION_SETTINGS
+        )
         | {"description": "A setting that is absent, or null, is set to its default.", "examples": _EXAMPLES},
         "Destination": _DESTINATION,
         "DestinationPage": closed(

@@ -18,7 +18,7 @@ from orchestrator.events.quoting import kind_of, shown
 from orchestrator.events.rules import RETRY_POLICY_PATTERN
 from orchestrator.events.urls import HOST_PATTERN, PORT_PATTERN
 
-MAX_NAME_CHARS = 300
+MAX_DESTINATION_CHARS = 300
 _HOST_AND_PORT = f"{HOST_PATTERN}(?::{PORT_PATTERN})?"
 _STARRED = (
     rf"(?!\*+(?::|$))(?:[A-Za-z0-9_-]+\.)*[A-Za-z0-9_-]*\*[A-Za-z0-9_*-]*(?:\.[A-Za-z0-9_*-]+)*(?::{PORT_PATTERN})?"
@@ -33,7 +33,7 @@ _FILE = re.compile(FILE_PATTERN.removesuffix("$"))
 _A_NAME = "the name of a secret, a file of SECRETS_DIRECTORY: 1 to 100 letters, digits, ., _ and -"
 
 
-SETTINGS: dict[str, Field] = {
+DESTINATION_SETTINGS: dict[str, Field] = {
     "rate_per_second": number(
         "rate_per_second",
         "Attempts a second, by all dispatchers together. Without it there is no limit.",
@@ -100,15 +100,15 @@ SETTINGS: dict[str, Field] = {
     ),
 }
 """The settings by their names in JSON. Null is the same as absent."""
-FIELDS = {setting.column: name for name, setting in SETTINGS.items()}
+SETTING_OF_COLUMN = {setting.column: name for name, setting in DESTINATION_SETTINGS.items()}
 
 
 def name_fault(name: str) -> str | None:
-    if len(name) <= MAX_NAME_CHARS and _NAME.fullmatch(name):
+    if len(name) <= MAX_DESTINATION_CHARS and _NAME.fullmatch(name):
         return None
     return (
         "expected a host such as example.com or example.com:8443, kafka: and a topic, or a pattern such as "
-        f"*.example.com, of at most {MAX_NAME_CHARS} characters; pause everything by POST /api/v1/pause"
+        f"*.example.com, of at most {MAX_DESTINATION_CHARS} characters; pause everything by POST /api/v1/pause"
     )
 
 
@@ -119,9 +119,9 @@ def settings_of(fields: Mapping[str, msgspec.Raw]) -> tuple[dict[str, Any], list
     for name, raw in fields.items():
         if len(faults) == MAX_FAULTS:
             break
-        setting = SETTINGS.get(name)
+        setting = DESTINATION_SETTINGS.get(name)
         if setting is None:
-            faults.append((shown(name), f"unknown field; expected {', '.join(SETTINGS)}"))
+            faults.append((shown(name), f"unknown field; expected {', '.join(DESTINATION_SETTINGS)}"))
             continue
         try:
             value = msgspec.json.decode(raw, type=setting.wire | None)

@@ -11,8 +11,7 @@ from starlette.responses import Response
 
 from orchestrator.api.openapi.parts import COUNT, NAME, TIME, UUID, Schema, closed, nullable
 from orchestrator.api.problems import Problem
-from orchestrator.api.requests.destination_settings import EXACT_NAME_PATTERN, NAME_PATTERN
-from orchestrator.api.requests.destination_settings import MAX_NAME_CHARS as MAX_DESTINATION_CHARS
+from orchestrator.api.requests.destination_settings import EXACT_NAME_PATTERN, MAX_DESTINATION_CHARS, NAME_PATTERN
 from orchestrator.api.requests.fields import Field, number, unprocessable, whole
 from orchestrator.api.requests.queries import as_json
 from orchestrator.database import Filter

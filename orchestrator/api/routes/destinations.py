@@ -10,7 +10,12 @@ from starlette.responses import Response
 
 from orchestrator.api.auth import Guard
 from orchestrator.api.problems import Problem
-from orchestrator.api.requests.destination_settings import FIELDS, SETTINGS, name_fault, settings_of
+from orchestrator.api.requests.destination_settings import (
+    DESTINATION_SETTINGS,
+    SETTING_OF_COLUMN,
+    name_fault,
+    settings_of,
+)
 from orchestrator.api.requests.fields import read_fields, unprocessable
 from orchestrator.api.requests.queries import as_json, invalid, page_limit, whole_number
 from orchestrator.database import Database
@@ -95,11 +100,11 @@ class DestinationRoutes:
         if faults:
             raise unprocessable(faults)
         # A PUT replaces what there was.
-        clear = [setting.column for setting in SETTINGS.values() if setting.column not in given]
+        clear = [setting.column for setting in DESTINATION_SETTINGS.values() if setting.column not in given]
         try:
             return as_json(await self._destinations.configure(name, given, clear))
         except ValidationError as error:
-            field = FIELDS.get(error.field, error.field)
+            field = SETTING_OF_COLUMN.get(error.field, error.field)
             raise Problem("not-configurable", f"{field}: {error.reason}", errors=[(field, error.reason)]) from error
 
     async def _told(self, name: str, told: bytes | None) -> Response:

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from orchestrator.api.server.link import Deliverer, Link, Message
 from orchestrator.api.server.listening import Listeners, listening
+from orchestrator.backoff import backoff_s
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
-from orchestrator.tasks import backoff_s
 
 _ENDING_S = 1.0
 _VICTIM = "500"  # of 1000: when memory runs out, the kernel ends the API rather than what delivers

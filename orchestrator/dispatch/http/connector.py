@@ -14,7 +14,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 
 from orchestrator.dispatch.http.answer import AnswerProtocol
-from orchestrator.dispatch.http.ssrf_guard import AddressGuard, AddressRefusedError
+from orchestrator.dispatch.http.ssrf_guard import AddressRefusedError, SsrfGuard
 from orchestrator.dispatch.http.tls import tls_context
 from orchestrator.own_faults import no_authorities, own_fault, trusts_nobody
 
@@ -38,7 +38,7 @@ class GuardedResolver(AbstractResolver):
     shares among everybody.
     """
 
-    def __init__(self, guard: AddressGuard) -> None:
+    def __init__(self, guard: SsrfGuard) -> None:
         self._guard = guard
         self._threads = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolve")
 
@@ -94,7 +94,7 @@ class GuardedConnector(TCPConnector):
     that deliveries to very many hosts do not run out of file descriptors.
     """
 
-    def __init__(self, guard: AddressGuard, *, limit: int, connect_timeout_s: float) -> None:
+    def __init__(self, guard: SsrfGuard, *, limit: int, connect_timeout_s: float) -> None:
         def guarded_socket(address: AddrInfoType) -> socket.socket:
             family, kind, protocol, _, (host, *_) = address
             # The resolver has filtered already, but literal addresses never pass through it.

@@ -10,8 +10,17 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.database import Claimed, Finished
-from orchestrator.dispatch.attempt import FAIL, RETRY, Attempted
+from orchestrator.database import Claimed
+from orchestrator.dispatch.attempt import (
+    FAIL,
+    RECORDING_S,
+    RETRY,
+    Attempted,
+    finished,
+    has_expired,
+    rfc3339,
+    slot_missed,
+)
 from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import Finisher
 from orchestrator.dispatch.http.sender import Delivery
@@ -23,12 +32,6 @@ from orchestrator.errors import OwnFaultError
 from orchestrator.metrics import Metrics
 from orchestrator.own_faults import Postponing
 from orchestrator.settings import Settings
-
-RECORDING_S = 1.0
-"""What an attempt must leave of its lease, to record its result."""
-
-SLOT_S = 0.25
-"""How long after its start an attempt may still use its slot under a rate."""
 
 _CUT_SHORT = Attempted(RETRY, error="the dispatcher stopped before the receiver answered")
 
@@ -120,41 +123,6 @@ class HttpDeliveries:
                     due.ended(event, took_s <= QUICK_S and (attempted.error is None or not attempted.timed_out))
                     self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
                     self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
-
-
-def slot_missed(event: Claimed, started_at: float, metrics: Metrics) -> bool:
-    """Whether an attempt that begins now is too late for its slot under a rate; the next claim gives it another."""
-    if started_at <= event.start_at + SLOT_S:
-        return False
-    metrics.event_slots_missed_total.inc()
-    return True
-
-
-def has_expired(event: Claimed, latest: float) -> bool:
-    """Whether no attempt may begin any more; the next claim ends it."""
-    return event.expires_at is not None and latest >= event.expires_at
-
-
-def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: float) -> Finished:
-    """The result of an attempt, as it is recorded."""
-    return Finished(
-        event.event_id,
-        event.attempt,
-        attempted.verdict,
-        attempted.status_code,
-        started_at,
-        started_at + took_s,
-        attempted.error,
-        attempted.response,
-        attempted.retry_after_s,
-        event.claimed_at,
-        event.waited,
-    )
-
-
-def rfc3339(timestamp: str) -> str:
-    """A time as the server writes it, 2030-01-31 08:00:00.5+00, the way the API writes it."""
-    return f"{timestamp[:10]}T{timestamp[11:-3]}Z"
 
 
 def _delivery(event: Claimed, options: Options) -> Delivery:

@@ -29,7 +29,7 @@ from orchestrator.dispatch.http.request import custom_headers, destination_url, 
 from orchestrator.dispatch.http.retry_after import parse_retry_after
 from orchestrator.dispatch.http.secrets import SECRET_WAIT_S, SecretError, Secrets
 from orchestrator.dispatch.http.signing import Signer
-from orchestrator.dispatch.http.ssrf_guard import AddressGuard, AddressRefusedError
+from orchestrator.dispatch.http.ssrf_guard import AddressRefusedError, SsrfGuard
 from orchestrator.dispatch.http.tls import tls_fault
 from orchestrator.errors import OwnFaultError
 from orchestrator.own_faults import own_fault
@@ -88,7 +88,7 @@ class HttpSender:
         settings = self._settings
         self._session = aiohttp.ClientSession(
             connector=GuardedConnector(
-                AddressGuard(settings.http_allow_networks),
+                SsrfGuard(settings.http_allow_networks),
                 limit=settings.http_max_connections,
                 connect_timeout_s=settings.http_connect_timeout_s,
             ),

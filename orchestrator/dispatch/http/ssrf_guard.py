@@ -1,10 +1,10 @@
-"""Which addresses a delivery may connect to.
+"""The SSRF guard: which addresses a delivery may connect to.
 
-Clients choose destinations, so without a guard they could make the dispatcher talk to anything it can
-reach: its own machine, the private network, a cloud's metadata service. What decides is the address that a
-socket is about to connect to, not the name or the spelling in the URL: odd literals (``0x7f.1``,
-``2130706433``) and names that resolve differently on each look-up (DNS rebinding) are plain addresses by the
-time they get here.
+Clients choose destinations. Without a guard they could make the dispatcher send requests to whatever it can reach
+(server-side request forgery): its own machine, the private network, a cloud's metadata service. The guard checks the
+address that a socket is about to connect to, and neither the name nor the spelling in the URL: odd literals
+(``0x7f.1``, ``2130706433``) and names that resolve differently on each look-up (DNS rebinding) are plain addresses by
+then.
 
 The ranges are the IANA special-purpose registries for IPv4 and IPv6, transition prefixes that embed an IPv4
 address, and the metadata services of the large clouds that sit on addresses of their own.
@@ -66,10 +66,10 @@ _GLOBAL_UNICAST_6 = IPv6Network("2000::/3")  # the only part of IPv6 that is han
 
 
 class AddressRefusedError(OSError):
-    """A destination leads to an address that deliveries may not go to; the text says which and why."""
+    """The SSRF guard refuses the address of a destination; the text says which address and why."""
 
 
-class AddressGuard:
+class SsrfGuard:
     """Refuses every address that is not public, unless `allowed` (``HTTP_ALLOW_NETWORKS``) includes it."""
 
     __slots__ = ("_allowed",)
@@ -80,7 +80,7 @@ class AddressGuard:
     def refusal(self, address: str) -> str | None:
         """Why the numeric `address` is refused, or None if it may be connected to.
 
-        Anything that is not an address in its plain form is refused too: the kernel may read more into it.
+        Text that is not an address in its plain form is refused too: the kernel might read it as another address.
         """
         try:
             ip = ip_address(address)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import deque
 from typing import NamedTuple
@@ -10,9 +9,8 @@ from typing import NamedTuple
 from orchestrator.database import Claimed
 from orchestrator.settings import Settings
 
-FIRST_OWN_LANE = 64
+FIRST_DEDICATED_LANE = 64
 NEVER, NOW = float("inf"), float("-inf")
-_AUTHORITY_END = re.compile("[/?#]")
 
 
 class Windows(NamedTuple):
@@ -34,7 +32,7 @@ def http_windows(settings: Settings) -> Windows:
     return Windows(min(most, max(2, connections // 10)), most)
 
 
-class Line:
+class DestinationQueue:
     """One destination's events in the order they are to start, and how its attempts fare. Times are monotonic.
 
     `wakes_at`: when the first event may start, `NOW` once it may, `NEVER` while there is none. `last_at`: when the last
@@ -81,13 +79,3 @@ class Line:
     @property
     def idle(self) -> bool:
         return not self.running and not self.events
-
-
-def destination_name(delivery_type: str, destination: str | None) -> str:
-    """What the SQL function of that name says: host and port of a URL, or the topic."""
-    if delivery_type == "KAFKA" or destination is None:
-        return f"kafka:{destination or ''}"
-    scheme, _, rest = destination.partition("://")
-    authority = _AUTHORITY_END.split(rest, maxsplit=1)[0].lower()
-    name = authority.removesuffix(":443" if scheme == "https" else ":80")
-    return f"kafka.:{name[6:]}" if name.startswith("kafka:") else name

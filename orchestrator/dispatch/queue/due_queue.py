@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from orchestrator.database import Claimed
-from orchestrator.dispatch.queue.destination_queue import NEVER, NOW, UNBOUNDED, Line, Windows, destination_name
+from orchestrator.dispatch.queue.destination_queue import NEVER, NOW, UNBOUNDED, DestinationQueue, Windows
+from orchestrator.events.destination_name import destination_name
 
 _MAX_REMEMBERED = 10_000  # destinations as they are written; beyond that the idle ones are forgotten
 _FORGOTTEN_S = 10.0  # how an idle destination fared before that says little
@@ -34,14 +35,14 @@ class DueQueue:
         self._windows = windows
         self._on_room = on_room
         self._monotonic = monotonic
-        self._lines: dict[str, Line] = {}
-        self._by_destination: dict[str | None, Line] = {}
-        # Each line with events is in one of these three; an entry of the heap counts while it is the line's wakes_at.
-        self._ready: deque[Line] = deque()
-        self._later: list[tuple[float, int, Line]] = []
-        self.full: dict[Line, None] = {}
+        self._queues: dict[str, DestinationQueue] = {}
+        self._by_destination: dict[str | None, DestinationQueue] = {}
+        # Each queue with events is in one of these three; an entry of the heap counts while it is the queue's wakes_at.
+        self._ready: deque[DestinationQueue] = deque()
+        self._later: list[tuple[float, int, DestinationQueue]] = []
+        self.full: dict[DestinationQueue, None] = {}
         self.filled = asyncio.Event()
-        self.stalled: set[Line] = set()
+        self.stalled: set[DestinationQueue] = set()
         self._entries = 0
         self._held = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -53,29 +54,29 @@ class DueQueue:
         return self._held
 
     @property
-    def lines(self) -> list[Line]:
+    def queues(self) -> list[DestinationQueue]:
         """The destinations it knows, whether events of them wait or not."""
-        return list(self._lines.values())
+        return list(self._queues.values())
 
     def put(self, events: Sequence[Claimed]) -> None:
         """Takes events in, and looks at the clock again: a step of it moves what waits already, too."""
         find = self._by_destination.get
         now_s = self._now() if events else NOW
-        unsorted: set[Line] = set()
+        unsorted: set[DestinationQueue] = set()
         for event in events:
-            line = find(event.destination) or self._line(event)
+            queue = find(event.destination) or self._queue_of(event)
             start_at = event.start_at if event.start_at > now_s else now_s
-            if not line.events:
-                self._rouse(line, start_at)
-            elif start_at < line.last_at:
-                unsorted.add(line)
-                if start_at < line.wakes_at:
-                    self._wait(line, start_at)
-            line.events.append(event)
-            line.last_at = start_at
-        for line in unsorted:
-            line.events = deque(sorted(line.events, key=lambda event: max(event.start_at, now_s)))
-            line.last_at = max(line.events[-1].start_at, now_s)
+            if not queue.events:
+                self._rouse(queue, start_at)
+            elif start_at < queue.last_at:
+                unsorted.add(queue)
+                if start_at < queue.wakes_at:
+                    self._wait(queue, start_at)
+            queue.events.append(event)
+            queue.last_at = start_at
+        for queue in unsorted:
+            queue.events = deque(sorted(queue.events, key=lambda event: max(event.start_at, now_s)))
+            queue.last_at = max(queue.events[-1].start_at, now_s)
         self._held += len(events)
         self._alarm_at = NEVER
         self._wake()
@@ -88,18 +89,18 @@ class DueQueue:
             if later and later[0][0] <= now_s:
                 self._promote(now_s)
             while ready:
-                line = ready.popleft()
-                events = line.events
-                if line.running >= line.window or events[0].start_at > now_s:
-                    self._place(line, now_s)
+                queue = ready.popleft()
+                events = queue.events
+                if queue.running >= queue.window or events[0].start_at > now_s:
+                    self._place(queue, now_s)
                     continue
                 event = events.popleft()
                 self._held -= 1
-                line.running += 1
-                if events and line.running < line.window and events[0].start_at <= now_s:
-                    ready.append(line)
+                queue.running += 1
+                if events and queue.running < queue.window and events[0].start_at <= now_s:
+                    ready.append(queue)
                 else:
-                    self._place(line, now_s)
+                    self._place(queue, now_s)
                 if self._waiting:
                     self._wake()
                 return event
@@ -121,17 +122,17 @@ class DueQueue:
         first = await self.get()
         if first is None:
             return []
-        self._line(first).running -= 1
+        self._queue_of(first).running -= 1
         taken = [first]
         now_s, ready = self._now(), self._ready
         while ready and len(taken) < limit:
-            line = ready.popleft()
-            events = line.events
+            queue = ready.popleft()
+            events = queue.events
             share = -(-(limit - len(taken)) // (len(ready) + 1))
             while share and events and events[0].start_at <= now_s:
                 taken.append(events.popleft())
                 share -= 1
-            self._place(line, now_s)
+            self._place(queue, now_s)
         self._held -= len(taken) - 1
         return taken
 
@@ -141,41 +142,41 @@ class DueQueue:
         `quick`: whether its attempt was; None: there was none. A window that is full grows with each quick attempt,
         and after a slow one is what it was at first.
         """
-        line = self._by_destination.get(event.destination) or self._line(event)
-        line.running -= 1
-        full = line in self.full
+        queue = self._by_destination.get(event.destination) or self._queue_of(event)
+        queue.running -= 1
+        full = queue in self.full
         if quick:
-            line.slow = False
-            if full and line.window < self._windows.most:
-                line.window += 1
+            queue.slow = False
+            if full and queue.window < self._windows.most:
+                queue.window += 1
         elif quick is not None:
-            line.slow, line.slow_s, line.window = True, self._monotonic(), self._windows.first
-        if full and line.running < line.window:
-            del self.full[line]
-            self._ready.append(line)
-        if not line.running and not line.events:
-            line.idle_s = self._monotonic()
-        if self.stalled and line in self.stalled:
+            queue.slow, queue.slow_s, queue.window = True, self._monotonic(), self._windows.first
+        if full and queue.running < queue.window:
+            del self.full[queue]
+            self._ready.append(queue)
+        if not queue.running and not queue.events:
+            queue.idle_s = self._monotonic()
+        if self.stalled and queue in self.stalled:
             if quick:
-                self.recover(line)
-            elif line.has_room:
+                self.recover(queue)
+            elif queue.has_room:
                 self._on_room()
 
-    def stall(self, line: Line, window: int, keep: int) -> list[Claimed]:
+    def stall(self, queue: DestinationQueue, window: int, keep: int) -> list[Claimed]:
         """Narrows the window of a destination, and takes out all of its events but the first `keep`."""
-        self.stalled.add(line)
-        line.window, line.idle_s = window, self._monotonic()
-        taken = [line.events.pop() for _ in range(len(line.events) - keep)]
+        self.stalled.add(queue)
+        queue.window, queue.idle_s = window, self._monotonic()
+        taken = [queue.events.pop() for _ in range(len(queue.events) - keep)]
         self._held -= len(taken)
-        self._replace([line])
+        self._replace([queue])
         return taken
 
-    def recover(self, line: Line) -> None:
+    def recover(self, queue: DestinationQueue) -> None:
         """The opposite of `stall`."""
-        self.stalled.discard(line)
-        line.window = max(line.window, self._windows.first)
-        line.lane = 0
-        self._replace([line])
+        self.stalled.discard(queue)
+        queue.window = max(queue.window, self._windows.first)
+        queue.lane = 0
+        self._replace([queue])
         self._wake()
         self._on_room()
 
@@ -183,12 +184,12 @@ class DueQueue:
         """Takes out all events of a lane, or with None all there are."""
         taken = []
         changed = []
-        for line in self._lines.values():
-            going = [event for event in line.events if lane in (None, event.lane)]
+        for queue in self._queues.values():
+            going = [event for event in queue.events if lane in (None, event.lane)]
             if going:
-                line.events = deque(event for event in line.events if lane not in (None, event.lane))
+                queue.events = deque(event for event in queue.events if lane not in (None, event.lane))
                 taken += going
-                changed.append(line)
+                changed.append(queue)
         self._held -= len(taken)
         self._replace(changed)
         return taken
@@ -204,73 +205,73 @@ class DueQueue:
                 waiter.set_result(None)
         return held
 
-    def _line(self, event: Claimed) -> Line:
-        line = self._by_destination.get(event.destination)
-        if line is None:
+    def _queue_of(self, event: Claimed) -> DestinationQueue:
+        queue = self._by_destination.get(event.destination)
+        if queue is None:
             if len(self._by_destination) >= _MAX_REMEMBERED:
                 self._by_destination.clear()
-                self._lines = {name: line for name, line in self._lines.items() if not line.idle}
-                self.stalled.intersection_update(self._lines.values())
+                self._queues = {name: queue for name, queue in self._queues.items() if not queue.idle}
+                self.stalled.intersection_update(self._queues.values())
             name = destination_name(event.delivery_type, event.destination)
-            line = self._lines.get(name)
-            if line is None:
-                line = Line(event.delivery_type, event.destination, self._windows.first)
-                self._lines[name] = line
-            self._by_destination[event.destination] = line
-        return line
+            queue = self._queues.get(name)
+            if queue is None:
+                queue = DestinationQueue(event.delivery_type, event.destination, self._windows.first)
+                self._queues[name] = queue
+            self._by_destination[event.destination] = queue
+        return queue
 
-    def _rouse(self, line: Line, start_at: float) -> None:
-        """Readies an empty line for an event; how it fared long ago is forgotten."""
-        if not line.running and self._monotonic() - line.idle_s > _FORGOTTEN_S:
-            line.slow, line.window = False, self._windows.first
-            line.lane = 0
-            self.stalled.discard(line)
-        self._wait(line, start_at)
+    def _rouse(self, queue: DestinationQueue, start_at: float) -> None:
+        """Readies an empty queue for an event; how it fared long ago is forgotten."""
+        if not queue.running and self._monotonic() - queue.idle_s > _FORGOTTEN_S:
+            queue.slow, queue.window = False, self._windows.first
+            queue.lane = 0
+            self.stalled.discard(queue)
+        self._wait(queue, start_at)
 
-    def _wait(self, line: Line, start_at: float) -> None:
-        line.wakes_at = start_at
+    def _wait(self, queue: DestinationQueue, start_at: float) -> None:
+        queue.wakes_at = start_at
         self._entries += 1
-        heapq.heappush(self._later, (start_at, self._entries, line))
+        heapq.heappush(self._later, (start_at, self._entries, queue))
 
     def _promote(self, now_s: float) -> None:
-        """Gives their turn to the lines whose first event may start by now."""
+        """Gives their turn to the queues whose first event may start by now."""
         later = self._later
         while later and later[0][0] <= now_s:
-            start_at, _, line = heapq.heappop(later)
-            if line.wakes_at == start_at:
-                self._place(line, now_s)
+            start_at, _, queue = heapq.heappop(later)
+            if queue.wakes_at == start_at:
+                self._place(queue, now_s)
 
-    def _place(self, line: Line, now_s: float) -> None:
-        """Puts a line that is nowhere where it belongs."""
-        events = line.events
+    def _place(self, queue: DestinationQueue, now_s: float) -> None:
+        """Puts a queue that is nowhere where it belongs."""
+        events = queue.events
         if not events:
-            line.wakes_at = NEVER
+            queue.wakes_at = NEVER
         elif events[0].start_at > now_s:
-            self._wait(line, events[0].start_at)
-        elif line.running < line.window:
-            line.wakes_at = NOW
-            self._ready.append(line)
+            self._wait(queue, events[0].start_at)
+        elif queue.running < queue.window:
+            queue.wakes_at = NOW
+            self._ready.append(queue)
         else:
-            line.wakes_at = NOW
-            if not line.slow and line not in self.stalled:
-                line.limited_s = self._monotonic()
+            queue.wakes_at = NOW
+            if not queue.slow and queue not in self.stalled:
+                queue.limited_s = self._monotonic()
             if not self.full:
                 self.filled.set()
-            self.full[line] = None
+            self.full[queue] = None
 
-    def _replace(self, lines: Sequence[Line]) -> None:
-        """Puts lines that have changed where they belong now."""
-        if not lines:
+    def _replace(self, queues: Sequence[DestinationQueue]) -> None:
+        """Puts queues that have changed where they belong now."""
+        if not queues:
             return
-        changed = set(lines)
-        others = [line for line in self._ready if line not in changed]
+        changed = set(queues)
+        others = [queue for queue in self._ready if queue not in changed]
         self._ready.clear()
         self._ready.extend(others)
         now_s = self._now()
-        for line in lines:
-            self.full.pop(line, None)
-            line.wakes_at = NEVER
-            self._place(line, now_s)
+        for queue in queues:
+            self.full.pop(queue, None)
+            queue.wakes_at = NEVER
+            self._place(queue, now_s)
 
     def _wake(self) -> None:
         """Wakes one waiter if an event may start; having taken it, that one wakes the next."""
@@ -288,7 +289,7 @@ class DueQueue:
             self._set_alarm()
 
     def _set_alarm(self) -> None:
-        """Sets the timer to when the next line has an event to start, if anybody waits for it."""
+        """Sets the timer to when the next queue has an event to start, if anybody waits for it."""
         at = self._later[0][0] if self._later and self._waiting else NEVER
         if at == self._alarm_at:
             return

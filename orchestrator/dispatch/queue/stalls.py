@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from orchestrator.database import Claimed
-from orchestrator.dispatch.queue.destination_queue import FIRST_OWN_LANE, Line
+from orchestrator.dispatch.queue.destination_queue import FIRST_DEDICATED_LANE, DestinationQueue
 from orchestrator.dispatch.queue.due_queue import DueQueue
 
 QUICK_S = 1.0
@@ -52,53 +52,53 @@ class Stalls:
                 self.look()
 
     def look(self) -> None:
-        for line in list(self._due.full):
-            if self._monotonic() - line.limited_s >= QUICK_S:
-                self._stall(line)
+        for queue in list(self._due.full):
+            if self._monotonic() - queue.limited_s >= QUICK_S:
+                self._stall(queue)
 
     def sweep(self) -> None:
         """Hands back at once what was on its way from another lane when its destination got its own."""
-        for line in list(self._due.stalled):
-            if line.lane and line.running >= line.window:
-                self._stall(line)
+        for queue in list(self._due.stalled):
+            if queue.lane and queue.running >= queue.window:
+                self._stall(queue)
 
     def stall_all(self) -> None:
         """All stall that have events: what they share does not answer."""
-        for line in self._due.lines:
-            if line.events:
-                self._stall(line)
+        for queue in self._due.queues:
+            if queue.events:
+                self._stall(queue)
 
     def recover_all(self) -> None:
-        for line in list(self._due.stalled):
-            self._due.recover(line)
+        for queue in list(self._due.stalled):
+            self._due.recover(queue)
 
-    def without_lane(self) -> list[Line]:
+    def without_dedicated_lane(self) -> list[DestinationQueue]:
         """Stalled destinations that may share their lane with others, each named every few seconds at most."""
         now_s = self._monotonic()
-        lines = [line for line in self._due.stalled if not line.lane and now_s - line.asked_s >= _ASKED_S]
-        for line in lines:
-            line.asked_s = now_s
-        return lines
+        queues = [queue for queue in self._due.stalled if not queue.lane and now_s - queue.asked_s >= _ASKED_S]
+        for queue in queues:
+            queue.asked_s = now_s
+        return queues
 
-    def _stall(self, line: Line) -> None:
+    def _stall(self, queue: DestinationQueue) -> None:
         now_s = self._monotonic()
-        events = self._due.stall(line, self._window, self._keep if now_s - line.slow_s < QUICK_S else 0)
+        events = self._due.stall(queue, self._window, self._keep if now_s - queue.slow_s < QUICK_S else 0)
         if events:
             lane = max(event.lane for event in events)
-            if lane >= FIRST_OWN_LANE:
-                line.lane = lane
-            elif now_s - line.asked_s >= _ASKED_S:
-                line.lane = 0  # it has been taken away, or the events would have moved by now
+            if lane >= FIRST_DEDICATED_LANE:
+                queue.lane = lane
+            elif now_s - queue.asked_s >= _ASKED_S:
+                queue.lane = 0  # it has been taken away, or the events would have moved by now
             self._release(events)
             self._on_taken()
 
     def lanes(self, most: int) -> set[int]:
         """Lanes that claims had better leave out: of what is stalled, or has more than `most` events here."""
-        lanes = {line.lane for line in self._due.stalled if line.lane and not line.has_room}
+        lanes = {queue.lane for queue in self._due.stalled if queue.lane and not queue.has_room}
         if len(self._due) > most:
             held: Counter[int] = Counter()
-            for line in self._due.lines:
-                if line.events:
-                    held[line.events[-1].lane] += len(line.events)
-            lanes |= {lane for lane, count in held.items() if count > most and lane >= FIRST_OWN_LANE}
+            for queue in self._due.queues:
+                if queue.events:
+                    held[queue.events[-1].lane] += len(queue.events)
+            lanes |= {lane for lane, count in held.items() if count > most and lane >= FIRST_DEDICATED_LANE}
         return lanes

@@ -15,10 +15,19 @@ from typing import NamedTuple
 import msgspec
 
 from orchestrator.database import Claimed
-from orchestrator.dispatch.attempt import DELIVERED, FAIL, RETRY, Attempted
+from orchestrator.dispatch.attempt import (
+    DELIVERED,
+    FAIL,
+    RECORDING_S,
+    RETRY,
+    Attempted,
+    finished,
+    has_expired,
+    rfc3339,
+    slot_missed,
+)
 from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import Finisher
-from orchestrator.dispatch.http.deliveries import RECORDING_S, finished, has_expired, rfc3339, slot_missed
 from orchestrator.dispatch.http.secrets import SECRET_WAIT_S, SecretError, Secrets
 from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
 from orchestrator.dispatch.queue.due_queue import DueQueue
@@ -26,7 +35,7 @@ from orchestrator.dispatch.queue.stalls import QUICK_S, Stalls
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.events.topics import topic_rules
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
-from orchestrator.kafka.partition_queues import Record, RecordRefusedError
+from orchestrator.kafka.partition_queues import OutgoingRecord, RecordRefusedError
 from orchestrator.metrics import Metrics
 from orchestrator.own_faults import Postponing
 from orchestrator.settings import Settings
@@ -151,7 +160,7 @@ class KafkaDeliveries:
         return attempts
 
     def _send(self, producer: BulkProducer[_Attempt], attempts: Sequence[_Attempt]) -> None:
-        topics: dict[str, list[Record[_Attempt]]] = defaultdict(list)
+        topics: dict[str, list[OutgoingRecord[_Attempt]]] = defaultdict(list)
         for attempt in attempts:
             if attempt.options.fault is not None:
                 self._conclude([attempt], attempt.options.fault)
@@ -208,7 +217,7 @@ class KafkaDeliveries:
         self._acknowledged.set()
 
 
-def _record(attempt: _Attempt, secrets: Secrets) -> Record[_Attempt]:
+def _record(attempt: _Attempt, secrets: Secrets) -> OutgoingRecord[_Attempt]:
     event = attempt.event
     headers = _own_headers(event.headers, attempt.options.secret_headers, secrets)
     headers += (
@@ -217,7 +226,8 @@ def _record(attempt: _Attempt, secrets: Secrets) -> Record[_Attempt]:
         ("orchestrator-scheduled-at", rfc3339(event.scheduled_at).encode()),
         _CONTENT_TYPE,
     )
-    return Record(event.key.encode() if event.key is not None else None, event.payload.encode(), headers, attempt)
+    key = event.key.encode() if event.key is not None else None
+    return OutgoingRecord(key, event.payload.encode(), headers, attempt)
 
 
 def _own_headers(

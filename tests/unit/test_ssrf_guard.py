@@ -1,4 +1,4 @@
-"""Which addresses deliveries may connect to."""
+"""The SSRF guard: which addresses deliveries may connect to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.dispatch.http.ssrf_guard import AddressGuard, AddressRefusedError
+from orchestrator.dispatch.http.ssrf_guard import AddressRefusedError, SsrfGuard
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ from orchestrator.dispatch.http.ssrf_guard import AddressGuard, AddressRefusedEr
 )
 def test_an_address_that_is_not_public_is_refused_and_named(address: str, kind: str) -> None:
     with pytest.raises(AddressRefusedError) as caught:
-        AddressGuard().check(address)
+        SsrfGuard().check(address)
     assert f"is {kind}; HTTP_ALLOW_NETWORKS does not include it" in str(caught.value)
 
 
@@ -99,7 +99,7 @@ def test_an_address_that_is_not_public_is_refused_and_named(address: str, kind: 
     ],
 )
 def test_a_public_address_is_let_through(address: str) -> None:
-    AddressGuard().check(address)
+    SsrfGuard().check(address)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,11 @@ def test_a_public_address_is_let_through(address: str) -> None:
 )
 def test_an_address_spelled_in_any_other_way_is_refused(address: str) -> None:
     # A numeric form that a resolver would expand must not slip past as an unknown one.
-    assert AddressGuard().refusal(address) is not None
+    assert SsrfGuard().refusal(address) is not None
 
 
 def test_the_allow_list_opens_exactly_the_networks_it_names() -> None:
-    guard = AddressGuard([ip_network("10.1.0.0/16"), ip_network("fd12::/16")])
+    guard = SsrfGuard([ip_network("10.1.0.0/16"), ip_network("fd12::/16")])
     guard.check("10.1.255.255")
     guard.check("fd12::1")
     for outside in ("10.2.0.1", "fd13::1", "127.0.0.1", "::ffff:10.1.0.1"):
@@ -134,8 +134,8 @@ def test_the_allow_list_opens_exactly_the_networks_it_names() -> None:
 
 
 @given(st.ip_addresses())
-def test_whatever_is_let_through_is_a_global_unicast_address(address: IPv4Address | IPv6Address) -> None:
-    if AddressGuard().refusal(str(address)) is None:
+def test_every_address_let_through_is_a_global_unicast_address(address: IPv4Address | IPv6Address) -> None:
+    if SsrfGuard().refusal(str(address)) is None:
         assert address.is_global
         assert not address.is_multicast
         assert address.version == 4 or address in ip_network("2000::/3")
