@@ -121,6 +121,8 @@ class Tally:
 @click.option("--ordering-key", metavar="KEY", help=_about("ordering_key"))
 @click.option("--priority", type=int, metavar="N", help=_about("priority", default="0"))
 @click.option("--spread", type=float, metavar="SECONDS", callback=_spread, help=_about("spread_seconds"))
+@click.option("--correlation-id", metavar="ID", help=_about("correlation_id"))
+@click.option("--traceparent", metavar="TRACE", help=_about("traceparent"))
 @json_option
 def submit(
     file: IO[bytes] | None,
@@ -138,6 +140,8 @@ def submit(
     ordering_key: str | None,
     priority: int | None,
     spread: float | None,
+    correlation_id: str | None,
+    traceparent: str | None,
     as_json: bool,
 ) -> None:
     """Submit one event, or a file of them.
@@ -154,7 +158,9 @@ def submit(
     """
     target = (destination, delivery_type, ordering_key)
     expiry = (expires_at, expires_in)
-    options = (*target, *expiry, payload, at, source, external_id, headers, max_retries, retry_policy, priority, spread)
+    retries = (max_retries, retry_policy)
+    tracing = (correlation_id, traceparent)
+    options = (*target, *expiry, *retries, *tracing, payload, at, source, external_id, headers, priority, spread)
     if file is not None:
         if any(option is not None for option in options):
             raise click.UsageError("a file's lines say everything themselves: leave the other options out")
@@ -180,6 +186,8 @@ def submit(
         "ordering_key": ordering_key,
         "priority": priority,
         "spread_seconds": spread,
+        "correlation_id": correlation_id,
+        "traceparent": traceparent,
     }
     _submit_one(fields, _payload(payload), as_json)
 

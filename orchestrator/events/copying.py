@@ -31,9 +31,15 @@ def copy_row(s: Submission, n: int) -> bytes:
     # Not str(): that of a small number has an exponent.
     spread = r"\N" if s.spread_seconds is None else f"{s.spread_seconds:.6f} seconds"
     expires_at = r"\N" if s.expires_at is None else _time(s.expires_at)
+    # Together, since most events have neither.
+    tracing = (
+        "\t\\N\t\\N"
+        if s.correlation_id is None and s.traceparent is None
+        else f"\t{_optional(s.correlation_id)}\t{_optional(s.traceparent)}"
+    )
     last = (
         f"\t{s.max_retries}\t{_optional(s.retry_policy)}\t{_optional(s.ordering_key)}\t{priority}\t{spread}"
-        f"\t{expires_at}\n"
+        f"\t{expires_at}{tracing}\n"
     ).encode()
     return b"%b%b\t%b%b" % (first, _escaped(s.payload), headers, last)
 

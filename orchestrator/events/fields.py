@@ -37,6 +37,13 @@ from orchestrator.events.rules import (
     text_fault,
 )
 from orchestrator.events.times import EXPECTED_TIME, ScheduledAt, scheduled_at_fault
+from orchestrator.events.tracing import (
+    CORRELATION_ID_PATTERN,
+    MAX_CORRELATION_ID_CHARS,
+    TRACEPARENT_PATTERN,
+    CorrelationId,
+    Traceparent,
+)
 
 Schema = dict[str, Any]
 
@@ -199,5 +206,23 @@ FIELDS = (
         nullable(TIME),
         "No attempt begins at this time or later: the event ends as `expired`. A time that is not after "
         "`scheduled_at` is answered with 409.",
+    ),
+    Field(
+        "correlation_id",
+        "correlation_id",
+        CorrelationId | None,
+        f"1 to {MAX_CORRELATION_ID_CHARS} printable ASCII characters, no space at either end, or null",
+        {"type": ["string", "null"], "pattern": CORRELATION_ID_PATTERN},
+        "An id to follow it by through several systems, sent along as the header X-Correlation-ID. By default that "
+        "header of the request, where it is valid.",
+    ),
+    Field(
+        "traceparent",
+        "traceparent",
+        Traceparent | None,
+        "a W3C traceparent, such as 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01, or null",
+        {"type": ["string", "null"], "pattern": TRACEPARENT_PATTERN},
+        "The W3C trace context that it belongs to, sent along as the header traceparent, in version 00. By default "
+        "that header of the request, where it is valid.",
     ),
 )

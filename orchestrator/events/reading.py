@@ -31,6 +31,7 @@ from orchestrator.events.rules import (
 from orchestrator.events.submission import JsonError, Limits, OutOfRangeError, Submission, SubmissionError
 from orchestrator.events.times import EARLIEST, LATEST, ScheduledAt, expires_at_fault, scheduled_at_fault
 from orchestrator.events.topics import TopicRules
+from orchestrator.events.tracing import Carried, CorrelationId, Traceparent, in_version_00
 
 
 class Wire(msgspec.Struct, forbid_unknown_fields=True):
@@ -49,6 +50,8 @@ class Wire(msgspec.Struct, forbid_unknown_fields=True):
     priority: Priority | None = None
     spread_seconds: SpreadSeconds | None = None
     expires_at: ScheduledAt | None = None
+    correlation_id: CorrelationId | None = None
+    traceparent: Traceparent | None = None
 
 
 class _Batch(msgspec.Struct, forbid_unknown_fields=True):
@@ -68,22 +71,29 @@ _POSITION = re.compile(r" \(byte (\d+)\)$")
 _SHORT_BYTES = 1 << 18
 
 
-def parse_submission(raw: bytes, limits: Limits, topics: TopicRules | None = None) -> Submission:
-    """Reads one submission, of an event that `topics` lets go where it is to go.
+def parse_submission(
+    raw: bytes, limits: Limits, topics: TopicRules | None = None, carried: Carried | None = None
+) -> Submission:
+    """Reads one submission, of an event that `topics` lets go where it is to go; `carried` came in headers.
 
     Raises JsonError, or SubmissionError with the rules it breaks, at most 20.
     """
-    return _one(raw, limits, topics, MAX_FAULTS)
+    return _one(raw, limits, topics, carried, MAX_FAULTS)
 
 
 def submission_row(
-    raw: bytes, limits: Limits, n: int, given_id: str | None = None, topics: TopicRules | None = None
+    raw: bytes,
+    limits: Limits,
+    n: int,
+    given_id: str | None = None,
+    topics: TopicRules | None = None,
+    carried: Carried | None = None,
 ) -> bytes:
     """The line of COPY text for a submission that came as a Kafka record; `given_id` is its EVENT_ID_HEADER.
 
     Raises as `parse_submission` does, with one rule, and SubmissionError when the event cannot have the id given.
     """
-    submission = _one(raw, limits, topics, 1)
+    submission = _one(raw, limits, topics, carried, 1)
     if given_id is not None:
         if fault := given_id_fault(given_id, submission):
             raise SubmissionError([(EVENT_ID_HEADER, fault)])
@@ -91,23 +101,27 @@ def submission_row(
     return copy_row(submission, n)
 
 
-def _one(raw: bytes, limits: Limits, topics: TopicRules | None, most_faults: int) -> Submission:
+def _one(
+    raw: bytes, limits: Limits, topics: TopicRules | None, carried: Carried | None, most_faults: int
+) -> Submission:
     if fault := size_fault(raw, limits):
         raise SubmissionError([("body", fault)])
     _require_utf8(raw)
-    return _submission(raw, limits, topics, most_faults)
+    return _submission(raw, limits, topics, carried, most_faults)
 
 
-def parse_batch(raw: bytes, limits: Limits, topics: TopicRules | None = None) -> list[Submission | ValidationError]:
+def parse_batch(
+    raw: bytes, limits: Limits, topics: TopicRules | None = None, carried: Carried | None = None
+) -> list[Submission | ValidationError]:
     """Reads ``{"events": [...]}``: a submission or its error, with the first rule it breaks, for each item, in order.
 
     Raises JsonError or SubmissionError when the envelope itself is wrong.
     """
-    return [item for item in batch_items(raw, limits, topics) if item is not None]
+    return [item for item in batch_items(raw, limits, topics, carried) if item is not None]
 
 
 def batch_items(
-    raw: bytes, limits: Limits, topics: TopicRules | None = None
+    raw: bytes, limits: Limits, topics: TopicRules | None = None, carried: Carried | None = None
 ) -> Iterator[Submission | ValidationError | None]:
     """`parse_batch` in steps of bounded time, for callers that have more to do meanwhile; None: no item yet."""
     _require_utf8(raw)
@@ -132,7 +146,7 @@ def batch_items(
             yield SubmissionError([("body", fault)])
             continue
         try:
-            yield _submission(item, limits, topics, 1)
+            yield _submission(item, limits, topics, carried, 1)
         except ValidationError as error:
             yield error
 
@@ -162,13 +176,15 @@ def _bounded_list(most: int) -> Callable[[msgspec.Raw], Any]:
     return msgspec.json.Decoder(msgspec.defstruct("_Events", each, array_like=True, forbid_unknown_fields=True)).decode
 
 
-def _submission(text: bytes | msgspec.Raw, limits: Limits, topics: TopicRules | None, most_faults: int) -> Submission:
+def _submission(
+    text: bytes | msgspec.Raw, limits: Limits, topics: TopicRules | None, carried: Carried | None, most_faults: int
+) -> Submission:
     try:
-        return _valid(text, limits, topics, most_faults)
+        return _valid(text, limits, topics, carried, most_faults)
     except (RecursionError, msgspec.DecodeError):
         readable = with_usual_times(_at_once(_readable(bytes(text))))
     try:
-        return _valid(readable, limits, topics, most_faults)
+        return _valid(readable, limits, topics, carried, most_faults)
     except msgspec.ValidationError:
         _refuse(readable, limits, most_faults)
 
@@ -214,7 +230,9 @@ def _well_formed(text: bytes) -> bytes:
     return text
 
 
-def _valid(text: bytes | msgspec.Raw, limits: Limits, topics: TopicRules | None, most_faults: int) -> Submission:
+def _valid(
+    text: bytes | msgspec.Raw, limits: Limits, topics: TopicRules | None, carried: Carried | None, most_faults: int
+) -> Submission:
     wire = _decode_wire(text)
     at = wire.scheduled_at
     job = wire.external_job_id
@@ -257,6 +275,8 @@ def _valid(text: bytes | msgspec.Raw, limits: Limits, topics: TopicRules | None,
         int(wire.priority) if wire.priority else None,
         wire.spread_seconds,
         expires_at,
+        wire.correlation_id or (carried and carried.correlation_id),
+        in_version_00(wire.traceparent) if wire.traceparent else carried and carried.traceparent,
     )
 
 

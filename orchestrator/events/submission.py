@@ -16,6 +16,7 @@ class Submission(msgspec.Struct, frozen=True):
 
     `destination` is a URL, or a topic when `delivery_type` is KAFKA; None then stands for the ready topic.
     `priority` is None for 0. No attempt begins at `expires_at`, also in UTC, or later.
+    `traceparent` is of version 00.
     """
 
     id: str
@@ -32,6 +33,8 @@ class Submission(msgspec.Struct, frozen=True):
     priority: int | None = None
     spread_seconds: float | None = None
     expires_at: datetime | None = None
+    correlation_id: str | None = None
+    traceparent: str | None = None
 
 
 class Limits(Protocol):

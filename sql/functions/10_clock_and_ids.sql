@@ -29,7 +29,7 @@ return encode(set_bit(set_bit(
          end, 'UTF8')), 3, 8), 71, 1), 70, 0), 'hex')::uuid;
 comment on function orchestrator.event_id(text, text, timestamptz, text, integer) is
   'The id of (source, external_job_id, scheduled_at, ordering_key), null without one of the first three. A UUID, laid '
-  'out as version 7 (RFC 9562): milliseconds of scheduled_at, 12 bits of its bucket, 62 bits of a SHA-256 over all four';
+  'out as version 7 (RFC 9562): milliseconds of scheduled_at, 12 bits of its bucket, 62 of a SHA-256 over all four';
 
 comment on column orchestrator.event.id is
   'event_id() of it; random_event_id() without an external_job_id. It is the idempotency key';

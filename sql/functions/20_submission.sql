@@ -27,6 +27,8 @@ begin
   , priority smallint
   , spread interval
   , expires_at timestamptz
+  , correlation_id text
+  , traceparent text
   ) using heap on commit delete rows;
   -- Only this session can reach it, whatever role it has set.
   grant select, insert on pg_temp.submission to public;
@@ -49,9 +51,12 @@ begin
   end if;
   -- The session may have opened it before a migration.
   if not exists (
-    select from pg_attribute a where a.attrelid = 'pg_temp.submission'::regclass and a.attname = 'expires_at'
+    select from pg_attribute a where a.attrelid = 'pg_temp.submission'::regclass and a.attname = 'traceparent'
   ) then
-    alter table pg_temp.submission add column expires_at timestamptz;
+    alter table pg_temp.submission
+      add column if not exists expires_at timestamptz,
+      add column correlation_id text,
+      add column traceparent text;
   end if;
 end $$;
 comment on function orchestrator.check_staging() is
@@ -61,16 +66,18 @@ comment on function orchestrator.check_staging() is
 create or replace function orchestrator.as_event(
   p_id uuid, p_scheduled_at timestamptz, p_created_at timestamptz, p_max_retries integer, p_source text
 , p_external_job_id text, p_delivery_type text, p_destination text, p_retry_policy text, p_headers json, p_payload json
-, p_ordering_key text, p_priority smallint, p_spread interval, p_expires_at timestamptz, p_predecessor uuid)
+, p_ordering_key text, p_priority smallint, p_spread interval, p_expires_at timestamptz, p_predecessor uuid
+, p_correlation_id text, p_traceparent text)
 returns setof orchestrator.event
 language sql immutable parallel safe rows 1 as $$
   select p_id, p_scheduled_at, p_created_at, p_max_retries::smallint, p_source
     , p_external_job_id, p_delivery_type, p_destination, p_retry_policy, p_headers, p_payload
     , p_ordering_key, nullif(p_priority, 0), p_spread, p_expires_at, p_predecessor
+    , p_correlation_id, p_traceparent
 $$;
 comment on function orchestrator.as_event(
   uuid, timestamptz, timestamptz, integer, text, text, text, text, text, json, json, text, smallint, interval
-, timestamptz, uuid) is
+, timestamptz, uuid, text, text) is
   'An event of these columns, for those that insert events where nothing is hot: insert_each() and move_horizon()';
 
 -- Timers in order of the key.
@@ -163,10 +170,11 @@ begin
     end if;
     insert into orchestrator.event
       (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy
-      , ordering_key, priority, spread, expires_at, predecessor, headers, payload)
+      , ordering_key, priority, spread, expires_at, predecessor, correlation_id, traceparent, headers, payload)
     select s.id, s.scheduled_at, v_now, s.max_retries, s.source, s.external_job_id, s.delivery_type, s.destination
       , s.retry_policy
-      , s.ordering_key, nullif(s.priority, 0), s.spread, s.expires_at, p_predecessor, s.headers, s.payload
+      , s.ordering_key, nullif(s.priority, 0), s.spread, s.expires_at, p_predecessor, s.correlation_id, s.traceparent
+      , s.headers, s.payload
     from pg_temp.submission s
     order by s.id;
 
@@ -348,7 +356,7 @@ begin
       select *
       from orchestrator.check_submission(
         s.scheduled_at, s.source, s.external_job_id, s.delivery_type, s.destination, s.headers, s.max_retries
-      , s.retry_policy, s.ordering_key, s.priority, s.spread, s.expires_at
+      , s.retry_policy, s.ordering_key, s.priority, s.spread, s.expires_at, s.correlation_id, s.traceparent
       , case when d.day is null then v_first_at end
       , p_now + make_interval(days => v_control.max_schedule_ahead_days), v_control.max_schedule_ahead_days)
       offset 0) c
@@ -365,7 +373,8 @@ begin
     from checked c
     cross join lateral orchestrator.as_event(
       c.id, c.scheduled_at, p_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination
-    , c.retry_policy, c.headers, c.payload, c.ordering_key, c.priority, c.spread, c.expires_at, p_predecessor) e
+    , c.retry_policy, c.headers, c.payload, c.ordering_key, c.priority, c.spread, c.expires_at, p_predecessor
+    , c.correlation_id, c.traceparent) e
     where c.field is null and c.copy = 1
       -- A count cannot be made into a join.
       and 0 = (select count(*) from orchestrator.horizon h where h.id = c.id and h.scheduled_at = c.scheduled_at)
@@ -383,7 +392,7 @@ begin
   waiting as (
     insert into orchestrator.horizon
       (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy
-      , headers, payload, ordering_key, priority, spread, expires_at, predecessor)
+      , headers, payload, ordering_key, priority, spread, expires_at, predecessor, correlation_id, traceparent)
     select (f.event).*
     from fresh f
     where f.beyond

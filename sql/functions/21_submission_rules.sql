@@ -14,7 +14,7 @@ comment on function orchestrator.shown(text, integer) is
 create or replace function orchestrator.check_submission(
   p_scheduled_at timestamptz, p_source text, p_external_job_id text, p_delivery_type text, p_destination text
 , p_headers json, p_max_retries integer, p_retry_policy text, p_ordering_key text, p_priority smallint
-, p_spread interval, p_expires_at timestamptz
+, p_spread interval, p_expires_at timestamptz, p_correlation_id text, p_traceparent text
 , p_first_at timestamptz, p_end_at timestamptz, p_days_ahead integer)
 returns table (field text, reason text)
 language sql stable parallel safe as $$
@@ -61,10 +61,16 @@ language sql stable parallel safe as $$
     when p_expires_at <= p_scheduled_at
       then format('expires_at: expected a time after scheduled_at %s, got %s'
         , to_json(p_scheduled_at) #>> '{}', to_json(p_expires_at) #>> '{}')
+    when p_correlation_id !~ '^[!-~]([ -~]{0,198}[!-~])?$'
+      then format('correlation_id: expected 1 to 200 printable ASCII characters, no space at either end, or null, '
+        'got %s', orchestrator.shown(p_correlation_id, 40))
+    when p_traceparent is distinct from orchestrator.as_traceparent(p_traceparent)
+      then format('traceparent: expected a W3C traceparent of version 00, or null, got %s'
+        , orchestrator.shown(p_traceparent, 60))
   end)) as checked (problem)
 $$;
 comment on function orchestrator.check_submission(
-  timestamptz, text, text, text, text, json, integer, text, text, smallint, interval, timestamptz
+  timestamptz, text, text, text, text, json, integer, text, text, smallint, interval, timestamptz, text, text
 , timestamptz, timestamptz, integer) is
   'The first rule that a submission breaks: field and reason; both null when it breaks none';
 
@@ -113,3 +119,12 @@ $$;
 comment on function orchestrator.as_time(text) is
   'The time that an RFC 3339 text with a zone names, rounded to the microsecond; null: it is none. '
   'Takes the texts that the API, the command line and Kafka take';
+
+-- W3C Trace Context, 3.2: of a version to come only the first four parts count, and are passed on as version 00.
+create or replace function orchestrator.as_traceparent(p_text text) returns text
+language sql immutable strict parallel safe
+return case
+  when p_text ~ '^(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-|$)'
+    then '00' || substr(p_text, 3, 53) end;
+comment on function orchestrator.as_traceparent(text) is
+  'A W3C traceparent in version 00; null: it is none. Takes the texts that the API, the command line and Kafka take';

@@ -5,7 +5,7 @@ create or replace function orchestrator.submission_fields() returns text[]
 language sql immutable parallel safe
 return array[
   'source', 'external_job_id', 'scheduled_at', 'delivery_type', 'destination', 'payload', 'headers', 'max_retries'
-, 'retry_policy', 'ordering_key', 'priority', 'spread_seconds', 'expires_at'];
+, 'retry_policy', 'ordering_key', 'priority', 'spread_seconds', 'expires_at', 'correlation_id', 'traceparent'];
 comment on function orchestrator.submission_fields() is
   'The fields that an event may be submitted with, by their names in JSON; see orchestrator/events/fields.py';
 
@@ -51,6 +51,10 @@ begin
           then format('scheduled_at: %s%s', c_expected_time, orchestrator.shown(e.scheduled_at, 50))
         when i.event ->> 'expires_at' is not null and e.expires_at is null
           then format('expires_at: %s%s', c_expected_time, orchestrator.shown(i.event ->> 'expires_at', 50))
+        when i.event ->> 'traceparent' is not null and e.traceparent is null
+          then format('traceparent: expected a W3C traceparent, such as %s, got %s'
+            , '00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01'
+            , orchestrator.shown(i.event ->> 'traceparent', 60))
         when e.source is null
           then 'source: required'
         when e.destination is null and e.delivery_type = 'HTTP'
@@ -91,7 +95,9 @@ begin
         , o.fields ->> 'destination' as destination
         , o.fields ->> 'max_retries' as max_retries
         , o.fields ->> 'retry_policy' as retry_policy
-        , o.fields ->> 'ordering_key' as ordering_key) e
+        , o.fields ->> 'ordering_key' as ordering_key
+        , o.fields ->> 'correlation_id' as correlation_id
+        , orchestrator.as_traceparent(o.fields ->> 'traceparent') as traceparent) e
     cross join lateral (
       select min(k) as unknown from jsonb_object_keys(o.fields) k where k <> all (orchestrator.submission_fields())) u
     -- All fields are strings but these.
@@ -105,7 +111,7 @@ begin
     insert into pg_temp.submission
       (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers
       , max_retries, retry_policy, ordering_key, priority, spread
-      , expires_at)
+      , expires_at, correlation_id, traceparent)
     select i.n
       , coalesce(orchestrator.event_id(i.source, i.external_job_id, i.at, i.ordering_key)
         , orchestrator.random_event_id(i.at, orchestrator.bucket_of_key(i.ordering_key)))
@@ -114,7 +120,7 @@ begin
       , coalesce(i.max_retries::integer, 3), i.retry_policy, i.ordering_key
       , (i.event ->> 'priority')::smallint
       , make_interval(secs => (i.event ->> 'spread_seconds')::double precision)
-      , i.expires_at
+      , i.expires_at, i.correlation_id, i.traceparent
     from item i
     where i.problem is null
   )
@@ -150,7 +156,9 @@ create or replace function orchestrator.schedule_event(
 , p_ordering_key text default null
 , p_priority integer default null
 , p_spread interval default null
-, p_expires_at timestamptz default null)
+, p_expires_at timestamptz default null
+, p_correlation_id text default null
+, p_traceparent text default null)
 returns uuid
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
@@ -171,7 +179,9 @@ begin
   , 'ordering_key', p_ordering_key
   , 'priority', p_priority
   , 'spread_seconds', extract(epoch from p_spread)
-  , 'expires_at', p_expires_at)));
+  , 'expires_at', p_expires_at
+  , 'correlation_id', p_correlation_id
+  , 'traceparent', p_traceparent)));
   if v_answer.result = 'refused' then
     raise exception '%: %', v_answer.field, v_answer.reason using errcode = 'invalid_parameter_value';
   end if;
@@ -181,6 +191,6 @@ begin
   return v_answer.id;
 end $$;
 comment on function orchestrator.schedule_event(
-  text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval, timestamptz) is
+  text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval, timestamptz, text, text) is
   'Submits one event and returns its id. Submitting the same (source, external_job_id, scheduled_at, ordering_key) '
   'again returns the same id, changes nothing, and says by a notice what state the event is in';

@@ -21,7 +21,8 @@ create or replace function orchestrator.claim_due_events(
   p_skip integer[] default '{}', p_max_parallel integer default null)
 returns table (event_id uuid, attempt smallint, due_at timestamptz, lease_until timestamptz, scheduled_at timestamptz, source text
   , external_job_id text, delivery_type text, destination text, ordering_key text, headers json, payload json
-  , start_at timestamptz, lane integer, options json, waited json, expires_at timestamptz)
+  , start_at timestamptz, lane integer, options json, waited json, expires_at timestamptz
+  , correlation_id text, traceparent text)
 language plpgsql security definer set search_path = orchestrator, pg_temp rows 100
 set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off
 set enable_bitmapscan = off set jit = off as $$
@@ -237,7 +238,7 @@ begin
     , e.ordering_key, e.headers, e.payload, coalesce(l.start_at, l.due_at), l.lane
     , l.options, case when l.waited is not null then l.waited
            when l.due_at < v_control.resumed_at then orchestrator.waits(l.due_at, v_now, v_control.last_paused_at, v_control.resumed_at, null, null, null) end
-    , e.expires_at
+    , e.expires_at, e.correlation_id, e.traceparent
   from unnest(v_all_ids, v_all_scheduled, v_all_due, v_all_attempts, v_all_from, v_start, v_lease, v_options, v_waited)
     as l (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited)
   cross join lateral (

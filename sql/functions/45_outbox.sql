@@ -59,6 +59,8 @@ return convert_to(json_build_object(
 , 'max_retries', (p_event).max_retries
 , 'retry_policy', (p_event).retry_policy
 , 'ordering_key', (p_event).ordering_key
+, 'correlation_id', (p_event).correlation_id
+, 'traceparent', (p_event).traceparent
 , 'attempts', (p_outcome).attempt
 , 'reason', (p_outcome).error
 , 'died_at', (p_outcome).finished_at)::text, 'UTF8');

@@ -111,11 +111,11 @@ begin
   insert into pg_temp.submission
     (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers
     , max_retries, retry_policy, ordering_key, priority, spread
-    , expires_at)
+    , expires_at, correlation_id, traceparent)
   values (1, successor, p_scheduled_at, v_old.source, v_old.external_job_id, v_old.delivery_type, v_old.destination
     , v_old.payload, v_old.headers
     , v_old.max_retries, v_old.retry_policy, v_old.ordering_key, v_old.priority, v_old.spread
-    , coalesce(p_expires_at, v_old.expires_at));
+    , coalesce(p_expires_at, v_old.expires_at), v_old.correlation_id, v_old.traceparent);
   select * into v_answer from orchestrator.insert_staged(event_id);
   if found then
     result := 'refused';

@@ -13,7 +13,8 @@ set enable_seqscan = off as $$
   , 'payload', s.payload, 'headers', s.headers
   , 'max_retries', s.max_retries, 'retry_policy', s.retry_policy, 'priority', s.priority
   , 'spread_seconds', extract(epoch from s.spread)::double precision
-  , 'expires_at', s.expires_at, 'predecessor', s.predecessor, 'successor', s.successor
+  , 'expires_at', s.expires_at, 'correlation_id', s.correlation_id, 'traceparent', s.traceparent
+  , 'predecessor', s.predecessor, 'successor', s.successor
   , 'created_at', s.created_at, 'status', s.status, 'attempt', s.attempt, 'due_at', s.due_at
   , 'spread_ms', round(extract(epoch from case
       when s.spread is not null then orchestrator.spread_shift(s.id, s.spread)

@@ -34,7 +34,8 @@ begin
     from gone g
     cross join lateral orchestrator.as_event(
       g.id, g.scheduled_at, g.created_at, g.max_retries, g.source, g.external_job_id, g.delivery_type, g.destination
-    , g.retry_policy, g.headers, g.payload, g.ordering_key, g.priority, g.spread, g.expires_at, g.predecessor) e
+    , g.retry_policy, g.headers, g.payload, g.ordering_key, g.priority, g.spread, g.expires_at, g.predecessor
+    , g.correlation_id, g.traceparent) e
     order by e.id
     on conflict do nothing
     returning id, scheduled_at

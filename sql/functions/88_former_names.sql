@@ -27,6 +27,24 @@ $$;
 comment on function orchestrator.arm_events(uuid[], timestamptz[], timestamptz[], integer[]) is
   'Former name of create_timers()';
 
+create or replace function orchestrator.check_submission(
+  p_scheduled_at timestamptz, p_source text, p_external_job_id text, p_delivery_type text, p_destination text
+, p_headers json, p_max_retries integer, p_retry_policy text, p_ordering_key text, p_priority smallint
+, p_spread interval, p_expires_at timestamptz
+, p_first_at timestamptz, p_end_at timestamptz, p_days_ahead integer)
+returns table (field text, reason text)
+language sql stable parallel safe as $$
+  select c.field, c.reason
+  from orchestrator.check_submission(
+    p_scheduled_at, p_source, p_external_job_id, p_delivery_type, p_destination, p_headers, p_max_retries
+  , p_retry_policy, p_ordering_key, p_priority, p_spread, p_expires_at, null, null, p_first_at, p_end_at
+  , p_days_ahead) c
+$$;
+comment on function orchestrator.check_submission(
+  timestamptz, text, text, text, text, json, integer, text, text, smallint, interval, timestamptz
+, timestamptz, timestamptz, integer) is
+  'Former form of check_submission(), without correlation_id and traceparent';
+
 create or replace function orchestrator.settle_restored() returns bigint
 language sql security definer
 set search_path = orchestrator, pg_temp

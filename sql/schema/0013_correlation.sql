@@ -1,4 +1,5 @@
--- What a submission is checked against, and answered with.
+-- Events say what they belong to, for whoever follows them through several systems; and what a submission is checked
+-- against, and answered with.
 
 create type orchestrator.submitted as (n integer, id uuid, result text, field text, reason text);
 comment on type orchestrator.submitted is
@@ -12,14 +13,14 @@ alter table orchestrator.horizon drop constraint event_expires_at_check;
 alter table orchestrator.horizon add constraint event_expires_at_check
   check (expires_at > scheduled_at and expires_at < '2201-01-01 00:00:00+00') not valid;
 
-drop function if exists orchestrator.settle_horizon();
-
--- What an event belongs to, for whoever follows it through several systems. horizon was made like event once, and has
--- been a table of its own since.
+-- Each of these is a table of its own, although horizon was made like event once.
 alter table orchestrator.event
   add column correlation_id text,
   add column traceparent text;
 alter table orchestrator.horizon
+  add column correlation_id text,
+  add column traceparent text;
+alter table orchestrator.submission_aside
   add column correlation_id text,
   add column traceparent text;
 alter table orchestrator.event
@@ -36,3 +37,11 @@ comment on column orchestrator.event.traceparent is
   'The span that submitted it, as W3C Trace Context writes it in version 00; sent along as traceparent; null: none';
 comment on column orchestrator.horizon.correlation_id is 'event.correlation_id';
 comment on column orchestrator.horizon.traceparent is 'event.traceparent';
+comment on column orchestrator.submission_aside.correlation_id is 'event.correlation_id';
+comment on column orchestrator.submission_aside.traceparent is 'event.traceparent';
+
+-- Their signatures change, or their names; functions/ creates what takes their place. A new database has none of them.
+drop function if exists orchestrator.settle_horizon();
+drop function if exists orchestrator.schedule_event(
+  text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval, timestamptz);
+drop function if exists orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer);

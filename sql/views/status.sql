@@ -6,13 +6,13 @@ drop view if exists orchestrator.stored_event;
 create view orchestrator.stored_event as
 select e.id, e.scheduled_at, e.created_at, e.max_retries, e.source, e.external_job_id, e.delivery_type, e.destination
   , e.retry_policy, e.headers, e.payload
-  , e.ordering_key, e.priority, e.spread, e.expires_at, e.predecessor
+  , e.ordering_key, e.priority, e.spread, e.expires_at, e.predecessor, e.correlation_id, e.traceparent
   , false as beyond, null::timestamptz as ended_at, null::text as ended_as, null::uuid as successor
 from orchestrator.event e
 union all
 select h.id, h.scheduled_at, h.created_at, h.max_retries, h.source, h.external_job_id, h.delivery_type, h.destination
   , h.retry_policy, h.headers, h.payload
-  , h.ordering_key, h.priority, h.spread, h.expires_at, h.predecessor
+  , h.ordering_key, h.priority, h.spread, h.expires_at, h.predecessor, h.correlation_id, h.traceparent
   , true, h.ended_at, h.ended_as, h.successor
 from orchestrator.horizon h;
 comment on view orchestrator.stored_event is 'Every event, wherever it is kept: event and horizon';
@@ -33,7 +33,7 @@ comment on view orchestrator.outcomes is 'What happened to events, wherever they
 create view orchestrator.event_status as
 select e.id, e.source, e.external_job_id, e.scheduled_at, e.delivery_type, e.destination, e.ordering_key, e.payload
   , e.headers, e.max_retries, e.retry_policy
-  , coalesce(e.priority, 0) as priority, e.spread, e.expires_at, e.predecessor
+  , coalesce(e.priority, 0) as priority, e.spread, e.expires_at, e.correlation_id, e.traceparent, e.predecessor
   , e.created_at
   , case
       when t.lease_until > orchestrator.now() then 'in_flight'

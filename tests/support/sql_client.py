@@ -73,6 +73,8 @@ class Lease(NamedTuple):
     options: Any
     waited: Any
     expires_at: datetime | None
+    correlation_id: str | None
+    traceparent: str | None
 
 
 class Result(NamedTuple):

@@ -186,7 +186,7 @@ def test_a_json_value_that_is_no_number_is_no_priority_and_no_spread(field: str,
 )
 def test_a_spread_is_staged_to_the_microsecond_and_without_an_exponent(sent: str, staged: str) -> None:
     raw = body()[:-1] + f',"spread_seconds":{sent}}}'.encode()
-    assert submission_row(raw, BOUNDS, 0).endswith(f"\t\\N\t{staged}\t\\N\n".encode())
+    assert submission_row(raw, BOUNDS, 0).endswith(f"\t\\N\t{staged}\t\\N\t\\N\t\\N\n".encode())
 
 
 def test_the_payload_keeps_the_bytes_that_were_sent() -> None:
@@ -553,6 +553,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_siz
     spread=st.none() | spreads,
     at=times,
     lasts=st.none() | st.timedeltas(timedelta(microseconds=1), timedelta(days=1)),
+    followed=st.none() | awkward,
 )
 def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
     source: str,
@@ -565,6 +566,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
     spread: float | None,
     at: datetime,
     lasts: timedelta | None,
+    followed: str | None,
 ) -> None:
     raw_headers = None if headers is None else headers.encode()
     submission = Submission(
@@ -582,6 +584,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
         priority,
         spread,
         None if lasts is None else at + lasts,
+        followed,
     )
     line = copy_row(submission, 41)
     assert line.count(b"\n") == 1
@@ -603,6 +606,8 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
         f"{priority}".encode() if priority else None,
         None if spread is None else f"{Decimal(spread):.6f} seconds".encode(),
         None if lasts is None else (at + lasts).isoformat().replace("+00:00", "Z").encode(),
+        None if followed is None else followed.encode(),
+        None,
     ]
 
 
@@ -688,6 +693,8 @@ FULL = {
     "priority": 5,
     "spread_seconds": 1.5,
     "expires_at": "2026-02-01T09:00:00Z",
+    "correlation_id": "c-1",
+    "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
 }
 OTHER = {
     "source": "others",
@@ -703,6 +710,8 @@ OTHER = {
     "priority": 6,
     "spread_seconds": 2.5,
     "expires_at": "2026-02-02T09:00:00Z",
+    "correlation_id": "c-2",
+    "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00",
 }
 
 

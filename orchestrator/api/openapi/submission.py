@@ -56,6 +56,13 @@ _EXAMPLES = [
 ]
 
 
+FOLLOWED_BY: tuple[Schema, ...] = tuple(
+    {"name": name, "in": "header", "schema": {"type": "string"}, "description": f"The `{field}` of events without one."}
+    for name, field in (("X-Correlation-ID", "correlation_id"), ("traceparent", "traceparent"))
+)
+"""Headers with which events may be submitted; one that is not valid is ignored."""
+
+
 def _submission(settings: Settings, target: dict[str, Schema], optional: str) -> Schema:
     """The fields of a submission, with those of one way to deliver it, and the bounds of this configuration."""
     fields = {field.name: {**field.schema, "description": field.about} for field in FIELDS} | target
