@@ -98,7 +98,7 @@ grant execute on function
   orchestrator.submit_events(jsonb),
   orchestrator.schedule_event(
     text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval,
-    timestamptz)
+    timestamptz, text, text)
 to orchestrator_submit, orchestrator_ingest, orchestrator_ops;
 
 -- What the API does besides.

@@ -13,7 +13,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from orchestrator.bench.workload import new_run
 from orchestrator.dev.kafka import temporary_broker
-from orchestrator.events.submission import EVENT_ID_HEADER
+from orchestrator.events.ids import EVENT_ID_HEADER
 from orchestrator.kafka.client import client_arguments
 from orchestrator.kafka.topics import create_topics
 from orchestrator.settings import Settings

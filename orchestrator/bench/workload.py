@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-from orchestrator.events.submission import Submission, event_id
+from orchestrator.events.ids import event_id
+from orchestrator.events.submission import Submission
 
 T = TypeVar("T")
 

@@ -121,7 +121,7 @@ def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) ->
     corrected = None if file is None else file.read()
 
     async def work(rejects: Rejects, ours: Settings) -> Submitted:
-        from orchestrator.events.submission import parse_submission, require_topic
+        from orchestrator.events.reading import parse_submission
         from orchestrator.events.topics import topic_rules
 
         found = await _found(rejects, number)
@@ -132,7 +132,7 @@ def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) ->
         value = found.value if corrected is None else corrected
         if value is None:
             raise OrchestratorError(f"reject {number} has no value; give the correct value in a file")
-        return await rejects.resubmit(number, require_topic(parse_submission(value, ours), topic_rules(ours)))
+        return await rejects.resubmit(number, parse_submission(value, ours, topic_rules(ours)))
 
     kept = _with_rejects(work)
     duplicate = kept.result == "duplicate"

@@ -53,6 +53,8 @@ def show_event(out: Console, event: dict[str, Any], held_back: str | None) -> No
         ("scheduled", moment(event["scheduled_at"], now=now)),
         ("spread", event["spread_seconds"] and f"over {duration(event['spread_seconds'])}"),
         ("expires", event["expires_at"] and moment(event["expires_at"], now=now)),
+        ("correlation id", event["correlation_id"]),
+        ("traceparent", event["traceparent"]),
         ("rescheduled from", event["predecessor"]),
         ("rescheduled to", event["successor"]),
         ("attempts", attempts),

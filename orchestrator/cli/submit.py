@@ -26,6 +26,7 @@ from orchestrator.cli.support import (
 )
 from orchestrator.cli.times import a_duration, relative
 from orchestrator.errors import OrchestratorError, ValidationError
+from orchestrator.events.fields import FIELDS
 from orchestrator.events.rules import MAX_FRAME_BYTES
 from orchestrator.settings import Settings
 
@@ -50,7 +51,7 @@ def _time(option: str, value: str) -> str:
 
 def _after(scheduled_at: str, duration: timedelta) -> str | None:
     """The time so long after another; None after what is no time, which is refused itself."""
-    from orchestrator.events.rules import time_of
+    from orchestrator.events.times import time_of
 
     try:
         return (time_of(scheduled_at) + duration).isoformat()
@@ -77,6 +78,13 @@ def _spread(ctx: click.Context, param: click.Parameter, value: float | None) -> 
     return value
 
 
+def _about(name: str, *, default: str | None = None) -> str:
+    """What a field is, as a help text: the first sentence of its description."""
+    about = next(field.about for field in FIELDS if field.name == name)
+    first = about.partition(". ")[0].removesuffix(".").replace("`", "")
+    return f"{first}." if default is None else f"{first}. [default: {default}]"
+
+
 @dataclass
 class Tally:
     """What became of a file's lines. `results` has the API's form, with the line in place of the index."""
@@ -90,37 +98,31 @@ class Tally:
 
 @click.command()
 @click.argument("file", type=click.File("rb"), required=False)
-@click.option("--destination", metavar="URL|TOPIC", help="Where the payload goes when the event is due.")
-@click.option(
-    "--delivery-type", metavar="TYPE", help="HTTP, or KAFKA; that goes to the ready topic by default. [default: HTTP]"
-)
+@click.option("--destination", metavar="URL|TOPIC", help=_about("destination", default="KAFKA: the ready topic"))
+@click.option("--delivery-type", metavar="TYPE", help=_about("delivery_type", default="HTTP"))
 @click.option("--payload", metavar="JSON", help="What is delivered; @FILE reads it from a file.")
 @click.option("--at", metavar="TIME", help="When: RFC 3339 with a zone, or relative: +10s, +1h30m. [default: now]")
-@click.option("--expires-at", metavar="TIME", help="No attempt begins then or later; as --at. [default: never]")
+@click.option("--expires-at", metavar="TIME", help=_about("expires_at", default="never"))
 @click.option(
-    "--expires-in", callback=a_duration, metavar="DURATION", help="The same by how long after --at: 10m, 1h30m."
+    "--expires-in", callback=a_duration, metavar="DURATION", help="The same as a time after --at: 10m, 1h30m."
 )
-@click.option("--source", help="The system it comes from. [default: cli]")
-@click.option("--external-id", metavar="X", help="Your own name for it: the same name, source and time is one event.")
+@click.option("--source", help=_about("source", default="cli"))
+@click.option("--external-id", metavar="X", help=_about("external_job_id"))
 @click.option(
-    "--header", "headers", metavar="'NAME: VALUE'", multiple=True, callback=_headers, help="Sent along; repeatable."
+    "--header",
+    "headers",
+    metavar="'NAME: VALUE'",
+    multiple=True,
+    callback=_headers,
+    help="A header to send with the payload; repeatable.",
 )
-@click.option("--max-retries", type=int, help="Attempts after the first. [default: DEFAULT_MAX_RETRIES]")
-@click.option("--retry-policy", metavar="NAME", help="A row of orchestrator.retry_policy.")
-@click.option(
-    "--ordering-key",
-    metavar="KEY",
-    help="Events of one key are delivered one at a time, in order of time. KAFKA: also the record's key, "
-    "by default the external id.",
-)
-@click.option("--priority", type=int, metavar="N", help="-9 to 9: of due events the highest go first. [default: 0]")
-@click.option(
-    "--spread",
-    type=float,
-    metavar="SECONDS",
-    callback=_spread,
-    help="Spreads a crowd of events: each is due at a point of its own in so many seconds after --at.",
-)
+@click.option("--max-retries", type=int, help=_about("max_retries", default="DEFAULT_MAX_RETRIES"))
+@click.option("--retry-policy", metavar="NAME", help=_about("retry_policy"))
+@click.option("--ordering-key", metavar="KEY", help=_about("ordering_key"))
+@click.option("--priority", type=int, metavar="N", help=_about("priority", default="0"))
+@click.option("--spread", type=float, metavar="SECONDS", callback=_spread, help=_about("spread_seconds"))
+@click.option("--correlation-id", metavar="ID", help=_about("correlation_id"))
+@click.option("--traceparent", metavar="TRACE", help=_about("traceparent"))
 @json_option
 def submit(
     file: IO[bytes] | None,
@@ -138,6 +140,8 @@ def submit(
     ordering_key: str | None,
     priority: int | None,
     spread: float | None,
+    correlation_id: str | None,
+    traceparent: str | None,
     as_json: bool,
 ) -> None:
     """Submit one event, or a file of them.
@@ -154,7 +158,9 @@ def submit(
     """
     target = (destination, delivery_type, ordering_key)
     expiry = (expires_at, expires_in)
-    options = (*target, *expiry, payload, at, source, external_id, headers, max_retries, retry_policy, priority, spread)
+    retries = (max_retries, retry_policy)
+    tracing = (correlation_id, traceparent)
+    options = (*target, *expiry, *retries, *tracing, payload, at, source, external_id, headers, priority, spread)
     if file is not None:
         if any(option is not None for option in options):
             raise click.UsageError("a file's lines say everything themselves: leave the other options out")
@@ -180,6 +186,8 @@ def submit(
         "ordering_key": ordering_key,
         "priority": priority,
         "spread_seconds": spread,
+        "correlation_id": correlation_id,
+        "traceparent": traceparent,
     }
     _submit_one(fields, _payload(payload), as_json)
 
@@ -201,12 +209,12 @@ def _payload(given: str) -> bytes:
 
 def _submit_one(fields: dict[str, object], payload: bytes, as_json: bool) -> None:
     async def work(database: Database, settings: Settings) -> tuple[Submission, Submitted]:
-        from orchestrator.events.submission import parse_submission, require_topic
+        from orchestrator.events.reading import parse_submission
         from orchestrator.events.topics import topic_rules
 
         # Spliced in as it is, since the payload is kept and delivered byte for byte.
         raw = b'%b,"payload":%b}' % (json.dumps(fields).encode()[:-1], payload)
-        submission = require_topic(parse_submission(raw, settings), topic_rules(settings))
+        submission = parse_submission(raw, settings, topic_rules(settings))
         return submission, (await database.submit([submission]))[0]
 
     submission, kept = with_database(work)
@@ -260,7 +268,7 @@ def _submit_file(file: IO[bytes], as_json: bool) -> None:
 
 def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Submission | ValidationError]]]:
     """Lists of (line number, what stands there), empty lines left out."""
-    from orchestrator.events.submission import parse_submission, require_topic
+    from orchestrator.events.reading import parse_submission
     from orchestrator.events.topics import topic_rules
 
     topics = topic_rules(settings)
@@ -269,7 +277,7 @@ def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Su
         for number, line in enumerate(_lines(file, settings.max_payload_bytes + MAX_FRAME_BYTES + 2), start=1):
             if not line.isspace():
                 try:
-                    yield number, require_topic(parse_submission(line, settings), topics)
+                    yield number, parse_submission(line, settings, topics)
                 except ValidationError as error:
                     yield number, error
 

@@ -38,7 +38,7 @@ def a_time(ctx: click.Context, param: click.Parameter, value: str | None) -> dat
     """The callback of an option that takes a time; the result is in UTC."""
     if value is None or (at := relative(value)) is not None:
         return None if value is None else at
-    from orchestrator.events.rules import in_utc, time_of
+    from orchestrator.events.times import in_utc, time_of
 
     try:
         return in_utc(time_of(value))

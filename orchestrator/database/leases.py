@@ -40,10 +40,15 @@ class Claimed(msgspec.Struct, gc=False):
     options: str | None
     waited: str | None
     expires_at: float | None = None
+    correlation_id: str | None = None
+    traceparent: str | None = None
 
 
 class Finished(msgspec.Struct, gc=False):
-    """The result of an attempt: ``delivered``, ``retry`` or ``fail``; times in Unix seconds by the database's clock."""
+    """The result of an attempt: ``delivered``, ``retry`` or ``fail``; times in Unix seconds by the database's clock.
+
+    `correlation_id` is for the log alone.
+    """
 
     event_id: str
     attempt: int
@@ -56,6 +61,7 @@ class Finished(msgspec.Struct, gc=False):
     retry_after_s: float | None
     claimed_at: float
     waited: str | None = None
+    correlation_id: str | None = None
 
 
 class NotDelivered(NamedTuple):
@@ -232,13 +238,14 @@ select date_part('epoch', n.at), c.event_id, c.attempt, date_part('epoch', c.due
      , date_part('epoch', c.lease_until), c.scheduled_at, c.delivery_type, c.destination
      , coalesce(c.ordering_key, c.external_job_id), c.headers, c.payload
      , date_part('epoch', c.start_at), c.lane, c.options, c.waited, date_part('epoch', c.expires_at)
+     , c.correlation_id, c.traceparent
 from (select orchestrator.now() as at offset 0) n
 left join lateral orchestrator.claim_due_events(
   %s, %s, make_interval(secs => %s), make_interval(secs => %s), %s::integer[], %s::integer) c on true
 union all
 select nullif(current_setting('orchestrator.claim_again_at', true), '')::float8
      , null, nullif(current_setting('orchestrator.locked_out', true), '')::smallint
-     , null, null, null, null, null, null, null, null, null, null, null, null, null
+     , null, null, null, null, null, null, null, null, null, null, null, null, null, null, null
 """
 _OWN_LANE: LiteralString = "select orchestrator.ensure_dedicated_lane(orchestrator.destination_name(%s, %s), false)"
 _FINISH: LiteralString = """

@@ -20,7 +20,9 @@ from psycopg.rows import TupleRow
 from orchestrator.database.connection import Connection
 from orchestrator.database.pool import Pool
 from orchestrator.errors import Blocked, ValidationError
-from orchestrator.events.submission import Submission, copy_row
+from orchestrator.events.copying import copy_row
+from orchestrator.events.fields import FIELDS
+from orchestrator.events.submission import Submission
 
 _SLICE_BYTES = 1 << 20
 _HASTE: LiteralString = "set local lock_timeout = '20 ms'"
@@ -32,9 +34,9 @@ _SUBMIT: LiteralString = (
 _SUBMIT_HASTILY: LiteralString = (
     "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
 )
+_COLUMNS = {"id": "id"} | {field.name: field.column for field in FIELDS}
 COPY_SUBMISSIONS: LiteralString = (
-    "copy pg_temp.submission (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload,"
-    " headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at) from stdin"
+    f"copy pg_temp.submission (n, {', '.join(_COLUMNS[name] for name in Submission.__struct_fields__)}) from stdin"
 )
 """Takes the lines of `copy_row`."""
 

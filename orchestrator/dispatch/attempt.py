@@ -59,6 +59,7 @@ def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: fl
         attempted.retry_after_s,
         event.claimed_at,
         event.waited,
+        event.correlation_id,
     )
 
 

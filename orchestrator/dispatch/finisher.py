@@ -212,6 +212,8 @@ class Finisher:
             context = {"event_id": exception.event_id}
             if attempt:
                 context |= {"attempt": str(attempt.attempt), "error": str(attempt.error)}
+                if attempt.correlation_id:
+                    context["correlation_id"] = attempt.correlation_id
             if exception.result == "retried":
                 self._metrics.events_retried_total.inc()
                 _log.info("attempt failed, will be repeated", extra=context)

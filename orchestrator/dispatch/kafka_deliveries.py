@@ -34,6 +34,7 @@ from orchestrator.dispatch.queue.due_queue import DueQueue
 from orchestrator.dispatch.queue.stalls import QUICK_S, Stalls
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.events.topics import topic_rules
+from orchestrator.events.tracing import with_tracing
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
 from orchestrator.kafka.partition_queues import OutgoingRecord, RecordRefusedError
 from orchestrator.metrics import Metrics
@@ -219,7 +220,7 @@ class KafkaDeliveries:
 
 def _record(attempt: _Attempt, secrets: Secrets) -> OutgoingRecord[_Attempt]:
     event = attempt.event
-    headers = _own_headers(event.headers, attempt.options.secret_headers, secrets)
+    headers = _own_headers(event, attempt.options.secret_headers, secrets)
     headers += (
         ("orchestrator-event-id", event.event_id.encode()),
         ("orchestrator-attempt", b"%d" % event.attempt),
@@ -230,14 +231,13 @@ def _record(attempt: _Attempt, secrets: Secrets) -> OutgoingRecord[_Attempt]:
     return OutgoingRecord(key, event.payload.encode(), headers, attempt)
 
 
-def _own_headers(
-    given: str | None, secret_headers: Mapping[str, str] | None, secrets: Secrets
-) -> list[tuple[str, bytes]]:
+def _own_headers(event: Claimed, secret_headers: Mapping[str, str] | None, secrets: Secrets) -> list[tuple[str, bytes]]:
     """An event's own headers, and its destination's in their place, without those that are ours to set.
 
     Raises ValueError, SecretError.
     """
-    headers = msgspec.json.decode(given, type=dict[str, str]) if given else {}
+    given = msgspec.json.decode(event.headers, type=dict[str, str]) if event.headers else {}
+    headers = with_tracing(given, event.correlation_id, event.traceparent) or {}
     if secret_headers:
         replaced = {name.lower() for name in secret_headers}
         headers = {name: value for name, value in headers.items() if name.lower() not in replaced}

@@ -12,9 +12,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
+from orchestrator.events.quoting import shown
+
+# Kafka's own rule, of org.apache.kafka.common.internals.Topic: "." and ".." would be directories.
+TOPIC_PATTERN = r"^(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}$"
+
 _OWN = ("submission", "processing", "answers", "scheduled", "timestamp", "dlq")
 # What other deployments on the same brokers read by default.
 _READ_ELSEWHERE = ("_process-kafka-message", "_event_submissions")
+_TOPIC = re.compile(TOPIC_PATTERN)
+_LIKE_A_URL = re.compile("[:/@?=]")
 
 
 class Topics(Protocol):
@@ -80,6 +87,16 @@ def _fault(topic: str, own: tuple[str, ...], allowed: tuple[str, ...]) -> str | 
         return None
     wanted = f"({','.join(allowed)})" if allowed else "(not set)"
     return f"expected a topic that KAFKA_ALLOW_TOPICS {wanted} allows, got {topic!r}; add it there"
+
+
+@lru_cache(maxsize=8192)
+def topic_name_fault(topic: str) -> str | None:
+    """Why no topic can have this name, or None."""
+    if _TOPIC.match(topic) and topic[-1] != "\n":
+        return None
+    # What looks like a URL is not quoted: it may hold a password.
+    got = "a URL: for HTTP set delivery_type to HTTP" if _LIKE_A_URL.search(topic) else repr(shown(topic))
+    return f"expected a topic of 1 to 249 characters from a-z, A-Z, 0-9, ., _ and -, got {got}"
 
 
 def alike(topic: str) -> str:

@@ -16,15 +16,8 @@ import msgspec
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
 from orchestrator.events.json_text import has_forbidden_escape, utf8_fault
-from orchestrator.events.rules import (
-    EXPECTED_TIME,
-    expires_at_fault,
-    in_utc,
-    kind_of,
-    scheduled_at_fault,
-    shown,
-    time_of,
-)
+from orchestrator.events.quoting import kind_of, shown
+from orchestrator.events.times import EXPECTED_TIME, expires_at_fault, in_utc, scheduled_at_fault, time_of
 from orchestrator.ingest.partition import ConsumedRecord
 from orchestrator.ingest.submissions import reject
 from orchestrator.metrics import Metrics

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
-from orchestrator.events.submission import EVENT_ID_HEADER, submission_row
+from orchestrator.events.ids import EVENT_ID_HEADER
+from orchestrator.events.reading import submission_row
 from orchestrator.events.topics import topic_rules
+from orchestrator.events.tracing import CORRELATION_ID_HEADER, TRACEPARENT_HEADER, Carried, carried
 from orchestrator.ingest.partition import ConsumedRecord
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
@@ -42,8 +44,8 @@ class Submissions:
                 if value is None:
                     raise ValidationError("body", "expected a submission, got a record without a value")
                 size_bytes += len(value)
-                given_id = _given_id(record) if record.headers else None
-                rows.append(submission_row(value, limits, len(rows), given_id, self._topics))
+                given_id, told = _told(record) if record.headers else (None, None)
+                rows.append(submission_row(value, limits, len(rows), given_id, self._topics, told))
             except ValidationError as error:
                 self._rejects.append(reject(record, error.field, error.reason))
             else:
@@ -61,11 +63,12 @@ class Submissions:
         self._metrics.events_rejected_total.inc(len(self._rejects) + done.refused)
 
 
-def _given_id(record: ConsumedRecord) -> str | None:
-    for name, value in record.headers:
-        if name == EVENT_ID_HEADER:
-            return (value or b"").decode(errors="replace")
-    return None
+def _told(record: ConsumedRecord) -> tuple[str | None, Carried | None]:
+    """What the headers say: the id, and what the event is followed by; of one that is repeated, the first."""
+    headers = {name: value or b"" for name, value in reversed(record.headers)}
+    given_id = headers.get(EVENT_ID_HEADER)
+    told = carried(headers.get(CORRELATION_ID_HEADER), headers.get(TRACEPARENT_HEADER))
+    return None if given_id is None else given_id.decode(errors="replace"), told
 
 
 def reject(record: ConsumedRecord, field: str, reason: str) -> Reject:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.events.rules import TOPIC_PATTERN
+from orchestrator.events.topics import TOPIC_PATTERN
 from orchestrator.settings import jaas
 from orchestrator.settings.webhook_secrets import decode_secret
 

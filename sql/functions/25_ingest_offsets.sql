@@ -99,12 +99,13 @@ begin
     (topic, partition, "offset", since
     , id, scheduled_at, source, external_job_id
     , delivery_type, destination, payload, headers
-    , max_retries, retry_policy, ordering_key, priority, spread, expires_at
+    , max_retries, retry_policy, ordering_key, priority, spread, expires_at, correlation_id, traceparent
     , key, value)
   select p_topic, r.partition, r."offset", orchestrator.now()
     , s.id, s.scheduled_at, s.source, s.external_job_id
     , s.delivery_type, s.destination, s.payload, s.headers
     , s.max_retries, s.retry_policy, s.ordering_key, s.priority, s.spread, s.expires_at
+    , s.correlation_id, s.traceparent
     , r.key, r.value
   from unnest(p_numbers, p_partitions, p_offsets, p_keys, p_values) as r (n, partition, "offset", key, value)
   join pg_temp.submission s on s.n = r.n
@@ -136,11 +137,12 @@ begin
       insert into pg_temp.submission
         (n, id, scheduled_at, source, external_job_id
         , delivery_type, destination, payload, headers
-        , max_retries, retry_policy, ordering_key, priority, spread, expires_at)
+        , max_retries, retry_policy, ordering_key, priority, spread, expires_at, correlation_id, traceparent)
       values (1, v_row.id, v_row.scheduled_at, v_row.source, v_row.external_job_id
         , v_row.delivery_type, v_row.destination, v_row.payload, v_row.headers
-        , v_row.max_retries, v_row.retry_policy, v_row.ordering_key, v_row.priority, v_row.spread, v_row.expires_at);
-      select * into v_answer from orchestrator.keep_staged(null);
+        , v_row.max_retries, v_row.retry_policy, v_row.ordering_key, v_row.priority, v_row.spread, v_row.expires_at
+        , v_row.correlation_id, v_row.traceparent);
+      select * into v_answer from orchestrator.insert_staged(null);
       if v_answer.result = 'refused' then
         perform orchestrator.keep_rejects(v_row.topic
           , array[v_row.partition], array[v_row."offset"], array[v_row.key], array[v_row.value]

@@ -230,7 +230,8 @@ create or replace function orchestrator.claim_due_events(
 returns table (
   event_id uuid, attempt smallint, due_at timestamptz, lease_until timestamptz, scheduled_at timestamptz,
   source text, external_job_id text, delivery_type text, destination text, ordering_key text,
-  headers json, payload json, start_at timestamptz, lane integer, options json, waited json, expires_at timestamptz)
+  headers json, payload json, start_at timestamptz, lane integer, options json, waited json, expires_at timestamptz,
+  correlation_id text, traceparent text)
 language plpgsql security definer rows 100
 set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan
@@ -380,7 +381,7 @@ begin
     , case when l.waited is not null then l.waited
         when l.due_at < v_control.resumed_at then orchestrator.wait_causes(
           l.due_at, v_now, v_control.last_paused_at, v_control.resumed_at, null, null, null) end
-    , e.expires_at
+    , e.expires_at, e.correlation_id, e.traceparent
   from unnest(v_leased) l
   cross join lateral (
     select e.* from orchestrator.event e

@@ -1,11 +1,18 @@
--- Rescheduling: cancel and submit in one transaction. Nothing that was kept of the event changes; it and its successor name each other,
--- and have one bucket. An event may come back to a time that it had: the id of what is submitted for then stays that of the first.
+-- Rescheduling: cancel and submit in one transaction. Nothing that was kept of the event changes; it and its successor
+-- name each other, and have one bucket. An event may come back to a time that it had: the id of what is submitted for
+-- then stays that of the first.
 
 create or replace function orchestrator.reschedule_event(
-  p_event_id uuid default null, p_scheduled_at timestamptz default null, p_external_job_id text default null, p_expires_at timestamptz default null)
+  p_event_id uuid default null, p_scheduled_at timestamptz default null, p_external_job_id text default null
+, p_expires_at timestamptz default null)
 returns table (event_id uuid, result text, status text, successor uuid, field text, reason text)
-language plpgsql security definer set search_path = orchestrator, pg_temp set timezone = 'UTC'
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql security definer
+set search_path = orchestrator, pg_temp
+set timezone = 'UTC'
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off as $$
 declare
   v_ids uuid[];
   v_live uuid[];
@@ -15,31 +22,42 @@ declare
   v_answer record;
 begin
   if num_nonnulls(p_event_id, p_external_job_id) <> 1 then
-    raise exception 'reschedule_event: give either p_event_id or p_external_job_id' using errcode = 'invalid_parameter_value';
+    raise exception 'reschedule_event: give either p_event_id or p_external_job_id'
+      using errcode = 'invalid_parameter_value';
   end if;
   if p_scheduled_at is null then
     raise exception 'reschedule_event: give p_scheduled_at' using errcode = 'invalid_parameter_value';
   end if;
-  v_ids := array(select e.id from orchestrator.find_events(p_event_id, p_external_job_id) e order by e.scheduled_at, e.id);
+  v_ids := array(
+    select e.id from orchestrator.find_events(p_event_id, p_external_job_id) e order by e.scheduled_at, e.id);
   if v_ids = '{}' then
     return;
   end if;
   perform orchestrator.lock_events(v_ids);
   v_live := array(
     select i from unnest(v_ids) i
-    where exists (select from orchestrator.timer t where t.event_id = i) or exists (select from orchestrator.horizon h where h.id = i and h.ended_at is null));
+    where exists (select from orchestrator.timer t where t.event_id = i)
+      or exists (select from orchestrator.horizon h where h.id = i and h.ended_at is null));
   if cardinality(v_live) > 1 then
     field := 'external_job_id';
-    reason := format('names %s events that are still to be delivered; give the id of one, such as %s', cardinality(v_live), v_live[1]);
+    reason := format('names %s events that are still to be delivered; give the id of one, such as %s'
+      , cardinality(v_live), v_live[1]);
     result := 'refused';
     return next;
     return;
   end if;
+  -- Else the last one that was not rescheduled itself.
   event_id := coalesce(v_live[1]
-    , (select i.id from unnest(v_ids) with ordinality as i (id, n) where orchestrator.status_of(i.id) <> 'rescheduled' order by i.n desc limit 1)
+    , (select i.id
+       from unnest(v_ids) with ordinality as i (id, n)
+       where orchestrator.status_of(i.id) <> 'rescheduled'
+       order by i.n desc
+       limit 1)
     , v_ids[cardinality(v_ids)]);
-  select s.* into v_old from orchestrator.find_events(event_id, null) e
-  cross join lateral (select * from orchestrator.event_status s where s.id = e.id and s.scheduled_at = e.scheduled_at limit 1) s;
+  select s.* into v_old
+  from orchestrator.find_events(event_id, null) e
+  cross join lateral (
+    select * from orchestrator.event_status s where s.id = e.id and s.scheduled_at = e.scheduled_at limit 1) s;
   status := v_old.status;
   -- Asked for again, by a name that is the successor's by now.
   if p_event_id is null and v_old.scheduled_at = p_scheduled_at and v_old.predecessor is not null then
@@ -49,7 +67,9 @@ begin
     status := 'rescheduled';
     return next;
     return;
-  elsif v_old.status = 'rescheduled' and exists (select from orchestrator.find_events(v_old.successor, null) n where n.scheduled_at = p_scheduled_at) then
+  elsif v_old.status = 'rescheduled' and exists (
+    select from orchestrator.find_events(v_old.successor, null) n where n.scheduled_at = p_scheduled_at)
+  then
     result := 'already_rescheduled';
     successor := v_old.successor;
     return next;
@@ -74,30 +94,34 @@ begin
     return next;
     return;
   end if;
-  if p_expires_at >= '2201-01-01 00:00:00+00' then
-    result := 'refused';
-    field := 'expires_at';
-    reason := format('expected a time from 1970 to 2200, got %s', to_json(p_expires_at) #>> '{}');
-    return next;
-    return;
-  end if;
-  -- Those that were scheduled for then and rescheduled leave the time free. Their number makes the id: whoever comes to the same number is in the way.
-  select count(*), (array_agg(e.id) filter (where orchestrator.status_of(e.id) <> 'rescheduled'))[1] into v_copies, v_there
+  -- Those that were scheduled for then and rescheduled leave the time free. Their number makes the id: whoever comes to
+  -- the same number is in the way.
+  select count(*), (array_agg(e.id) filter (where orchestrator.status_of(e.id) <> 'rescheduled'))[1]
+  into v_copies, v_there
   from orchestrator.stored_event e
-  where hashtextextended(e.external_job_id, 0) = hashtextextended(v_old.external_job_id, 0) and e.external_job_id = v_old.external_job_id
-    and e.scheduled_at = p_scheduled_at and e.source = v_old.source and e.ordering_key is not distinct from v_old.ordering_key;
-  successor := coalesce(v_there, orchestrator.event_id(v_old.source, v_old.external_job_id, p_scheduled_at, v_old.ordering_key, v_copies)
+  where hashtextextended(e.external_job_id, 0) = hashtextextended(v_old.external_job_id, 0)
+    and e.external_job_id = v_old.external_job_id
+    and e.scheduled_at = p_scheduled_at
+    and e.source = v_old.source
+    and e.ordering_key is not distinct from v_old.ordering_key;
+  successor := coalesce(v_there
+    , orchestrator.event_id(v_old.source, v_old.external_job_id, p_scheduled_at, v_old.ordering_key, v_copies)
     , orchestrator.random_event_id(p_scheduled_at, orchestrator.bucket(event_id)));
   perform orchestrator.open_staging();
   insert into pg_temp.submission
-    (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers, max_retries, retry_policy, ordering_key, priority, spread, expires_at)
-  values (1, successor, p_scheduled_at, v_old.source, v_old.external_job_id, v_old.delivery_type, v_old.destination, v_old.payload, v_old.headers, v_old.max_retries
-    , v_old.retry_policy, v_old.ordering_key, v_old.priority, v_old.spread, coalesce(p_expires_at, v_old.expires_at));
-  select * into v_answer from orchestrator.keep_staged(event_id);
+    (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers
+    , max_retries, retry_policy, ordering_key, priority, spread
+    , expires_at, correlation_id, traceparent)
+  values (1, successor, p_scheduled_at, v_old.source, v_old.external_job_id, v_old.delivery_type, v_old.destination
+    , v_old.payload, v_old.headers
+    , v_old.max_retries, v_old.retry_policy, v_old.ordering_key, v_old.priority, v_old.spread
+    , coalesce(p_expires_at, v_old.expires_at), v_old.correlation_id, v_old.traceparent);
+  select * into v_answer from orchestrator.insert_staged(event_id);
   if found then
     result := 'refused';
     field := coalesce(v_answer.field, 'scheduled_at');
-    reason := coalesce(v_answer.reason, format('an event of this source and external_job_id is scheduled for then already: %s', v_answer.id));
+    reason := coalesce(v_answer.reason
+      , format('an event of this source and external_job_id is scheduled for then already: %s', v_answer.id));
     successor := null;
   else
     perform orchestrator.end_events(array[event_id], 'rescheduled', successor);
@@ -107,4 +131,6 @@ begin
   return next;
 end $$;
 comment on function orchestrator.reschedule_event(uuid, timestamptz, text, timestamptz) is
-  'Has an event delivered at another time: it ends as rescheduled, and a new one, with fresh attempts, takes its place. By id, or by external_job_id if that names one live event. Expires when it did unless p_expires_at is given. One row: rescheduled or already_rescheduled (to that time) with the successor; in_flight or finished (nothing changed; status says how it is, successor what took its place, if anything did); refused with field and reason (nothing changed), as when an event of the same source, external_job_id and ordering_key is kept for then that was not itself rescheduled. No row: there is no such event';
+  'Ends an event, by id or by the external_job_id of one live event, as rescheduled; a new one takes its place. '
+  'Result: rescheduled or already_rescheduled with the successor; with nothing changed in_flight, finished, or refused '
+  'with field and reason; no row: no such event';

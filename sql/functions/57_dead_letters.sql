@@ -43,7 +43,7 @@ begin
   if v_ids is null then
     return '{}';
   end if;
-  perform orchestrator.arm_events(v_ids, v_scheduled, v_due, v_attempts);
+  perform orchestrator.create_timers(v_ids, v_scheduled, v_due, v_attempts);
   insert into orchestrator.outcome (event_id, scheduled_at, finished_at, attempt, result)
   select r.event_id, r.scheduled_at, v_now, r.attempts, 'redriven'
   from unnest(v_ids, v_scheduled, v_attempts) as r (event_id, scheduled_at, attempts);

@@ -198,7 +198,7 @@ begin
   loop
     v_created := v_created + orchestrator.create_partitions(v_orphaned, v_orphaned);
   end loop;
-  perform orchestrator.settle_horizon();
+  perform orchestrator.update_horizon_start();
   perform orchestrator.forget_former_ids();
   return v_created;
 end $$;

@@ -1,5 +1,50 @@
 -- Names that programs of the version before call; gone with the next release.
 
+-- Called by submit_staged() and its like of the version before, which may have waited for the migration.
+create or replace function orchestrator.keep_staged(p_predecessor uuid)
+returns table (n integer, id uuid, result text, field text, reason text)
+language sql security definer
+set search_path = orchestrator, pg_temp as $$
+  select * from orchestrator.insert_staged(p_predecessor)
+$$;
+comment on function orchestrator.keep_staged(uuid) is 'Former name of insert_staged()';
+
+create or replace function orchestrator.keep_each(p_now timestamptz, p_told boolean, p_predecessor uuid)
+returns table (n integer, id uuid, result text, field text, reason text)
+language sql security definer
+set search_path = orchestrator, pg_temp as $$
+  select * from orchestrator.insert_each(p_now, p_told, p_predecessor)
+$$;
+comment on function orchestrator.keep_each(timestamptz, boolean, uuid) is 'Former name of insert_each()';
+
+create or replace function orchestrator.arm_events(
+  p_ids uuid[], p_scheduled_at timestamptz[], p_due_at timestamptz[] default null, p_attempts integer[] default null)
+returns void
+language sql security definer
+set search_path = orchestrator, pg_temp as $$
+  select orchestrator.create_timers(p_ids, p_scheduled_at, p_due_at, p_attempts)
+$$;
+comment on function orchestrator.arm_events(uuid[], timestamptz[], timestamptz[], integer[]) is
+  'Former name of create_timers()';
+
+create or replace function orchestrator.check_submission(
+  p_scheduled_at timestamptz, p_source text, p_external_job_id text, p_delivery_type text, p_destination text
+, p_headers json, p_max_retries integer, p_retry_policy text, p_ordering_key text, p_priority smallint
+, p_spread interval, p_expires_at timestamptz
+, p_first_at timestamptz, p_end_at timestamptz, p_days_ahead integer)
+returns table (field text, reason text)
+language sql stable parallel safe as $$
+  select c.field, c.reason
+  from orchestrator.check_submission(
+    p_scheduled_at, p_source, p_external_job_id, p_delivery_type, p_destination, p_headers, p_max_retries
+  , p_retry_policy, p_ordering_key, p_priority, p_spread, p_expires_at, null, null, p_first_at, p_end_at
+  , p_days_ahead) c
+$$;
+comment on function orchestrator.check_submission(
+  timestamptz, text, text, text, text, json, integer, text, text, smallint, interval, timestamptz
+, timestamptz, timestamptz, integer) is
+  'Former form of check_submission(), without correlation_id and traceparent';
+
 create or replace function orchestrator.settle_restored() returns bigint
 language sql security definer
 set search_path = orchestrator, pg_temp

@@ -16,7 +16,7 @@ import pytest
 
 from orchestrator.api.routes import events
 from orchestrator.database import Database
-from orchestrator.events.submission import event_id
+from orchestrator.events.ids import event_id
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields, running_api, submission, tomorrow
 from tests.support.times import READ, REFUSED
@@ -63,6 +63,34 @@ async def test_a_submission_is_kept_and_can_be_read_where_location_says(client: 
     assert event["status"] == "scheduled"
     assert (event["payload"], event["headers"], event["max_retries"]) == ({"a": 1}, {"X-A": "é"}, 7)
     assert event["outcomes"] == []
+
+
+async def test_headers_of_a_request_say_what_events_are_followed_by_unless_they_do_themselves(
+    client: httpx.AsyncClient,
+) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    told = {"X-Correlation-ID": "of the request", "traceparent": f"cc{trace[2:]}-x"}
+    events = [submission(), submission(correlation_id="own"), submission(traceparent="wrong")]
+    answers = [await client.post("/api/v1/events", json=event, headers=told) for event in events]
+    batch = await client.post("/api/v1/events/batch", json={"events": events}, headers=told)
+    assert [answer.status_code for answer in answers] == [201, 201, 422]
+    assert answers[2].json()["errors"][0]["field"] == batch.json()["results"][2]["error"]["field"] == "traceparent"
+    ids = [answer.json() for answer in answers[:2]] + batch.json()["results"][:2]
+    found = [(await client.get(f"/api/v1/events/{each['id']}")).json() for each in ids]
+    assert [event["correlation_id"] for event in found] == ["of the request", "own"] * 2
+    assert [event["traceparent"] for event in found] == [trace] * 4
+
+
+async def test_headers_that_are_not_valid_are_ignored_and_a_duplicate_keeps_what_the_first_said(
+    client: httpx.AsyncClient,
+) -> None:
+    event = submission(external_job_id="job")
+    wrong = {"X-Correlation-ID": "x" * 201, "traceparent": "00-0-0-0"}
+    first = await client.post("/api/v1/events", json=event, headers=wrong)
+    again = await client.post("/api/v1/events", json=event, headers={"X-Correlation-ID": "later"})
+    assert (first.status_code, again.status_code, again.json()["id"]) == (201, 200, first.json()["id"])
+    found = (await client.get(f"/api/v1/events/{first.json()['id']}")).json()
+    assert found["correlation_id"] is found["traceparent"] is None
 
 
 async def test_the_api_reads_times_in_every_accepted_form(client: httpx.AsyncClient) -> None:

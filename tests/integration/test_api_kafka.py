@@ -16,7 +16,8 @@ import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from orchestrator.database import Database
-from orchestrator.events.submission import EVENT_ID_HEADER, parse_submission
+from orchestrator.events.ids import EVENT_ID_HEADER
+from orchestrator.events.reading import parse_submission
 from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields, running_api, submission, until

@@ -175,6 +175,16 @@ def test_priority_and_spread_given_as_options_are_kept(cli: Cli, client: Client)
     assert client.rows("select priority, spread from orchestrator.event") == [(-3, timedelta(microseconds=10))]
 
 
+def test_what_an_event_is_followed_by_is_given_as_options_and_shown(cli: Cli) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    identity = submitted(cli, "--at", "+1h", "--correlation-id", "order 7", "--traceparent", trace)
+    event = document(cli("get", identity, "--json"))
+    assert (event["correlation_id"], event["traceparent"]) == ("order 7", trace)
+    shown = cli("get", identity).stdout
+    assert "order 7" in shown
+    assert trace in shown.replace("\n", "").replace(" ", "") or trace in shown
+
+
 def test_submitting_the_same_event_again_is_a_duplicate_with_the_same_id(cli: Cli) -> None:
     event = ("submit", "--destination", HOOK, "--payload", "1", "--external-id", "x", "--at")
     kept = document(cli(*event, "+1h", "--json"))

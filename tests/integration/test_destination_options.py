@@ -47,6 +47,23 @@ def signed_by(request: Received, *keys: str) -> bool:
     return request.headers.get("webhook-signature", "") == expected
 
 
+async def test_a_delivery_carries_what_its_event_is_followed_by_and_otherwise_the_events_own_headers(
+    settings: MakeSettings, client: Client, receiver: Receiver
+) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    own = {"X-Correlation-ID": "own", "traceparent": "own"}
+    followed = client.schedule(
+        scheduled_at=soon(0), destination=receiver.url(), headers=own, correlation_id="order 7", traceparent=trace
+    )
+    other = client.schedule(scheduled_at=soon(0), destination=receiver.url(), headers=own)
+    async with dispatching(settings()):
+        await finished(client, [followed, other])
+    found = {request.headers["webhook-id"]: request.headers for request in receiver.requests}
+    names = ("x-correlation-id", "traceparent")
+    assert [found[followed][name] for name in names] == ["order 7", trace]
+    assert [found[other][name] for name in names] == ["own", "own"]
+
+
 async def test_a_destination_has_a_time_out_of_its_own_shorter_or_longer(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:

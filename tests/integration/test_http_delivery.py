@@ -31,7 +31,7 @@ from orchestrator.dispatch.attempt import Attempted
 from orchestrator.dispatch.http.sender import Delivery, HttpSender
 from orchestrator.errors import OwnFaultError
 from orchestrator.events.destination_name import destination_name
-from orchestrator.events.rules import RESERVED_HEADERS
+from orchestrator.events.headers import RESERVED_HEADERS
 from orchestrator.events.urls import url_fault
 from orchestrator.settings import Settings
 from tests.support.certificates import Authority

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.dev.kafka import MavenBroker
 from orchestrator.errors import OrchestratorError
-from orchestrator.events.submission import random_event_id
+from orchestrator.events.ids import random_event_id
 from tests.conftest import MakeSettings, Spawn
 from tests.support.brokers import Kafka, KafkaBroker
 from tests.support.databases import scratch_directory
@@ -53,6 +53,25 @@ async def test_every_submission_becomes_an_event_and_the_brokers_are_told(
         await eventually(told, 20)
         assert running.value("events_received_total") == 2000
         assert running.value("ingest_batch_seconds_count") < 200
+
+
+async def test_the_headers_of_a_record_say_what_an_event_is_followed_by_unless_it_does_itself(
+    settings: MakeSettings, client: Client, topic: Topic
+) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    headers = [("x-correlation-id", b"of the record"), ("traceparent", f"cc{trace[2:]}-x".encode())]
+    values = [submission(1), submission(2, correlation_id="own"), submission(3, traceparent="wrong")]
+    async with ingesting(settings(**topic.environ)):
+        await read_to(client, topic.name, await feed(topic, values, headers=headers))
+        await read_to(client, topic.name, await feed(topic, [submission(4)], headers=[("traceparent", b"wrong")]))
+    query = "select external_job_id, correlation_id, traceparent from orchestrator.event order by external_job_id"
+    assert client.rows(query) == [
+        ("job-1", "of the record", trace),
+        ("job-2", "own", trace),
+        ("job-4", None, None),
+    ]
+    [reason] = client.column("select reason from orchestrator.reject")
+    assert reason.startswith("expected a W3C traceparent")
 
 
 async def test_an_ingested_event_has_every_field_that_was_submitted(

@@ -92,6 +92,26 @@ async def test_a_record_carries_the_payload_the_key_and_the_identifying_headers(
     assert (outcome["result"], outcome["status_code"], outcome["error"]) == ("delivered", None, None)
 
 
+async def test_a_record_carries_what_its_event_is_followed_by(
+    settings: MakeSettings, client: Client, kafka: Kafka
+) -> None:
+    topic = kafka.unique("orders")
+    await kafka.create_topic(topic, 1)
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    event = to_kafka(topic, headers={"Traceparent": "own", "a": "b"}, correlation_id="order 7", traceparent=trace)
+    ids = submitted(client, event)
+    async with dispatching(settings(**kafka.environ)):
+        await finished(client, ids)
+    (record,) = await arrived(kafka.servers, topic, 1)
+    found = {name: value for name, value in headers(record).items() if not name.startswith("orchestrator-")}
+    assert found == {
+        "a": "b",
+        "x-correlation-id": "order 7",
+        "traceparent": trace,
+        "content-type": "application/json",
+    }
+
+
 async def test_an_event_for_an_invalid_topic_dies_at_its_first_attempt(
     settings: MakeSettings, client: Client, kafka: Kafka
 ) -> None:

@@ -19,7 +19,8 @@ from orchestrator.database.migrate import migrate
 from orchestrator.database.rejects import Rejects
 from orchestrator.database.sweeps import Sweeps
 from orchestrator.errors import DatabaseUnavailable, InDoubt
-from orchestrator.events.submission import Submission, parse_submission
+from orchestrator.events.reading import parse_submission
+from orchestrator.events.submission import Submission
 from orchestrator.maintenance.upkeep import maintain_once
 from tests.conftest import MakeSettings
 from tests.support.cutting_proxy import CuttingProxy

@@ -22,7 +22,7 @@ from orchestrator.database.maintenance import Maintenance, Retention
 from orchestrator.database.migrate import check, migrate
 from orchestrator.database.session import MARK, SESSION, Session
 from orchestrator.database.sweeps import Sweeps
-from orchestrator.events.submission import parse_submission, submission_row
+from orchestrator.events.reading import parse_submission, submission_row
 from orchestrator.settings import Settings
 from tests.conftest import MakeSettings, Spawn
 from tests.integration.api_support import until

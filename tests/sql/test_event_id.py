@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.events.submission import bucket, bucket_of_key, event_id, random_event_id
+from orchestrator.events.ids import bucket, bucket_of_key, event_id, random_event_id
 from tests.support.databases import Databases
 from tests.support.sql_client import Client
 

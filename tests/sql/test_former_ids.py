@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.events.submission import event_id
+from orchestrator.events.ids import event_id
 from tests.support.laws import violations
 from tests.support.sql_client import NOON, Client, event, results
 from tests.support.upkeep import maintain, moved, reschedule

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from orchestrator.events.submission import bucket, event_id
+from orchestrator.events.ids import bucket, event_id
 from tests.sql.conftest import Connect
 from tests.support.laws import violations
 from tests.support.sql_client import NOON, Client, event, results, seconds
@@ -21,9 +21,11 @@ LATER = NOON + timedelta(hours=2)
 FAR = NOON + timedelta(days=50)
 FARTHER = NOON + timedelta(days=60)
 
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
 COPIED = (
     "source", "external_job_id", "delivery_type", "destination", "payload", "headers", "max_retries", "retry_policy",
-    "ordering_key", "priority", "spread_seconds",
+    "ordering_key", "priority", "spread_seconds", "correlation_id", "traceparent",
 )  # fmt: skip
 
 
@@ -36,7 +38,7 @@ def test_an_event_takes_place_at_another_time(client: Client, before: datetime, 
     client.rows("select orchestrator.configure_retention(60)")
     uid = client.schedule(
         scheduled_at=before, external_job_id="j", headers={"X-A": "ä"}, payload=[1, {"b": None}], max_retries=7,
-        retry_policy="default", ordering_key="k", priority=4, spread_seconds=60,
+        retry_policy="default", ordering_key="k", priority=4, spread_seconds=60, correlation_id="c", traceparent=TRACE,
     )  # fmt: skip
     client.at(NOON + seconds(60))
     successor = moved(client, uid, after)
@@ -46,6 +48,7 @@ def test_an_event_takes_place_at_another_time(client: Client, before: datetime, 
     assert (new["status"], new["successor"], new["predecessor"]) == ("scheduled", None, uid)
     assert (new["scheduled_at"], new["created_at"]) == (after.isoformat(), (NOON + seconds(60)).isoformat())
     assert {name: old[name] for name in COPIED} == {name: new[name] for name in COPIED}
+    assert (new["correlation_id"], new["traceparent"]) == ("c", TRACE)
     [outcome] = old["outcomes"]
     assert (outcome["result"], outcome["attempt"], outcome["successor"]) == ("rescheduled", 0, successor)
     assert client.totals() == {"accepted": 2, "rescheduled": 1}

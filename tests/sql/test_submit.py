@@ -15,8 +15,11 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from orchestrator.dispatch.http.request import custom_headers
-from orchestrator.events.rules import RESERVED_HEADER_PREFIXES, RESERVED_HEADERS, headers_fault
-from orchestrator.events.submission import Submission, copy_row, event_id, random_event_id
+from orchestrator.events.copying import copy_row
+from orchestrator.events.headers import RESERVED_HEADER_PREFIXES, RESERVED_HEADERS, headers_fault
+from orchestrator.events.ids import event_id, random_event_id
+from orchestrator.events.submission import Submission
+from orchestrator.events.tracing import Carried, carried
 from tests.sql.conftest import Connect
 from tests.support.sql_client import HOST, NOON, Client, event, results, seconds
 from tests.support.upkeep import moved
@@ -725,3 +728,73 @@ def test_scheduling_again_from_psql_says_what_state_the_event_is_in(client: Clie
     client.cancel(uid)
     assert client.value(call, NOON) == uid
     assert told == [f"event {uid} is kept already, and is cancelled"]
+
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(TRACE, TRACE), (f"cc{TRACE[2:]}-more", TRACE), (f"{TRACE}-more", None), (f"ff{TRACE[2:]}", None), ("", None)],
+)
+def test_sql_reads_a_traceparent_as_python_does(client: Client, given: str, kept: str | None) -> None:
+    [answer] = client.submit(event(traceparent=given))
+    if kept is None:
+        assert (answer.result, answer.field) == ("refused", "traceparent")
+        assert carried(None, given.encode()) == Carried(None, None)
+    else:
+        assert client.get(str(answer.id))["traceparent"] == kept
+        assert carried(None, given.encode()) == Carried(None, kept)
+
+
+@pytest.mark.parametrize("given", ["", " c", "c" * 201, "é", "a\tb"])
+def test_a_correlation_id_that_is_not_printable_ascii_is_refused(client: Client, given: str) -> None:
+    [answer, other] = client.submit(event(correlation_id=given), event(correlation_id="order 7"))
+    assert (answer.result, answer.field, other.result) == ("refused", "correlation_id", "accepted")
+    assert answer.reason is not None
+    assert answer.reason.startswith("expected 1 to 200 printable ASCII characters")
+
+
+def test_schedule_event_takes_what_an_event_is_followed_by(client: Client) -> None:
+    client.rows(
+        "select orchestrator.schedule_event('https://r.example', '1', p_correlation_id => 'c', p_traceparent => %s)",
+        TRACE,
+    )
+    assert client.rows("select correlation_id, traceparent from orchestrator.event_status") == [("c", TRACE)]
+
+
+def test_a_claim_gives_what_an_event_is_followed_by(client: Client) -> None:
+    client.submit(event(correlation_id="c", traceparent=TRACE), event())
+    assert {(lease.correlation_id, lease.traceparent) for lease in client.claim()} == {("c", TRACE), (None, None)}
+
+
+def test_an_event_staged_for_a_time_after_2200_to_expire_is_refused(client: Client) -> None:
+    with client.transaction():
+        client.rows("select orchestrator.open_staging()")
+        client.rows(
+            """insert into pg_temp.submission
+              (n, id, scheduled_at, source, delivery_type, payload, max_retries, expires_at)
+            values (1, orchestrator.random_event_id(%s), %s, 's', 'KAFKA', '1', 0, '2201-01-01 00:00+00')""",
+            NOON,
+            NOON,
+        )
+        [(_, _, result, field, reason)] = client.rows("select * from orchestrator.submit_staged()")
+    assert (result, field) == ("refused", "expires_at")
+    assert reason.startswith("expected a time from 1970 to 2200")
+
+
+def test_a_staging_table_that_a_session_opened_before_the_migration_gets_the_new_columns(client: Client) -> None:
+    client.rows("select orchestrator.open_staging()")
+    client.rows("alter table pg_temp.submission drop column correlation_id, drop column traceparent")
+    with client.transaction():
+        client.rows("select orchestrator.open_staging()")
+        client.rows(
+            """insert into pg_temp.submission
+              (n, id, scheduled_at, source, delivery_type, payload, max_retries, traceparent)
+            values (1, orchestrator.random_event_id(%s), %s, 's', 'KAFKA', '1', 0, %s)""",
+            NOON,
+            NOON,
+            TRACE,
+        )
+        assert client.rows("select * from orchestrator.submit_staged()") == []
+    assert client.column("select traceparent from orchestrator.event") == [TRACE]

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.events.rules import OutOfRangeError, time_of
-from orchestrator.events.submission import parse_submission
+from orchestrator.events.reading import parse_submission
+from orchestrator.events.submission import OutOfRangeError
+from orchestrator.events.times import time_of
 from orchestrator.settings import Settings
 from tests.support.databases import Databases
 from tests.support.sql_client import Client, event

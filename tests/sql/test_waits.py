@@ -496,7 +496,7 @@ def test_a_day_that_cannot_be_opened_for_a_session_in_the_horizon_is_kept_there(
     client.keep_three_days()
     for table in ("event", "outcome"):
         client.connection.execute(f"drop table orchestrator.{table}_p{NOON:%Y%m%d}".encode())
-    client.rows("select orchestrator.settle_horizon()")
+    client.rows("select orchestrator.update_horizon_start()")
     holder.rows("begin")
     holder.submit(event(scheduled_at=NOON + seconds(86_400 * 60)))
     client.rows("set lock_timeout = '50 ms'")

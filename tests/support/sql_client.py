@@ -73,6 +73,8 @@ class Lease(NamedTuple):
     options: Any
     waited: Any
     expires_at: datetime | None
+    correlation_id: str | None
+    traceparent: str | None
 
 
 class Result(NamedTuple):
@@ -161,7 +163,7 @@ class Client:
             self.connection.execute(sql.SQL("drop table orchestrator.{}").format(sql.Identifier(name)))
         self.rows("delete from orchestrator.retired_partition")
         self.rows("select orchestrator.create_partitions(%s, %s)", days[0].date(), days[-1].date())
-        self.rows("select orchestrator.settle_horizon()")
+        self.rows("select orchestrator.update_horizon_start()")
 
     def forget_floors(self) -> None:
         """Has claims look at everything, whatever the clock showed before."""

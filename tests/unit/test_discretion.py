@@ -21,7 +21,8 @@ from orchestrator.dispatch.http.echoes import without_credentials
 from orchestrator.dispatch.http.request import custom_headers
 from orchestrator.dispatch.http.secrets import SecretError, Secrets
 from orchestrator.errors import OrchestratorError, SettingsError, ValidationError
-from orchestrator.events.submission import Submission, parse_batch, parse_submission, submission_row
+from orchestrator.events.reading import parse_batch, parse_submission, submission_row
+from orchestrator.events.submission import Submission
 from orchestrator.ingest.commands import read_command
 from orchestrator.logs import ConsoleFormatter, JsonFormatter, configure
 from orchestrator.settings import Settings

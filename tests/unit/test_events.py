@@ -11,26 +11,17 @@ from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ValidationError
-from orchestrator.events.submission import (
-    JsonError,
-    OutOfRangeError,
-    Submission,
-    SubmissionError,
-    bucket,
-    bucket_of_key,
-    copy_row,
-    encode_submission,
-    event_id,
-    parse_batch,
-    parse_submission,
-    random_event_id,
-    submission_row,
-)
+from orchestrator.events.copying import copy_row, encode_submission
+from orchestrator.events.fields import FIELDS, Field
+from orchestrator.events.ids import bucket, bucket_of_key, event_id, random_event_id
+from orchestrator.events.reading import Wire, parse_batch, parse_submission, submission_row
+from orchestrator.events.submission import JsonError, OutOfRangeError, Submission, SubmissionError
 
 
 @dataclass(frozen=True)
@@ -195,7 +186,7 @@ def test_a_json_value_that_is_no_number_is_no_priority_and_no_spread(field: str,
 )
 def test_a_spread_is_staged_to_the_microsecond_and_without_an_exponent(sent: str, staged: str) -> None:
     raw = body()[:-1] + f',"spread_seconds":{sent}}}'.encode()
-    assert submission_row(raw, BOUNDS, 0).endswith(f"\t\\N\t{staged}\t\\N\n".encode())
+    assert submission_row(raw, BOUNDS, 0).endswith(f"\t\\N\t{staged}\t\\N\t\\N\t\\N\n".encode())
 
 
 def test_the_payload_keeps_the_bytes_that_were_sent() -> None:
@@ -562,6 +553,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_siz
     spread=st.none() | spreads,
     at=times,
     lasts=st.none() | st.timedeltas(timedelta(microseconds=1), timedelta(days=1)),
+    followed=st.none() | awkward,
 )
 def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
     source: str,
@@ -574,6 +566,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
     spread: float | None,
     at: datetime,
     lasts: timedelta | None,
+    followed: str | None,
 ) -> None:
     raw_headers = None if headers is None else headers.encode()
     submission = Submission(
@@ -591,6 +584,7 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
         priority,
         spread,
         None if lasts is None else at + lasts,
+        followed,
     )
     line = copy_row(submission, 41)
     assert line.count(b"\n") == 1
@@ -612,6 +606,8 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
         f"{priority}".encode() if priority else None,
         None if spread is None else f"{Decimal(spread):.6f} seconds".encode(),
         None if lasts is None else (at + lasts).isoformat().replace("+00:00", "Z").encode(),
+        None if followed is None else followed.encode(),
+        None,
     ]
 
 
@@ -681,3 +677,64 @@ def test_an_id_that_the_event_cannot_have_is_refused(given_id: str, changes: dic
     with pytest.raises(SubmissionError) as caught:
         submission_row(body(**changes), BOUNDS, 0, given_id)
     assert caught.value.field == "orchestrator-event-id"
+
+
+FULL = {
+    "source": "orders",
+    "external_job_id": "j-1",
+    "scheduled_at": "2026-01-31T09:00:00Z",
+    "delivery_type": "KAFKA",
+    "destination": "reminders",
+    "payload": {"a": 1},
+    "headers": {"x": "y"},
+    "max_retries": 7,
+    "retry_policy": "gentle",
+    "ordering_key": "o-1",
+    "priority": 5,
+    "spread_seconds": 1.5,
+    "expires_at": "2026-02-01T09:00:00Z",
+    "correlation_id": "c-1",
+    "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+}
+OTHER = {
+    "source": "others",
+    "external_job_id": "j-2",
+    "scheduled_at": "2026-01-31T10:00:00Z",
+    "delivery_type": "HTTP",
+    "destination": "https://example.com/hook",
+    "payload": {"a": 2},
+    "headers": {"x": "z"},
+    "max_retries": 8,
+    "retry_policy": "patient",
+    "ordering_key": "o-2",
+    "priority": 6,
+    "spread_seconds": 2.5,
+    "expires_at": "2026-02-02T09:00:00Z",
+    "correlation_id": "c-2",
+    "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00",
+}
+
+
+def test_the_table_of_fields_names_what_the_wire_and_the_submission_have() -> None:
+    names = [field.name for field in FIELDS]
+    assert set(Wire.__struct_fields__) == set(names) == set(FULL) == set(OTHER)
+    assert set(Submission.__struct_fields__) == {"id", *names}
+    required = [name for name in Wire.__struct_fields__ if name in ("source", "scheduled_at", "payload")]
+    assert {field.name for field in FIELDS if field.required} == set(required)
+
+
+@pytest.mark.parametrize("name", Submission.__struct_fields__)
+def test_each_field_is_read_and_stands_in_its_own_column_of_the_line_of_copy(name: str) -> None:
+    one, other = (parse_submission(json.dumps(given).encode(), BOUNDS) for given in (FULL, OTHER))
+    changed = msgspec.structs.replace(one, **{name: getattr(other, name)})
+    assert changed != one
+    before, after = copy_row(one, 1).split(b"\t"), copy_row(changed, 1).split(b"\t")
+    assert len(before) == len(after) == 1 + len(Submission.__struct_fields__)
+    assert [n for n in range(len(before)) if before[n] != after[n]] == [1 + Submission.__struct_fields__.index(name)]
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=[field.name for field in FIELDS])
+def test_each_field_that_is_set_is_in_the_json_for_the_submission_topic(field: Field) -> None:
+    submission = parse_submission(json.dumps(FULL).encode(), BOUNDS)
+    assert parse_submission(encode_submission(submission), BOUNDS) == submission
+    assert field.name in json.loads(encode_submission(submission))

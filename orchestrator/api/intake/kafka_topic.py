@@ -9,7 +9,9 @@ from contextlib import asynccontextmanager
 
 from orchestrator.database import Submitted
 from orchestrator.errors import KafkaUnavailable, OrchestratorError
-from orchestrator.events.submission import EVENT_ID_HEADER, Submission, encode_submission
+from orchestrator.events.copying import encode_submission
+from orchestrator.events.ids import EVENT_ID_HEADER
+from orchestrator.events.submission import Submission
 from orchestrator.kafka.bulk import BulkProducer, bulk_producer
 from orchestrator.kafka.partition_queues import OutgoingRecord, RecordRefusedError
 from orchestrator.settings import Settings

@@ -10,6 +10,7 @@ from orchestrator.api.openapi.destinations import destination_paths
 from orchestrator.api.openapi.events import schemas
 from orchestrator.api.openapi.operations import BODY_PROBLEMS, READ_PROBLEMS, answer, header, operation, page_parameters
 from orchestrator.api.openapi.parts import NAME, UUID, Schema
+from orchestrator.api.openapi.submission import FOLLOWED_BY
 from orchestrator.api.requests.filters import COUNTS, parameters
 from orchestrator.api.requests.queries import CURSOR_PATTERN
 from orchestrator.api.routes.health import LIVENESS_PATHS, METRICS_PATHS, READINESS_PATHS
@@ -174,7 +175,13 @@ def _submit_paths(settings: Settings) -> dict[str, Any]:
     return {
         "/api/v1/events": {
             "post": operation(
-                "submitEvent", "Submit one event", one, (*BODY_PROBLEMS, 409), body="Submission", needs="submit"
+                "submitEvent",
+                "Submit one event",
+                one,
+                (*BODY_PROBLEMS, 409),
+                parameters=FOLLOWED_BY,
+                body="Submission",
+                needs="submit",
             )
         },
         "/api/v1/events/batch": {
@@ -183,6 +190,7 @@ def _submit_paths(settings: Settings) -> dict[str, Any]:
                 "Submit many events, with a result for each",
                 many,
                 BODY_PROBLEMS,
+                parameters=FOLLOWED_BY,
                 body="Batch",
                 needs="submit",
             )

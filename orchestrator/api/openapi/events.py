@@ -143,6 +143,11 @@ _EVENT = closed(
         "priority": {"type": "integer"},
         "spread_seconds": {"type": ["number", "null"]},
         "expires_at": {**nullable(TIME), "description": "No attempt begins then or later; null: it never expires."},
+        "correlation_id": {"type": ["string", "null"], "description": "What it is followed by; null: none."},
+        "traceparent": {
+            "type": ["string", "null"],
+            "description": "The W3C trace context that it belongs to; null: none.",
+        },
         "predecessor": {**nullable(UUID), "description": "The event that was rescheduled to this one; null: none."},
         "successor": {**nullable(UUID), "description": "The event that it was rescheduled to; null: none."},
         "created_at": TIME,

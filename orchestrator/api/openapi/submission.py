@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.api.openapi.parts import EXTERNAL_ID, NAME, NO_NUL_PATTERN, TIME, Schema, closed, nullable, ref
-from orchestrator.events.rules import (
-    HEADER_NAME_PATTERN,
-    HEADER_VALUE_PATTERN,
-    MAX_HEADER_CHARS,
-    MAX_HEADERS,
-    MAX_PRIORITY,
-    MAX_RETRIES,
-    MAX_SPREAD_S,
-    MIN_SPREAD_S,
-    RETRY_POLICY_PATTERN,
-    TOPIC_PATTERN,
-)
+from orchestrator.api.openapi.parts import NO_NUL_PATTERN, Schema, closed, ref
+from orchestrator.events.fields import FIELDS
+from orchestrator.events.topics import TOPIC_PATTERN
 from orchestrator.events.urls import MAX_URL_CHARS, URL_PATTERN
 from orchestrator.settings import Settings
 
@@ -45,10 +35,6 @@ _TO_TOPIC: dict[str, Schema] = {
         "description": "The topic to send the payload to; that of the installation when absent.",
     },
 }
-_OPTIONAL = (
-    *("external_job_id", "headers", "max_retries", "retry_policy", "ordering_key", "priority", "spread_seconds"),
-    "expires_at",
-)
 _EXAMPLES = [
     {
         "source": "orders",
@@ -70,75 +56,22 @@ _EXAMPLES = [
 ]
 
 
+FOLLOWED_BY: tuple[Schema, ...] = tuple(
+    {"name": name, "in": "header", "schema": {"type": "string"}, "description": f"The `{field}` of events without one."}
+    for name, field in (("X-Correlation-ID", "correlation_id"), ("traceparent", "traceparent"))
+)
+"""Headers with which events may be submitted; one that is not valid is ignored."""
+
+
 def _submission(settings: Settings, target: dict[str, Schema], optional: str) -> Schema:
-    fields: dict[str, Schema] = {
-        "source": {**NAME, "description": "Who submits; part of what makes a submission the same as another."},
-        "external_job_id": {
-            **nullable(EXTERNAL_ID),
-            "description": "The client's own id. With `source`, `scheduled_at` and `ordering_key` it names the event: "
-            "submitting the four again keeps the one event there is.",
-        },
-        "scheduled_at": {
-            **TIME,
-            "description": "When to deliver, with a zone; kept to the microsecond. How far back and ahead events are "
-            "kept depends on the installation; a time beyond is answered with 409.",
-        },
-        **target,
-        "payload": {
-            **ref("JsonValue"),
-            "description": f"Any JSON of at most {settings.max_payload_bytes} bytes, nested at most 64 levels, "
-            "delivered byte for byte.",
-        },
-        "headers": {
-            "type": ["object", "null"],
-            "maxProperties": MAX_HEADERS,
-            "propertyNames": {"type": "string", "pattern": HEADER_NAME_PATTERN},
-            "additionalProperties": {
-                "type": "string",
-                "maxLength": MAX_HEADER_CHARS,
-                "pattern": HEADER_VALUE_PATTERN.replace("\\x", "\\u00"),
-            },
-            "description": "Headers to send with the payload. Those of HTTP's framing, Content-Type, Content-Encoding, "
-            "User-Agent, proxy-*, webhook-* and orchestrator-* are set on delivery, or not at all, and refused here.",
-        },
-        "max_retries": {
-            "type": ["integer", "null"],
-            "minimum": 0,
-            "maximum": MAX_RETRIES,
-            "default": settings.max_retries,
-            "description": "Attempts after the first.",
-        },
-        "retry_policy": {
-            "type": ["string", "null"],
-            "pattern": RETRY_POLICY_PATTERN,
-            "description": "The name of a retry policy of this installation.",
-        },
-        "ordering_key": {
-            **nullable(NAME),
-            "description": "Events of one key are delivered one at a time, in order of `scheduled_at`. Also the key of "
-            "their Kafka records, in and out; that of a record without one is its external_job_id.",
-        },
-        "priority": {
-            "type": ["integer", "null"],
-            "minimum": -MAX_PRIORITY,
-            "maximum": MAX_PRIORITY,
-            "default": 0,
-            "description": "Of the events that are due at a destination, those with the highest go first.",
-        },
-        "spread_seconds": {
-            "type": ["number", "null"],
-            "minimum": MIN_SPREAD_S,
-            "maximum": MAX_SPREAD_S,
-            "description": "Spreads a crowd of events that are scheduled for one time: each is due at a point of its "
-            "own in so many seconds after `scheduled_at`; kept to the microsecond.",
-        },
-        "expires_at": {
-            **nullable(TIME),
-            "description": "When it is worth nothing any more: no attempt begins then or later, and it ends as "
-            "`expired`. A time that is not after `scheduled_at` is answered with 409.",
-        },
-    }
-    return closed(fields, optional, *_OPTIONAL)
+    """The fields of a submission, with those of one way to deliver it, and the bounds of this configuration."""
+    fields = {field.name: {**field.schema, "description": field.about} for field in FIELDS} | target
+    bytes_at_most = f"{settings.max_payload_bytes} bytes"
+    fields["payload"]["description"] = fields["payload"]["description"].replace("MAX_PAYLOAD_BYTES", bytes_at_most)
+    fields["max_retries"]["default"] = settings.max_retries
+    return closed(
+        fields, optional, *(field.name for field in FIELDS if not field.required and field.name not in target)
+    )
 
 
 _JSON_VALUE: Schema = {

@@ -12,15 +12,10 @@ from typing import Annotated, Any
 import msgspec
 
 from orchestrator.api.requests.fields import Field, number, whole
-from orchestrator.events.rules import (
-    HEADER_NAME_PATTERN,
-    MAX_FAULTS,
-    MAX_HEADERS,
-    RETRY_POLICY_PATTERN,
-    headers_fault,
-    kind_of,
-    shown,
-)
+from orchestrator.events.faults import MAX_FAULTS
+from orchestrator.events.headers import HEADER_NAME_PATTERN, MAX_HEADERS, headers_fault
+from orchestrator.events.quoting import kind_of, shown
+from orchestrator.events.rules import RETRY_POLICY_PATTERN
 from orchestrator.events.urls import HOST_PATTERN, PORT_PATTERN
 
 MAX_DESTINATION_CHARS = 300

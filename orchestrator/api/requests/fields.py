@@ -12,8 +12,10 @@ from orchestrator.api.http import MAX_FIELDS_BYTES, read_json
 from orchestrator.api.openapi.parts import Schema
 from orchestrator.api.problems import Problem
 from orchestrator.api.requests.queries import invalid
+from orchestrator.events.faults import MAX_FAULTS
 from orchestrator.events.json_text import utf8_fault
-from orchestrator.events.rules import MAX_FAULTS, kind_of, shown, with_usual_time
+from orchestrator.events.quoting import kind_of, shown
+from orchestrator.events.times import with_usual_time
 
 
 class Field(NamedTuple):

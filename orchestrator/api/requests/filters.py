@@ -16,14 +16,9 @@ from orchestrator.api.requests.fields import Field, number, unprocessable, whole
 from orchestrator.api.requests.queries import as_json
 from orchestrator.database import Filter
 from orchestrator.database.sweeps import Swept
-from orchestrator.events.rules import (
-    EXPECTED_TIME,
-    MAX_NAME_CHARS,
-    OutOfRangeError,
-    ScheduledAt,
-    in_utc,
-    scheduled_at_fault,
-)
+from orchestrator.events.rules import MAX_NAME_CHARS
+from orchestrator.events.submission import OutOfRangeError
+from orchestrator.events.times import EXPECTED_TIME, ScheduledAt, in_utc, scheduled_at_fault
 
 MAX_LOOKED_AT = 10_000
 MAX_REASON_CHARS = 1000

@@ -13,7 +13,8 @@ from starlette.responses import Response
 
 from orchestrator.api.problems import Problem
 from orchestrator.events.json_text import pruned
-from orchestrator.events.rules import EARLIEST, shown
+from orchestrator.events.quoting import shown
+from orchestrator.events.times import EARLIEST
 
 # A place in a list: a microsecond and the id of an event. Opaque to clients, and no string of this form is wrong.
 CURSOR_PATTERN = "^[0-9a-f]{46}$"

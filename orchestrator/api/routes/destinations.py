@@ -21,7 +21,7 @@ from orchestrator.api.requests.queries import as_json, invalid, page_limit, whol
 from orchestrator.database import Database
 from orchestrator.database.destinations import Destinations
 from orchestrator.errors import ValidationError
-from orchestrator.events.rules import shown
+from orchestrator.events.quoting import shown
 from orchestrator.settings import Settings
 
 # The last name of a page, in UTF-8. Opaque to clients, and no string of this form is wrong.

@@ -26,7 +26,8 @@ from orchestrator.api.requests.queries import as_json, invalid, page_of, page_pl
 from orchestrator.database import Cancelled, Database, Rescheduled
 from orchestrator.database.sweeps import Sweeps
 from orchestrator.errors import ValidationError
-from orchestrator.events.rules import MAX_NAME_CHARS, is_storable, shown
+from orchestrator.events.quoting import shown
+from orchestrator.events.rules import MAX_NAME_CHARS, is_storable
 from orchestrator.settings import Settings
 
 MAX_COUNTS = 50_000

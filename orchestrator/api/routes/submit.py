@@ -9,13 +9,15 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.api.auth import Guard
-from orchestrator.api.http import read_json, send_json
+from orchestrator.api.http import header, read_json, send_json
 from orchestrator.api.intake import Intake
 from orchestrator.api.problems import Problem
 from orchestrator.database import Submitted
 from orchestrator.errors import ValidationError
-from orchestrator.events.submission import Submission, batch_items, parse_submission, require_topic
+from orchestrator.events.reading import batch_items, parse_submission
+from orchestrator.events.submission import Submission
 from orchestrator.events.topics import TopicRules, topic_rules
+from orchestrator.events.tracing import Carried, carried
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 
@@ -80,7 +82,7 @@ class SubmitOne(_Submitting):
         raw = await read_json(scope, receive, self._settings.max_body_bytes)
         self._received.inc()
         try:
-            submission = require_topic(parse_submission(raw, self._settings), self._topics)
+            submission = parse_submission(raw, self._settings, self._topics, _carried(scope))
             kept = await self._intake.submit(submission)
             if kept.result not in _STATUSES:
                 raise _refusal(kept)
@@ -108,7 +110,7 @@ class SubmitBatch(_Submitting):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._guard.require(scope, "submit")
         raw = await read_json(scope, receive, self._settings.max_body_bytes)
-        items = await _parsed(raw, self._settings, self._topics)
+        items = await _parsed(raw, self._settings, self._topics, _carried(scope))
         self._received.inc(len(items))
         valid = [item for item in items if isinstance(item, Submission)]
         kept = await self._intake.submit_all(valid) if valid else []
@@ -118,14 +120,18 @@ class SubmitBatch(_Submitting):
         await send_json(send, 202 if any(each.result == "queued" for each in kept) else 200, _encode(answer))
 
 
-async def _parsed(raw: bytes, settings: Settings, topics: TopicRules) -> list[Submission | ValidationError]:
+def _carried(scope: Scope) -> Carried | None:
+    return carried(header(scope, b"x-correlation-id"), header(scope, b"traceparent"))
+
+
+async def _parsed(
+    raw: bytes, settings: Settings, topics: TopicRules, told: Carried | None
+) -> list[Submission | ValidationError]:
     """The items of a batch; whatever else this process does goes on in between."""
     items: list[Submission | ValidationError] = []
     until = time.perf_counter() + _SLICE_S
-    for item in batch_items(raw, settings):
-        if isinstance(item, Submission) and (fault := topics.fault(item.delivery_type, item.destination)):
-            items.append(ValidationError("destination", fault))
-        elif item is not None:
+    for item in batch_items(raw, settings, topics, told):
+        if item is not None:
             items.append(item)
         if time.perf_counter() > until:
             await asyncio.sleep(0)

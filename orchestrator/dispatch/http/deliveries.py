@@ -29,6 +29,7 @@ from orchestrator.dispatch.queue.destination_queue import http_windows
 from orchestrator.dispatch.queue.due_queue import DueQueue
 from orchestrator.dispatch.queue.stalls import QUICK_S, Stalls
 from orchestrator.errors import OwnFaultError
+from orchestrator.events.tracing import with_tracing
 from orchestrator.metrics import Metrics
 from orchestrator.own_faults import Postponing
 from orchestrator.settings import Settings
@@ -111,7 +112,7 @@ class HttpDeliveries:
                 attempted = None
                 await self._postponing.pause(fault)  # in its place: all others would fare alike
             except Exception as error:  # one event must not end all the others
-                _log.exception("an attempt failed in a way not foreseen", extra={"event_id": event.event_id})
+                _log.exception("an attempt failed in a way not foreseen", extra=_followed(event))
                 attempted = Attempted(RETRY, error=f"internal error: {type(error).__name__}")
             finally:
                 self.in_flight -= 1
@@ -125,6 +126,11 @@ class HttpDeliveries:
                     self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
 
 
+def _followed(event: Claimed) -> dict[str, str]:
+    """What a line of the log names an event by."""
+    return {"event_id": event.event_id} | ({"correlation_id": event.correlation_id} if event.correlation_id else {})
+
+
 def _delivery(event: Claimed, options: Options) -> Delivery:
     return Delivery(
         event.event_id,
@@ -132,7 +138,9 @@ def _delivery(event: Claimed, options: Options) -> Delivery:
         rfc3339(event.scheduled_at),
         event.destination or "",
         event.payload.encode(),
-        msgspec.json.decode(event.headers) if event.headers else None,
+        with_tracing(
+            msgspec.json.decode(event.headers) if event.headers else None, event.correlation_id, event.traceparent
+        ),
         options.timeout_s,
         options.signing_secret,
         options.secret_headers,

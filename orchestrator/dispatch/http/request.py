@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from yarl import URL
 
-from orchestrator.events.rules import is_reserved
+from orchestrator.events.headers import is_field_value, is_header_name, is_reserved
 
 _QUOTED_CHARS = 200
 
@@ -35,10 +35,6 @@ def destination_url(destination: str) -> URL:
     return url
 
 
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_FIELD_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]*")
-
-
 def custom_headers(headers: Mapping[str, object]) -> dict[str, str]:
     """An event's own headers in lower case, without those that are the sender's to set.
 
@@ -46,7 +42,7 @@ def custom_headers(headers: Mapping[str, object]) -> dict[str, str]:
     """
     kept = {}
     for name, value in headers.items():
-        if not _TOKEN.fullmatch(name):
+        if not is_header_name(name):
             raise ValueError(f"headers: {quoted(name.partition(':')[0])} is not a header name")
         if not isinstance(value, str) or not is_field_value(value):
             raise ValueError(f"headers: the value of {quoted(name)} cannot be sent")
@@ -54,11 +50,6 @@ def custom_headers(headers: Mapping[str, object]) -> dict[str, str]:
         if not is_reserved(lower):
             kept[lower] = value
     return kept
-
-
-def is_field_value(text: str) -> bool:
-    """Whether a header can have this value."""
-    return _FIELD_VALUE.fullmatch(text) is not None
 
 
 def quoted(text: str) -> str:

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.dispatch.http.request import is_field_value
 from orchestrator.dispatch.http.signing import Signer
 from orchestrator.errors import OrchestratorError, SettingsError
+from orchestrator.events.headers import is_field_value
 from orchestrator.own_faults import own_fault
 
 SECRET_WAIT_S = 60.0
