@@ -116,10 +116,10 @@ def _halt(topic: str, number: int, offset: int, bounds: tuple[int, int] | None) 
         return problem(
             "ingestion",
             f"partition {number} of {topic} was read up to offset {offset}, and does not exist any more",
-            "the topic was made anew with fewer partitions: make it as it was",
+            "the topic was recreated with fewer partitions: create it as it was",
         )
     begin, end = bounds
-    why = "the topic was made anew or truncated" if offset > end else "records were deleted before they were read"
+    why = "the topic was recreated or truncated" if offset > end else "records were deleted before they were read"
     return problem(
         "ingestion",
         f"partition {number} of {topic} is halted at offset {offset}, but has those from {begin} to {end}: {why}",

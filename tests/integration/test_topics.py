@@ -139,7 +139,7 @@ async def test_doctor_sees_records_that_nobody_reads_and_partitions_that_are_hal
         (finding,) = (await in_thread(diagnosed))["ingestion"]
         assert finding.level == "problem"
         assert f"partition 0 of {topic} is halted at offset 7" in finding.what
-        assert "made anew or truncated" in finding.what
+        assert "recreated or truncated" in finding.what
         connection.execute(finding.mend.partition(": ")[2])
         connection.execute("update orchestrator.ingest_offset set moved_at = now() - interval '5 minutes'")
         (finding,) = (await in_thread(diagnosed))["ingestion"]
