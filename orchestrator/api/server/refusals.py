@@ -1,4 +1,4 @@
-"""What a connection is told that breaks a bound before a handler sees its request: problem documents, ready to send."""
+"""Answers to connections that break a bound before a handler sees their request: problem documents, ready to send."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ MEMORY = _refusal(
 )
 NO_HEAD = _refusal("head_timeout", "timeout", "The head was not complete in time (API_HEAD_TIMEOUT_SECONDS).")
 NO_BODY = _refusal("body_timeout", "timeout", "The body was not complete in time (API_BODY_TIMEOUT_SECONDS).")
-# Where nothing can be sent any more.
+# For a connection on which nothing can be sent any more.
 UNREAD = Refusal("unread_answer", b"")
