@@ -17,16 +17,18 @@ TESTS      :=
 MINUTES    := 5
 SEED       :=
 
-.PHONY: help setup run demo test explore test-tools lint format bench clean FORCE
+.PHONY: help setup run demo test check explore test-tools lint format docs bench clean FORCE
 
 help:
 	@echo 'make setup       create .venv with everything in it (the other targets do so when it is missing)'
 	@echo 'make run         PostgreSQL, a broker and every role on this machine, data kept between runs'
 	@echo 'make demo        10,000 events through all of it, with a table of what became of them'
 	@echo 'make test        the whole test suite, or TESTS=tests/unit; alike for everybody'
+	@echo 'make check       make lint and make test: what a change must pass'
 	@echo 'make explore     the property tests from other seeds for MINUTES=5; SEED=123 repeats what was found'
 	@echo 'make test-tools  install with apt-get what some tests need, or say what is missing'
-	@echo 'make lint        ruff and mypy'
+	@echo 'make lint        form, types and imports'
+	@echo 'make docs        write docs/reference from the program, for a test fails while it is stale'
 	@echo 'make format      put the code into its form'
 	@echo 'make bench       every benchmark, one JSON object each; takes about an hour'
 	@echo 'make clean       remove .venv and caches; data of `make run` stays'
@@ -65,6 +67,8 @@ demo: setup
 test: setup
 	$(VENV)/bin/pytest -n 3 --dist loadgroup $(TESTS)
 
+check: lint test
+
 explore: setup
 	$(VENV)/bin/python -m tests.support.exploring --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
@@ -82,10 +86,14 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: setup
+	$(VENV)/bin/python -m docs.generate
 
 bench: setup
 	@for scenario in lifecycle deliver-http steady herd api ingest deliver-kafka pipeline rate parallel fairness claim \

@@ -1,15 +1,18 @@
--- Hands the partition sets event and outcome to pg_partman 5, which makes their partitions from then on, and takes them back. For
--- sites that look after all their partitions in one way; nothing here needs it. pg_partman must be installed in schema partman.
+-- Hands the partition sets event and outcome to pg_partman 5, which creates their partitions from then
+-- on, or takes them back. For sites that manage all their partitions in one way; nothing here needs it.
+-- pg_partman must be installed in schema partman.
 --
 --   psql -d DATABASE -f ops/pg_partman.sql
---   psql -d DATABASE -v back=1 -f ops/pg_partman.sql     # takes them back
---   select orchestrator.run_pg_partman();                 # then every few minutes, by pg_cron or cron; see the end
+--   psql -d DATABASE -v back=1 -f ops/pg_partman.sql  # takes them back
+--   select orchestrator.run_pg_partman();              # then every few minutes, by pg_cron or cron: see below
 --
--- It may be done at any time, to and fro. Both name and bound partitions alike, so each goes on where the other was. The parents are
--- locked for a moment, and waited for no longer than two seconds: then it fails, and may be called again.
+-- Both directions are safe at any time: both name and bound partitions alike, so each goes on where the
+-- other stopped. The script locks the parents for a moment. It waits for them no longer than two
+-- seconds; then it fails, and can be run again.
 --
--- run_maintenance() goes on to retire partitions. pg_partman must not: it knows no timers, would detach a day whose events are still to be
--- delivered, and holds a lock that everybody waits for while it looks. So `retention` stays unset in its configuration.
+-- run_maintenance() goes on retiring partitions. pg_partman must not: it knows no timers, would detach a
+-- day whose events are still to be delivered, and holds a lock that everybody waits for while it looks.
+-- So `retention` stays unset in its configuration.
 
 \set ON_ERROR_STOP on
 
@@ -26,7 +29,8 @@ select orchestrator.hand_partitions_to('maintenance');
 
 \else
 
--- It begins with the first day that has no partition: it makes none of those that are past, and finds none in its way.
+-- pg_partman begins with the first day that has no partition. It creates no past days, and meets no
+-- existing ones.
 select p.parent, partman.create_parent(
     p_parent_table => 'orchestrator.' || p.parent
   , p_control => 'scheduled_at'
@@ -38,15 +42,19 @@ select p.parent, partman.create_parent(
   , p_jobmon => false)
 from unnest(array['event', 'outcome']) as p (parent), orchestrator.control c, orchestrator.partition_bounds() b;
 
--- infinite_time_partitions: go on when nothing is scheduled for days.
+-- infinite_time_partitions: it goes on even if nothing is scheduled for days.
 update partman.part_config
 set infinite_time_partitions = true, retention = null, retention_keep_table = true
 where parent_table in ('orchestrator.event', 'orchestrator.outcome');
 
--- Not by pg_partman's own schedule (automatic_maintenance is off), for two reasons. It makes days of the session's time zone. And it counts
--- the days ahead from the newest partition that has a row, not from today: asked each time, it would run ahead of the horizon for a year.
+-- pg_partman's own schedule is off (automatic_maintenance), for two reasons. It creates days of the
+-- session's time zone. And it counts the days ahead from the newest partition that has a row, not from
+-- today: called each time, it would run ahead of the horizon for a year.
 create or replace function orchestrator.run_pg_partman() returns void
-language plpgsql set timezone = 'UTC' set lock_timeout = '2 s' as $$
+language plpgsql
+set timezone = 'UTC'
+set lock_timeout = '2 s'
+as $$
 declare
   v_last constant date := orchestrator.now()::date + (select c.partition_days_ahead from orchestrator.control c);
   v_parent text;
@@ -57,7 +65,8 @@ begin
     end if;
   end loop;
 end $$;
-comment on function orchestrator.run_pg_partman() is 'Has pg_partman make the partitions that are missing up to partition_days_ahead, in UTC; made by ops/pg_partman.sql';
+comment on function orchestrator.run_pg_partman() is
+  'Makes pg_partman create the missing partitions up to partition_days_ahead, in UTC. Created by ops/pg_partman.sql.';
 revoke all on function orchestrator.run_pg_partman() from public;
 
 select orchestrator.hand_partitions_to('pg_partman');

@@ -32,7 +32,7 @@ _LONGEST_S = 1e9
 
 
 class Standstills(NamedTuple):
-    """What stands still: since when everything does, and how many destinations, by a pause and by their breaker."""
+    """Since when everything is paused, and how many destinations are paused, or have a breaker that is not closed."""
 
     paused_at: str | None
     destinations_paused: int
@@ -40,7 +40,7 @@ class Standstills(NamedTuple):
 
 
 class Destinations:
-    """What operators ask of the database, by its pool. Answers are JSON as text.
+    """What operators ask the database about destinations. Answers are JSON as text.
 
     Every method raises DatabaseUnavailable, and ValidationError for what cannot be; `field` is then ``name``, a
     setting of `SETTING_COLUMNS`, ``bucket`` or ``until``.
@@ -63,7 +63,7 @@ class Destinations:
         return found
 
     async def configure(self, name: str, settings: Mapping[str, Any], clear: Sequence[str] = ()) -> bytes:
-        """Sets what `settings` has, and what `clear` names back to its default; leaves the rest.
+        """Sets what `settings` holds, resets what `clear` names to its default, and leaves the rest.
 
         Answers the destination, how many events wait for it, other destinations that overlap, and a note.
         """
@@ -126,7 +126,7 @@ class Destinations:
             return [row[0].encode() for row in await self._database.rows(query, *values)]
 
     async def _changed(self, query: LiteralString, *values: object, waits: bool = True) -> bytes | None:
-        """What a query answers that changes something: one text, or nothing."""
+        """Runs a query that changes something; returns the one text that it answers, None when it answers no row."""
         with named():
             rows = await self._database.once(query, *values, waits=waits)
         return rows[0][0].encode() if rows else None
@@ -138,7 +138,7 @@ class Destinations:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value as it is handed over. What no type of the database holds is refused here, the rest there."""
+    """The value as the database takes it. Refuses what no type there holds; the database checks the rest."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:

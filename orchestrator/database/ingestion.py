@@ -129,7 +129,7 @@ class Ingestion:
 
     async def keep_aside(self) -> None:
         """Keeps the records set aside that no other session holds up any more."""
-        [(_, left)] = await self._all("select kept, waiting from orchestrator.keep_aside()")
+        [(_, left)] = await self._all("select kept, waiting from orchestrator.submit_set_aside()")
         self.has_aside = left > 0
 
     async def execute(

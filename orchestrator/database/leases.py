@@ -76,8 +76,8 @@ class Claims(NamedTuple):
     """What a claim gave. Times are Unix seconds by the database's clock.
 
     `database_s` was read before claiming. `again_at` says when limits, breakers or moves make another claim
-    worthwhile; None: nothing but the caller's own poll. `locked_out`: how many claims in turn have left out lanes or
-    ordering keys that another session has.
+    worthwhile; None: nothing but the caller's own poll. `locked_out`: how many claims in a row have left out lanes or
+    ordering keys that another session has locked.
     """
 
     database_s: float
@@ -149,7 +149,10 @@ class Leases:
         return row[0] if row else None
 
     async def raise_floors(self) -> None:
-        """Spares the next claims what has ended; on the connection that finishes, so that no claim waits for it."""
+        """Raises lane floors, so that later claims skip finished timers.
+
+        On the connection that finishes, so that no claim waits for it.
+        """
         with translated():
             await self._finishing.execute("select orchestrator.raise_floors()")
 
@@ -163,7 +166,7 @@ class Leases:
         """Records results; answers those not delivered. Raises ValidationError for a text the database refuses.
 
         Raises Blocked, and has recorded nothing, when another session's open transaction holds any of the events, or
-        what has to change with them.
+        a row that must change with them.
         """
         return await self._record(_FINISH, results)
 
@@ -240,7 +243,7 @@ select nullif(current_setting('orchestrator.claim_again_at', true), '')::float8
      , null, nullif(current_setting('orchestrator.locked_out', true), '')::smallint
      , null, null, null, null, null, null, null, null, null, null, null, null, null
 """
-_OWN_LANE: LiteralString = "select orchestrator.own_lane(orchestrator.destination_name(%s, %s), false)"
+_OWN_LANE: LiteralString = "select orchestrator.ensure_dedicated_lane(orchestrator.destination_name(%s, %s), false)"
 _FINISH: LiteralString = """
 select event_id, result, extract(epoch from due_at)::float8 from orchestrator.finish_events(
   %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[], %s::text[], %s::text[],

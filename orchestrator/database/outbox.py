@@ -40,7 +40,7 @@ class Outbox:
         """Raises DatabaseUnavailable."""
         async with await connect(settings, "outbox", **_TRANSACTION_TIMEOUT) as connection:
             with translated():
-                await connection.execute("select orchestrator.settle_restored()")
+                await connection.execute("select orchestrator.repair_after_restore()")
             yield cls(connection)
 
     async def switch(self, kinds: Sequence[str]) -> None:

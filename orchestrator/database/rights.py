@@ -13,7 +13,7 @@ class Ability(NamedTuple):
 
 ABILITIES = {
     "submit": Ability("orchestrator_submit", "orchestrator.submit_staged()"),
-    "ingest": Ability("orchestrator_ingest", "orchestrator.keep_aside(integer)"),
+    "ingest": Ability("orchestrator_ingest", "orchestrator.submit_set_aside(integer)"),
     "dispatch": Ability("orchestrator_dispatch", "orchestrator.release_events(uuid[], integer[])"),
     "query": Ability("orchestrator_read", "orchestrator.statistics()"),
     "maintain": Ability("orchestrator_ops", "orchestrator.run_maintenance(integer, integer)"),

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.dispatch.http.signing import SECRET_PREFIX, decode_secret
 from orchestrator.errors import OrchestratorError
 from orchestrator.settings import DATABASE_PARTS, SETTINGS
+from orchestrator.settings.webhook_secrets import SECRET_PREFIX, decode_secret
 
 LOOPBACK = "127.0.0.0/8,::1/128"
 

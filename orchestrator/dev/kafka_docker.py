@@ -42,8 +42,7 @@ class DockerBroker(Broker):
     makes_topics = False
 
     def __init__(self) -> None:
-        reason = unavailable()
-        if reason is not None:
+        if (reason := unavailable()) is not None:
             raise OrchestratorError(f"Apache Kafka cannot run in Docker here: {reason}")
         # Typed as unknown: the package is optional.
         self._container: Any = import_module("testcontainers.core.container").DockerContainer(_IMAGE)

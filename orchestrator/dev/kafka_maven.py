@@ -121,8 +121,7 @@ class MavenBroker(BrokerProcess):
         properties: Mapping[str, str] | None = None,
         heap_mb: int = 512,
     ) -> None:
-        reason = unavailable()
-        if reason is not None:
+        if (reason := unavailable()) is not None:
             raise OrchestratorError(f"Apache Kafka cannot run here: {reason}")
         super().__init__(directory, parent=parent)
         self.name = f"Apache Kafka {_kafka_version()}"

@@ -1,6 +1,6 @@
-"""Every setting, each defined once; the README's table and `orchestrator config check` come from here.
+"""Every setting, each defined once; the documented table and `orchestrator config check` are made from here.
 
-An instance is told apart from its neighbours by its environment alone, so one image serves many customers.
+Only the environment tells one instance from another, so that one image serves many customers.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ _LEVELS |= {"trace": "DEBUG", "warn": "WARNING", "fatal": "CRITICAL"}
 
 
 DATABASE_PARTS = {
-    "host": Setting(("DB_HOST",), host, "Host of the database, without `DATABASE_URL`.", "localhost"),
-    "port": Setting(("DB_PORT",), whole(1, 65535), "Port of the database, without `DATABASE_URL`.", "5432"),
-    "name": Setting(("DB_NAME",), text(63), "Name of the database, without `DATABASE_URL`.", "orchestrator"),
+    "host": Setting(("DB_HOST",), host, "Host of the database, when `DATABASE_URL` is unset.", "localhost"),
+    "port": Setting(("DB_PORT",), whole(1, 65535), "Port of the database, when `DATABASE_URL` is unset.", "5432"),
+    "name": Setting(("DB_NAME",), text(63), "Name of the database, when `DATABASE_URL` is unset.", "orchestrator"),
     "user": Setting(
         ("DB_USER", "DATABASE_USERNAME", "SPRING_DATASOURCE_USERNAME"),
         text(63),
-        "Who logs in, when `DATABASE_URL` does not say.",
-        otherwise="libpq's own",
+        "User of the database, when `DATABASE_URL` names none.",
+        otherwise="the default of libpq",
     ),
     "password": Setting(
         ("DB_PASSWORD", "DATABASE_PASSWORD", "SPRING_DATASOURCE_PASSWORD"),
         password,
-        "Its password, when `DATABASE_URL` does not say.",
-        otherwise="libpq's own",
+        "Password of the database user, when `DATABASE_URL` has none.",
+        otherwise="the default of libpq",
         secret=True,
     ),
 }
-"""The parts an address is made of when DATABASE_URL is unset."""
+"""The parts of the address when DATABASE_URL is unset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +76,14 @@ class Settings(KafkaSettings):
         "DEPLOYMENT_NAME",
         kind=text(),
         default="event-scheduler",
-        about="This deployment, as metrics and log lines name it.",
+        about="Name of this deployment in metrics and log lines.",
     )
-    customer: str = defined("CUSTOMER_NAME", kind=text(), default="default", about="The customer it serves.")
+    customer: str = defined(
+        "CUSTOMER_NAME",
+        kind=text(),
+        default="default",
+        about="Customer that this deployment serves; it begins the default names of topics.",
+    )
     environment: str = defined(
         "ENVIRONMENT",
         "SPRING_PROFILES_ACTIVE",
@@ -86,29 +91,31 @@ class Settings(KafkaSettings):
         kinds={"SPRING_PROFILES_ACTIVE": active_profiles},
         agree=stages_agree,
         default="development",
-        about="The stage it runs in; a name that begins with `prod` makes API keys obligatory. Of Spring's "
-        "profiles that is the first such one, else the first.",
+        about="Stage that this deployment runs in. A name that begins with `prod` makes API keys obligatory. "
+        "Of several Spring profiles, the first that begins with `prod` counts, else the first.",
     )
     server_host: str = defined(
         "SERVER_HOST",
         kind=text(),
         default="0.0.0.0",  # noqa: S104  # in a container the address is not known before
-        about="Address the API listens on.",
+        about="Address that the API listens on.",
     )
-    server_port: int = defined("SERVER_PORT", kind=whole(1, 65535), default="8080", about="Port the API listens on.")
+    server_port: int = defined(
+        "SERVER_PORT", kind=whole(1, 65535), default="8080", about="Port that the API listens on."
+    )
     management_port: int | None = defined(
         "MANAGEMENT_SERVER_PORT",
         kind=whole(1, 65535),
         otherwise="the API's port",
-        about="Port of health and metrics, to keep them apart from the API.",
+        about="Port that serves health and metrics, if they are to be apart from the API.",
     )
     database_url: str = defined(
         "DATABASE_URL",
         "SPRING_DATASOURCE_URL",
         kind=_DATABASE_URL,
-        otherwise="made from the DB_ settings",
+        otherwise="made from the `DB_` settings",
         secret=True,
-        about="Address of the database; of several hosts, the one that takes writes.",
+        about="Address of the database. If it names several hosts, the one that takes writes is used.",
     )
     pool_max_size: int = defined(
         "DB_POOL_MAX_SIZE",
@@ -116,7 +123,7 @@ class Settings(KafkaSettings):
         "SPRING_DATASOURCE_HIKARI_MAXIMUMPOOLSIZE",
         kind=whole(1, 1000),
         default="50",
-        about="Most database connections a process opens.",
+        about="Maximum number of database connections of a process.",
     )
     pool_min_idle: int = defined(
         "DB_POOL_MIN_IDLE",
@@ -124,219 +131,226 @@ class Settings(KafkaSettings):
         "SPRING_DATASOURCE_HIKARI_MINIMUMIDLE",
         kind=whole(0, 1000),
         default="2",
-        about="Database connections kept open when idle.",
+        about="Number of database connections that a process keeps open when idle.",
     )
     batch_size: int = defined(
         "SCHEDULER_BATCH_SIZE",
         "BATCH_SIZE",
         kind=whole(1, 10000),
         default="100",
-        about="Most events taken by one claim.",
+        about="Maximum number of events in one claim.",
     )
     poll_interval_s: float = defined(
         "SCHEDULER_POLL_INTERVAL_MS",
         "EXECUTION_INTERVAL",
         kind=milliseconds(50, 10000),
         default="1000",
-        about="Longest wait between two looks for due events, in case a notification is lost.",
+        about="Longest wait between two polls for due events, in case a notification is lost.",
     )
     lookahead_s: float = defined(
         "SCHEDULER_LOOKAHEAD_MS",
         kind=milliseconds(0, 10000),
         default="1500",
-        about="How long before they are due events are claimed, to be fired on the millisecond.",
+        about="How long before its due time an event is claimed, so that it starts with millisecond accuracy.",
     )
     lease_s: float = defined(
         "SCHEDULER_LEASE_SECONDS",
         kind=seconds(1, 3600),
         default="60",
-        about="How long a claimed event belongs to its dispatcher; after that it is due again.",
+        about="How long a claimed event belongs to its dispatcher. Without a result by then, it is due again.",
     )
     prefetch: int = defined(
         "SCHEDULER_PREFETCH",
         kind=whole(1, 1000000),
-        otherwise="1000, or two batches if that is more",
-        about="Most claimed events a dispatcher holds in memory. Each claim walks past all that are held.",
+        otherwise="1000, or twice `SCHEDULER_BATCH_SIZE` if that is more",
+        about="Maximum number of claimed events in the memory of a dispatcher. Each claim passes over all of them.",
     )
     http_max_connections: int = defined(
         "HTTP_MAX_CONNECTIONS",
         kind=whole(1, 10000),
         default="200",
-        about="Most deliveries under way at once.",
+        about="Maximum number of HTTP deliveries under way at once.",
     )
     customer_max_parallel: int | None = defined(
         "CUSTOMER_MAX_PARALLEL",
         kind=whole(1, 100000),
-        otherwise="none: no bound",
-        about="Attempts under way at once to a destination that has no `max_parallel` of its own.",
+        otherwise="none: no limit",
+        about="Maximum number of attempts under way at once to a destination without `max_parallel`.",
     )
     http_connect_timeout_s: float = defined(
         "HTTP_CONNECT_TIMEOUT_SECONDS",
         kind=seconds(0.1, 600),
         default="5",
-        about="Longest wait for a connection.",
+        about="Longest time to connect to a receiver.",
     )
     http_timeout_s: float = defined(
         "HTTP_TIMEOUT_SECONDS",
         kind=seconds(0.1, 600),
         default="30",
-        about="Longest that one delivery may take, from connecting to the last byte of the response.",
+        about="Longest time for one delivery, from connecting to the last byte of the response.",
     )
     http_max_response_bytes: int = defined(
         "HTTP_MAX_RESPONSE_BYTES",
         kind=whole(1, 2**24),
         default="65536",
-        about="Most that is read of a response.",
+        about="Maximum number of bytes that are read of a receiver's response.",
     )
     http_allow_networks: tuple[Network, ...] = defined(
         "HTTP_ALLOW_NETWORKS",
         kind=networks,
         default="",
-        about="Private networks that events may be delivered to; all others are refused.",
+        about="Private networks that events may be delivered to. The SSRF guard refuses all others.",
     )
     webhook_secrets: tuple[str, ...] = defined(
         "WEBHOOK_SECRETS",
         kind=webhook_secrets,
         default="",
         secret=True,
-        about="Keys that sign deliveries, newest first; each signs, so that receivers can change over.",
+        about="Keys that sign deliveries, newest first. Every key signs, so that receivers can change keys.",
     )
     secrets_directory: str | None = defined(
         "SECRETS_DIRECTORY",
         kind=directory,
         otherwise="none",
-        about="Files with the secrets that destinations name, read anew when they change.",
+        about="Directory of the secrets that destinations name, one file each. A changed file is read again.",
     )
     max_payload_bytes: int = defined(
-        "MAX_PAYLOAD_BYTES", kind=whole(1, 2**26), default="1048576", about="Longest payload of an event."
+        "MAX_PAYLOAD_BYTES",
+        kind=whole(1, 2**26),
+        default="1048576",
+        about="Maximum size of an event's payload, in bytes.",
     )
     max_body_bytes: int = defined(
         "MAX_BODY_BYTES",
         kind=whole(1, 2**28),
         default="16777216",
-        about="Longest body of a request to the API.",
+        about="Maximum size of the body of a request to the API, in bytes.",
     )
     max_head_bytes: int = defined(
         "MAX_HEAD_BYTES",
         kind=whole(4096, 2**20),
         default="32768",
-        about="Longest head of a request to the API: its request line and headers.",
+        about="Maximum size of the head of a request to the API (request line and headers), in bytes.",
     )
     api_max_connections: int | None = defined(
         "API_MAX_CONNECTIONS",
         kind=whole(1, 100000),
-        otherwise="5000, or what the file descriptors allow",
-        about="Most connections that clients have to the API. When all are taken, those that wait for their clients "
-        "give way, oldest first, of the address with most.",
+        otherwise="5000, or fewer if file descriptors are short",
+        about="Maximum number of client connections to the API. When all are taken, the API closes connections that "
+        "wait for their client: of the address with the most connections, the oldest first.",
     )
     api_max_connections_per_address: int | None = defined(
         "API_MAX_CONNECTIONS_PER_ADDRESS",
         kind=whole(1, 100000),
-        otherwise="none: no bound, as behind a load balancer all clients have one address",
-        about="Most of them from one address, or one /64 network of IPv6.",
+        otherwise="none: no limit, because behind a load balancer all clients share one address",
+        about="Maximum number of connections to the API from one IPv4 address or one IPv6 /64 network.",
     )
     api_head_timeout_s: float = defined(
         "API_HEAD_TIMEOUT_SECONDS",
         kind=seconds(0.1, 600),
         default="10",
-        about="Longest that a client may take from connecting, or from the first byte of a later request, to the end "
-        "of the headers.",
+        about="Longest time for the head of a request: from the connection, or from the first byte of a later request, "
+        "to the end of the headers.",
     )
     api_body_timeout_s: float = defined(
         "API_BODY_TIMEOUT_SECONDS",
         kind=seconds(0.1, 3600),
         default="30",
-        about="Longest that the body of a request may take to arrive.",
+        about="Longest time for the body of a request to arrive.",
     )
     api_write_timeout_s: float = defined(
         "API_WRITE_TIMEOUT_SECONDS",
         kind=seconds(0.1, 3600),
         default="30",
-        about="Longest that a client may leave an answer unread.",
+        about="Longest time that a client may leave an answer unread.",
     )
     api_keep_alive_s: float = defined(
         "API_KEEP_ALIVE_SECONDS",
         kind=seconds(0.1, 3600),
         default="75",
-        about="How long an idle connection is kept; longer than a load balancer does, so that it closes first.",
+        about="How long the API keeps an idle connection. Choose more than the load balancer does, so that the load "
+        "balancer closes first.",
     )
     max_batch_events: int = defined(
-        "MAX_BATCH_EVENTS", kind=whole(1, 100000), default="1000", about="Most events in one batch request."
+        "MAX_BATCH_EVENTS",
+        kind=whole(1, 100000),
+        default="1000",
+        about="Maximum number of events in one batch request.",
     )
     max_retries: int = defined(
         "DEFAULT_MAX_RETRIES",
         kind=whole(0, 100),
         default="3",
-        about="Retries of an event that does not say how many.",
+        about="Number of retries of an event that names none.",
     )
     allow_anonymous: bool = defined(
         "ALLOW_ANONYMOUS",
         kind=boolean,
         otherwise="true, but false in production",
-        about="Whether the API answers callers without a key.",
+        about="Whether the API answers requests without a key.",
     )
     partition_days_ahead: int = defined(
         "PARTITION_DAYS_AHEAD",
         kind=whole(1, 400),
         default="30",
-        about="Days ahead that partitions are made for; events of later days wait in one table until then.",
+        about="Number of days ahead for which maintenance makes partitions. Later events wait in the table `horizon`.",
     )
     max_schedule_ahead_days: int = defined(
         "MAX_SCHEDULE_AHEAD_DAYS",
         kind=whole(1, 36500),
         default="400",
-        about="Furthest ahead that events can be scheduled, in days.",
+        about="How far ahead events can be scheduled, in days.",
     )
     retention_days: int = defined(
         "CLEANUP_RETENTION_DAYS",
         kind=whole(1, 36500),
         default="7",
-        about="Days that events are kept after the day they were due; a day with unfinished events stays whole.",
+        about="Retention: how many days events are kept after their day. A day with unfinished events is kept whole.",
     )
     archive_directory: str | None = defined(
         "ARCHIVE_DIRECTORY",
         kind=writable_directory,
-        otherwise="none: nothing is archived",
-        about="Where maintenance writes events and outcomes before it drops them; one directory for each database.",
+        otherwise="none: no archive",
+        about="Directory where maintenance archives events and outcomes before it drops them; one for each database.",
     )
     archive_format: str = defined(
         "ARCHIVE_FORMAT",
         kind=one_of({"csv": "csv", "parquet": "parquet"}, "csv or parquet"),
         default="csv",
-        about="What they are written as: CSV compressed by gzip, or Parquet, which needs the extra `archive`.",
+        about="Format of the archive: CSV compressed by gzip, or Parquet, which needs the extra `archive`.",
     )
     shutdown_timeout_s: float = defined(
         "SHUTDOWN_TIMEOUT_SECONDS",
         kind=seconds(0, 600),
         default="20",
-        about="Longest that a stopping process finishes its work; what is left is released.",
+        about="Longest time for a stopping process to finish its work. It releases events that are left.",
     )
     log_level: str = defined(
         "LOG_LEVEL",
         "LOGGING_LEVEL_ROOT",
         kind=one_of(_LEVELS, "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
         default="INFO",
-        about="Least severity that is logged.",
+        about="Lowest severity that is logged.",
     )
     log_file: str | None = defined(
         "LOG_FILE",
         "LOGGING_FILE_NAME",
         kind=text(4096),
         otherwise="standard error",
-        about="File to log to; it may be rotated by renaming.",
+        about="File to log to. It may be rotated by renaming.",
     )
     log_format: str | None = defined(
         "LOG_FORMAT",
         kind=one_of({"json": "json", "console": "console"}, "json or console"),
         otherwise="console on a terminal, else json",
-        about="One JSON object a line, or text for people.",
+        about="Form of log lines: one JSON object per line, or text for people.",
     )
     notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    """What is odd about the environment but no error, a line each: likely typos, variables without effect."""
+    """One line for each doubtful variable that is no error: likely typos, variables without effect."""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Reads every setting; SettingsError lists all that is wrong, not only the first."""
+        """Reads every setting; SettingsError lists all problems, not only the first."""
         problems: list[str] = []
         values = _read(SETTINGS, environ, problems)
         parts = _read(DATABASE_PARTS, environ, problems)
@@ -366,9 +380,9 @@ SETTINGS: dict[str, Setting] = {
 
 
 def forget_session_variables() -> None:
-    """Takes from this process's environment what libpq would go by with every server, whatever a URL says.
+    """Removes variables that libpq would apply to every server, regardless of the URL.
 
-    `DatabaseUrl.for_writing` says which of several hosts is meant; of one there is nothing to choose.
+    `DatabaseUrl.for_writing` already says which of several hosts is meant.
     """
     for name in ("PGDATESTYLE", "PGGEQO", "PGTZ", "PGTARGETSESSIONATTRS"):
         os.environ.pop(name, None)

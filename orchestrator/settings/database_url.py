@@ -52,11 +52,11 @@ class DatabaseUrl:
     dropped: tuple[str, ...] = field(default=(), compare=False)
 
     def with_login(self, user: str | None, password: str | None) -> DatabaseUrl:
-        """The same with `user` and `password` where the URL itself has none."""
+        """The same address, with `user` and `password` where it has none."""
         return replace(self, user=self.user or user, password=self.password or password)
 
     def for_writing(self) -> DatabaseUrl:
-        """The same, with sessions that can write asked for where it, or libpq's environment, has several hosts."""
+        """The same address; of several hosts, here or in libpq's environment, it asks for the one that takes writes."""
         hosts = self.hosts or self.parameters.get("host") or os.environ.get("PGHOST", "")
         addresses = self.parameters.get("hostaddr") or os.environ.get("PGHOSTADDR", "")
         several = "," in hosts or "," in addresses
@@ -68,7 +68,7 @@ class DatabaseUrl:
         return self._written(self.password, self.parameters)
 
     def masked(self) -> str:
-        """The same with every password as ``***``, for people and logs."""
+        """The same address with every password as ``***``, for people and logs."""
         parameters = {key: "***" if _SECRET.search(key) else value for key, value in self.parameters.items()}
         return self._written(self.password and "***", parameters)
 
@@ -87,7 +87,7 @@ def from_parts(host: str, port: int, name: str) -> DatabaseUrl:
 
 
 def parse(raw: str) -> DatabaseUrl:
-    """Reads ``postgresql://``, ``postgres://`` and ``jdbc:postgresql://``; else a bare ValueError."""
+    """Reads ``postgresql://``, ``postgres://`` and ``jdbc:postgresql://``; raises ValueError for any other text."""
     written = raw.strip()
     java = written[:5].lower() == "jdbc:"
     match = _URL.fullmatch(written[5:] if java else written)
@@ -97,7 +97,7 @@ def parse(raw: str) -> DatabaseUrl:
         shape = _HOST.fullmatch(host)
         if shape is None or (shape["port"] and not 1 <= int(shape["port"]) <= 65535):
             raise ValueError
-    # Java decodes + as a blank, libpq does not.
+    # Java decodes + as a blank; libpq does not.
     query = match["query"] or ""
     pairs = dict(parse_qsl(query if java else query.replace("+", "%2B"), keep_blank_values=True))
     user, _, password = (match["login"] or "").partition(":")

@@ -1,4 +1,4 @@
-"""Reads the log-in of a Kafka client's ``sasl.jaas.config``, so that settings of Java deployments need no rewriting.
+"""Reads the login in a Kafka client's ``sasl.jaas.config``, so that settings of Java deployments stay as they are.
 
 The grammar is that of org.apache.kafka.common.security.JaasConfig: a module, a flag, options, a semicolon; quotes and
 escapes are those of java.io.StreamTokenizer.
@@ -35,7 +35,7 @@ class Jaas:
 
 
 def parse(raw: str) -> Jaas:
-    """Reads one entry; else a bare ValueError, which quotes nothing."""
+    """Reads one entry; a ValueError quotes nothing of it."""
     tokens = list(_tokens(raw))
     if len(tokens) < 3 or tokens[-1] != (";", True):
         raise ValueError

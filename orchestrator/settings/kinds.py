@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.dispatch.http.signing import decode_secret
 from orchestrator.events.rules import TOPIC_PATTERN
 from orchestrator.settings import jaas
+from orchestrator.settings.webhook_secrets import decode_secret
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -29,7 +29,7 @@ class BadItemError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of value: `expects` completes "expected …", `parse` raises ValueError for anything else."""
+    """A kind of value: `expects` completes "expected …"; `parse` raises ValueError for any other value."""
 
     expects: str
     parse: Callable[[str], Any]
@@ -40,9 +40,9 @@ class Kind:
 class Setting:
     """One setting. The first of `names` is the one the documentation uses, the others are accepted as well.
 
-    `default` is text as it would stand in the environment, None where there is none; `otherwise` then says
-    what happens without it. The values of `secret` settings never appear in messages. `kinds` has the names that take
-    something else than the others; `agree` says whether the values of two names may stand side by side.
+    `default` is text as it would be in the environment, or None; `otherwise` then says what holds without a value.
+    The values of `secret` settings never appear in messages. `kinds` holds the names that take another kind of value;
+    `agree` says whether the values of two names may both be set.
     """
 
     names: tuple[str, ...]
@@ -59,11 +59,11 @@ class Setting:
         return self.names[0]
 
     def given(self, environ: Mapping[str, str]) -> str | None:
-        """The first of its names that is set; an empty variable is unset, as Compose and Helm write them."""
+        """The first of its names that is set. An empty variable is unset: Compose and Helm write such."""
         return next((name for name in self.names if environ.get(name, "").strip()), None)
 
     def read(self, environ: Mapping[str, str]) -> Any:
-        """The value in force; ValueError carries the line for the user."""
+        """The value in force; the text of ValueError is the line for the user."""
         given, *others = [name for name in self.names if environ.get(name, "").strip()] or [""]
         if not given:
             return None if self.default is None else self.kind.parse(self.default)
@@ -105,14 +105,14 @@ def _scheme(raw: str) -> str:
     return repr(f"{match[1]}…") if match else ""
 
 
-# What stands before an @, and what is called a password, in whatever setting it was put by mistake.
+# The text before an @, and any value named like a password, in whichever setting it was put by mistake.
 _LOGIN = re.compile(r"[^\s/,;'\"]*@")
 _NAMED = re.compile(r"(?i)(\w*(?:password|passwd|secret|token|api_?key)\w*\s*[=:]\s*)(\"[^\"]*\"?|'[^']*'?|[^\s&;,]+)")
 _KEYS = re.compile(r"whsec_\S+|orch_[A-Za-z0-9_-]+")
 
 
 def shown(raw: str) -> str:
-    """A value as it is quoted in a message: short, and without what looks like a secret."""
+    """A value as messages quote it: short, and without any text that looks like a secret."""
     text = _KEYS.sub("***", _NAMED.sub(r"\1***", _LOGIN.sub("***@", raw[:1000])))
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
@@ -145,7 +145,7 @@ def milliseconds(least: int, most: int) -> Kind:
 
 
 def _bounded(raw: str, form: str, least: float, most: float) -> float:
-    # int() and float() alone would also take 1_000, nan and digits of other scripts.
+    # int() and float() alone would also accept 1_000, nan and digits of other scripts.
     if not re.fullmatch(form, raw.strip()) or not least <= (value := float(raw)) <= most:
         raise ValueError
     return value
@@ -172,7 +172,7 @@ def _host(raw: str) -> str:
     return value
 
 
-host = Kind("a host name, an address without its port, or the directory of a socket", _host)
+host = Kind("a host name, an address without a port, or the directory of a socket", _host)
 
 
 class _Profiles(str):
@@ -199,7 +199,7 @@ def is_production(stage: str) -> bool:
 
 
 def stages_agree(stage: str, profiles: str) -> bool:
-    """Whether a name of a stage and Spring's profiles may stand side by side: never if one alone means production."""
+    """Whether a stage and Spring's profiles may both be set: never if only one of them means production."""
     names = getattr(profiles, "names", (profiles,))
     if is_production(stage) or is_production(profiles):
         return is_production(stage) and is_production(profiles)
@@ -225,7 +225,7 @@ directory = Kind("a directory that exists", _directory)
 
 def _writable_directory(raw: str) -> str:
     value = _directory(raw)
-    # Nothing is written to find out: a disk that is full just now is no reason not to start.
+    # Found out without writing: a disk that is full for the moment must not stop the start.
     if not os.access(value, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise ValueError
     return value

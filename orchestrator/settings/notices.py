@@ -1,4 +1,4 @@
-"""What is odd about an environment but no error: variables that are likely typos, or that change nothing."""
+"""Doubtful variables that are no error: likely typos, and variables without effect."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 
-# Names that deployments of the systems this one replaces carry along; they must keep starting unchanged.
+# Variables of deployments of earlier systems, which must start unchanged.
 _WITHOUT_EFFECT = {
-    r"REDIS_\w+": "locks, limits and caches live in PostgreSQL",
-    r"SPRING_(DATA_)?REDIS_\w+": "locks, limits and caches live in PostgreSQL",
+    r"REDIS_\w+": "locks, limits and caches are in PostgreSQL",
+    r"SPRING_(DATA_)?REDIS_\w+": "locks, limits and caches are in PostgreSQL",
     r"KAFKA_STREAMS_APP(LICATION)?_ID|SPRING_KAFKA_STREAMS_\w+": "KAFKA_CONSUMER_GROUP names the group that reads "
     "submissions",
     r"(SPRING_KAFKA_|KAFKA_)(PROPERTIES_)?SSL_(TRUST|KEY)_?STORE_\w+": "certificates are PEM files here: "
     "KAFKA_SSL_CA_FILE, KAFKA_SSL_CERT_FILE and KAFKA_SSL_KEY_FILE",
     r"SPRING_APPLICATION_NAME": "DEPLOYMENT_NAME is the name of the deployment",
-    r"SPRING_(JPA|FLYWAY|LIQUIBASE)_\w+": "orchestrator migrate keeps the schema",
-    r"WORKFLOW_\w+": "max_retries, retry policies and time-outs of destinations say it",
-    r"(SPRING|MANAGEMENT|LOGGING)_\w+": "it is a setting of Spring without a counterpart here",
+    r"SPRING_(JPA|FLYWAY|LIQUIBASE)_\w+": "orchestrator migrate creates and upgrades the schema",
+    r"WORKFLOW_\w+": "max_retries, retry policies and the timeouts of destinations replace it",
+    r"(SPRING|MANAGEMENT|LOGGING)_\w+": "it is a setting of Spring that has no counterpart here",
     r"JAVA_OPTS|JAVA_TOOL_OPTIONS|JDK_JAVA_OPTIONS|JVM_OPTS": "there is no JVM here",
 }
 _OURS = ("SCHEDULER_", "HTTP_MAX_", "API_MAX_", "DB_", "KAFKA_", "OUTBOX_")
@@ -28,7 +28,7 @@ _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP
 def notices(
     environ: Mapping[str, str], known: Collection[str], superseded: Collection[str], dropped: Collection[str]
 ) -> tuple[str, ...]:
-    """One line for each oddity.
+    """One line for each doubtful variable.
 
     `known` are the names of all settings, `superseded` those that DATABASE_URL replaces, `dropped` the
     parameters in DATABASE_URL that mean something to a Java driver only.
@@ -42,7 +42,7 @@ def notices(
 
 def _notice(name: str, known: Collection[str], superseded: Collection[str]) -> str | None:
     if name in superseded:
-        return f"{name}: no effect, because DATABASE_URL says it"
+        return f"{name}: no effect, because DATABASE_URL replaces it"
     if name in known:
         return None
     for pattern, reason in _WITHOUT_EFFECT.items():

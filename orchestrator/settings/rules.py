@@ -1,4 +1,4 @@
-"""What settings that are fine one by one must keep to together."""
+"""Rules about several settings, each of which is valid alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.settings.database_url import TARGET, DatabaseUrl
 
 _MECHANISMS = {jaas.PLAIN: ("PLAIN",), jaas.SCRAM: ("SCRAM-SHA-256", "SCRAM-SHA-512")}
 MARGIN_S = 5.0
-"""What a lease must leave beyond look-ahead and time-out, to finish an attempt in the database."""
+"""Seconds that a lease must leave beyond look-ahead and timeout, to record the result in the database."""
 
 
 def contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -23,7 +23,7 @@ def _broken(rule: Callable[[Mapping[str, Any]], str | None], values: Mapping[str
     try:
         return rule(values)
     except KeyError:
-        return None  # a value it compares is wrong itself and has been reported
+        return None  # one of the compared values is wrong and has been reported
 
 
 def _pool_holds_idle(v: Mapping[str, Any]) -> str | None:
@@ -40,7 +40,7 @@ def _memory_holds_batch(v: Mapping[str, Any]) -> str | None:
 
 
 def _lease_outlasts_attempt(v: Mapping[str, Any]) -> str | None:
-    # Else the event comes due again, and is delivered twice, while its first delivery is still under way.
+    # Otherwise the event would be due again, and delivered twice, while its first delivery is under way.
     least = v["lookahead_s"] + v["http_timeout_s"] + MARGIN_S
     if v["lease_s"] > least:
         return None
@@ -71,7 +71,7 @@ def _parquet_can_be_written(v: Mapping[str, Any]) -> str | None:
         return None
     return (
         "ARCHIVE_FORMAT: parquet needs pyarrow, which is not installed; install "
-        "scheduled-event-orchestrator[archive], or take csv"
+        "scheduled-event-orchestrator[archive], or choose csv"
     )
 
 
@@ -80,7 +80,7 @@ def _sessions_can_write(v: Mapping[str, Any]) -> str | None:
     wanted = None if url is None else url.parameters.get(TARGET)
     if wanted in (None, "any", "read-write", "primary"):
         return None
-    return f"DATABASE_URL: expected a {TARGET} of read-write or primary, as all roles write, got {wanted}; leave it out"
+    return f"DATABASE_URL: expected {TARGET} read-write or primary, because all roles write, got {wanted}; leave it out"
 
 
 def _ports_differ(v: Mapping[str, Any]) -> str | None:
@@ -127,11 +127,11 @@ def _login_is_whole(v: Mapping[str, Any]) -> str | None:
 def _certificate_has_key(v: Mapping[str, Any]) -> str | None:
     if (v["kafka_ssl_cert_file"] is None) == (v["kafka_ssl_key_file"] is None):
         return None
-    return "KAFKA_SSL_CERT_FILE and KAFKA_SSL_KEY_FILE: expected both or neither; set the other, too"
+    return "KAFKA_SSL_CERT_FILE and KAFKA_SSL_KEY_FILE: expected both or neither; set the other too"
 
 
 def _topics_differ(v: Mapping[str, Any]) -> str | None:
-    # What is written to a topic that is read from would come back for ever.
+    # Records written to a topic that is also read would come back for ever.
     for read in ("topic_submission", "topic_processing"):
         for other in (name for name in v if name.startswith("topic_") and name != read):
             if v[read] == v[other]:
@@ -142,7 +142,7 @@ def _topics_differ(v: Mapping[str, Any]) -> str | None:
 def _fallback_has_cause(v: Mapping[str, Any]) -> str | None:
     if v["submit_fallback"] is None or v["kafka_servers"] is not None:
         return None
-    return "SUBMIT_FALLBACK: expected KAFKA_BOOTSTRAP_SERVERS beside it; without Kafka the database is the only way"
+    return "SUBMIT_FALLBACK: expected KAFKA_BOOTSTRAP_SERVERS too; without Kafka all submissions go to the database"
 
 
 _RULES = (

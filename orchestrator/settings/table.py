@@ -1,23 +1,12 @@
-"""The settings as tables: the values in force for `orchestrator config check`, all of them for the README.
-
-``python -m orchestrator.settings.table README.md`` rewrites the table between its markers, with ``--check``
-it only says whether the table is current.
-"""
+"""The settings as tables: the values in force for `orchestrator config check`, all of them for docs/reference."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator.errors import OrchestratorError
 from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings, superseded
 from orchestrator.settings.kinds import Setting
-
-BEGIN = "<!-- settings -->"
-END = "<!-- /settings -->"
 
 
 class Row(NamedTuple):
@@ -34,7 +23,7 @@ class Row(NamedTuple):
 
 
 def settings_table(environ: Mapping[str, str]) -> list[Row]:
-    """One row for each setting, in the order of the README. SettingsError as from `Settings.from_env`."""
+    """One row for each setting, in the order of the reference. SettingsError as from `Settings.from_env`."""
     settings = Settings.from_env(environ)
     rows = {key: _row(setting, getattr(settings, key), environ) for key, setting in SETTINGS.items()}
     if settings.kafka_sasl_jaas is not None:
@@ -64,7 +53,7 @@ def _default(setting: Setting) -> str:
 
 
 def render_markdown_table() -> str:
-    """The table of the README, one line for each setting, without its markers."""
+    """The table of docs/reference/settings.md, one line for each setting."""
     lines = ["| setting | what it is | takes | default |", "|---|---|---|---|"]
     for key, setting in SETTINGS.items():
         lines.append(_line(setting))
@@ -77,36 +66,3 @@ def _line(setting: Setting) -> str:
     names = ", ".join(f"`{name}`" for name in setting.names)
     default = f"`{setting.default}`" if setting.default else _default(setting)
     return f"| {names} | {setting.about} | {setting.kind.expects} | {default} |"
-
-
-def with_table(document: str) -> str:
-    """`document` with the table between its markers made current; OrchestratorError when it lacks them."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise OrchestratorError(f"expected the lines {BEGIN} and {END} around the table of settings; add them")
-    return f"{before}{BEGIN}\n{render_markdown_table()}\n{END}{after}"
-
-
-def main() -> int:
-    """The command; exits with 1 when --check finds the table out of date, 2 when there is no place for it."""
-    parser = argparse.ArgumentParser(prog="python -m orchestrator.settings.table", description=__doc__)
-    parser.add_argument("document", type=Path, help="the Markdown file that holds the markers")
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    arguments = parser.parse_args()
-    document: Path = arguments.document
-    try:
-        found = document.read_text(encoding="utf-8")
-        wanted = with_table(found)
-    except (OSError, OrchestratorError) as error:
-        parser.error(f"{document}: {error}")
-    if arguments.check:
-        if found != wanted:
-            sys.stderr.write(f"{document}: the table of settings is out of date; run this without --check\n")
-        return int(found != wanted)
-    document.write_text(wanted, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,12 @@
--- What holds for all claims: the row of control, and notes of what is to be carried over to it. Whoever changes it waits for
--- nobody: a change is noted, and carried over at once unless another session has the row in a transaction that is open.
+-- What holds for all claims: the row of control, and notes of changes to it. Whoever changes it waits for
+-- nobody: the change is noted, and carried over at once, unless another session has locked the row. It holds
+-- from the note on. Pauses, resumes and closed breakers of a destination are noted in the same way.
 
-create or replace function orchestrator.with_notes(p_control orchestrator.control, p_notes orchestrator.control_note[]) returns orchestrator.control
-language plpgsql stable set search_path = orchestrator, pg_temp as $$
+create or replace function orchestrator.with_notes(
+  p_control orchestrator.control, p_notes orchestrator.control_note[])
+returns orchestrator.control
+language plpgsql stable
+set search_path = orchestrator, pg_temp as $$
 declare
   v_note orchestrator.control_note;
 begin
@@ -11,42 +15,54 @@ begin
       when 'pause' then
         p_control.paused_at := coalesce(p_control.paused_at, v_note.noted_at);
       when 'resume' then
-        p_control.resumed_at := case when p_control.paused_at is null then p_control.resumed_at else v_note.noted_at end;
+        if p_control.paused_at is not null then
+          p_control.resumed_at := v_note.noted_at;
+        end if;
         p_control.last_paused_at := coalesce(p_control.paused_at, p_control.last_paused_at);
         p_control.paused_at := null;
       when 'reroute' then
-        -- Whoever read the lanes of before has begun by now.
+        -- Transactions that have read the former lanes have begun by now.
         p_control.rerouted_by := greatest(p_control.rerouted_by, pg_snapshot_xmax(pg_current_snapshot()));
         p_control.rerouted_writers := null;
       when 'priorities' then
-        p_control.priorities := array(select distinct p from unnest(p_control.priorities || v_note.priorities) p order by p desc);
+        p_control.priorities := array(
+          select distinct p from unnest(p_control.priorities || v_note.priorities) p order by p desc);
     end case;
   end loop;
   return p_control;
 end $$;
-comment on function orchestrator.with_notes(orchestrator.control, orchestrator.control_note[]) is 'The row of control with notes carried over, in their order';
+comment on function orchestrator.with_notes(orchestrator.control, orchestrator.control_note[]) is
+  'The row of control with notes carried over, in their order.';
 
 create or replace function orchestrator.control_now() returns setof orchestrator.control
-language sql stable security definer set search_path = orchestrator, pg_temp rows 1 as $$
+language sql stable security definer rows 1
+set search_path = orchestrator, pg_temp as $$
   select w.*
   from orchestrator.control c
-  cross join lateral orchestrator.with_notes(c, array(select n from orchestrator.control_note n where n.name is null order by n.note)) w
+  cross join lateral orchestrator.with_notes(c, array(
+    select n from orchestrator.control_note n where n.name is null order by n.note)) w
 $$;
-comment on function orchestrator.control_now() is 'The row of control as it holds, with what is only noted so far';
+comment on function orchestrator.control_now() is
+  'The row of control as it holds, including changes that are only noted so far.';
 
 create or replace function orchestrator.note_control(p_kind text, p_priorities smallint[] default null) returns void
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
 begin
   insert into orchestrator.control_note (noted_at, kind, priorities)
   select orchestrator.now(), p_kind, p_priorities
-  where p_kind <> 'priorities' or not exists (select from orchestrator.control_now() c where c.priorities @> p_priorities);
+  where p_kind <> 'priorities'
+    or not exists (select from orchestrator.control_now() c where c.priorities @> p_priorities);
   perform orchestrator.fold_control();
 end $$;
-comment on function orchestrator.note_control(text, smallint[]) is 'Notes pause, resume, reroute or priorities, from which on it holds, and carries it over unless the row of control is locked';
+comment on function orchestrator.note_control(text, smallint[]) is
+  'Notes pause, resume, reroute or priorities, which holds from then on. '
+  'Carries it over at once, unless another session has locked the row of control.';
 
--- Never waits. Notes are deleted by whoever has the row of control alone.
+-- Never waits. Only the session that has locked the row of control deletes its notes.
 create or replace function orchestrator.fold_control() returns boolean
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
 declare
   v_control orchestrator.control;
   v_notes orchestrator.control_note[];
@@ -62,16 +78,22 @@ begin
   if v_notes is not null then
     v_control := orchestrator.with_notes(v_control, v_notes);
     update orchestrator.control
-    set paused_at = v_control.paused_at, last_paused_at = v_control.last_paused_at, resumed_at = v_control.resumed_at
-      , rerouted_by = v_control.rerouted_by, rerouted_writers = v_control.rerouted_writers, priorities = v_control.priorities;
+    set paused_at = v_control.paused_at
+      , last_paused_at = v_control.last_paused_at
+      , resumed_at = v_control.resumed_at
+      , rerouted_by = v_control.rerouted_by
+      , rerouted_writers = v_control.rerouted_writers
+      , priorities = v_control.priorities;
   end if;
   return true;
 end $$;
-comment on function orchestrator.fold_control() is 'Carries notes over to control, and keeps it locked; false: another session has it';
+comment on function orchestrator.fold_control() is
+  'Carries notes over to the row of control, and keeps it locked. False: another session has locked it.';
 
 -- Never waits.
 create or replace function orchestrator.try_destination(p_name text) returns boolean
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
 begin
   if not pg_try_advisory_xact_lock(hashtext('orchestrator.destination'), hashtext(p_name)) then
     return false;
@@ -84,11 +106,13 @@ begin
   return found or not exists (select from orchestrator.lane l where l.name = p_name);
 end $$;
 comment on function orchestrator.try_destination(text) is
-  'Locks a destination, there or not, with its lane; false: another session''s transaction has it, or is about to make or delete it';
+  'Locks a destination, whether it exists or not, and its lane. '
+  'False: another session has locked it, or is making or deleting it.';
 
--- Claims and finishes have a lane for milliseconds.
+-- Claims and finishes keep a lane locked for milliseconds.
 create or replace function orchestrator.await_destination(p_name text) returns boolean
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
 declare
   v_patience constant text := current_setting('lock_timeout');
 begin
@@ -103,30 +127,40 @@ begin
 exception when lock_not_available then
   return false;
 end $$;
-comment on function orchestrator.await_destination(text) is 'try_destination() that waits for 100 ms';
+comment on function orchestrator.await_destination(text) is 'try_destination() that waits up to 100 ms for each lock.';
 
 create or replace function orchestrator.note_destination(p_name text, p_kind text) returns text
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
 begin
   insert into orchestrator.control_note (noted_at, kind, name) values (orchestrator.now(), p_kind, p_name);
-  return concat_ws(': ', 'another session''s open transaction holds the destination', orchestrator.holders_text('0 s'));
+  return concat_ws(': '
+  , 'another session''s open transaction holds the destination', orchestrator.holders_text('0 s'));
 end $$;
-comment on function orchestrator.note_destination(text, text) is 'Notes pause, resume or close_breaker of a destination that another session has locked; says who';
+comment on function orchestrator.note_destination(text, text) is
+  'Notes pause, resume or close_breaker of a destination that another session has locked. Answers which session.';
 
 create or replace function orchestrator.noted_pauses()
 returns table (name text, paused_at timestamptz, lane integer, destination bigint)
-language sql stable security definer set search_path = orchestrator, pg_temp as $$
-  select n.name, n.noted_at, l.lane, case when not orchestrator.is_pattern(n.name) then hashtextextended(n.name, 0) end
-  from (select distinct on (n.name) n.* from orchestrator.control_note n where n.name is not null and n.kind in ('pause', 'resume')
-        order by n.name, n.note desc) n
+language sql stable security definer
+set search_path = orchestrator, pg_temp as $$
+  select n.name, n.noted_at, l.lane
+    , case when not orchestrator.is_pattern(n.name) then hashtextextended(n.name, 0) end
+  from (
+    select distinct on (n.name) n.* from orchestrator.control_note n
+    where n.name is not null and n.kind in ('pause', 'resume')
+    order by n.name, n.note desc) n
   left join orchestrator.lane l on l.name = n.name
   where n.kind = 'pause'
 $$;
-comment on function orchestrator.noted_pauses() is 'Destinations that are paused by a note alone, each with its own lane and its hash, as far as it has them';
+comment on function orchestrator.noted_pauses() is
+  'Destinations that only a note pauses. The dedicated lane is null where there is none, the hash for a pattern.';
 
--- The caller has the destination from try_destination(). The functions called come here again, and find nothing.
+-- The caller has locked the destination by try_destination() or await_destination(). The functions called
+-- here call this one again, which finds no notes any more.
 create or replace function orchestrator.fold_destination(p_name text) returns void
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
 declare
   v_kinds text[];
   v_kind text;
@@ -134,7 +168,10 @@ begin
   with gone as (
     delete from orchestrator.control_note n where n.name = p_name returning n.note, n.kind
   )
-  select coalesce(array_agg(g.kind order by g.note), '{}') into v_kinds from gone g;
+  select array_agg(g.kind order by g.note) into v_kinds from gone g;
+  if v_kinds is null then
+    return;
+  end if;
   perform set_config('orchestrator.folding', 'on', true);
   foreach v_kind in array v_kinds loop
     case v_kind
@@ -145,15 +182,18 @@ begin
   end loop;
   perform set_config('orchestrator.folding', '', true);
 end $$;
-comment on function orchestrator.fold_destination(text) is 'Carries the notes about a destination over, in their order';
+comment on function orchestrator.fold_destination(text) is
+  'Carries the notes about a destination over, if there are any, in their order.';
 
--- Never waits. Called by claims, and by maintenance, while there are notes.
+-- Never waits. Called by claims and by maintenance while there are notes.
 create or replace function orchestrator.fold_notes() returns void
-language plpgsql security definer set search_path = orchestrator, pg_temp as $$
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
 begin
   perform orchestrator.fold_control();
   perform orchestrator.fold_destination(n.name)
   from (select distinct n.name from orchestrator.control_note n where n.name is not null order by 1) n
   where orchestrator.try_destination(n.name);
 end $$;
-comment on function orchestrator.fold_notes() is 'Carries all notes over whose rows no other session has locked';
+comment on function orchestrator.fold_notes() is
+  'Carries over all notes whose rows no other session has locked.';

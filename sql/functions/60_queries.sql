@@ -12,7 +12,7 @@ language sql stable security definer set search_path = orchestrator, pg_temp set
   , 'spread_ms', round(extract(epoch from case
       when s.spread is not null then orchestrator.spread_shift(s.id, s.spread)
       when f.due_at > greatest(s.scheduled_at, s.created_at) then f.due_at - s.scheduled_at end) * 1000, 3)
-  , 'waits_for', case when t.lane < 0 then orchestrator.waits_for(t.ordering, t.event_id, t.scheduled_at) end
+  , 'waits_for', case when t.lane < 0 then orchestrator.blocking_event(t.ordering, t.event_id, t.scheduled_at) end
   , 'outcomes', coalesce((
       select json_agg(json_build_object('attempt', o.attempt, 'result', o.result, 'status_code', o.status_code, 'error', o.error
         , 'response', o.response, 'due_at', o.due_at, 'claimed_at', o.claimed_at, 'started_at', o.started_at, 'finished_at', o.finished_at

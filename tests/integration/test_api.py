@@ -65,7 +65,7 @@ async def test_a_submission_is_kept_and_can_be_read_where_location_says(client: 
     assert event["outcomes"] == []
 
 
-async def test_times_may_be_written_as_everywhere(client: httpx.AsyncClient) -> None:
+async def test_the_api_reads_times_in_every_accepted_form(client: httpx.AsyncClient) -> None:
     """By tests/times.json; in a batch, alone, as the time of a reschedule, and in a filter."""
     event = submission(scheduled_at=tomorrow().isoformat())
     for texts in batched(READ, 20):
@@ -87,7 +87,7 @@ async def test_times_may_be_written_as_everywhere(client: httpx.AsyncClient) -> 
         assert [result["error"]["field"] for result in results] == ["expires_at"] * len(values)
 
 
-async def test_submitting_again_what_was_cancelled_or_moved_says_that(client: httpx.AsyncClient) -> None:
+async def test_submitting_a_cancelled_or_rescheduled_event_again_says_so(client: httpx.AsyncClient) -> None:
     cancelled, moved = (submission(external_job_id=f"job-{n}") for n in range(2))
     first, second = [(await client.post("/api/v1/events", json=each)).json()["id"] for each in (cancelled, moved)]
     assert (await client.delete(f"/api/v1/events/{first}")).status_code == 200
@@ -109,7 +109,7 @@ async def test_submitting_again_what_was_cancelled_or_moved_says_that(client: ht
     assert (again.json()["id"], again.json()["event_status"]) == (second, "rescheduled")
 
 
-async def test_submitting_again_changes_nothing_and_says_so(client: httpx.AsyncClient) -> None:
+async def test_submitting_an_event_again_changes_nothing_and_says_so(client: httpx.AsyncClient) -> None:
     sent = submission(external_job_id="job-1")
     first = await client.post("/api/v1/events", json=sent)
     second = await client.post("/api/v1/events", json=sent | {"payload": "other"})
@@ -130,7 +130,7 @@ async def test_the_payload_is_kept_byte_for_byte(client: httpx.AsyncClient) -> N
     assert payload in (await client.get(response.headers["location"])).text
 
 
-async def test_priority_and_spread_are_kept(client: httpx.AsyncClient) -> None:
+async def test_priority_and_spread_of_a_submission_are_kept(client: httpx.AsyncClient) -> None:
     first = await submit(client, priority=9, spread_seconds=604_800)
     sent = submission(priority=0, spread_seconds=0.00001)
     batch = (await client.post("/api/v1/events/batch", json={"events": [sent]})).json()
@@ -178,7 +178,7 @@ async def test_a_broken_rule_is_a_422_that_names_the_field(
         ({"retry_policy": "nobody_made_this"}, "retry_policy"),
     ],
 )
-async def test_what_this_installation_cannot_keep_just_now_is_a_409_that_names_the_field(
+async def test_an_event_that_cannot_be_kept_now_is_a_409_that_names_the_field(
     client: httpx.AsyncClient, changes: dict[str, Any], field: str
 ) -> None:
     response = await client.post("/api/v1/events", json=submission(**changes))
@@ -237,7 +237,7 @@ async def test_a_body_may_come_in_chunks(client: httpx.AsyncClient) -> None:
     assert response.status_code == 201
 
 
-async def test_a_batch_has_a_result_for_each_item_and_a_bad_one_fails_no_other(client: httpx.AsyncClient) -> None:
+async def test_a_batch_has_a_result_for_each_item_and_a_bad_item_fails_no_other(client: httpx.AsyncClient) -> None:
     kept = submission(external_job_id="kept-before")
     kept_id = await submit(client, **kept)
     items: list[Any] = [submission(), submission(source=""), kept, 7, submission(scheduled_at="2199-01-31T09:00:00Z")]
@@ -261,7 +261,7 @@ async def test_a_batch_has_a_result_for_each_item_and_a_bad_one_fails_no_other(c
         assert (await client.get(f"/api/v1/events/{results[index]['id']}")).status_code == 200
 
 
-async def test_an_item_twice_in_a_batch_is_kept_once(client: httpx.AsyncClient) -> None:
+async def test_an_item_repeated_in_a_batch_is_kept_once(client: httpx.AsyncClient) -> None:
     item = submission(external_job_id="twice")
     answer = (await client.post("/api/v1/events/batch", json={"events": [item, item]})).json()
     assert (answer["accepted"], answer["duplicates"]) == (1, 1)
@@ -269,7 +269,7 @@ async def test_an_item_twice_in_a_batch_is_kept_once(client: httpx.AsyncClient) 
 
 
 @pytest.mark.parametrize("body", [[], {}, {"events": []}, {"events": 1}, {"events": [{}] * 21}, {"events": [], "a": 1}])
-async def test_a_wrong_envelope_is_a_422(client: httpx.AsyncClient, body: Any) -> None:
+async def test_a_wrong_envelope_of_a_batch_is_a_422(client: httpx.AsyncClient, body: Any) -> None:
     assert_problem(await client.post("/api/v1/events/batch", json=body), 422, "validation")
 
 
@@ -396,7 +396,7 @@ async def test_an_id_that_is_not_a_uuid_is_a_422(client: httpx.AsyncClient, path
 
 
 @pytest.mark.parametrize("job", ["%00", "x" * 201, "%FF", "a%C3", "%ED%A0%80", "%C0%AF"])
-async def test_an_impossible_external_id_is_a_422(client: httpx.AsyncClient, job: str) -> None:
+async def test_an_external_id_that_cannot_exist_is_a_422(client: httpx.AsyncClient, job: str) -> None:
     response = await client.get(f"/api/v1/events/external/{job}")
     assert fields(assert_problem(response, 422, "validation")) == {"external_job_id"}
 
@@ -407,7 +407,7 @@ async def test_an_unknown_event_is_a_404(client: httpx.AsyncClient) -> None:
             assert_problem(await client.request(method, f"/api/v1/events/{unknown}"), 404, "not-found")
 
 
-async def test_cancelling_is_told_of_and_may_be_repeated(client: httpx.AsyncClient) -> None:
+async def test_a_cancel_is_answered_and_may_be_repeated(client: httpx.AsyncClient) -> None:
     kept = await submit(client)
     first = await client.delete(f"/api/v1/events/{kept.upper()}")
     assert first.status_code == 200
@@ -436,7 +436,9 @@ async def test_an_event_in_flight_is_not_cancelled_and_the_answer_says_which(
     assert problem["events"] == [{"id": kept, "result": "in_flight", "status": "in_flight"}]
 
 
-async def test_cancelling_an_external_id_cancels_all_that_can_be(client: httpx.AsyncClient, database_url: str) -> None:
+async def test_cancelling_an_external_id_cancels_all_its_cancellable_events(
+    client: httpx.AsyncClient, database_url: str
+) -> None:
     due = datetime.now(UTC)
     running = await submit(client, external_job_id="j", scheduled_at=due.isoformat())
     await asyncio.to_thread(claim_everything_due, database_url)
@@ -457,7 +459,7 @@ async def test_statistics_count_the_events_by_state(client: httpx.AsyncClient) -
     assert (statistics["totals"]["accepted"], statistics["totals"]["cancelled"], statistics["live"]) == (2, 1, 1)
 
 
-async def test_statistics_count_what_happened_apart(client: httpx.AsyncClient) -> None:
+async def test_statistics_count_outcomes_by_minute_source_and_destination(client: httpx.AsyncClient) -> None:
     for source, target in (("a", "http://one.example/"), ("a", "http://two.example:81/"), ("b", "http://one.example/")):
         await submit(client, source=source, destination=target)
 
@@ -484,7 +486,9 @@ async def test_statistics_count_what_happened_apart(client: httpx.AsyncClient) -
     assert all(each["minute"].endswith(":00+00:00") and each["name"] == "accepted" for each in minutes)
 
 
-async def test_counts_beyond_all_bounds_are_refused(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_statistics_of_more_counts_than_allowed_are_refused(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(events, "MAX_COUNTS", 1)
     for source in "ab":
         await submit(client, source=source)
@@ -492,7 +496,7 @@ async def test_counts_beyond_all_bounds_are_refused(client: httpx.AsyncClient, m
     assert "more than 1 counts" in assert_problem(response, 422, "validation")["detail"]
 
 
-async def test_a_parameter_of_the_statistics_that_is_wrong_is_named(client: httpx.AsyncClient) -> None:
+async def test_a_wrong_parameter_of_the_statistics_is_named(client: httpx.AsyncClient) -> None:
     for query, status, kind, field in (
         ("by=", 422, "validation", "by"),
         ("by=hour", 422, "validation", "by"),
@@ -541,7 +545,7 @@ async def test_a_wrong_method_is_a_405_that_lists_the_right_ones(
 
 @pytest.mark.parametrize("path", ["/events/{}", "/events/external/{}", "/events/external/{}/all", "/destinations/{}"])
 @pytest.mark.parametrize("part", ["%ff", "%c0%80", "%ED%A0%80", "%F4%90%80%80", "%00", "a%ff"])
-async def test_what_is_not_utf_8_in_a_path_is_refused_by_name(client: httpx.AsyncClient, path: str, part: str) -> None:
+async def test_a_path_that_is_not_utf_8_is_refused_by_name(client: httpx.AsyncClient, path: str, part: str) -> None:
     for method in ("GET", "DELETE"):
         if method == "DELETE" and path.endswith("all"):
             continue

@@ -60,9 +60,7 @@ def run(spawn: Spawn) -> Callable[..., Pair]:
     return start
 
 
-async def test_whatever_holds_up_the_api_makes_no_event_late(
-    run: Callable[..., Pair], client: Client, receiver: Receiver
-) -> None:
+async def test_a_busy_api_makes_no_event_late(run: Callable[..., Pair], client: Client, receiver: Receiver) -> None:
     pair = run()
     await pair.ready()
     pair.api.suspend()  # the worst a client could ever do to it
@@ -103,7 +101,9 @@ async def test_the_api_ends_with_its_parent_however_that_ends(run: Callable[...,
         assert "Traceback" not in pair.process.log()
 
 
-async def test_a_second_signal_ends_both_at_once(run: Callable[..., Pair], client: Client, receiver: Receiver) -> None:
+async def test_a_second_signal_ends_both_processes_at_once(
+    run: Callable[..., Pair], client: Client, receiver: Receiver
+) -> None:
     pair = run()
     await pair.ready()
     api = pair.api
@@ -116,9 +116,7 @@ async def test_a_second_signal_ends_both_at_once(run: Callable[..., Pair], clien
     await eventually(lambda: not api.is_running())
 
 
-async def test_metrics_are_those_of_both_processes_as_if_they_were_one(
-    run: Callable[..., Pair], receiver: Receiver
-) -> None:
+async def test_metrics_of_both_processes_are_served_together(run: Callable[..., Pair], receiver: Receiver) -> None:
     pair = run()
     await pair.ready()
     async with pair.client() as http:

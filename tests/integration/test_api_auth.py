@@ -97,7 +97,7 @@ async def test_a_key_may_do_what_its_scope_says_and_nothing_else(
             assert f'scope="{other}"' in response.headers["www-authenticate"]
 
 
-async def test_every_route_needs_the_scope_that_is_listed_here(closed: Settings, database: Database) -> None:
+async def test_every_route_needs_its_listed_scope(closed: Settings, database: Database) -> None:
     await key_with(database, "read")
     async with running_api(closed, database) as client:
         documented = (await client.get("/openapi.json")).json()["paths"]
@@ -127,7 +127,7 @@ async def test_a_delivery_to_this_api_needs_a_key_even_where_others_need_none(se
         assert answer.status_code == 201
 
 
-async def test_admin_may_do_everything(closed: Settings, database: Database) -> None:
+async def test_the_scope_admin_may_do_everything(closed: Settings, database: Database) -> None:
     headers = bearer(await key_with(database, "admin"))
     async with running_api(closed, database) as client:
         for method, path in ALL_REQUESTS:
@@ -193,7 +193,7 @@ async def test_blanks_around_a_key_are_no_part_of_it(closed: Settings, database:
         assert await asyncio.to_thread(status, "Authorization", " ") == 401
 
 
-async def test_keys_that_differ_are_refused(closed: Settings, database: Database) -> None:
+async def test_two_keys_that_differ_in_one_request_are_refused(closed: Settings, database: Database) -> None:
     key = await key_with(database, "read")
     async with running_api(closed, database) as client:
         for headers in (
@@ -205,7 +205,7 @@ async def test_keys_that_differ_are_refused(closed: Settings, database: Database
             assert "several that differ" in assert_problem(response, 401, "unauthorized")["detail"]
 
 
-async def test_where_anonymous_requests_are_allowed_a_wrong_key_is_still_refused(settings: MakeSettings) -> None:
+async def test_a_wrong_key_is_refused_although_anonymous_requests_are_allowed(settings: MakeSettings) -> None:
     chosen = settings()
     async with Database(chosen, role="api") as database, running_api(chosen, database) as client:
         assert (await client.post("/api/v1/events", json=submission())).status_code == 201
@@ -241,7 +241,7 @@ async def test_a_new_key_works_although_it_was_tried_before(
         assert (await client.get(path, headers=bearer(key))).status_code == 200
 
 
-async def test_an_api_that_nobody_could_use_does_not_start(closed: Settings, database: Database) -> None:
+async def test_an_api_without_any_usable_key_does_not_start(closed: Settings, database: Database) -> None:
     with pytest.raises(OrchestratorError, match="orchestrator keys create"):
         await require_keys(closed, database)
     await key_with(database, "submit")
@@ -254,7 +254,7 @@ async def test_an_open_api_starts_without_keys(settings: MakeSettings) -> None:
         await require_keys(chosen, database)
 
 
-async def test_the_cache_has_a_bound_and_keeps_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_cache_of_keys_has_a_bound_and_keeps_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "CACHE_SIZE", 2)
     cache = auth._Recent()
     for name in (b"a", b"b", b"c"):

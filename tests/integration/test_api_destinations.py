@@ -86,11 +86,11 @@ def submit(client: Client, count: int, destination: str = API, *, after_s: float
     client.schedule_many(count, destination=destination, scheduled_at=datetime.now(UTC) + timedelta(seconds=after_s))
 
 
-def test_every_setting_of_the_database_has_a_name_here() -> None:
+def test_every_destination_setting_of_the_database_has_a_name_in_the_api() -> None:
     assert [setting.column for setting in DESTINATION_SETTINGS.values()] == list(SETTING_COLUMNS)
 
 
-async def test_a_put_sets_what_it_gives_and_all_else_to_its_default(api: httpx.AsyncClient) -> None:
+async def test_a_put_sets_the_given_settings_and_all_others_to_their_defaults(api: httpx.AsyncClient) -> None:
     first = await put(api, "api.example")
     assert settings_of(first["destination"]) == DEFAULTS
     second = await put(api, "api.example", **OTHERS)
@@ -105,7 +105,7 @@ async def test_a_put_sets_what_it_gives_and_all_else_to_its_default(api: httpx.A
 @pytest.mark.parametrize(
     "name", ["API.example", "localhost:9099", "*.shop.example", "kafka:orders.v1", "kafka:", "[::1]:8080"]
 )
-async def test_a_name_is_url_encoded(api: httpx.AsyncClient, name: str) -> None:
+async def test_a_destination_name_in_a_path_is_url_encoded(api: httpx.AsyncClient, name: str) -> None:
     kept = name.lower()
     assert (await put(api, name, max_parallel=2))["destination"]["name"] == kept
     for spelled in (name, kept):
@@ -114,7 +114,9 @@ async def test_a_name_is_url_encoded(api: httpx.AsyncClient, name: str) -> None:
     assert (await api.delete(at(name))).json()["name"] == kept
 
 
-async def test_a_put_says_what_waits_and_what_overlaps(api: httpx.AsyncClient, client: Client) -> None:
+async def test_a_put_says_how_many_events_wait_and_which_patterns_overlap(
+    api: httpx.AsyncClient, client: Client
+) -> None:
     submit(client, 3, after_s=600)
     await put(api, "*.example")
     answer = await put(api, "api.example", rate_per_second=5)
@@ -145,7 +147,7 @@ async def test_a_put_says_what_waits_and_what_overlaps(api: httpx.AsyncClient, c
     ],
     ids=str,
 )
-async def test_nonsense_is_a_422_that_names_field_value_and_remedy(
+async def test_a_wrong_setting_is_a_422_that_names_field_value_and_remedy(
     api: httpx.AsyncClient, wanted: dict[str, Any], reason: str
 ) -> None:
     problem = assert_problem(await api.put(at("api.example"), json=wanted), 422, "validation")
@@ -177,7 +179,7 @@ async def test_a_secret_in_place_of_its_name_is_not_repeated(api: httpx.AsyncCli
         ("kafka:orders", {"signing_secret": "a"}, "signing_secret"),
     ],
 )
-async def test_what_does_not_go_together_is_a_409(
+async def test_settings_that_contradict_each_other_are_a_409(
     api: httpx.AsyncClient, name: str, wanted: dict[str, Any], field: str
 ) -> None:
     response = await api.put(at(name), json=wanted)
@@ -207,7 +209,7 @@ async def test_a_body_that_is_no_object_of_settings_is_refused(
 @pytest.mark.parametrize(
     "name", ["*", "a b", "user:pw@host", "host/path", "kafka:a/b", "a" * 301, "host:", "https://x"]
 )
-async def test_what_can_be_no_destination_is_a_422(api: httpx.AsyncClient, name: str) -> None:
+async def test_a_name_that_can_be_no_destination_is_a_422(api: httpx.AsyncClient, name: str) -> None:
     for response in (
         await api.get(at(name)),
         await api.put(at(name), json={}),
@@ -220,7 +222,7 @@ async def test_what_can_be_no_destination_is_a_422(api: httpx.AsyncClient, name:
         assert "POST /api/v1/pause" in problem["detail"]
 
 
-async def test_a_destination_that_is_not_there_is_a_404_that_says_what_holds(api: httpx.AsyncClient) -> None:
+async def test_an_unknown_destination_is_a_404_that_says_which_pattern_holds(api: httpx.AsyncClient) -> None:
     for response in (
         await api.get(at("api.example")),
         await api.delete(at("api.example")),
@@ -237,7 +239,7 @@ async def test_pages_show_each_destination_once_by_name(api: httpx.AsyncClient, 
     names = ["a.example", "b.example", "kafka:", "kafka:orders", "*.org"]
     for name in names:
         await put(api, name)
-    client.value("select orchestrator.own_lane('é.example', false)")
+    client.value("select orchestrator.ensure_dedicated_lane('é.example', false)")
     seen: list[str] = []
     query: dict[str, Any] = {"limit": limit}
     while True:
@@ -261,7 +263,7 @@ async def test_pages_show_each_destination_once_by_name(api: httpx.AsyncClient, 
         ({"cursor": "00"}, 400, "bad-cursor"),
     ],
 )
-async def test_a_page_that_cannot_be_is_refused(
+async def test_a_wrong_parameter_of_a_page_is_refused(
     api: httpx.AsyncClient, query: dict[str, str], status: int, kind: str
 ) -> None:
     assert fields(assert_problem(await api.get(PATH, params=query), status, kind)) == set(query)
@@ -283,7 +285,7 @@ async def test_a_destination_is_paused_and_resumed(api: httpx.AsyncClient, clien
     assert len(client.claim_on()) == 2
 
 
-async def test_everything_is_paused_and_resumed(api: httpx.AsyncClient, client: Client) -> None:
+async def test_all_deliveries_are_paused_and_resumed_by_request(api: httpx.AsyncClient, client: Client) -> None:
     submit(client, 2)
     paused = (await api.post("/api/v1/pause")).json()
     statistics = (await api.get("/api/v1/events/statistics")).json()
@@ -341,7 +343,7 @@ async def test_a_forecast_of_too_many_buckets_makes_them_longer(api: httpx.Async
     ],
     ids=str,
 )
-async def test_a_forecast_that_cannot_be_is_a_422(api: httpx.AsyncClient, query: dict[str, str]) -> None:
+async def test_a_forecast_with_wrong_parameters_is_a_422(api: httpx.AsyncClient, query: dict[str, str]) -> None:
     response = await api.get("/api/v1/forecast", params=query)
     assert fields(assert_problem(response, 422, "validation")) == set(query)
 
@@ -355,7 +357,7 @@ def gauges(text: str) -> dict[str, str]:
     return {part[0]: part[-1] for part in parts}
 
 
-async def test_metrics_count_what_stands_still(
+async def test_metrics_count_destinations_that_stand_still(
     api: httpx.AsyncClient, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("paused", "destinations_paused", "breakers_open")

@@ -117,7 +117,7 @@ MEBIBYTE = b"a" * 2**20
         ("body_timeout", 408, [POST, b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"]),
     ],
 )
-async def test_what_breaks_a_bound_is_answered_with_a_problem_and_closed(
+async def test_a_request_that_breaks_a_bound_is_answered_with_a_problem_and_closed(
     served: Served, reason: str, status: int, parts: list[bytes]
 ) -> None:
     raw = await served.connect()
@@ -130,7 +130,7 @@ async def test_what_breaks_a_bound_is_answered_with_a_problem_and_closed(
     assert (await served.client.post("/api/v1/events", json=submission())).status_code == 201
 
 
-async def test_a_byte_now_and_then_does_not_put_the_deadline_off(served: Served) -> None:
+async def test_a_request_sent_byte_by_byte_does_not_put_its_deadline_off(served: Served) -> None:
     raw = await served.connect()
 
     async def drip() -> None:
@@ -186,7 +186,7 @@ async def test_requests_sent_ahead_are_answered_in_order_and_refused_beyond_a_bo
     assert served.refused("pipelined") == 1
 
 
-async def test_what_is_wrong_later_does_not_overtake_the_answers_before_it(served: Served) -> None:
+async def test_a_refusal_of_a_later_request_does_not_overtake_earlier_answers(served: Served) -> None:
     raw = await served.connect()
     body = json.dumps(submission()).encode()
     await raw.send(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body + b"nonsense\r\n\r\n")
@@ -203,7 +203,7 @@ async def test_an_answer_arrives_though_its_body_was_not_wanted(served: Served) 
     await raw.everything()  # which ends: the rest of the body does not come
 
 
-async def test_bodies_beyond_what_memory_may_hold_are_refused_and_small_ones_are_not(
+async def test_bodies_beyond_the_bound_of_memory_are_refused_and_small_ones_are_not(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(front, "_BODIES_BYTES", 0)
@@ -235,7 +235,7 @@ async def _first(raws: list[Raw]) -> int:
     return int(done.pop().result().split()[1])
 
 
-async def test_when_all_connections_are_taken_those_that_do_nothing_give_way(settings: MakeSettings) -> None:
+async def test_idle_connections_give_way_when_all_connections_are_taken(settings: MakeSettings) -> None:
     chosen = settings(API_MAX_CONNECTIONS="20")
     async with serving(chosen) as served:
         busy = await served.connect()
@@ -247,7 +247,7 @@ async def test_when_all_connections_are_taken_those_that_do_nothing_give_way(set
         assert served.metrics.http_connections._value.get() <= 23
 
 
-async def test_when_all_connections_are_busy_a_new_one_is_told_to_try_again(
+async def test_a_new_connection_is_told_to_try_again_when_all_are_busy(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection.Connection, "waits", property(lambda _: False))
@@ -259,7 +259,7 @@ async def test_when_all_connections_are_busy_a_new_one_is_told_to_try_again(
         assert served.refused("connections") > 0
 
 
-async def test_one_address_has_as_many_connections_as_it_may(settings: MakeSettings) -> None:
+async def test_one_address_gets_at_most_its_share_of_connections(settings: MakeSettings) -> None:
     chosen = settings(API_MAX_CONNECTIONS_PER_ADDRESS="5")
     async with serving(chosen) as served:
         held = [await served.connect() for _ in range(10)]
@@ -297,7 +297,9 @@ async def test_an_upgrade_that_is_not_taken_is_an_ordinary_request(served: Serve
     assert (await again.reader.readline()).startswith(b"HTTP/1.1 200")
 
 
-async def test_requests_that_follow_each_other_without_a_pause_each_have_their_time(settings: MakeSettings) -> None:
+async def test_requests_that_follow_each_other_without_a_pause_each_have_their_own_deadline(
+    settings: MakeSettings,
+) -> None:
     quick = settings(**QUICK)
     async with serving(quick) as served:
         raw = await served.connect()

@@ -100,7 +100,7 @@ async def test_an_accepted_event_is_on_the_topic_as_it_was_submitted(queue: Queu
     assert (record.key, id_header(record)) == (b"tenant-7", None)
 
 
-async def test_the_id_of_an_event_without_a_name_travels_in_a_header(queue: Queue) -> None:
+async def test_the_id_of_an_event_without_an_external_id_travels_in_a_header(queue: Queue) -> None:
     answer = (await queue.post(delivery_type="KAFKA", destination=None)).json()
     (record,) = await queue.records()
     assert id_header(record) == answer["id"]
@@ -108,7 +108,7 @@ async def test_the_id_of_an_event_without_a_name_travels_in_a_header(queue: Queu
     assert "destination" not in json.loads(record.value)
 
 
-async def test_events_of_one_name_go_to_one_partition_without_an_ordering_key(queue: Queue) -> None:
+async def test_events_of_one_external_id_go_to_one_partition_without_an_ordering_key(queue: Queue) -> None:
     events = [submission(external_job_id="job", payload=n) for n in range(20)]
     assert (await queue.post_batch(*events)).status_code == 202
     records = await queue.records()
@@ -116,7 +116,7 @@ async def test_events_of_one_name_go_to_one_partition_without_an_ordering_key(qu
     assert [json.loads(record.value)["payload"] for record in records] == list(range(20))
 
 
-async def test_a_batch_answers_for_each_event_and_puts_the_good_ones_on_the_topic(queue: Queue) -> None:
+async def test_a_batch_answers_for_each_event_and_puts_the_valid_ones_on_the_topic(queue: Queue) -> None:
     response = await queue.post_batch(submission(), submission(source=""), submission(external_job_id="x"))
     assert response.status_code == 202
     answer = response.json()
@@ -127,13 +127,13 @@ async def test_a_batch_answers_for_each_event_and_puts_the_good_ones_on_the_topi
     assert [id_header(record) for record in await queue.records() if record.key != b"x"] == [first["id"]]
 
 
-async def test_what_breaks_a_rule_never_reaches_the_topic(queue: Queue) -> None:
+async def test_a_submission_that_breaks_a_rule_never_reaches_the_topic(queue: Queue) -> None:
     assert_problem(await queue.post(destination="nowhere"), 422, "validation")
     assert (await queue.post_batch(submission(payload="\x00"))).status_code == 200
     assert await queue.records() == []
 
 
-async def test_many_requests_at_once_are_all_on_the_topic_once(queue: Queue) -> None:
+async def test_events_of_many_requests_at_once_are_each_on_the_topic_once(queue: Queue) -> None:
     singles = [queue.post() for _ in range(200)]
     batches = [queue.post_batch(*[submission() for _ in range(100)]) for _ in range(5)]
     responses = await asyncio.gather(*singles, *batches)
@@ -191,7 +191,9 @@ async def test_the_api_serves_without_kafka_and_refuses_submissions(open_queue: 
         assert (await queue.client.get("/api/v1/events/statistics")).json()["totals"]["accepted"] == 0
 
 
-async def test_submissions_go_to_the_database_meanwhile_if_so_set(open_queue: OpenQueue, database_url: str) -> None:
+async def test_submissions_go_to_the_database_while_kafka_is_away_if_so_configured(
+    open_queue: OpenQueue, database_url: str
+) -> None:
     async with open_queue(NO_KAFKA, SUBMIT_FALLBACK="database") as queue:
         sent = submission(external_job_id="job")
         response = await queue.client.post("/api/v1/events", json=sent)
@@ -221,7 +223,7 @@ async def accepted(posted: Awaitable[httpx.Response]) -> bool:
 
 
 @pytest.mark.timeout(180)
-async def test_what_was_accepted_before_the_broker_is_killed_is_there_when_it_is_back(
+async def test_events_accepted_before_the_broker_is_killed_are_there_when_it_is_back(
     kafka_broker: KafkaBroker, open_queue: OpenQueue
 ) -> None:
     if not kafka_broker.keeps_data:

@@ -95,7 +95,7 @@ async def test_every_answer_of_an_api_that_hands_events_to_kafka_is_described(
         ({"KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1", "SUBMIT_FALLBACK": "database"}, {"200", "201", "202"}),
     ],
 )
-def test_how_a_submission_is_answered_is_described_as_it_is_set_up(
+def test_the_answers_to_a_submission_are_described_as_configured(
     settings: MakeSettings, given: dict[str, str], answers: set[str]
 ) -> None:
     paths = document(settings(DATABASE_URL="postgresql://localhost/none", **given))["paths"]
@@ -104,7 +104,7 @@ def test_how_a_submission_is_answered_is_described_as_it_is_set_up(
 
 
 @pytest.mark.parametrize("management", [{}, {"MANAGEMENT_SERVER_PORT": "8081"}])
-async def test_the_document_lists_exactly_the_routes_there_are(
+async def test_the_document_lists_exactly_the_existing_routes(
     settings: MakeSettings, management: dict[str, str]
 ) -> None:
     chosen = settings(**management)

@@ -90,7 +90,7 @@ async def test_an_archived_day_is_restored_row_by_row(
     assert await archive(chosen) == type(told)()
 
 
-async def test_parquet_holds_the_same_rows(
+async def test_a_parquet_archive_holds_the_same_rows(
     client: Client, old_day: list[str], settings: MakeSettings, tmp_path: Path
 ) -> None:
     told = await archive(settings(ARCHIVE_DIRECTORY=str(tmp_path), ARCHIVE_FORMAT="parquet"))
@@ -118,7 +118,7 @@ async def test_parquet_holds_the_same_rows(
     assert waiting(client) == []
 
 
-async def test_without_a_directory_nothing_is_archived_nor_dropped(
+async def test_without_a_directory_no_partition_is_archived_or_dropped(
     client: Client, old_day: list[str], settings: MakeSettings
 ) -> None:
     assert (await archive(settings())).files == []
@@ -147,7 +147,7 @@ async def test_the_role_of_operators_suffices(
     assert waiting(client) == []
 
 
-async def test_what_is_archived_is_dropped(client: Client, old_day: list[str], chosen: Settings) -> None:
+async def test_an_archived_partition_is_dropped(client: Client, old_day: list[str], chosen: Settings) -> None:
     await archive(chosen)
     later = client.at(datetime.now(UTC) + timedelta(hours=2))
     later.rows("select orchestrator.run_maintenance()")
@@ -192,7 +192,7 @@ def run(chosen: Settings, tmp_path: Path) -> Callable[..., subprocess.CompletedP
 
 
 @pytest.mark.parametrize("step", ["rows", "fsync", "rename", "directory", "note", "second"])
-async def test_killed_at_any_step_it_is_whole_after_the_next_try(
+async def test_an_archive_killed_at_any_step_is_whole_after_the_next_try(
     client: Client, old_day: list[str], chosen: Settings, tmp_path: Path, step: str, run: Callable[..., Any]
 ) -> None:
     assert run("-c", KILLED, step).returncode == -9
@@ -231,7 +231,7 @@ async def test_a_disk_that_is_full_leaves_no_file_and_the_partition(
     assert waiting(client) == []
 
 
-async def test_a_directory_that_is_gone_is_a_problem_and_nothing_more(
+async def test_a_missing_directory_is_reported_and_does_no_harm(
     client: Client, old_day: list[str], chosen: Settings, tmp_path: Path
 ) -> None:
     tmp_path.rmdir()
@@ -243,7 +243,7 @@ async def test_a_directory_that_is_gone_is_a_problem_and_nothing_more(
     assert len((await archive(chosen)).files) == 2
 
 
-async def test_a_file_that_is_there_already_is_kept(
+async def test_an_archive_file_that_exists_already_is_kept(
     client: Client, old_day: list[str], chosen: Settings, tmp_path: Path
 ) -> None:
     (tmp_path / f"{EVENTS}.csv.gz").write_bytes(b"of another time")
@@ -278,7 +278,7 @@ async def halted(client: Client) -> None:
     )
 
 
-async def test_of_two_at_once_one_archives(client: Client, chosen: Settings, locked: Client) -> None:
+async def test_of_two_processes_at_once_one_archives(client: Client, chosen: Settings, locked: Client) -> None:
     first = asyncio.create_task(archive(chosen))
     await halted(client)
     async with asyncio.timeout(5):
@@ -287,7 +287,7 @@ async def test_of_two_at_once_one_archives(client: Client, chosen: Settings, loc
     assert len((await first).files) == 2
 
 
-async def test_stopped_in_the_middle_it_ends_at_once_and_leaves_nothing(
+async def test_archiving_stopped_in_the_middle_ends_at_once_and_leaves_no_file(
     client: Client, chosen: Settings, locked: Client, tmp_path: Path, old_day: list[str]
 ) -> None:
     task = asyncio.create_task(archive(chosen))

@@ -75,7 +75,7 @@ async def test_every_part_of_a_filter_narrows_it(api: httpx.AsyncClient, client:
     assert left(client, events) == events.keys()
 
 
-async def test_what_the_filter_names_is_cancelled_and_nothing_else(api: httpx.AsyncClient, client: Client) -> None:
+async def test_events_that_match_the_filter_are_cancelled_and_no_others(api: httpx.AsyncClient, client: Client) -> None:
     events = scheduled(client)
     body = {"source": "tests", "destination": "hooks.shop.example"}
     rehearsed = await cancelled(api, **body, dry_run=True)
@@ -84,7 +84,7 @@ async def test_what_the_filter_names_is_cancelled_and_nothing_else(api: httpx.As
     assert (await cancelled(api, **body))["matched"] == 0
 
 
-async def test_calls_are_bounded_and_go_on_where_the_one_before_ended(api: httpx.AsyncClient, client: Client) -> None:
+async def test_a_call_is_bounded_and_goes_on_where_the_one_before_ended(api: httpx.AsyncClient, client: Client) -> None:
     events = scheduled(client)
     tally = {"seen": 0, "matched": 0, "cancelled": 0}
     body: dict[str, Any] = {"source": "tests", "limit": 3, "after": None}
@@ -99,7 +99,7 @@ async def test_calls_are_bounded_and_go_on_where_the_one_before_ended(api: httpx
     assert left(client, events) == {"other"}
 
 
-async def test_what_is_being_delivered_goes_on_and_is_counted(api: httpx.AsyncClient, client: Client) -> None:
+async def test_an_attempt_under_way_goes_on_and_is_counted(api: httpx.AsyncClient, client: Client) -> None:
     client.schedule_many(2, scheduled_at=datetime.now(UTC))
     client.claim(1)
     done = await cancelled(api, source="tests")
@@ -138,7 +138,7 @@ async def test_a_request_that_breaks_a_rule_cancels_nothing(api: httpx.AsyncClie
     assert client.status(event_id) == "scheduled"
 
 
-async def test_a_range_of_times_that_holds_none_is_a_409(api: httpx.AsyncClient) -> None:
+async def test_an_empty_range_of_times_is_a_409(api: httpx.AsyncClient) -> None:
     for until in (NOON, NOON - DAY):
         body = {"from": NOON.isoformat(), "until": until.isoformat()}
         problem = assert_problem(await api.post(PATH, json=body), 409, "empty-range")
@@ -146,7 +146,7 @@ async def test_a_range_of_times_that_holds_none_is_a_409(api: httpx.AsyncClient)
         assert "expected a time after from" in problem["detail"]
 
 
-async def test_any_id_may_be_where_a_call_goes_on(api: httpx.AsyncClient, client: Client) -> None:
+async def test_a_call_may_go_on_after_any_id(api: httpx.AsyncClient, client: Client) -> None:
     client.schedule()
     for after in ("4fc0a1d5-1d3f-4d57-9ac4-1bb3b1d0b0c5", "ffffffff-ffff-ffff-ffff-ffffffffffff"):
         done = await cancelled(api, source="tests", after=after.upper())
@@ -163,7 +163,7 @@ def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeping, "_LOOKED_AT", 3)
 
 
-def test_a_dry_run_counts_and_names_some(call: Call, client: Client) -> None:
+def test_a_dry_run_counts_events_and_names_some(call: Call, client: Client) -> None:
     events = scheduled(client)
     shown = told(call("cancel", *FILTER, "--dry-run"))
     assert "2 would be cancelled" in shown
@@ -174,7 +174,7 @@ def test_a_dry_run_counts_and_names_some(call: Call, client: Client) -> None:
     assert left(client, events) == events.keys()
 
 
-def test_it_is_done_when_one_says_so(call: Call, client: Client) -> None:
+def test_events_are_cancelled_after_a_confirmation(call: Call, client: Client) -> None:
     events = scheduled(client)
     no = call("cancel", *FILTER, typed="n\n")
     assert (no.exit_code, "Cancel 2 events? [y/N]" in no.stdout) == (1, True)
@@ -186,7 +186,7 @@ def test_it_is_done_when_one_says_so(call: Call, client: Client) -> None:
     assert answer(call("cancel", "--from", "now", "--yes", "--json"))["cancelled"] == 6
 
 
-def test_it_fails_when_some_were_left_in_flight(call: Call, client: Client) -> None:
+def test_the_command_fails_when_events_were_left_in_flight(call: Call, client: Client) -> None:
     client.schedule_many(2, scheduled_at=datetime.now(UTC))
     client.claim(1)
     done = call("cancel", "--until", "+1d", "--yes")
@@ -201,17 +201,17 @@ def test_it_fails_when_some_were_left_in_flight(call: Call, client: Client) -> N
         (["--external-id", "x", "--yes"], "for many events, without ID"),
         (["--external-id", "x", "--source", "s"], "for many events, without ID"),
         (["--source", ""], "--source: expected a text; leave the option out to mean all"),
-        (["--source", "s", "--json"], "--json: nobody can be asked; say --yes, or --dry-run"),
+        (["--source", "s", "--json"], "--json: cannot ask for confirmation; add --yes or --dry-run"),
         (["--from", "now", "--until", "-1h"], "--until: expected a time after --from"),
         (["--from", "monday"], "--from': expected an RFC 3339 time with a zone"),
         (["--until", "2030-01-31"], "--until': expected an RFC 3339 time with a zone"),
     ],
 )
-def test_the_command_used_wrongly_says_how_it_is_used(arguments: list[str], complaint: str) -> None:
+def test_the_command_cancel_used_wrongly_says_how_it_is_used(arguments: list[str], complaint: str) -> None:
     assert complaint in refused(invoke("cancel", *arguments), 2)
 
 
-def test_a_destination_that_can_be_none_is_refused_by_its_option(call: Call) -> None:
+def test_an_invalid_destination_is_refused_by_its_option(call: Call) -> None:
     for name in ("*", "a b", "http://user@example.com/", "kafka:a/b", "x" * 301):
         said = refused(call("cancel", "--destination", name, "--yes"))
         assert said.startswith("--destination: expected a host such as")

@@ -104,7 +104,7 @@ def test_a_command_begins_its_own_help_as_the_list_of_commands_describes_it(name
         (["stats", "--watch", "--json"], "--watch and --json"),
     ],
 )
-def test_wrong_usage_is_one_line_on_standard_error_and_exit_code_2(arguments: list[str], complaint: str) -> None:
+def test_wrong_usage_prints_one_line_on_standard_error_and_exits_with_2(arguments: list[str], complaint: str) -> None:
     assert complaint in error_of(invoke(*arguments), 2)
 
 
@@ -170,19 +170,19 @@ def test_a_kafka_event_is_shown_with_its_topic(cli: Cli) -> None:
     assert document(cli("get", named, "--json"))["destination"] == "reminders"
 
 
-def test_priority_and_spread_are_kept(cli: Cli, client: Client) -> None:
+def test_priority_and_spread_given_as_options_are_kept(cli: Cli, client: Client) -> None:
     submitted(cli, "--at", "+1h", "--priority", "-3", "--spread", "0.00001")
     assert client.rows("select priority, spread from orchestrator.event") == [(-3, timedelta(microseconds=10))]
 
 
-def test_submitting_the_same_again_is_a_duplicate_of_the_same_id(cli: Cli) -> None:
+def test_submitting_the_same_event_again_is_a_duplicate_with_the_same_id(cli: Cli) -> None:
     event = ("submit", "--destination", HOOK, "--payload", "1", "--external-id", "x", "--at")
     kept = document(cli(*event, "+1h", "--json"))
     again = cli(*event, kept["scheduled_at"])
-    assert again.stdout == f"{kept['id']}  was kept before, and is unchanged\n"
+    assert again.stdout == f"{kept['id']}  was accepted before and is unchanged\n"
 
 
-def test_times_may_be_written_as_everywhere(cli: Cli, client: Client, tmp_path: Path) -> None:
+def test_files_of_submit_hold_times_in_every_accepted_form(cli: Cli, client: Client, tmp_path: Path) -> None:
     """By tests/times.json."""
     at = (datetime.now(UTC) + timedelta(days=1)).isoformat()
     event = {"source": "s", "scheduled_at": at, "destination": HOOK, "payload": 1}
@@ -197,7 +197,7 @@ def test_times_may_be_written_as_everywhere(cli: Cli, client: Client, tmp_path: 
 
 
 @pytest.mark.parametrize("text", ["2030-01-31 13:00+05", "2030-01-31t08:00:00z", "2030-01-31T08:00:00.0000004Z"])
-def test_options_take_times_as_files_do(cli: Cli, client: Client, text: str) -> None:
+def test_options_of_submit_read_times_in_every_accepted_form(cli: Cli, client: Client, text: str) -> None:
     event = ("submit", "--destination", HOOK, "--payload", "1")
     submitted(cli, "--at", "+1h", "--expires-at", text)
     assert client.column("select expires_at from orchestrator.event") == [datetime(2030, 1, 31, 8, tzinfo=UTC)]
@@ -274,7 +274,7 @@ NUMBERS = ("9" * 4301, "9" * 30, str(2**63), str(2**31), "-1", "1_000", "٣", "n
     ],
     ids=lambda command: " ".join(part for part in command if part != HOOK),
 )
-def test_numbers_that_are_none_or_too_large_end_in_a_message(cli: Cli, command: tuple[str, ...]) -> None:
+def test_wrong_numbers_in_options_and_arguments_end_in_a_message(cli: Cli, command: tuple[str, ...]) -> None:
     for number in NUMBERS:
         result = cli(*command, number) if command[-1].startswith("--") else cli(*command, "--", number)
         assert isinstance(result.exception, SystemExit | None), (number[:40], result.exception)
@@ -291,7 +291,7 @@ def test_numbers_that_are_none_or_too_large_end_in_a_message(cli: Cli, command: 
         ("stats", "--from", "-1h", "--source"), ("keys", "revoke"), ("submit",),
     ],
 )  # fmt: skip
-def test_an_argument_that_is_no_utf_8_ends_in_a_message(cli: Cli, command: tuple[str, ...]) -> None:
+def test_an_argument_that_is_not_utf_8_ends_in_a_message(cli: Cli, command: tuple[str, ...]) -> None:
     result = cli(*command, "a\udcff")
     assert isinstance(result.exception, SystemExit), result.exception
     assert error_of(result, result.exit_code)
@@ -382,14 +382,14 @@ def test_an_event_with_a_payload_too_deep_to_be_decoded_is_shown(cli: Cli, clien
     assert payload in cli("get", str(answer.id), "--json").stdout
 
 
-def test_what_a_client_sent_cannot_drive_the_terminal(cli: Cli) -> None:
+def test_texts_that_a_client_sent_cannot_drive_the_terminal(cli: Cli) -> None:
     identity = submitted(cli, "--at", "+1h", "--external-id", "\x1b[31mred[bold]")
     shown = cli("get", identity).stdout
     assert "\x1b" not in shown
     assert "\\x1b[31mred[bold]" in shown
 
 
-def test_cancel_tells_what_it_did_and_fails_when_there_was_nothing_to_cancel(cli: Cli) -> None:
+def test_cancel_reports_its_result_and_fails_when_there_was_nothing_to_cancel(cli: Cli) -> None:
     identity = submitted(cli, "--at", "+1h", "--external-id", "job")
     assert document(cli("cancel", identity, "--json"))["result"] == "cancelled"
     assert document(cli("cancel", "--external-id", "job", "--json"))[0]["result"] == "already_cancelled"
@@ -410,7 +410,7 @@ def test_stats_count_events_by_state(cli: Cli) -> None:
     assert re.search(r"scheduled +1 ", cli("stats").stdout)
 
 
-def test_stats_by_count_what_happened_in_a_range(cli: Cli) -> None:
+def test_stats_by_counts_outcomes_in_a_range_of_time(cli: Cli) -> None:
     for source, target in (("a", HOOK), ("a", HOOK), ("b\x1b[31m", "https://shop.example/x")):
         submitted(cli, "--at", "+1h", "--source", source, "--destination", target)
     by = document(cli("stats", "--by", "destination,source", "--json"))
@@ -424,7 +424,7 @@ def test_stats_by_count_what_happened_in_a_range(cli: Cli) -> None:
     assert re.search(r"minute +source +accepted\n", shown)
     assert re.search(r"\d\d:\d\d +a +2\n", shown)
     assert "\x1b" not in shown
-    assert "Nothing happened then." in cli("stats", "--until", "-1d").stdout
+    assert "There are no counts in this range." in cli("stats", "--until", "-1d").stdout
 
 
 @pytest.mark.parametrize(
@@ -432,12 +432,12 @@ def test_stats_by_count_what_happened_in_a_range(cli: Cli) -> None:
     [
         (["--by", "hour"], 2, "expected some of minute,source,destination, got 'hour'"),
         (["--by", ""], 2, "expected some of minute,source,destination, got ''"),
-        (["--by", "minute", "--watch"], 2, "--watch: shows states; leave --by and the filter out"),
+        (["--by", "minute", "--watch"], 2, "--watch: shows only states; leave --by and the filter out"),
         (["--from", "+1h"], 1, "--from: expected a time before until"),
         (["--from", "now", "--until", "-1h"], 2, "--until: expected a time after --from"),
     ],
 )
-def test_counts_that_cannot_be_say_why(cli: Cli, options: list[str], exit_code: int, complaint: str) -> None:
+def test_stats_with_wrong_options_say_why(cli: Cli, options: list[str], exit_code: int, complaint: str) -> None:
     assert complaint in error_of(cli("stats", *options), exit_code)
 
 
@@ -455,7 +455,7 @@ async def test_a_dead_letter_is_listed_and_its_attempts_are_in_the_timeline(cli:
 # config and keys
 
 
-def test_config_check_masks_secrets_and_names_what_is_odd(cli: Cli) -> None:
+def test_config_check_masks_secrets_and_names_doubtful_settings(cli: Cli) -> None:
     given = {"DATABASE_URL": "jdbc:postgresql://u:geheim@db/x", "SCHEDULER_BATCHSIZE": "5", "BATCH_SIZE": "7"}
     checked = document(cli("config", "check", "--json", **given))
     assert checked["settings"]["SCHEDULER_BATCH_SIZE"]["value"] == "7"
@@ -488,7 +488,7 @@ def test_a_key_is_printed_once_listed_without_itself_and_gone_when_revoked(cli: 
     assert "no key named 'web'" in error_of(cli("keys", "revoke", "web"), 1)
 
 
-def test_a_key_is_all_that_standard_output_holds(cli: Cli) -> None:
+def test_creating_a_key_prints_only_the_key_on_standard_output(cli: Cli) -> None:
     result = cli("keys", "create", "ci", "--scope", "admin")
     assert re.fullmatch(r"orch_[A-Za-z0-9_-]{43}\n", result.stdout)
     assert "not shown again" in result.stderr
@@ -517,7 +517,7 @@ def test_doctor_finds_a_fresh_installation_well(cli: Cli) -> None:
     assert {"settings", "database", "clock", "roles", "migrations", "rights", "partitions", "leases"} <= found.keys()
 
 
-def test_doctor_names_what_is_wrong_in_production(cli: Cli) -> None:
+def test_doctor_names_settings_that_are_wrong_in_production(cli: Cli) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = cli("doctor", "--json", ENVIRONMENT="production", SERVER_PORT=str(taken.getsockname()[1]))
     assert result.exit_code == 1
@@ -527,7 +527,7 @@ def test_doctor_names_what_is_wrong_in_production(cli: Cli) -> None:
     assert found["rights"] == "warning"
 
 
-def test_doctor_reports_work_that_nobody_does(cli: Cli, database_url: str) -> None:
+def test_doctor_reports_work_that_no_process_does(cli: Cli, database_url: str) -> None:
     submitted(cli, "--max-retries", "0")
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("update orchestrator.timer set due_at = due_at - interval '1 hour'")
@@ -542,7 +542,7 @@ def test_doctor_reports_work_that_nobody_does(cli: Cli, database_url: str) -> No
     assert shown.exit_code == 1
 
 
-def test_doctor_says_what_to_do_when_nothing_else_can_be_looked_at(cli: Cli, empty_database_url: str) -> None:
+def test_doctor_says_what_to_do_when_no_further_check_is_possible(cli: Cli, empty_database_url: str) -> None:
     assert "start the server" in cli("doctor", DATABASE_URL=NOWHERE).stdout
     assert "run orchestrator migrate" in cli("doctor", DATABASE_URL=empty_database_url).stdout
     wrong = cli("doctor", DATABASE_URL=NOWHERE, SERVER_PORT="x")
@@ -612,7 +612,7 @@ def login(database_url: str) -> Iterator[Callable[[str], str]]:
             connection.execute(f"drop role {name}".encode())
 
 
-async def test_each_role_of_the_database_suffices_for_what_it_is_named_after(
+async def test_each_role_of_the_database_suffices_for_its_command(
     cli: Cli, spawn: Spawn, login: Callable[[str], str], receiver: Receiver
 ) -> None:
     event = ("submit", "--destination", receiver.url("/hook"), "--payload", "1")
@@ -629,7 +629,7 @@ async def test_each_role_of_the_database_suffices_for_what_it_is_named_after(
     assert await api.stop() == 0
 
 
-async def test_a_process_is_ready_only_while_its_login_may_do_what_it_is_for(
+async def test_a_process_is_ready_only_while_its_login_has_the_rights_it_needs(
     spawn: Spawn, login: Callable[[str], str], client: Client
 ) -> None:
     url = login("orchestrator_read")

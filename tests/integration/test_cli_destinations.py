@@ -66,11 +66,11 @@ def test_every_setting_is_set_by_an_option_and_shown(call: Call) -> None:
     cleared += [f"breaker-{name}" for name in ("failures", "ratio", "minimum", "window", "cooldown", "max-cooldown")]
     told(call("destinations", "set", "api.example", *[part for name in cleared for part in ("--clear", name)]))
     shown = told(call("destinations", "show", "api.example"))
-    for text in ("no limit", "no bound of its own", "10 failures in a row, or 50% of at least 20 attempts in 30.0 s"):
+    for text in ("no limit", "no bound", "10 failures in a row, or 50% of at least 20 attempts in 30.0 s"):
         assert text in shown
 
 
-def test_setting_says_what_waits_and_what_overlaps(call: Call, client: Client) -> None:
+def test_destinations_set_says_how_many_events_wait_and_which_patterns_overlap(call: Call, client: Client) -> None:
     submit(client, 3, after_s=600)
     told(call("destinations", "set", "*.example", "--rate", "5"))
     shown = told(call("destinations", "set", API, "--rate", "5"))
@@ -94,7 +94,7 @@ def test_setting_says_what_waits_and_what_overlaps(call: Call, client: Client) -
     ],
     ids=str,
 )
-def test_nonsense_is_refused_by_the_name_of_its_option(call: Call, options: list[str], complaint: str) -> None:
+def test_a_wrong_setting_is_refused_by_the_name_of_its_option(call: Call, options: list[str], complaint: str) -> None:
     assert refused(call("destinations", "set", "api.example", *options)).startswith(complaint)
     assert answer(call("destinations", "list", "--json")) == []
 
@@ -106,12 +106,12 @@ def test_a_header_without_a_colon_is_refused_without_repeating_it(call: Call) ->
 
 
 @pytest.mark.parametrize("command", ["show", "resume", "close-breaker", "delete"])
-def test_a_destination_that_is_not_there_is_named_with_what_holds_instead(call: Call, command: str) -> None:
+def test_an_unknown_destination_is_named_with_the_pattern_that_holds_instead(call: Call, command: str) -> None:
     assert "there is no destination 'api.example'; orchestrator destinations list" in refused(
         call("destinations", command, "api.example")
     )
     told(call("destinations", "set", "*.example"))
-    assert "there is no destination 'api.example' of its own; *.example holds for it" in refused(
+    assert "there is no destination 'api.example'; the limits of *.example hold for it" in refused(
         call("destinations", command, "api.example")
     )
     assert "pauses everything" in refused(call("destinations", command, "*"))
@@ -121,7 +121,7 @@ def test_destinations_are_listed_by_page(call: Call, client: Client) -> None:
     assert told(call("destinations", "list")) == "No destination is configured.\n"
     for name in ("a.example", "b.example", "c.example"):
         told(call("destinations", "set", name, "--rate", "5", "--burst", "2", "--max-parallel", "4"))
-    client.value("select orchestrator.own_lane('d.example', false)")
+    client.value("select orchestrator.ensure_dedicated_lane('d.example', false)")
     page = answer(call("destinations", "list", "--limit", "2", "--json"))
     assert [each["name"] for each in page] == ["a.example", "b.example"]
     shown = told(call("destinations", "list", "--limit", "2"))
@@ -129,7 +129,7 @@ def test_destinations_are_listed_by_page(call: Call, client: Client) -> None:
     assert "There are more: --after b.example" in shown
     shown = told(call("destinations", "list", "--after", "b.example"))
     assert "a.example" not in shown
-    assert re.search(r"d\.example +ok +0 +0 +watched: attempts failed", shown)
+    assert re.search(r"d\.example +ok +0 +0 +not configured: attempts failed", shown)
 
 
 def test_a_paused_destination_waits_until_it_is_resumed(call: Call, client: Client) -> None:
@@ -146,7 +146,7 @@ def test_a_paused_destination_waits_until_it_is_resumed(call: Call, client: Clie
     assert answer(call("destinations", "resume", "api.example", "--json"))["resumed"] is False
 
 
-def test_everything_is_paused_and_resumed(call: Call, client: Client) -> None:
+def test_all_deliveries_are_paused_and_resumed_by_command(call: Call, client: Client) -> None:
     submit(client)
     assert told(call("pause")).startswith("Everything is paused, with 0 in flight: no attempt begins anywhere")
     assert client.claim_on() == []
@@ -167,8 +167,8 @@ def open_breaker(client: Client) -> None:
 def test_a_breaker_is_shown_and_closed(call: Call, client: Client) -> None:
     open_breaker(client)
     shown = told(call("destinations", "show", "api.example"))
-    assert re.search(r"breaker +open since .*, next try .* \(in", shown)
-    assert "for its breaker, since attempts failed" in shown
+    assert re.search(r"breaker +open since .*, next trial .* \(in", shown)
+    assert "for its breaker, because attempts failed" in shown
     assert re.search(r"breakers open +1 ", told(call("stats")))
     assert "api.example has its breaker closed" in told(call("destinations", "close-breaker", "api.example"))
     assert answer(call("destinations", "close-breaker", "api.example", "--json"))["closed"] is False
@@ -183,7 +183,7 @@ def test_a_deleted_destination_has_no_limits_any_more(call: Call, client: Client
     assert len(client.claim_on()) == 2
 
 
-def test_names_from_elsewhere_cannot_drive_the_terminal(call: Call, client: Client) -> None:
+def test_destination_names_cannot_drive_the_terminal(call: Call, client: Client) -> None:
     client.rows(
         "insert into orchestrator.destination (name, configured, changed_at) values (%s, true, now())", "[red]x"
     )
@@ -222,18 +222,18 @@ def test_the_forecast_of_one_destination_leaves_out_the_others(call: Call, clien
     assert "other.org" not in shown
 
 
-def test_the_forecast_says_what_stands_still(call: Call, client: Client) -> None:
+def test_the_forecast_names_destinations_that_stand_still(call: Call, client: Client) -> None:
     submit(client, 5, after_s=60)
     told(call("destinations", "pause", "api.example"))
     shown = told(call("forecast"))
     assert "5 will be late." in shown
-    assert "they do until it is resumed" in shown
+    assert "wait until it is resumed" in shown
     told(call("pause"))
-    assert "Everything is paused: nothing begins until orchestrator resume." in told(call("forecast"))
+    assert "Everything is paused: no delivery begins until orchestrator resume." in told(call("forecast"))
 
 
-def test_the_forecast_of_nothing_is_a_line(call: Call) -> None:
-    assert told(call("forecast", "--hours", "2.5")) == "Nothing is due within 2.5 h.\n"
+def test_an_empty_forecast_is_one_line(call: Call) -> None:
+    assert told(call("forecast", "--hours", "2.5")) == "No event is due within 2.5 h.\n"
 
 
 @pytest.mark.parametrize("hours", ["0.01", "1", "24", "168"])
@@ -258,14 +258,16 @@ def test_the_forecast_fits_its_buckets_to_how_far_it_looks(call: Call, client: C
     ],
     ids=str,
 )
-def test_a_forecast_that_cannot_be_is_refused(call: Call, options: list[str], exit_code: int, complaint: str) -> None:
+def test_a_forecast_with_wrong_options_is_refused(
+    call: Call, options: list[str], exit_code: int, complaint: str
+) -> None:
     assert refused(call("forecast", *options), exit_code).startswith(complaint)
 
 
 # get
 
 
-def test_the_story_of_an_event_says_what_it_waited_for(call: Call, client: Client) -> None:
+def test_the_story_of_an_event_says_why_it_waited(call: Call, client: Client) -> None:
     [uid] = submit(client, after_s=-5, spread_seconds=0.5)
     [lease] = client.claim()
     moment = datetime.now(UTC).timestamp()
@@ -300,7 +302,7 @@ def story(call: Call, uid: str) -> str:
     return " ".join(told(call("get", uid)).split())
 
 
-def test_the_story_says_what_an_event_waits_for_now(call: Call, client: Client) -> None:
+def test_the_story_says_why_an_event_waits_now(call: Call, client: Client) -> None:
     [uid] = submit(client)
     assert "attempt 1 due" in story(call, uid)
     told(call("destinations", "pause", "api.example"))
@@ -344,7 +346,7 @@ def diagnosed(environ: Callable[..., dict[str, str]]) -> Callable[[], dict[str, 
     return run
 
 
-def test_doctor_says_what_stands_still(
+def test_doctor_names_destinations_that_stand_still(
     call: Call, client: Client, diagnosed: Callable[[], dict[str, tuple[str, str]]]
 ) -> None:
     found = diagnosed()
@@ -356,10 +358,10 @@ def test_doctor_says_what_stands_still(
     found = diagnosed()
     assert "1 destination paused: other.example since" in found["pauses"][1]
     assert "orchestrator destinations resume NAME" in found["pauses"][1]
-    assert "open for 1 destination, which fail: api.example since" in found["breakers"][1]
+    assert "open for 1 destination, because attempts fail: api.example since" in found["breakers"][1]
     assert "slow.example (49 events at 0.01 a second)" in found["rates"][1]
     told(call("pause"))
     client.rows("update orchestrator.timer set due_at = due_at - interval '1 hour'")
     found = diagnosed()
     assert found["backlog"][0] == "warning"
-    assert "everything is paused; go on: orchestrator resume" in found["backlog"][1]
+    assert "everything is paused; to continue: orchestrator resume" in found["backlog"][1]

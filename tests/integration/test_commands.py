@@ -130,7 +130,7 @@ async def test_a_command_that_is_wrong_is_answered_with_the_problem_and_kept_as_
     assert rejects == [(topic.commands, offset, field) for offset, (_, _, field, _) in enumerate(wrong)]
 
 
-async def test_a_command_whose_commit_is_answered_to_nobody_is_carried_out_and_answered_once(
+async def test_a_command_whose_commit_reply_is_lost_is_carried_out_and_answered_once(
     settings: MakeSettings, client: Client, topic: Topic, database_url: str
 ) -> None:
     event_id = client.schedule()

@@ -148,7 +148,7 @@ async def test_redriven_events_are_delivered_and_keep_their_history(
         assert client.outcomes(event_id) == [(1, "dead"), (1, "redriven"), (2, "delivered")]
 
 
-async def test_a_purge_forgets_the_letters_and_leaves_the_events_dead(
+async def test_a_purge_forgets_dead_letters_and_leaves_their_events_dead(
     api: httpx.AsyncClient, client: Client, dead: dict[str, list[str]]
 ) -> None:
     body: dict[str, Any] = {"source": "tests", "limit": 5}
@@ -174,7 +174,7 @@ WRONG_BODIES: list[tuple[Any, set[str]]] = [
 ]
 
 
-async def test_a_body_that_breaks_rules_is_a_422_that_names_each(
+async def test_a_body_that_breaks_rules_is_a_422_that_names_each_field(
     api: httpx.AsyncClient, client: Client, dead: dict[str, list[str]]
 ) -> None:
     for what in ("redrive", "purge"):
@@ -193,7 +193,7 @@ async def test_a_purge_of_everything_is_refused(api: httpx.AsyncClient) -> None:
         assert "expected at least one of source, destination, from, until, reason" in problem["detail"]
 
 
-async def test_a_parameter_that_is_wrong_is_named(api: httpx.AsyncClient) -> None:
+async def test_a_wrong_parameter_of_the_list_is_named(api: httpx.AsyncClient) -> None:
     for query, status, kind, field in (
         ("source=", 422, "validation", "source"),
         ("destination=a%20b", 422, "validation", "destination"),
@@ -214,7 +214,9 @@ def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeping, "_LOOKED_AT", 3)
 
 
-def test_they_are_listed_by_filter_and_shown_one_by_one(call: Call, client: Client, dead: dict[str, list[str]]) -> None:
+def test_dead_letters_are_listed_by_filter_and_shown_one_by_one(
+    call: Call, client: Client, dead: dict[str, list[str]]
+) -> None:
     everything = answer(call("dead-letters", "list", "--json"))
     assert [each["died_at"] for each in everything] == sorted((each["died_at"] for each in everything), reverse=True)
     narrowed = answer(call("dead-letters", "list", "--destination", BANK, "--from", "-2h", "--reason", "410", "--json"))
@@ -222,7 +224,7 @@ def test_they_are_listed_by_filter_and_shown_one_by_one(call: Call, client: Clie
     shown = told(call("dead-letters", "list", "--limit", "3"))
     assert "timeout: no answer" in shown
     assert "There are more: --limit 15" in shown
-    assert "There are none such." in told(call("dead-letters", "list", "--source", "nobody"))
+    assert "No dead letter matches the filter." in told(call("dead-letters", "list", "--source", "nobody"))
     event_id = dead["topic"][0]
     story = told(call("dead-letters", "show", event_id))
     assert all(text in story for text in (event_id, "attempt 1 dead", "no such TOPIC"))
@@ -232,13 +234,13 @@ def test_they_are_listed_by_filter_and_shown_one_by_one(call: Call, client: Clie
     assert "there is no event" in refused(call("dead-letters", "show", UNKNOWN))
 
 
-def test_a_redrive_by_command_asks_first_and_goes_on_until_all_are_done(
+def test_a_redrive_by_command_asks_first_and_goes_on_until_all_events_are_done(
     call: Call, client: Client, dead: dict[str, list[str]]
 ) -> None:
     which = ("dead-letters", "redrive", "--source", "tests")
     assert "6 would be redriven" in told(call(*which, "--dry-run"))
     no = call(*which, typed="n\n")
-    assert (no.exit_code, "Have 6 dead events tried again? [y/N]" in no.stdout) == (1, True)
+    assert (no.exit_code, "Redrive 6 dead events? [y/N]" in no.stdout) == (1, True)
     assert len(listed(client)) == 8
     assert "looked at 8: 6 matched, 6 redriven" in told(call(*which, "--rate", "0.5", "--yes"))
     assert listed(client) == ids(dead, {"other"})
@@ -248,7 +250,9 @@ def test_a_redrive_by_command_asks_first_and_goes_on_until_all_are_done(
     assert (done["matched"], done["redriven"]) == (2, 2)
 
 
-def test_a_limit_is_of_those_that_the_filter_means(call: Call, client: Client, dead: dict[str, list[str]]) -> None:
+def test_a_limit_counts_only_dead_letters_that_match_the_filter(
+    call: Call, client: Client, dead: dict[str, list[str]]
+) -> None:
     for limit, left in ((1, 7), (4, 3), (9, 2)):
         done = answer(call("dead-letters", "redrive", "--source", "tests", "--limit", str(limit), "--yes", "--json"))
         assert done["redriven"] == done["matched"]
@@ -256,7 +260,7 @@ def test_a_limit_is_of_those_that_the_filter_means(call: Call, client: Client, d
     assert listed(client) == ids(dead, {"other"})
 
 
-def test_one_is_redriven_by_its_id(call: Call, client: Client, dead: dict[str, list[str]]) -> None:
+def test_a_dead_event_is_redriven_by_its_id(call: Call, client: Client, dead: dict[str, list[str]]) -> None:
     event_id = dead["shop"][0]
     assert told(call("dead-letters", "redrive", event_id)) == f"{event_id}  redriven\n"
     assert listed(client) == ids(dead, set(dead)) - {event_id}
@@ -269,7 +273,7 @@ def test_one_is_redriven_by_its_id(call: Call, client: Client, dead: dict[str, l
 def test_a_purge_by_command_asks_first(call: Call, client: Client, dead: dict[str, list[str]]) -> None:
     which = ("dead-letters", "purge", "--until", "-30m")
     no = call(*which, typed="\n")
-    assert (no.exit_code, "Forget 4 dead letters? [y/N]" in no.stdout) == (1, True)
+    assert (no.exit_code, "Purge 4 dead letters? [y/N]" in no.stdout) == (1, True)
     assert len(listed(client)) == 8
     assert answer(call(*which, "--yes", "--json"))["purged"] == 4
     assert "4 matched, 4 purged" in call("dead-letters", "purge", "--until", "now", typed="y\n").stdout
@@ -287,12 +291,12 @@ def test_a_purge_by_command_asks_first(call: Call, client: Client, dead: dict[st
         (["redrive", "--rate", "0"], "--rate: expected more than 0 and at most 100,000 a second, got 0.0"),
         (["redrive", "--rate", "nan"], "--rate: expected more than 0"),
         (["redrive", "--limit", "0"], "0 is not in the range"),
-        (["redrive", "--json"], "--json: nobody can be asked"),
+        (["redrive", "--json"], "--json: cannot ask for confirmation"),
         (["redrive", UNKNOWN, "--rate", "5"], "ID: names one event"),
         (["redrive", UNKNOWN, "--source", "s"], "ID: names one event"),
         (["purge"], "expected a filter: --source, --destination, --from, --until or --reason; for all, --until now"),
         (["purge", "--yes", "--reason", ""], "--reason: expected a text"),
     ],
 )
-def test_the_command_used_wrongly_says_how_it_is_used(arguments: list[str], complaint: str) -> None:
+def test_the_command_dead_letters_used_wrongly_says_how_it_is_used(arguments: list[str], complaint: str) -> None:
     assert complaint in refused(invoke("dead-letters", *arguments), 2)

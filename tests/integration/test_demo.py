@@ -92,7 +92,7 @@ async def test_the_demo_refuses_a_database_in_which_events_wait_for_delivery(spa
     assert "Error: --database-url: the demo would deliver what waits" in process.log()
 
 
-def test_the_result_counts_what_was_lost_repeated_and_early() -> None:
+def test_the_result_counts_lost_repeated_and_early_deliveries() -> None:
     scheduled = {"a": 10.0, "b": 10.0, "c": 10.0, "d": 12.0}
     ids = ["a", "b", "b", "stranger", "d", "b"]
     result = result_of(scheduled, 10.0, ids, [10.1, 10.2, 10.3, 10.4, 11.5, 10.6])

@@ -64,7 +64,7 @@ async def test_a_destination_has_a_time_out_of_its_own_shorter_or_longer(
     assert client.status(long) == "delivered"
 
 
-async def test_a_destination_is_signed_for_with_its_own_secret_and_others_with_ours(
+async def test_a_destination_is_signed_for_with_its_own_secret_and_others_with_the_general_one(
     settings: MakeSettings, client: Client, receiver: Receiver, secrets: Path
 ) -> None:
     (secrets / "acme").write_text(f"{NEW}\n{OLD}\n")
@@ -94,7 +94,7 @@ async def test_a_secret_that_is_replaced_is_used_without_a_restart(
             await finished(client, [client.schedule(scheduled_at=soon(0), destination=receiver.url())])
 
 
-async def test_a_secret_header_takes_the_place_of_the_events_own_and_never_of_ours(
+async def test_a_secret_header_replaces_the_events_own_header_and_never_a_reserved_one(
     settings: MakeSettings, client: Client, receiver: Receiver, secrets: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)

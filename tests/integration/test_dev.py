@@ -37,7 +37,7 @@ async def test_an_event_goes_through_kafka_in_every_run_with_the_same_database(s
         assert await process.stop() == 0
 
 
-async def test_what_was_accepted_before_a_stop_is_kept(spawn: Spawn, database_url: str) -> None:
+async def test_an_event_accepted_before_a_stop_is_kept(spawn: Spawn, database_url: str) -> None:
     process = spawn("dev", "--json")
     where = await addresses(process)
     event = {"source": "tests", "scheduled_at": (datetime.now(UTC) + timedelta(hours=1)).isoformat(), "payload": 1}
@@ -69,7 +69,7 @@ async def test_runs_after_one_that_was_killed_share_a_broker_that_runs(spawn: Sp
     assert [await process.stop() for process in (first, second)] == [0, 0]
 
 
-async def test_brokers_that_are_given_are_used(spawn: Spawn) -> None:
+async def test_dev_uses_the_brokers_that_are_given(spawn: Spawn) -> None:
     process = spawn("dev", "--json", KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1")
     assert await process.wait() == 1
     await eventually(lambda: "Error: KAFKA_BOOTSTRAP_SERVERS: no broker answers at 127.0.0.1:1" in process.log())

@@ -91,7 +91,7 @@ def outcomes(client: Client, event_id: str) -> list[Any]:
     return cast(list[Any], client.get(event_id)["outcomes"])
 
 
-async def test_every_event_is_delivered_once_on_time_and_none_early(
+async def test_every_event_is_delivered_once_and_on_time_and_never_early(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     due = [soon(0.3 + n / 250) for n in range(250)]
@@ -207,7 +207,7 @@ async def test_every_line_about_an_event_carries_its_id(
     assert cast(Any, lines[0]).error == "HTTP 500 Internal Server Error"
 
 
-async def test_a_notification_wakes_it_long_before_the_poll(
+async def test_a_notification_wakes_the_dispatcher_long_before_the_poll(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     async with dispatching(settings(SCHEDULER_POLL_INTERVAL_MS="10000")):
@@ -220,7 +220,7 @@ async def test_a_notification_wakes_it_long_before_the_poll(
             assert receiver.requests[-1].arrived_at - submitted_at < 2
 
 
-async def test_without_notifications_polling_finds_what_is_due(
+async def test_polling_finds_due_events_without_notifications(
     settings: MakeSettings, client: Client, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with deafness(monkeypatch), dispatching(settings(SCHEDULER_POLL_INTERVAL_MS="300")):
@@ -228,7 +228,7 @@ async def test_without_notifications_polling_finds_what_is_due(
         await receiver.wait_for(1, timeout_s=3)
 
 
-async def test_with_polls_far_apart_it_looks_again_when_the_next_event_is_due(
+async def test_a_dispatcher_with_rare_polls_claims_again_when_the_next_event_is_due(
     settings: MakeSettings, client: Client, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Known before the first claim, due after its look-ahead, long before the next poll; and nobody tells.
@@ -240,7 +240,7 @@ async def test_with_polls_far_apart_it_looks_again_when_the_next_event_is_due(
     assert 0 <= receiver.requests[0].arrived_at - due.timestamp() < 1
 
 
-async def test_what_another_session_has_locked_does_not_make_it_claim_without_a_pause(
+async def test_events_locked_by_another_session_do_not_cause_claims_without_a_pause(
     settings: MakeSettings, client: Client, receiver: Receiver, database_url: str
 ) -> None:
     event_id = client.schedule(scheduled_at=soon(0), destination=receiver.url())
@@ -284,7 +284,7 @@ async def test_no_more_events_are_held_than_the_prefetch_allows(
     assert len(set(gate.sent)) == len(gate.sent) == len(ids) + 1
 
 
-async def test_a_stop_lets_attempts_finish_and_hands_the_rest_back_unspent(
+async def test_a_stop_lets_attempts_finish_and_hands_other_events_back_unspent(
     settings: MakeSettings, client: Client, gate: Gate
 ) -> None:
     due_now = schedule_apart(client, 4, soon(-1))
@@ -303,7 +303,7 @@ async def test_a_stop_lets_attempts_finish_and_hands_the_rest_back_unspent(
     assert spared == [(None, 4)] * 10  # as many attempts as a new event has
 
 
-async def test_an_attempt_that_outlasts_the_stop_is_cut_short_and_left_to_others(
+async def test_an_attempt_that_outlasts_the_stop_is_cut_short_and_left_to_other_workers(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     url = receiver.script("/slow", HANG)
@@ -335,7 +335,7 @@ async def test_a_stop_while_the_database_is_away_ends_in_time(
         assert time.monotonic() - began_s < 3
 
 
-async def test_a_stop_with_nothing_to_record_does_not_wait_for_a_database_that_is_away(
+async def test_a_stop_without_results_to_record_does_not_wait_for_a_database_that_is_away(
     settings: MakeSettings, postgres_server: EmbeddedPostgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     ours = settings(DATABASE_URL=postgres_server.url("orchestrator"), SHUTDOWN_TIMEOUT_SECONDS="20")
@@ -378,7 +378,7 @@ def terminate(client: Client) -> None:
         client.rows("select pg_terminate_backend(%s)", pid)
 
 
-async def test_a_database_that_hangs_is_given_up_and_connected_to_anew(
+async def test_a_database_that_hangs_is_given_up_and_connected_to_again(
     settings: MakeSettings, client: Client, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "ANSWER_S", 0.3)
@@ -443,7 +443,7 @@ async def test_a_database_that_refuses_every_claim_is_not_hammered(
     assert arrivals(receiver.requests) == {event_id: 1}
 
 
-async def test_a_function_that_is_missing_for_a_while_does_not_end_it(
+async def test_a_function_that_is_missing_for_a_while_does_not_end_the_dispatcher(
     settings: MakeSettings, client: Client, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with dispatching(settings(SCHEDULER_POLL_INTERVAL_MS="50")):
@@ -525,7 +525,7 @@ async def test_a_sender_that_fails_costs_one_attempt_and_not_the_dispatcher(
     assert cast(Any, line).event_id == event_id
 
 
-async def test_a_lease_too_short_for_an_attempt_is_handed_back_and_claimed_anew(
+async def test_a_lease_too_short_for_an_attempt_is_handed_back_and_claimed_again(
     settings: MakeSettings, client: Client, gate: Gate
 ) -> None:
     """What waits in memory behind slow receivers is not begun when another might begin it before its end."""
@@ -542,7 +542,7 @@ async def test_a_lease_too_short_for_an_attempt_is_handed_back_and_claimed_anew(
     assert statuses(client, ids) == {"delivered": 3}
 
 
-async def test_results_that_waited_for_the_database_are_recorded_before_anything_is_claimed(
+async def test_results_that_waited_for_the_database_are_recorded_before_the_next_claim(
     settings: MakeSettings, postgres_server: EmbeddedPostgres, gate: Gate
 ) -> None:
     """Their leases may have run out, and a claim would take them and have them delivered twice."""
@@ -573,7 +573,7 @@ def end_all_leases(server: EmbeddedPostgres) -> None:
         )
 
 
-async def test_an_idle_dispatcher_asks_once_a_second_at_most_and_hardly_uses_the_processor(
+async def test_an_idle_dispatcher_asks_at_most_once_a_second_and_hardly_uses_the_processor(
     spawn: Spawn, postgres_server: EmbeddedPostgres
 ) -> None:
     url = postgres_server.url("orchestrator")

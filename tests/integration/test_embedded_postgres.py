@@ -133,7 +133,7 @@ class Owner:
         self.process.communicate(timeout=30)
 
 
-def test_it_listens_on_loopback_and_on_a_private_socket_and_asks_for_the_password(
+def test_a_server_listens_on_loopback_and_a_private_socket_and_asks_for_the_password(
     server: EmbeddedPostgres,
 ) -> None:
     assert query(server.url(), "select host(inet_server_addr())") == "127.0.0.1"
@@ -146,7 +146,7 @@ def test_it_listens_on_loopback_and_on_a_private_socket_and_asks_for_the_passwor
             psycopg.connect(f"postgresql://{SUPERUSER}:wrong@{address}")
 
 
-def test_it_is_durable_unicode_checksummed_and_in_utc_by_default() -> None:
+def test_a_server_is_durable_unicode_checksummed_and_in_utc_by_default() -> None:
     expected = {
         "fsync": "on",
         "synchronous_commit": "on",
@@ -203,7 +203,7 @@ def test_starting_a_running_server_again_changes_nothing(server: EmbeddedPostgre
     assert postmaster_pid(server) == pid
 
 
-def test_another_process_uses_the_running_server_and_leaves_it_running(server: EmbeddedPostgres) -> None:
+def test_a_second_process_uses_the_running_server_and_leaves_it_running(server: EmbeddedPostgres) -> None:
     guest = Owner(server.data_dir, "keep")
     guest.finish()
     assert guest.port == server.port
@@ -283,7 +283,7 @@ def test_a_creation_that_was_interrupted_is_begun_again(open_path: Path) -> None
         assert query(server.url(), "select 1") == 1
 
 
-def test_less_memory_is_used_where_the_system_refuses_as_much_as_was_wished() -> None:
+def test_a_server_uses_less_memory_where_the_system_refuses_the_wanted_amount() -> None:
     if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
         pytest.skip("this system never refuses memory")
     with EmbeddedPostgres.temporary(tuning={"shared_buffers": "7TB", "huge_pages": "off"}) as server:

@@ -40,7 +40,7 @@ class Gate:
 # Delivering
 
 
-async def test_what_expires_while_it_waits_for_a_connection_is_not_attempted(
+async def test_an_event_that_expires_while_it_waits_for_a_connection_is_not_attempted(
     settings: MakeSettings, client: Client
 ) -> None:
     gate = Gate()
@@ -85,7 +85,7 @@ async def test_a_slot_under_a_rate_that_comes_after_the_expiry_is_not_used(
         assert client.status(headers(found)["orchestrator-event-id"]) == "delivered"
 
 
-async def test_no_further_attempt_follows_one_that_failed_when_the_event_has_expired(
+async def test_no_attempt_follows_a_failed_one_when_the_event_has_expired(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     client.rows(
@@ -104,7 +104,7 @@ async def test_no_further_attempt_follows_one_that_failed_when_the_event_has_exp
 # Submitting
 
 
-async def test_it_comes_in_alone_and_in_a_batch_and_is_answered_with_the_event(api: httpx.AsyncClient) -> None:
+async def test_an_expiry_is_submitted_alone_and_in_a_batch_and_shown_with_the_event(api: httpx.AsyncClient) -> None:
     expires_at = tomorrow() + timedelta(hours=1, microseconds=1)
     sent = submission(expires_at=expires_at.isoformat())
     one = (await api.post("/api/v1/events", json=sent)).json()["id"]
@@ -116,7 +116,7 @@ async def test_it_comes_in_alone_and_in_a_batch_and_is_answered_with_the_event(a
     assert [each and datetime.fromisoformat(each) for each in found] == [expires_at, expires_at, None]
 
 
-async def test_one_that_does_not_come_after_the_time_is_refused_everywhere(api: httpx.AsyncClient) -> None:
+async def test_an_expiry_that_is_not_after_the_scheduled_time_is_refused_everywhere(api: httpx.AsyncClient) -> None:
     at = tomorrow().isoformat()
     wrong = submission(scheduled_at=at, expires_at=at)
     assert fields(assert_problem(await api.post("/api/v1/events", json=wrong), 409, "refused")) == {"expires_at"}
@@ -126,7 +126,7 @@ async def test_one_that_does_not_come_after_the_time_is_refused_everywhere(api: 
     assert fields(assert_problem(response, 422, "validation")) == {"expires_at"}
 
 
-async def test_it_comes_in_through_kafka(settings: MakeSettings, client: Client, topic: Topic) -> None:
+async def test_an_expiry_is_submitted_through_kafka(settings: MakeSettings, client: Client, topic: Topic) -> None:
     at, expires_at = soon(3600), soon(7200)
     records = [
         record(1, scheduled_at=at.isoformat(), expires_at=expires_at.isoformat()),
@@ -140,7 +140,7 @@ async def test_it_comes_in_through_kafka(settings: MakeSettings, client: Client,
     assert client.column("select field from orchestrator.reject") == ["expires_at"]
 
 
-def test_it_is_an_option_of_the_command(call: Call) -> None:
+def test_an_expiry_is_an_option_of_submit(call: Call) -> None:
     event = ("submit", "--destination", "http://127.0.0.1:9/hook", "--payload", "1", "--at", "+1h")
     for options, hours in ((("--expires-in", "30m"), 0.5), (("--expires-at", "+2h"), 1)):
         kept = answer(call("get", answer(call(*event, *options, "--json"))["id"], "--json"))
@@ -155,7 +155,7 @@ def test_it_is_an_option_of_the_command(call: Call) -> None:
     assert "scheduled_at: expected" in refused(call(*event[:-1], "noon", "--expires-in", "1h"))
 
 
-def test_the_story_of_one_that_expired_says_so(call: Call, client: Client) -> None:
+def test_the_story_of_an_expired_event_says_so(call: Call, client: Client) -> None:
     event_id = client.schedule(scheduled_at=soon(-60), expires_at=soon(-30).isoformat())
     assert client.claim() == []
     story = told(call("get", event_id))

@@ -83,14 +83,14 @@ async def is_ready(http: httpx.AsyncClient, wanted: int) -> bool:
     return await status(http, "/ready") == wanted
 
 
-async def test_what_must_write_says_that_it_cannot(client: Client, settings: MakeSettings) -> None:
+async def test_commands_that_must_write_say_that_they_cannot(client: Client, settings: MakeSettings) -> None:
     set_read_only(client, "set default_transaction_read_only = on")
     url = settings().database_url
     with pytest.raises(DatabaseUnavailable, match="takes no writes"):
         migrate.migrate(url)
     doctor = invoke("doctor", env={"DATABASE_URL": url, "COLUMNS": "200"})
     assert doctor.exit_code == 1
-    assert "it takes none: default_transaction_read_only is on" in doctor.output
+    assert "the database takes no writes: default_transaction_read_only is on" in doctor.output
 
 
 async def test_a_standby_is_not_ready_until_it_is_promoted(

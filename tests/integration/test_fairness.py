@@ -106,7 +106,7 @@ async def test_deliveries_to_kafka_go_on_while_a_webhook_hangs(
     assert len(await records(kafka.servers, topic)) == 300
 
 
-async def test_what_hung_is_delivered_once_it_answers_again(
+async def test_events_of_a_hanging_destination_are_delivered_once_it_answers_again(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     url = receiver.script("/hooks", HANG, HANG, Answer(204))
@@ -121,7 +121,7 @@ async def test_what_hung_is_delivered_once_it_answers_again(
     assert_laws(client, receiver.requests, ids)
 
 
-async def test_a_slow_destination_gets_what_its_window_takes_and_is_not_claimed_in_vain(
+async def test_a_slow_destination_gets_as_many_events_as_its_window_takes_and_no_claim_in_vain(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     url = receiver.script("/slow", Answer(204, delay_s=1.1))
@@ -144,7 +144,7 @@ async def test_a_lone_quick_destination_soon_has_nearly_all_connections(
         assert running.value("events_in_flight") == 18
 
 
-async def test_the_bound_of_the_deployment_is_a_bound_of_each_window(
+async def test_the_bound_of_the_deployment_bounds_each_window(
     settings: MakeSettings, client: Client, gate: Gate
 ) -> None:
     ids = client.schedule_many(20, scheduled_at=soon(0))
@@ -156,7 +156,7 @@ async def test_the_bound_of_the_deployment_is_a_bound_of_each_window(
     assert running.value("events_delivered_total") == 20
 
 
-async def test_a_pause_hands_back_what_is_held_and_a_resume_lets_it_go(
+async def test_a_pause_hands_held_events_back_and_a_resume_lets_them_go(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     async with Receiver() as other, dispatching(settings()) as running:
@@ -174,7 +174,7 @@ async def test_a_pause_hands_back_what_is_held_and_a_resume_lets_it_go(
     assert_laws(client, receiver.requests + other.requests, paused + rest)
 
 
-async def test_pausing_everything_hands_everything_back(
+async def test_pausing_everything_hands_all_held_events_back(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     async with dispatching(settings()) as running:
@@ -190,7 +190,7 @@ async def test_pausing_everything_hands_everything_back(
     assert arrivals(receiver.requests) == dict.fromkeys(ids, 1)
 
 
-async def test_what_a_claim_brings_that_was_under_way_at_a_hold_is_handed_back(
+async def test_events_of_a_claim_that_was_under_way_at_a_hold_are_handed_back(
     settings: MakeSettings, client: Client, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notify: list[Callable[[str], None]] = []
@@ -224,7 +224,7 @@ async def test_events_for_kafka_are_handed_back_as_well(settings: MakeSettings, 
         made = [event(delivery_type="KAFKA", destination=topic, scheduled_at=soon(1.2)) for _ in range(20)]
         ids = [str(answer.id) for answer in client.submit(*made)]
         await eventually(lambda: running.value("events_held") == 20)
-        client.rows("select orchestrator.hold_lane(null)")
+        client.rows("select orchestrator.recall_lane(null)")
         await eventually(lambda: running.value("events_released_total") == 20)
         await finished(client, ids)
     assert len(await records(kafka.servers, topic)) == 20
@@ -270,7 +270,7 @@ async def test_a_bounded_destination_is_served_without_waiting_for_polls(
     assert all(later[0] >= earlier[1] for earlier, later in itertools.pairwise(spans))
 
 
-async def test_a_rate_is_used_up_without_waiting_for_polls(
+async def test_a_rate_is_used_fully_without_waiting_for_polls(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     client.rows("select orchestrator.configure_destination(%s, p_rate_per_second => 20)", f"127.0.0.1:{receiver.port}")

@@ -129,7 +129,7 @@ async def test_a_database_that_is_killed_again_and_again_loses_nothing(
             await delivered(client, receiver, ids)
 
 
-async def test_a_killed_dispatcher_loses_nothing_and_only_attempts_in_flight_are_repeated(
+async def test_a_killed_dispatcher_loses_no_event_and_repeats_only_attempts_in_flight(
     spawn: Spawn, client: Client, receiver: Receiver
 ) -> None:
     process = spawn("dispatch", **SHORT)
@@ -171,7 +171,7 @@ async def test_two_dispatchers_share_the_work_and_deliver_nothing_twice(
     assert [await process.stop() for process in processes] == [0, 0]
 
 
-async def test_a_stopped_dispatcher_finishes_its_attempts_and_leaves_the_rest_to_others_at_once(
+async def test_a_stopped_dispatcher_finishes_its_attempts_and_leaves_other_events_to_others_at_once(
     spawn: Spawn, client: Client, receiver: Receiver
 ) -> None:
     slow = receiver.script("/slow", Answer(204, delay_s=0.05))
@@ -251,7 +251,7 @@ async def test_leases_that_ended_while_their_claim_waited_for_a_lock_are_not_use
     assert set(client.column("select attempt from orchestrator.outcome")) == {2}
 
 
-async def test_a_slow_database_makes_deliveries_late_but_not_twice(
+async def test_a_slow_database_makes_deliveries_late_but_repeats_none(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     client.rows(
@@ -285,7 +285,7 @@ def set_read_only(client: Client, value: str) -> None:
     client.rows("select pg_reload_conf()")
 
 
-async def test_what_the_api_acknowledged_is_kept_and_what_it_did_not_can_be_sent_again(
+async def test_acknowledged_submissions_are_kept_and_the_others_can_be_sent_again(
     spawn: Spawn, postgres_server: EmbeddedPostgres
 ) -> None:
     url, port = postgres_server.url("orchestrator"), free_port()
@@ -335,7 +335,7 @@ async def ready(http: httpx.AsyncClient) -> bool:
     return await status(http, "/ready") == 200
 
 
-async def test_a_cancel_that_races_the_dispatcher_is_answered_truly(
+async def test_a_cancel_that_races_the_dispatcher_is_answered_as_the_event_ends(
     spawn: Spawn, client: Client, receiver: Receiver
 ) -> None:
     port = free_port()

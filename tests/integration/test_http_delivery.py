@@ -113,13 +113,13 @@ async def test_a_query_of_a_host_alone_is_sent_as_it_was_given(receiver: Receive
     assert [request.line.split()[1] for request in receiver.requests] == ["/?", "/?a=b", "/?"]
 
 
-async def test_without_secrets_the_signature_is_left_out(receiver: Receiver) -> None:
+async def test_a_delivery_without_secrets_has_no_signature(receiver: Receiver) -> None:
     await send(replace(SETTINGS, webhook_secrets=()), receiver.url)
     assert "webhook-signature" not in receiver.requests[0].headers
     assert receiver.requests[0].headers["webhook-id"] == ID
 
 
-async def test_an_events_own_headers_are_added_but_override_none_of_ours(receiver: Receiver) -> None:
+async def test_an_events_own_headers_are_added_but_override_no_reserved_header(receiver: Receiver) -> None:
     ours = [name.title() for name in RESERVED_HEADERS]
     ours += ["Webhook-Id", "WEBHOOK-SIGNATURE", "Webhook-Other", "Orchestrator-Attempt", "Proxy-Authorization"]
     await send(SETTINGS, receiver.url, {"X-Tenant": "ocean", "authorization": "Bearer ü"})
@@ -184,13 +184,13 @@ async def test_a_destination_cannot_smuggle_lines_into_the_request(receiver: Rec
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 206, 299])
-async def test_every_2xx_delivers(receiver: Receiver, sender: HttpSender, status: int) -> None:
+async def test_every_2xx_answer_delivers(receiver: Receiver, sender: HttpSender, status: int) -> None:
     receiver.answer = reply(status)
     assert await sender.send(delivery(receiver.url)) == Attempted("delivered", status)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 410, 413, 422, 451, 499])
-async def test_a_4xx_is_final(receiver: Receiver, sender: HttpSender, status: int) -> None:
+async def test_a_4xx_answer_is_final(receiver: Receiver, sender: HttpSender, status: int) -> None:
     receiver.answer = reply(status, "retry-after: 1", body=b"no")
     attempted = await sender.send(delivery(receiver.url))
     assert attempted.verdict == "fail"
@@ -211,7 +211,7 @@ async def test_a_4xx_is_final(receiver: Receiver, sender: HttpSender, status: in
         (599, "HTTP 599"),
     ],
 )
-async def test_these_are_worth_another_attempt_when_the_receiver_says(
+async def test_retryable_statuses_are_tried_again_when_the_receiver_says(
     receiver: Receiver, sender: HttpSender, status: int, error: str
 ) -> None:
     receiver.answer = reply(status, "Retry-After: 17", body=b"busy")
@@ -220,14 +220,14 @@ async def test_these_are_worth_another_attempt_when_the_receiver_says(
 
 
 @pytest.mark.parametrize("status", [b"101", b"600", b"999", b"000", b"099"])
-async def test_any_other_status_is_final(receiver: Receiver, sender: HttpSender, status: bytes) -> None:
+async def test_an_answer_with_any_other_status_is_final(receiver: Receiver, sender: HttpSender, status: bytes) -> None:
     receiver.answer = raw(b"HTTP/1.1 %b Whatever\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n" % status)
     attempted = await sender.send(delivery(receiver.url))
     assert (attempted.verdict, attempted.status_code, attempted.retry_after_s) == ("fail", int(status), None)
     assert (attempted.error or "").startswith("HTTP " + status.decode())
 
 
-async def test_of_repeated_wishes_the_longest_counts(receiver: Receiver, sender: HttpSender) -> None:
+async def test_the_longest_of_repeated_retry_after_headers_counts(receiver: Receiver, sender: HttpSender) -> None:
     receiver.answer = reply(503, "Retry-After: 5", "Retry-After: soon", "Retry-After: 20")
     assert (await sender.send(delivery(receiver.url))).retry_after_s == 20.0
 
@@ -260,7 +260,7 @@ async def test_a_redirect_is_not_followed_and_named(receiver: Receiver, sender: 
 
 @pytest.mark.parametrize("rest", [b"\r\n", b"Location:\r\n\r\n", b"Location: \r\nbad header\r\n\r\n"])
 @pytest.mark.parametrize("status", ["300 Multiple Choices", "304 Not Modified"])
-async def test_without_a_location_there_is_no_redirect(
+async def test_a_redirect_status_without_a_location_is_no_redirect(
     receiver: Receiver, sender: HttpSender, status: str, rest: bytes
 ) -> None:
     receiver.answer = raw(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n".encode() + rest)
@@ -324,7 +324,7 @@ async def test_a_very_long_redirect_is_named_at_once(receiver: Receiver) -> None
         b"transfer-encoding: chunked\r\n\r\nCANARY\r\n",
     ],
 )
-async def test_what_is_said_of_an_odd_answer_repeats_no_credentials(
+async def test_a_remark_about_an_odd_answer_repeats_no_credentials(
     receiver: Receiver, sender: HttpSender, status: int, rest: bytes
 ) -> None:
     receiver.answer = raw(b"HTTP/1.1 %d CANARY\r\n" % status + rest)
@@ -669,7 +669,7 @@ async def test_a_complete_status_line_decides_whatever_follows(
     assert len({request.body for request in receiver.requests}) == 1
 
 
-async def test_what_was_odd_about_an_answer_is_noted(receiver: Receiver, sender: HttpSender) -> None:
+async def test_an_odd_answer_is_noted_with_its_oddity(receiver: Receiver, sender: HttpSender) -> None:
     receiver.answer = raw(b"HTTP/1.1 204 No Content\r\nbad header\r\n\r\n")
     attempted = await sender.send(delivery(receiver.url))
     assert attempted[:2] == ("delivered", 204)
@@ -716,7 +716,7 @@ async def test_interim_answers_are_passed_over_however_long(
     assert receiver.connections == 1  # a connection is kept after interim answers
 
 
-async def test_an_answer_may_come_in_pieces_of_any_size(receiver: Receiver, sender: HttpSender) -> None:
+async def test_an_answer_may_arrive_in_pieces_of_any_size(receiver: Receiver, sender: HttpSender) -> None:
     answers = b"HTTP/1.1 100 A\r\n\r\nHTTP/1.1 103 A\r\nx: y\r\n\r\nHTTP/1.1 503 A\r\ncontent-length: 2\r\n\r\nno"
 
     for size in (1, 2, 3, 5):
@@ -834,9 +834,7 @@ async def test_a_certificate_that_is_not_trusted_is_said_to_be_so_and_why(
     assert requests == 0
 
 
-async def test_an_issuer_that_nobody_knows_is_named_as_the_cause(
-    authority: Authority, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_unknown_issuer_is_named_as_the_cause(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     attempted, place, _ = await answer_over(speaks(authority.certificate("unknown")))
     assert str(attempted.error).startswith(f"the certificate of {place} is not trusted: its issuer is unknown")
     attempted, place, _ = await answer_over(speaks(authority.self_signed("alone")))
@@ -847,7 +845,7 @@ async def test_an_issuer_that_nobody_knows_is_named_as_the_cause(
     assert attempted.error == f"the certificate of {place} is not trusted: it is for another host name"
 
 
-async def test_where_nobody_is_trusted_the_fault_is_this_machines(
+async def test_without_trusted_authorities_the_fault_is_this_machines(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
@@ -871,7 +869,7 @@ def refuse_one(listener: socket.socket, tls: SSLContext) -> None:
 
 @pytest.mark.parametrize("version", [TLSVersion.TLSv1_2, TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("reason", ["client certificate", "no such host name", "version of TLS"])
-async def test_what_a_receiver_will_not_speak_is_named(
+async def test_the_reason_why_a_receiver_refuses_tls_is_named(
     authority: Authority, monkeypatch: pytest.MonkeyPatch, version: TLSVersion, reason: str
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.trusted))
@@ -968,7 +966,7 @@ async def test_no_spelling_of_the_loopback_address_gets_by(host: str) -> None:
     assert attempted.verdict == "fail" or str(attempted.error).startswith("host does not resolve")
 
 
-async def test_of_mixed_addresses_only_the_allowed_are_connected_to(
+async def test_only_the_allowed_of_mixed_addresses_are_connected_to(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Receiver(host="127.0.0.2", port=receiver.port) as forbidden:
@@ -981,16 +979,14 @@ async def test_of_mixed_addresses_only_the_allowed_are_connected_to(
         assert forbidden.connections == 0
 
 
-async def test_a_name_with_none_but_refused_addresses_is_final(
-    sender: HttpSender, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_host_with_refused_addresses_only_is_final(sender: HttpSender, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", _resolving_to("10.0.0.1", "192.168.0.1"))
     attempted = await sender.send(delivery("http://inside.test/"))
     assert attempted.verdict == "fail"
     assert (attempted.error or "").startswith("address refused: ")
 
 
-async def test_a_name_that_changes_between_look_ups_is_connected_to_as_it_was_checked(
+async def test_a_host_that_changes_between_look_ups_is_connected_to_at_the_checked_address(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter(["127.0.0.1", *["127.0.0.2"] * 9])
@@ -1011,7 +1007,7 @@ async def test_a_name_that_changes_between_look_ups_is_connected_to_as_it_was_ch
         assert forbidden.connections == 0
 
 
-async def test_a_name_with_a_dead_first_address_is_reached_at_the_next(
+async def test_a_host_with_a_dead_first_address_is_reached_at_the_next(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", _resolving_to("127.0.0.3", "127.0.0.1"))

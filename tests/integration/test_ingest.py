@@ -55,7 +55,9 @@ async def test_every_submission_becomes_an_event_and_the_brokers_are_told(
         assert running.value("ingest_batch_seconds_count") < 200
 
 
-async def test_an_event_is_what_was_submitted(settings: MakeSettings, client: Client, topic: Topic) -> None:
+async def test_an_ingested_event_has_every_field_that_was_submitted(
+    settings: MakeSettings, client: Client, topic: Topic
+) -> None:
     full = submission(
         1,
         payload={"text": "tab\t, newline\n, backslash \\, ünïcode 𝄞"},
@@ -90,7 +92,7 @@ async def test_an_event_is_what_was_submitted(settings: MakeSettings, client: Cl
     )
 
 
-async def test_what_cannot_be_an_event_is_kept_with_its_bytes_and_the_reason(
+async def test_a_record_that_cannot_be_an_event_is_kept_with_its_bytes_and_the_reason(
     settings: MakeSettings, client: Client, topic: Topic
 ) -> None:
     bad: list[tuple[bytes | None, str, str]] = [
@@ -127,7 +129,7 @@ async def test_what_cannot_be_an_event_is_kept_with_its_bytes_and_the_reason(
     assert client.value("select count(*) from orchestrator.outbox where kind = 'dlq'") in (0, len(bad))
 
 
-async def test_duplicates_change_nothing_wherever_they_stand(
+async def test_duplicate_records_change_nothing_at_any_offset(
     settings: MakeSettings, client: Client, topic: Topic
 ) -> None:
     values = [submission(n % 300) for n in range(900)]

@@ -75,7 +75,7 @@ async def all_read(client: Client, topic: Topic, places: list[tuple[int, int]], 
     assert jobs(client) == {f"job-{n}" for n in range(len(places))}
 
 
-async def test_an_ingester_killed_between_copy_and_commit_has_kept_nothing_and_the_next_keeps_all(
+async def test_an_ingester_killed_between_copy_and_commit_keeps_no_event_and_the_next_keeps_all(
     spawn: Spawn, client: Client, other: Client, topic: Topic
 ) -> None:
     places = await feed(topic, [submission(n) for n in range(1000)])
@@ -90,7 +90,7 @@ async def test_an_ingester_killed_between_copy_and_commit_has_kept_nothing_and_t
     await all_read(client, topic, places)
 
 
-async def test_an_ingester_killed_between_commit_and_mirror_has_kept_all_and_the_next_keeps_nothing_twice(
+async def test_an_ingester_killed_between_commit_and_mirror_keeps_all_events_and_the_next_repeats_none(
     spawn: Spawn, client: Client, topic: Topic, database_url: str
 ) -> None:
     async with LastCutProxy(database_url) as proxy:
@@ -223,7 +223,7 @@ async def halted(running: Ingesting, client: Client, caplog: pytest.LogCaptureFi
     assert all(text in each and "select orchestrator.set_ingest_offset('" in each for each in told), told
 
 
-async def test_a_topic_made_anew_with_lower_offsets_halts_until_the_operator_says_where_to_read_on(
+async def test_a_recreated_topic_with_lower_offsets_halts_until_the_operator_sets_the_offset(
     settings: MakeSettings, client: Client, topic: Topic, caplog: pytest.LogCaptureFixture
 ) -> None:
     if topic.kafka.makes_topics:
@@ -249,7 +249,7 @@ async def test_a_topic_made_anew_with_lower_offsets_halts_until_the_operator_say
     assert_exact(client, accepted=400 + 10 + 20 + 15)
 
 
-async def test_a_topic_made_anew_while_it_is_read_halts(
+async def test_a_topic_recreated_while_it_is_read_halts(
     settings: MakeSettings, client: Client, topic: Topic, caplog: pytest.LogCaptureFixture
 ) -> None:
     if topic.kafka.makes_topics:
@@ -263,7 +263,7 @@ async def test_a_topic_made_anew_while_it_is_read_halts(
     assert_exact(client, accepted=400)
 
 
-async def test_a_topic_made_anew_and_filled_beyond_the_old_offsets_halts_by_its_anchor(
+async def test_a_topic_recreated_and_filled_beyond_the_old_offsets_halts_by_its_anchor(
     settings: MakeSettings, client: Client, topic: Topic, caplog: pytest.LogCaptureFixture
 ) -> None:
     if topic.kafka.makes_topics:
@@ -284,7 +284,7 @@ async def test_a_topic_made_anew_and_filled_beyond_the_old_offsets_halts_by_its_
     assert_exact(client, accepted=1400)
 
 
-async def test_a_topic_made_anew_and_filled_while_nobody_looked_halts_by_its_anchor(
+async def test_a_topic_recreated_and_filled_while_no_ingester_ran_halts_by_its_anchor(
     spawn: Spawn, client: Client, topic: Topic
 ) -> None:
     if topic.kafka.makes_topics:
@@ -339,9 +339,7 @@ async def test_records_deleted_before_they_were_read_halt_their_partition(
     assert_exact(client, accepted=800 - 50)
 
 
-async def test_a_consumer_that_stalls_silently_is_built_anew(
-    settings: MakeSettings, client: Client, topic: Topic
-) -> None:
+async def test_a_consumer_that_stalls_silently_is_rebuilt(settings: MakeSettings, client: Client, topic: Topic) -> None:
     ours = settings(**topic.environ)
     metrics = Metrics(ours)
     [submissions, _] = consumers(ours, metrics, stall_s=1.0)
@@ -360,7 +358,7 @@ async def test_a_consumer_that_stalls_silently_is_built_anew(
     assert_exact(client, accepted=300)
 
 
-async def test_it_stops_in_time_whatever_is_away(
+async def test_an_ingester_stops_in_time_while_database_and_broker_are_away(
     settings: MakeSettings, postgres_server: EmbeddedPostgres, kafka_broker: KafkaBroker
 ) -> None:
     url = postgres_server.url("orchestrator")

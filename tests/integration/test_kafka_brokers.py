@@ -34,7 +34,7 @@ async def consume(kafka: Kafka, topic: str, count: int) -> list[bytes]:
     return found
 
 
-async def test_records_arrive(kafka: Kafka) -> None:
+async def test_records_sent_to_a_broker_arrive(kafka: Kafka) -> None:
     topic = kafka.unique("arrive")
     await kafka.create_topic(topic, 2)
     await produce(kafka, topic, b"1", b"2", b"3")
@@ -75,6 +75,6 @@ async def test_a_broker_ends_with_its_owner_even_when_that_is_killed(kind: str, 
     await eventually(lambda: not list(tmp_path.iterdir()))
 
 
-def test_a_kind_that_does_not_exist_is_refused() -> None:
+def test_a_kind_of_broker_that_does_not_exist_is_refused() -> None:
     with pytest.raises(OrchestratorError, match="docker, maven, wheel"):
         temporary_broker("carrier pigeon")

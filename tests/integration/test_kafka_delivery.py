@@ -62,7 +62,7 @@ def quick_policy(client: Client) -> None:
     )
 
 
-async def test_a_record_carries_the_payload_the_key_and_what_it_is_known_by(
+async def test_a_record_carries_the_payload_the_key_and_the_identifying_headers(
     settings: MakeSettings, client: Client, kafka: Kafka
 ) -> None:
     topic = kafka.unique("orders")
@@ -92,7 +92,7 @@ async def test_a_record_carries_the_payload_the_key_and_what_it_is_known_by(
     assert (outcome["result"], outcome["status_code"], outcome["error"]) == ("delivered", None, None)
 
 
-async def test_an_event_that_was_kept_for_a_topic_that_is_none_dies_at_its_first_attempt(
+async def test_an_event_for_an_invalid_topic_dies_at_its_first_attempt(
     settings: MakeSettings, client: Client, kafka: Kafka
 ) -> None:
     chosen = settings(**kafka.environ, CUSTOMER_NAME=kafka.unique("ocean"), KAFKA_ALLOW_TOPICS="orders")
@@ -153,7 +153,7 @@ async def test_an_event_without_a_topic_goes_to_the_ready_topic(
     assert ids(await records(kafka.servers, topic)) == {event_id: 1}
 
 
-async def test_a_topic_that_does_not_exist_is_tried_again_until_it_does_while_others_go_on(
+async def test_a_missing_topic_is_tried_again_until_it_exists_while_others_go_on(
     settings: MakeSettings, client: Client, kafka: Kafka
 ) -> None:
     if kafka.makes_topics:
@@ -375,7 +375,7 @@ async def test_a_killed_dispatcher_loses_nothing(spawn: Spawn, client: Client, k
     assert set(ids(await records(kafka.servers, topic))) == set(event_ids)
 
 
-async def test_a_stop_delivers_what_is_under_way_and_hands_the_rest_back(
+async def test_a_stop_delivers_records_under_way_and_hands_other_events_back(
     spawn: Spawn, client: Client, kafka: Kafka
 ) -> None:
     topic = kafka.unique("stopped")
@@ -393,7 +393,7 @@ async def test_a_stop_delivers_what_is_under_way_and_hands_the_rest_back(
     assert statuses(client, event_ids)["delivered"] == len(found)
 
 
-async def test_without_idempotence_everything_is_delivered_just_as_well(
+async def test_every_event_is_delivered_without_idempotence_too(
     settings: MakeSettings, client: Client, kafka: Kafka
 ) -> None:
     topic = kafka.unique("plain")

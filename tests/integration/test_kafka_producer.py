@@ -22,7 +22,7 @@ def others() -> set[asyncio.Task[object]]:
     return asyncio.all_tasks() - {asyncio.current_task()}
 
 
-async def test_a_refused_record_does_not_stop_those_after_it(kafka: Kafka, settings: MakeSettings) -> None:
+async def test_a_refused_record_does_not_stop_later_records(kafka: Kafka, settings: MakeSettings) -> None:
     if kafka.makes_topics:
         pytest.skip(f"{kafka.name} takes records of any size")
     topic = kafka.unique("small")
@@ -37,7 +37,7 @@ async def test_a_refused_record_does_not_stop_those_after_it(kafka: Kafka, setti
     assert [first.offset, *offsets] == list(range(11))
 
 
-async def test_what_was_sent_is_delivered_before_it_ends(kafka: Kafka, settings: MakeSettings) -> None:
+async def test_a_producer_delivers_sent_records_before_it_ends(kafka: Kafka, settings: MakeSettings) -> None:
     topic = kafka.unique("flushed")
     await kafka.create_topic(topic)
     ours = settings(DATABASE_URL=NO_DATABASE, **kafka.environ)
@@ -48,7 +48,7 @@ async def test_what_was_sent_is_delivered_before_it_ends(kafka: Kafka, settings:
 
 @pytest.mark.parametrize("way", ["killed", "hanging"])
 @pytest.mark.parametrize("idempotent", [True, False])
-async def test_it_ends_although_the_broker_is_away(
+async def test_a_producer_ends_although_the_broker_is_away(
     kafka_broker: KafkaBroker, settings: MakeSettings, way: str, idempotent: bool
 ) -> None:
     if idempotent and not kafka_broker.idempotent:
@@ -69,7 +69,7 @@ async def test_it_ends_although_the_broker_is_away(
 
 
 @pytest.mark.parametrize("way", ["down", "hanging"])
-async def test_it_says_within_bounded_time_that_the_broker_is_away(
+async def test_a_producer_reports_within_bounded_time_that_the_broker_is_away(
     kafka_broker: KafkaBroker, settings: MakeSettings, way: str
 ) -> None:
     if way == "down":
@@ -83,7 +83,7 @@ async def test_it_says_within_bounded_time_that_the_broker_is_away(
     assert time.monotonic() - began_s < ENDS_WITHIN_S
 
 
-async def test_it_goes_on_when_the_broker_comes_back(kafka_broker: KafkaBroker, settings: MakeSettings) -> None:
+async def test_a_producer_goes_on_when_the_broker_comes_back(kafka_broker: KafkaBroker, settings: MakeSettings) -> None:
     if not kafka_broker.keeps_data:
         pytest.skip(f"{kafka_broker.name} forgets its topics")
     await kafka_broker.create_topic("topic")

@@ -116,7 +116,7 @@ async def test_a_login_over_tls_is_taken(secured: Secured, mechanism: str) -> No
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-async def test_a_wrong_password_is_named(secured: Secured, mechanism: str) -> None:
+async def test_a_wrong_password_for_kafka_is_named(secured: Secured, mechanism: str) -> None:
     settings = secured.settings(KAFKA_SASL_MECHANISM=mechanism, KAFKA_SASL_PASSWORD="wrong-one")
     await assert_refused(settings, "KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD", USER, mechanism, secured.servers)
 
@@ -149,7 +149,9 @@ def test_a_certificate_that_cannot_be_read_is_named(secured: Secured, tmp_path: 
         client_arguments(settings, "test")
 
 
-async def test_the_command_line_says_it_in_one_line(secured: Secured, spawn: Callable[..., Spawned]) -> None:
+async def test_the_command_line_reports_a_failed_login_in_one_line(
+    secured: Secured, spawn: Callable[..., Spawned]
+) -> None:
     process = spawn("topics", "create", **secured.environ(KAFKA_SASL_PASSWORD="wrong-one"))
     assert await process.wait() == 1
     assert process.log().startswith("Error: KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD: ")
@@ -157,7 +159,7 @@ async def test_the_command_line_says_it_in_one_line(secured: Secured, spawn: Cal
     assert "wrong-one" not in process.log()
 
 
-async def test_a_broker_that_demands_certificates_gets_ours(tmp_path: Path) -> None:
+async def test_a_broker_that_demands_certificates_gets_the_configured_one(tmp_path: Path) -> None:
     ours, brokers = Certificate.make(tmp_path, "client"), Certificate.make(tmp_path, "broker")
     security = Security("SSL", certificate_file=brokers.joined(), client_ca_file=ours.file)
     with MavenBroker(parent=scratch_directory(), security=security) as broker:

@@ -232,7 +232,7 @@ async def resubmits(world: World) -> None:
         (name, way) for name in ("Database.submit", "Sweeps.cancel", "Rejects.resubmit") for way in ("before", "during")
     ],
 )
-async def test_a_call_whose_reply_is_lost_answers_what_it_did(
+async def test_a_call_whose_reply_is_lost_answers_with_its_result(
     settings: MakeSettings, database_url: str, client: Client, name: str, way: str
 ) -> None:
     cut, work = CASES[name]
@@ -244,7 +244,7 @@ async def test_a_call_whose_reply_is_lost_answers_what_it_did(
             assert proxy.cuts == 1
 
 
-async def test_replies_that_are_lost_one_after_another_change_nothing_about_that(
+async def test_a_call_that_loses_several_replies_answers_with_its_result(
     settings: MakeSettings, database_url: str, client: Client
 ) -> None:
     ids = [client.schedule() for _ in range(5)]
@@ -266,7 +266,7 @@ def methods(*classes: type) -> set[str]:
     }
 
 
-def test_every_method_that_changes_something_is_among_them() -> None:
+def test_every_method_that_changes_data_is_tested_with_a_lost_reply() -> None:
     asking = {
         *("Database.rows", "Database.value", "Database.once", "Database.done_once", "Database.event", "Database.ready"),
         *("Database.events_by_external_id", "Database.statistics", "Database.statistics_by", "Database.dead_letters"),
@@ -277,7 +277,7 @@ def test_every_method_that_changes_something_is_among_them() -> None:
     assert methods(Database, Sweeps, Destinations, Rejects) - asking == set(CASES)
 
 
-async def test_a_change_that_nobody_can_say_anything_about_is_said_to_be_in_doubt(
+async def test_a_change_whose_outcome_cannot_be_learned_is_reported_as_in_doubt(
     settings: MakeSettings, database_url: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestrator.database.pool._TIMEOUT_S", 0.5)
@@ -315,7 +315,7 @@ async def test_maintenance_whose_reply_is_lost_says_that_it_may_have_been_done(
     await eventually(lambda: client.value("select count(*) from orchestrator.maintenance_run") == runs + 1)
 
 
-async def test_answers_are_forgotten_after_ten_minutes(client: Client) -> None:
+async def test_kept_answers_are_forgotten_after_ten_minutes(client: Client) -> None:
     client.at(NOON)
     client.rows("select orchestrator.keep_answer('00000000-0000-4000-8000-000000000000', '[{\"n\": 1}]')")
     for minutes, left in ((9, 1), (11, 0)):

@@ -66,7 +66,7 @@ def retired(client: Client) -> int:
 
 
 @pytest.mark.parametrize("role", ["run", "maintain"])
-async def test_it_tells_the_database_what_to_keep_and_catches_up_at_once(
+async def test_maintain_tells_the_database_what_to_keep_and_catches_up_at_once(
     spawn: Spawn, client: Client, role: str
 ) -> None:
     old_days(client, 4)
@@ -77,7 +77,7 @@ async def test_it_tells_the_database_what_to_keep_and_catches_up_at_once(
     assert await process.stop() == 0
 
 
-async def test_what_fails_is_told_by_step_and_counted_and_the_rest_is_done(
+async def test_a_failing_step_is_logged_and_counted_and_the_other_steps_are_done(
     spawn: Spawn, client: Client, other: Client
 ) -> None:
     old_days(client, 1)
@@ -104,7 +104,7 @@ async def test_what_fails_is_told_by_step_and_counted_and_the_rest_is_done(
     assert await process.stop() == 0
 
 
-async def test_a_database_that_is_away_does_not_end_it(
+async def test_a_database_that_is_away_does_not_end_maintenance(
     settings: MakeSettings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, client: Client
 ) -> None:
     monkeypatch.setattr("orchestrator.maintenance.upkeep._EVERY_S", 0.02)
@@ -121,7 +121,9 @@ async def test_a_database_that_is_away_does_not_end_it(
         await task
 
 
-async def test_stopped_in_the_middle_it_ends_at_once(settings: MakeSettings, client: Client, other: Client) -> None:
+async def test_maintenance_stopped_in_the_middle_ends_at_once(
+    settings: MakeSettings, client: Client, other: Client
+) -> None:
     other.rows("begin")
     other.rows("lock table orchestrator.control in access exclusive mode")
     ours = settings()
@@ -135,7 +137,7 @@ async def test_stopped_in_the_middle_it_ends_at_once(settings: MakeSettings, cli
     await eventually(lambda: client.value(BLOCKED) == 0)
 
 
-def test_once_does_all_that_is_to_be_done_and_says_so(cli: Cli, client: Client) -> None:
+def test_maintain_once_does_all_steps_and_reports_them(cli: Cli, client: Client) -> None:
     old_days(client, 3)
     shown = cli("--once").stdout
     assert re.search(r"^partitions detached +6$", shown, re.MULTILINE), shown
@@ -144,7 +146,7 @@ def test_once_does_all_that_is_to_be_done_and_says_so(cli: Cli, client: Client) 
     assert (told["runs"], told["more"], told["problems"], told["archived"]) == (1, False, [], [])
 
 
-def test_once_leaves_what_it_is_not_told_as_it_is(cli: Cli, client: Client, tmp_path: Path) -> None:
+def test_maintain_once_leaves_settings_that_it_is_not_given(cli: Cli, client: Client, tmp_path: Path) -> None:
     client.rows("select orchestrator.configure_retention(9, 31, 500, true)")
     assert cli("--once").exit_code == 0
     assert client.rows(TOLD) == [(9, 31, 500, True)]
@@ -155,7 +157,7 @@ def test_once_leaves_what_it_is_not_told_as_it_is(cli: Cli, client: Client, tmp_
     assert client.rows(TOLD) == [(8, 31, 450, True)]
 
 
-def test_once_archives_too(cli: Cli, client: Client, tmp_path: Path) -> None:
+def test_maintain_once_archives_too(cli: Cli, client: Client, tmp_path: Path) -> None:
     schedule_old_day(client)
     retire(client)
     told = json.loads(cli("--json", ARCHIVE_DIRECTORY=str(tmp_path)).stdout)
@@ -163,7 +165,7 @@ def test_once_archives_too(cli: Cli, client: Client, tmp_path: Path) -> None:
     assert sorted(map(str, tmp_path.iterdir())) == sorted(told["archived"])
 
 
-def test_once_ends_with_1_when_a_step_fails_and_with_0_when_another_is_at_it(
+def test_maintain_once_exits_with_1_when_a_step_fails_and_with_0_when_another_run_is_at_work(
     cli: Cli, client: Client, other: Client
 ) -> None:
     old_days(client, 1)
@@ -176,7 +178,7 @@ def test_once_ends_with_1_when_a_step_fails_and_with_0_when_another_is_at_it(
     assert (cli("--once").stdout, cli("--once").exit_code) == ("Skipped: another run_maintenance is at work.\n", 0)
 
 
-def test_once_does_the_rest_when_it_cannot_say_what_to_keep_and_names_who_is_in_the_way(
+def test_maintain_once_does_other_steps_when_it_cannot_store_the_retention_and_names_the_blocker(
     cli: Cli, client: Client, other: Client
 ) -> None:
     old_days(client, 1)
@@ -193,7 +195,7 @@ def test_once_does_the_rest_when_it_cannot_say_what_to_keep_and_names_who_is_in_
 
 
 @pytest.mark.parametrize("days", ["0", "-3"])
-async def test_retention_of_nothing_stops_the_start(spawn: Spawn, client: Client, days: str) -> None:
+async def test_a_retention_that_keeps_nothing_stops_the_start(spawn: Spawn, client: Client, days: str) -> None:
     process = spawn("maintain", CLEANUP_RETENTION_DAYS=days)
     assert await process.wait() == 2
     assert f"CLEANUP_RETENTION_DAYS: expected a whole number from 1 to 36500, got '{days}'" in process.log()
@@ -217,16 +219,16 @@ def findings(environ: Callable[..., dict[str, str]]) -> Callable[..., dict[str, 
     return find
 
 
-def test_doctor_sees_that_nobody_maintains_the_database(
+def test_doctor_sees_that_no_process_maintains_the_database(
     client: Client, findings: Callable[..., dict[str, Any]]
 ) -> None:
     client.rows("update orchestrator.maintenance_run set started_at = started_at - interval '3 hours'")
-    assert findings()["maintenance"] == ["it last ran 3 hours ago"]
+    assert findings()["maintenance"] == ["maintenance last ran 3 hours ago"]
     client.rows("delete from orchestrator.maintenance_run")
-    assert findings()["maintenance"] == ["it has never run"]
+    assert findings()["maintenance"] == ["maintenance has never run"]
 
 
-def test_doctor_tells_the_steps_that_fail_and_what_was_told_elsewhere(
+def test_doctor_names_failing_steps_and_a_retention_that_differs(
     client: Client, other: Client, findings: Callable[..., dict[str, Any]]
 ) -> None:
     old_days(client, 1)
@@ -236,11 +238,13 @@ def test_doctor_tells_the_steps_that_fail_and_what_was_told_elsewhere(
     client.rows("select orchestrator.configure_retention(p_retention_days => 30)")
     found = findings(CLEANUP_RETENTION_DAYS="14")
     [step] = found["maintenance"]
-    assert step.startswith("step partitions_detached failed then: ")
-    assert found["retention"] == ["the database was told otherwise: CLEANUP_RETENTION_DAYS is 14 here, 30 there"]
+    assert step.startswith("step partitions_detached failed in that run: ")
+    assert found["retention"] == [
+        "the database has other values: CLEANUP_RETENTION_DAYS is 14 here and 30 in the database"
+    ]
 
 
-def test_doctor_tells_partitions_that_nobody_archives_and_dead_letters_that_are_about_to_go(
+def test_doctor_names_partitions_that_no_process_archives_and_dead_letters_that_are_about_to_go(
     client: Client, findings: Callable[..., dict[str, Any]]
 ) -> None:
     schedule_old_day(client)
@@ -259,7 +263,7 @@ def test_doctor_tells_partitions_that_nobody_archives_and_dead_letters_that_are_
         )
     found = findings()
     names = f"event_p{OLD:%Y%m%d}, outcome_p{OLD:%Y%m%d}"
-    assert found["archive"] == [f"2 partitions past retention wait to be archived: {names}"]
+    assert found["archive"] == [f"2 partitions past retention not archived yet: {names}"]
     assert found["dead letters"] == ["2 events ran out of attempts; retention drops 1 event of them within a day"]
 
 

@@ -155,7 +155,7 @@ async def test_messages_are_published_once_and_in_order(settings: MakeSettings, 
     assert per_key[b"key-7"] == expected * 3
 
 
-async def test_the_gauge_tells_how_many_wait(settings: MakeSettings, client: Client) -> None:
+async def test_the_gauge_tells_how_many_messages_wait(settings: MakeSettings, client: Client) -> None:
     ours = settings(KAFKA_BOOTSTRAP_SERVERS=NOWHERE, OUTBOX_PUBLISH_INTERVAL="100")
     write(client, "dlq", 17)
     async with publishing(ours) as metrics:
@@ -179,7 +179,9 @@ async def test_two_publishers_share_the_work_without_repeating_any(
     assert Counter(int(record.value) for record in found) == dict.fromkeys(range(1, 301), 10)
 
 
-async def test_another_publisher_takes_over_from_one_that_is_killed(spawn: Spawn, client: Client, kafka: Kafka) -> None:
+async def test_a_second_publisher_takes_over_from_one_that_is_killed(
+    spawn: Spawn, client: Client, kafka: Kafka
+) -> None:
     environ = await topics(kafka)
     first, second = spawn("dispatch", **environ), spawn("dispatch", **environ)
     await eventually(lambda: client.value("select count(*) from orchestrator.worker where worker > 0") == 2, 20)
@@ -213,7 +215,7 @@ async def test_a_publisher_that_is_lost_between_acknowledgement_and_commit_repea
     assert_all_in_order(await records(kafka.servers, ours.topic_dlq), 100)
 
 
-async def test_a_broker_that_is_killed_meanwhile_loses_and_reorders_nothing(
+async def test_a_broker_killed_during_publishing_loses_and_reorders_no_message(
     settings: MakeSettings, client: Client, kafka_broker: KafkaBroker
 ) -> None:
     if not kafka_broker.keeps_data:
@@ -272,7 +274,9 @@ async def test_a_topic_that_does_not_exist_is_waited_for_a_while_and_then_set_as
     assert_all_in_order(await records(kafka.servers, never), 10)
 
 
-async def test_a_database_that_is_away_is_waited_for(settings: MakeSettings, client: Client, kafka: Kafka) -> None:
+async def test_a_publisher_waits_for_a_database_that_is_away(
+    settings: MakeSettings, client: Client, kafka: Kafka
+) -> None:
     ours = settings(**await topics(kafka))
     async with publishing(ours):
         for n in range(3):
@@ -286,7 +290,7 @@ async def test_a_database_that_is_away_is_waited_for(settings: MakeSettings, cli
     assert [record.value for record in await records(kafka.servers, ours.topic_dlq)] == [b"0", b"1", b"2"]
 
 
-async def test_a_stop_ends_in_time_while_no_broker_answers(
+async def test_a_publisher_stops_in_time_while_no_broker_answers(
     settings: MakeSettings, client: Client, kafka_broker: KafkaBroker
 ) -> None:
     ours = settings(**await topics(kafka_broker), SHUTDOWN_TIMEOUT_SECONDS="1")

@@ -38,7 +38,7 @@ def no_descriptors() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-async def test_without_descriptors_no_attempt_is_spent_and_no_breaker_opens(
+async def test_a_lack_of_descriptors_spends_no_attempt_and_opens_no_breaker(
     settings: MakeSettings, client: Client, receiver: Receiver, host: str
 ) -> None:
     async with dispatching(settings()) as running:
@@ -54,7 +54,7 @@ async def test_without_descriptors_no_attempt_is_spent_and_no_breaker_opens(
     assert_laws(client, receiver.requests, ids)
 
 
-async def test_what_is_put_off_is_handed_back_when_the_dispatcher_stops(
+async def test_a_deferred_event_is_handed_back_when_the_dispatcher_stops(
     settings: MakeSettings, client: Client, receiver: Receiver
 ) -> None:
     with_time = settings()
@@ -112,7 +112,7 @@ async def test_kafka_that_cannot_be_reached_for_want_of_a_file_spends_no_attempt
         (ValueError("x"), None),
     ],
 )
-def test_own_faults_are_told_from_those_of_receivers(error: BaseException, kind: str | None) -> None:
+def test_faults_of_this_machine_are_told_from_those_of_receivers(error: BaseException, kind: str | None) -> None:
     wrapped = aiohttp.ClientError()
     wrapped.__cause__ = error
     for each in (error, wrapped):
@@ -120,7 +120,7 @@ def test_own_faults_are_told_from_those_of_receivers(error: BaseException, kind:
         assert (found and found.kind) == kind
 
 
-async def test_no_thread_for_the_resolver_spends_no_attempt(
+async def test_a_resolver_without_a_thread_spends_no_attempt(
     settings: MakeSettings, client: Client, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

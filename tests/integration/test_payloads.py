@@ -41,7 +41,7 @@ def connection(database_url: str) -> Iterator[psycopg.Connection[tuple[object, .
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=500, deadline=None)
 @given(payload=texts.map(str.encode) | broken_utf8)
-def test_what_is_let_in_is_json_to_postgresql_too(
+def test_every_accepted_payload_is_json_to_postgresql_too(
     connection: psycopg.Connection[tuple[object, ...]], payload: bytes
 ) -> None:
     raw = (

@@ -108,7 +108,7 @@ async def test_ingestion_maintenance_and_the_outbox_work_through_a_pooler(
     assert client.value("select count(*) from orchestrator.event") == 19
 
 
-async def test_one_process_at_a_time_archives_through_a_pooler(
+async def test_only_one_process_at_a_time_archives_through_a_pooler(
     settings: MakeSettings, database_url: str, client: Client, tmp_path: Path
 ) -> None:
     schedule_old_day(client)

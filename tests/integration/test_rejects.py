@@ -89,7 +89,7 @@ def test_a_corrected_reject_becomes_an_event_once(call: Call, client: Client, tm
     assert answer(call("resubmit", str(number), str(corrected), "--again", "--json"))["duplicate"]
 
 
-def test_a_reject_that_lacked_something_is_taken_as_it_came_when_it_is_there(call: Call, client: Client) -> None:
+def test_a_reject_is_resubmitted_unchanged_once_its_retry_policy_exists(call: Call, client: Client) -> None:
     [number] = keep(client, submission(1, retry_policy="patient"))
     refused = call("resubmit", str(number))
     assert (refused.exit_code, "patient" in refused.stderr) == (1, True)
@@ -99,7 +99,7 @@ def test_a_reject_that_lacked_something_is_taken_as_it_came_when_it_is_there(cal
     assert client.value("select retry_policy from orchestrator.event") == "patient"
 
 
-def test_neither_a_command_nor_nothing_is_resubmitted(call: Call, client: Client) -> None:
+def test_commands_and_empty_records_are_not_resubmitted(call: Call, client: Client) -> None:
     [command] = keep(client, b'{"command": "cancel"}', topic="default.process-kafka-message")
     [tombstone] = keep(client, None)
     for number, why in ((command, "is a command"), (tombstone, "has no value")):

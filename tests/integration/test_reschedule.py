@@ -60,14 +60,14 @@ async def test_a_successor_takes_the_place_of_an_event_and_each_names_the_other(
     assert {name: new[name] for name in KEPT} == {name: old[name] for name in KEPT}
 
 
-async def test_a_time_may_be_in_any_zone(api: httpx.AsyncClient, client: Client) -> None:
+async def test_the_new_time_may_be_in_any_zone(api: httpx.AsyncClient, client: Client) -> None:
     zone = timezone(timedelta(hours=22, minutes=2))
     given = {"scheduled_at": datetime.fromisoformat(LATER).astimezone(zone).isoformat()}
     told = (await api.post(at(client.schedule()), json=given)).json()
     assert datetime.fromisoformat((await found(api, told["successor"]))["scheduled_at"]).isoformat() == LATER
 
 
-async def test_the_same_again_changes_nothing_and_another_time_is_for_the_successor(
+async def test_a_repeated_reschedule_changes_nothing_and_another_time_belongs_to_the_successor(
     api: httpx.AsyncClient, client: Client
 ) -> None:
     first = client.schedule(scheduled_at=NOON + timedelta(days=1))
@@ -83,7 +83,9 @@ async def test_the_same_again_changes_nothing_and_another_time_is_for_the_succes
 
 
 @pytest.mark.parametrize("days", [(1, 200), (200, 1), (200, 300)])
-async def test_how_far_ahead_an_event_is_makes_no_difference(api: httpx.AsyncClient, days: tuple[int, int]) -> None:
+async def test_events_on_both_sides_of_the_horizon_are_rescheduled_alike(
+    api: httpx.AsyncClient, days: tuple[int, int]
+) -> None:
     old, new = (tomorrow() + timedelta(days=each) for each in days)
     first = (await api.post("/api/v1/events", json=submission(scheduled_at=old.isoformat()))).json()["id"]
     told = (await api.post(at(first), json={"scheduled_at": new.isoformat()})).json()
@@ -144,7 +146,7 @@ async def test_an_event_in_flight_or_finished_stays_as_it_is_and_the_answer_says
 
 
 @pytest.mark.parametrize("apart", [False, True])
-async def test_of_many_at_once_one_decides(api: httpx.AsyncClient, client: Client, apart: bool) -> None:
+async def test_of_many_reschedules_at_once_one_decides(api: httpx.AsyncClient, client: Client, apart: bool) -> None:
     first = client.schedule(scheduled_at=NOON + timedelta(days=1))
     times = [(NOON + timedelta(days=2, seconds=n * apart)).isoformat() for n in range(8)]
     responses = await asyncio.gather(*(api.post(at(first), json={"scheduled_at": time}) for time in times))
@@ -156,7 +158,7 @@ async def test_of_many_at_once_one_decides(api: httpx.AsyncClient, client: Clien
     assert client.value("select count(*) from orchestrator.timer") == 1
 
 
-async def test_there_is_nothing_to_reschedule_where_there_is_no_event(api: httpx.AsyncClient) -> None:
+async def test_rescheduling_an_unknown_event_is_a_404(api: httpx.AsyncClient) -> None:
     for path in (at(UNKNOWN), by_job("nobody")):
         assert_problem(await api.post(path, json={"scheduled_at": LATER}), 404, "not-found")
     assert fields(assert_problem(await api.post(at("7"), json={"scheduled_at": LATER}), 422, "validation")) == {"id"}
@@ -179,14 +181,14 @@ WRONG_BODIES: list[tuple[Any, set[str] | None]] = [
 ]
 
 
-async def test_a_body_that_breaks_rules_is_a_422_that_names_each(api: httpx.AsyncClient, client: Client) -> None:
+async def test_a_body_that_breaks_rules_is_a_422_that_names_each_field(api: httpx.AsyncClient, client: Client) -> None:
     for path in (at(client.schedule(scheduled_at=NOON + timedelta(days=1))), by_job("j")):
         for body, wrong in WRONG_BODIES:
             problem = assert_problem(await api.post(path, json=body), 422, "validation")
             assert fields(problem) == wrong or (wrong is None and len(problem["errors"]) == 20)
 
 
-async def test_a_body_that_is_no_json_or_too_large_is_refused_as_elsewhere(api: httpx.AsyncClient) -> None:
+async def test_a_body_that_is_no_json_or_too_large_is_refused(api: httpx.AsyncClient) -> None:
     json_type = {"content-type": "application/json"}
     for content in (b"", b'{"scheduled_at": }', b'{"scheduled_at": "\xff"}', b'{"a": "\\ud800"}'):
         assert_problem(await api.post(at(UNKNOWN), content=content, headers=json_type), 400, "malformed-json")
@@ -231,7 +233,7 @@ async def test_only_the_successor_is_delivered(
 # By the command line
 
 
-def test_the_command_says_what_took_its_place_and_the_story_shows_both(call: Call, client: Client) -> None:
+def test_the_command_names_the_successor_and_the_story_shows_both_events(call: Call, client: Client) -> None:
     first = client.schedule(scheduled_at=NOON + timedelta(days=1))
     done = answer(call("reschedule", first, "--at", LATER, "--json"))
     assert (done["id"], done["result"], done["status"]) == (first, "rescheduled", "rescheduled")
@@ -249,7 +251,7 @@ def test_the_command_says_what_took_its_place_and_the_story_shows_both(call: Cal
     assert timedelta(minutes=89) < due <= timedelta(minutes=90) < timedelta(minutes=119) < expires
 
 
-def test_the_command_takes_an_external_id(call: Call, client: Client) -> None:
+def test_the_command_reschedule_takes_an_external_id(call: Call, client: Client) -> None:
     client.schedule(external_job_id="j", scheduled_at=NOON + timedelta(days=1))
     for option in ("--external-id", "--external-job-id"):
         assert "rescheduled as " in told(call("reschedule", option, "j", "--in", f"{len(option)}d"))
@@ -258,13 +260,12 @@ def test_the_command_takes_an_external_id(call: Call, client: Client) -> None:
     )
 
 
-def test_the_command_fails_with_the_remedy_when_it_is_too_late(call: Call, client: Client) -> None:
+def test_the_command_reschedule_fails_with_the_remedy_when_it_is_too_late(call: Call, client: Client) -> None:
     event_id = client.schedule(scheduled_at=datetime.now(UTC))
     client.claim()
     said = refused(call("reschedule", event_id, "--in", "1h"))
     assert said == (
-        f"{event_id} was not rescheduled: it is being delivered just now (in_flight); "
-        "try again when this attempt has ended"
+        f"{event_id} was not rescheduled: it is being delivered (in_flight); try again when this attempt has ended"
     )
     assert answer(call("reschedule", event_id, "--in", "1h", "--json"), 1)["result"] == "in_flight"
     assert "400 days ahead" in refused(call("reschedule", client.schedule(external_job_id="j"), "--in", "500d"))
@@ -287,7 +288,7 @@ def test_the_command_fails_with_the_remedy_when_it_is_too_late(call: Call, clien
         ([UNKNOWN, "--at", "+1h", "--expires-at", ""], "--expires-at': expected an RFC 3339 time"),
     ],
 )
-def test_the_command_used_wrongly_says_how_it_is_used(arguments: list[str], complaint: str) -> None:
+def test_the_command_reschedule_used_wrongly_says_how_it_is_used(arguments: list[str], complaint: str) -> None:
     said = refused(invoke("reschedule", *arguments), 2)
     assert complaint in said
     assert len(said) < 300

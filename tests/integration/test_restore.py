@@ -78,7 +78,7 @@ def test_migrate_restores_rights_that_a_dump_left_behind(
     assert check(empty_database_url) == ["roles.sql"]
     assert invoke("migrate", "--check", env=env).exit_code == 1
     told = invoke("doctor", env=env).stdout
-    assert "rights are not as migrate left them, as after pg_restore --no-acl" in told
+    assert "rights differ from those that migrate gave, as after pg_restore --no-acl" in told
     assert "public EXECUTE" in told
     with pytest.raises(psycopg.errors.InsufficientPrivilege), Client(_as(clerk, empty_database_url)) as client:
         client.schedule()
@@ -108,9 +108,7 @@ def test_migrate_restores_rights_that_a_dump_left_behind(
         ),
     ],
 )
-def test_each_right_that_somebody_changed_is_named_and_put_right(
-    database_url: str, client: Client, change: str, named: str
-) -> None:
+def test_each_changed_right_is_named_and_restored(database_url: str, client: Client, change: str, named: str) -> None:
     before = client.rows("select * from orchestrator.rights() order by 1")
     client.connection.execute(change.encode())
     assert check(database_url) == ["roles.sql"]
@@ -120,13 +118,13 @@ def test_each_right_that_somebody_changed_is_named_and_put_right(
     assert client.rows("select * from orchestrator.rights() order by 1") == before
 
 
-def test_rights_of_other_users_are_their_own_affair(database_url: str, client: Client, clerk: str) -> None:
+def test_rights_of_other_users_are_left_alone(database_url: str, client: Client, clerk: str) -> None:
     client.connection.execute(sql.SQL("grant select on orchestrator.event to {}").format(sql.Identifier(clerk)))
     assert check(database_url) == []
     client.connection.execute(sql.SQL("revoke select on orchestrator.event from {}").format(sql.Identifier(clerk)))
 
 
-def test_what_belongs_to_somebody_else_is_named_and_given_back(database_url: str, client: Client, clerk: str) -> None:
+def test_objects_that_another_user_owns_are_named_and_given_back(database_url: str, client: Client, clerk: str) -> None:
     other = sql.Identifier(clerk)
     client.connection.execute(sql.SQL("alter function orchestrator.pause_all() owner to {}").format(other))
     client.connection.execute(sql.SQL("alter table orchestrator.worker owner to {}").format(other))

@@ -50,7 +50,7 @@ application_name|(transaction|default_transaction)_(isolation|read_only|deferrab
 """
 
 
-def test_every_setting_of_a_session_is_set_or_left_alone_on_purpose(client: Client) -> None:
+def test_every_setting_of_a_session_is_either_set_or_listed_as_left_alone(client: Client) -> None:
     names = client.column("select lower(name) from pg_settings where context = 'user' and name !~ '[.]'")
     pattern = LEFT_ALONE.replace("\n", "")
     assert [name for name in names if name not in SESSION and not re.fullmatch(pattern, name)] == []
@@ -74,7 +74,7 @@ async def test_no_default_of_the_database_or_the_role_reaches_a_connection(
             assert connection.pooled is False
 
 
-async def test_everything_answers_the_same_whatever_the_database_and_the_role_are_set_to(
+async def test_answers_do_not_depend_on_settings_of_the_database_or_the_role(
     settings: MakeSettings, empty_database_url: str, database_url: str, receiver: Receiver
 ) -> None:
     clean = await _drive(settings(DATABASE_URL=database_url), receiver, "/clean")
@@ -160,7 +160,7 @@ def _outline(value: Any) -> Any:
     return "number" if isinstance(value, float) else value
 
 
-def test_functions_answer_the_same_whatever_a_session_of_psql_is_set_to(databases: Databases) -> None:
+def test_answers_of_functions_do_not_depend_on_settings_of_a_psql_session(databases: Databases) -> None:
     told = []
     for settings in ({}, WORST_IN_PSQL):
         with databases.migrated() as url, Client(url) as client:
@@ -282,7 +282,7 @@ def test_variables_of_libpq_change_nothing(database_url: str, call: Call, monkey
     assert shown["scheduled_at"].endswith("+00:00")
 
 
-def test_what_a_url_says_of_connections_is_merged_with_what_the_program_needs() -> None:
+def test_connection_settings_of_a_url_are_merged_with_those_the_program_needs() -> None:
     options = "-c work_mem=64MB -c statement_timeout=5s --search-path=a\\ b"
     url = f"postgresql://h/d?application_name=billing&connect_timeout=9&keepalives_idle=7&options={quote(options)}"
     session = Session.of(url, "dispatch")

@@ -117,7 +117,7 @@ def one_connection(settings: Settings) -> Database:
     return Database(replace(settings, pool_min_idle=1, pool_max_size=1), role="test")
 
 
-async def test_an_attempt_that_hears_nothing_is_given_up_and_the_next_one_succeeds(
+async def test_a_connection_attempt_that_hears_nothing_is_given_up_and_the_next_one_succeeds(
     settings: MakeSettings, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with CuttingProxy(database_url) as proxy, one_connection(settings(DATABASE_URL=proxy.url)) as database:

@@ -32,7 +32,9 @@ async def document(process: Spawned, expected_exit: int = 0) -> Any:
     return json.loads(process.log())
 
 
-async def test_topics_are_made_once(spawn: Spawn, deployment: dict[str, str], settings: MakeSettings) -> None:
+async def test_topics_create_makes_each_topic_once(
+    spawn: Spawn, deployment: dict[str, str], settings: MakeSettings
+) -> None:
     names = topic_names(settings(**deployment))
     assert len(names) == 7
     listed = await document(spawn("topics", "list", "--json", **deployment), expected_exit=1)
@@ -44,7 +46,7 @@ async def test_topics_are_made_once(spawn: Spawn, deployment: dict[str, str], se
     assert listed == [{"name": name, "partitions": 3} for name in names]
 
 
-async def test_a_topic_that_exists_keeps_its_partitions_and_that_is_told(
+async def test_a_topic_that_exists_keeps_its_partitions_and_the_command_says_so(
     spawn: Spawn, deployment: dict[str, str]
 ) -> None:
     await document(spawn("topics", "create", "--json", **deployment))
@@ -53,7 +55,7 @@ async def test_a_topic_that_exists_keeps_its_partitions_and_that_is_told(
     assert again.log().count("exists, though KAFKA_PARTITIONS is 5") == 7
 
 
-async def test_only_the_named_topics_are_made(deployment: dict[str, str], settings: MakeSettings) -> None:
+async def test_topics_create_makes_only_the_named_topics(deployment: dict[str, str], settings: MakeSettings) -> None:
     ours = settings(**deployment)
     made = await create_topics(ours, [ours.topic_dlq])
     assert made == [(ours.topic_dlq, "created", 3)]
@@ -94,7 +96,7 @@ def diagnosed(deployment: dict[str, str], database_url: str) -> dict[str, str]:
     return {**deployment, "DATABASE_URL": database_url}
 
 
-def test_doctor_is_content_without_kafka(database_url: str) -> None:
+def test_doctor_finds_no_fault_without_kafka(database_url: str) -> None:
     found = looked({"DATABASE_URL": database_url})
     assert [each.level for each in found["kafka"]] == ["ok"]
     assert not found["topics"]
@@ -123,7 +125,7 @@ async def test_doctor_asks_for_the_topics_that_are_needed(diagnosed: dict[str, s
     assert levels(found) == content | {"topics": {"warning"}}
 
 
-async def test_doctor_sees_records_that_nobody_reads_and_partitions_that_are_halted(
+async def test_doctor_sees_records_that_no_ingester_reads_and_partitions_that_are_halted(
     diagnosed: dict[str, str], settings: MakeSettings
 ) -> None:
     ours = settings(**diagnosed)
@@ -133,7 +135,7 @@ async def test_doctor_sees_records_that_nobody_reads_and_partitions_that_are_hal
         await producer.send_and_wait(topic, b"one", partition=0)
     (finding,) = (await in_thread(diagnosed))["ingestion"]
     assert finding.level == "warning"
-    assert f"1 record of {topic} to be read, and none has been read yet" in finding.what
+    assert f"1 record of {topic} unread, and none has been read yet" in finding.what
     with psycopg.connect(ours.database_url, autocommit=True) as connection:
         connection.execute("select orchestrator.set_ingest_offset(%s, 0, 7)", (topic,))
         (finding,) = (await in_thread(diagnosed))["ingestion"]
@@ -148,7 +150,9 @@ async def test_doctor_sees_records_that_nobody_reads_and_partitions_that_are_hal
         assert levels(await in_thread(diagnosed))["ingestion"] == {"ok"}
 
 
-async def test_doctor_sees_an_outbox_that_nobody_publishes(diagnosed: dict[str, str], settings: MakeSettings) -> None:
+async def test_doctor_sees_an_outbox_that_no_process_publishes(
+    diagnosed: dict[str, str], settings: MakeSettings
+) -> None:
     await create_topics(settings(**diagnosed))
     with psycopg.connect(diagnosed["DATABASE_URL"], autocommit=True) as connection:
         connection.execute(

@@ -253,7 +253,7 @@ async def test_old_and_new_programs_share_a_database_through_an_upgrade(
         assert client.value("select problems from orchestrator.maintenance_run order by run desc limit 1") == []
 
 
-async def test_an_upgrade_keeps_ids_and_nothing_twice(previous: Previous) -> None:
+async def test_an_upgrade_keeps_ids_and_keeps_no_event_twice(previous: Previous) -> None:
     """Whichever version has submitted an event first, its id stays, and the other one's submission is a duplicate."""
     url = previous.environ["DATABASE_URL"]
     settings = Settings.from_env(previous.environ)

@@ -78,7 +78,7 @@ async def test_an_operator_who_leaves_a_transaction_open_holds_up_no_result(
         await eventually(lambda: running.value("events_dead_total") == 3)
 
 
-async def test_a_held_ordering_key_is_not_asked_for_again_and_again(
+async def test_a_locked_ordering_key_is_not_asked_for_again_and_again(
     settings: MakeSettings, receiver: Receiver, client: Client, holder: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = client.schedule_many(2, destination=receiver.url("/"), scheduled_at=soon(1), ordering_key="k")
@@ -132,7 +132,7 @@ async def test_a_submission_left_open_holds_up_its_repetition_alone(
         assert (await waiting).json()["duplicate"] is True
 
 
-async def test_an_operation_that_is_blocked_answers_503_in_time_and_names_the_holder_in_the_log(
+async def test_a_blocked_operation_answers_503_in_time_and_logs_the_holder(
     settings: MakeSettings, client: Client, holder: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     event_id = client.schedule(scheduled_at=soon(3600))
@@ -151,7 +151,7 @@ async def test_an_operation_that_is_blocked_answers_503_in_time_and_names_the_ho
 
 
 @pytest.mark.parametrize("command", [["pause"], ["resume"], ["destinations", "pause", "held.example"]])
-def test_the_brakes_wait_for_nobody(call: Call, holder: Client, command: list[str]) -> None:
+def test_pause_and_resume_wait_for_no_session(call: Call, holder: Client, command: list[str]) -> None:
     holder.schedule(priority=7)
     holder.rows("select orchestrator.configure_destination('held.example', p_rate_per_second => 5)")
     holder.rows("select orchestrator.pause_all()")
@@ -178,7 +178,7 @@ async def test_a_record_whose_id_is_uncommitted_elsewhere_does_not_stop_its_part
     assert client.totals()["accepted"] == 20
 
 
-def test_a_line_of_a_file_that_is_held_is_named_and_the_others_are_kept(
+def test_a_line_of_a_file_whose_id_is_locked_is_named_and_the_others_are_kept(
     call: Call, client: Client, holder: Client
 ) -> None:
     fields = submission(external_job_id="held")
@@ -194,7 +194,9 @@ def test_a_line_of_a_file_that_is_held_is_named_and_the_others_are_kept(
     assert client.value("select count(*) from orchestrator.event") == 3
 
 
-async def test_doctor_names_who_has_left_a_transaction_open(call: Call, client: Client, holder: Client) -> None:
+async def test_doctor_names_the_session_that_left_a_transaction_open(
+    call: Call, client: Client, holder: Client
+) -> None:
     holder.cancel(client.schedule(scheduled_at=soon(3600)))
     await eventually(lambda: client.rows("select * from orchestrator.lock_holders()"))
     found = call("doctor", "--json").output
@@ -216,7 +218,7 @@ def test_doctor_and_a_cancel_name_a_transaction_that_was_prepared(call: Call, cl
         client.rows("rollback prepared 'left behind'")
 
 
-async def test_a_command_for_an_event_that_is_held_is_answered_and_the_others_are_carried_out(
+async def test_a_command_for_a_locked_event_is_answered_and_other_commands_are_carried_out(
     settings: MakeSettings, client: Client, holder: Client, topic: Topic
 ) -> None:
     held, other = client.schedule_many(2, scheduled_at=soon(3600))

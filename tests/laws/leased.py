@@ -1,4 +1,7 @@
-"""What the models of these tests know of an event's leases."""
+"""What the models of these tests know of an event's leases.
+
+The number of lost leases is a literal here on purpose: a model that took it from the product would share its mistakes.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,6 @@ class Leased:
         return self.attempt >= self.max_retries + 1 + self.released
 
     @property
-    def forsaken(self) -> bool:
-        """So many leases ran out that no more are given."""
+    def lost_too_often(self) -> bool:
+        """Five leases more than all attempts have run out: the event dies at its next claim."""
         return self.attempt >= self.max_retries + 1 + self.released + 5

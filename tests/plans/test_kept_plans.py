@@ -242,7 +242,7 @@ def _steps(client: Client, count: int, name: str) -> Iterator[tuple[str, Step]]:
             count,
         ),
     )
-    yield "let all that wait go on", lambda: client.value("select orchestrator.advance_waiting()")
+    yield "let all that wait go on", lambda: client.value("select orchestrator.advance_all_orderings()")
     yield "pass a dead letter", lambda: client.value("select orchestrator.pass_dead_letter(%s::uuid)", dead[0])
     yield (
         "count what happened",
@@ -316,7 +316,7 @@ def _run(client: Client, count: int, name: str, see: Callable[[str, Step], objec
 
 
 @pytest.mark.parametrize("state", STATES, ids=[state.__name__.removeprefix("_") for state in STATES])
-def test_a_call_reads_what_it_is_for_whenever_its_plan_was_made(
+def test_a_function_reads_only_the_rows_it_needs_whenever_its_plan_was_made(
     databases: Databases, state: Callable[[Client], None]
 ) -> None:
     too_much = []
@@ -365,7 +365,7 @@ _BATCH: LiteralString = "from orchestrator.outbox_batch(50000)"
 BULKS: dict[str, tuple[LiteralString, LiteralString, LiteralString]] = {
     "settle lanes": (
         _TIMERS,
-        "select orchestrator.settle_lanes()",
+        "select orchestrator.reroute_remaining()",
         "select orchestrator.configure_destination('big.example', p_max_parallel => 5)",
     ),
     "expire": (_TIMERS, "select orchestrator.expire_events(50000)", "select 1"),
@@ -424,7 +424,7 @@ def test_a_sweep_over_a_full_table_takes_as_long_by_a_plan_of_when_it_was_empty(
         assert kept_s < 5 * fresh_s + 1
 
 
-def test_what_pins_one_setting_of_the_planner_pins_them_all_also_when_it_is_applied_again(
+def test_a_function_that_pins_one_setting_of_the_planner_pins_all_of_them_and_again_when_reapplied(
     databases: Databases,
 ) -> None:
     pinned = """select count(*), min(cardinality(p.proconfig)) from pg_proc p

@@ -301,7 +301,9 @@ def test_repeating_a_finish_looks_for_its_outcomes_in_the_days_of_its_events(cli
 
 @pytest.mark.parametrize("kind", ["delivered", "fail"])
 @pytest.mark.parametrize("warm_ups", [0, 6])
-def test_telling_of_finished_events_reads_each_once_by_its_key(client: Client, kind: str, warm_ups: int) -> None:
+def test_outbox_messages_of_finished_events_read_each_event_once_by_its_key(
+    client: Client, kind: str, warm_ups: int
+) -> None:
     client.rows("select orchestrator.set_outbox('{timestamp,dlq}')")
     plans = plans_of(client, lambda: client.finish(results(claimed(client, 300), kind)), warm_ups=warm_ups)
     assert plans.scans("event") <= EVENT_BY_KEY

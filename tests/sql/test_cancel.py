@@ -23,7 +23,7 @@ def test_a_scheduled_event_is_cancelled_and_never_claimed(client: Client) -> Non
     assert client.totals() == {"accepted": 1, "cancelled": 1}
 
 
-def test_cancelling_twice_says_so_and_changes_nothing(client: Client) -> None:
+def test_a_second_cancel_says_already_cancelled_and_changes_nothing(client: Client) -> None:
     uid = client.schedule()
     client.cancel(uid)
     before = client.get(uid)
@@ -50,7 +50,7 @@ def test_an_event_waiting_for_its_next_attempt_is_cancelled(client: Client) -> N
     assert client.status(uid) == "cancelled"
 
 
-def test_an_event_is_cancelled_whatever_the_clock_of_its_last_worker_said(client: Client) -> None:
+def test_a_cancel_does_not_depend_on_the_clock_of_the_last_worker(client: Client) -> None:
     uid = client.schedule()
     ahead = (NOON + timedelta(hours=1)).timestamp()
     client.finish(results(client.claim(), "retry", started_at=ahead, finished_at=ahead))
@@ -83,18 +83,18 @@ def test_a_finished_event_is_not_cancelled(client: Client, kind: str, status: st
 
 
 @pytest.mark.parametrize("uid", [uuid.UUID(int=0), uuid.UUID(int=2**128 - 1), uuid.uuid4(), uuid.uuid1()])
-def test_an_unknown_id_has_no_answer(client: Client, uid: uuid.UUID) -> None:
+def test_a_cancel_of_an_unknown_id_has_no_answer(client: Client, uid: uuid.UUID) -> None:
     client.schedule()
     assert client.cancel(str(uid)) == []
     assert client.get(str(uid)) is None
 
 
-def test_an_unknown_id_of_a_known_instant_has_no_answer(client: Client) -> None:
+def test_a_cancel_of_an_unknown_id_of_a_known_instant_has_no_answer(client: Client) -> None:
     client.schedule()
     assert client.cancel(client.value("select orchestrator.random_event_id(%s)::text", NOON)) == []
 
 
-def test_every_event_of_an_external_id_is_cancelled_by_it_newest_first(client: Client) -> None:
+def test_a_cancel_by_external_id_cancels_each_of_its_events_newest_first(client: Client) -> None:
     job = "job ü'\\"
     ids = {
         hour: client.schedule(external_job_id=job, scheduled_at=NOON + timedelta(hours=hour))
@@ -115,12 +115,12 @@ def test_every_event_of_an_external_id_is_cancelled_by_it_newest_first(client: C
     assert client.status(other) != "cancelled"
 
 
-def test_an_external_id_shared_by_sources_cancels_them_all(client: Client) -> None:
+def test_a_cancel_by_an_external_id_shared_by_sources_cancels_events_of_all_sources(client: Client) -> None:
     ids = {client.schedule(external_job_id="j", source=source) for source in ("a", "b")}
     assert {answer.event_id for answer in client.cancel_external("j")} == ids
 
 
-def test_an_unknown_external_id_has_no_answer(client: Client) -> None:
+def test_a_cancel_of_an_unknown_external_id_has_no_answer(client: Client) -> None:
     client.schedule(external_job_id="j")
     assert client.cancel_external("k") == []
     assert client.cancel_external("") == []
@@ -128,12 +128,12 @@ def test_an_unknown_external_id_has_no_answer(client: Client) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["", "null, null", "gen_random_uuid(), 'j'"])
-def test_exactly_one_of_the_two_ids_must_be_given(client: Client, arguments: str) -> None:
+def test_a_cancel_takes_exactly_one_of_the_two_ids(client: Client, arguments: str) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="give either p_event_id or p_external_job_id"):
         client.connection.execute(f"select * from orchestrator.cancel_event({arguments})")
 
 
-def test_answers_stay_right_when_the_plan_has_become_a_generic_one(client: Client) -> None:
+def test_answers_to_cancels_stay_right_under_a_generic_plan(client: Client) -> None:
     ids = [client.schedule(external_job_id=str(n)) for n in range(20)]
     for n, uid in enumerate(ids):
         assert (
@@ -187,7 +187,7 @@ def test_a_claim_does_not_wait_for_a_cancel_and_finds_nothing_after_it(connect: 
 @pytest.mark.parametrize(
     ("kind", "expected"), [("delivered", "finished"), ("fail", "finished"), ("retry", "cancelled")]
 )
-def test_a_cancel_that_waited_for_a_finish_sees_what_it_did(
+def test_a_cancel_that_waited_for_a_finish_sees_its_result(
     connect: Connect, observer: Client, threads: ThreadPoolExecutor, kind: str, expected: str
 ) -> None:
     finisher, canceller = connect(), connect()

@@ -88,7 +88,7 @@ def mixed(client: Client) -> dict[str, dict[str, Any]]:
         ),
     ],
 )
-def test_what_fits_every_filter_is_cancelled_and_nothing_else(
+def test_events_that_match_every_filter_are_cancelled_and_no_others(
     client: Client, filters: dict[str, Any], wanted: Any
 ) -> None:
     items = mixed(client)
@@ -112,7 +112,7 @@ def test_what_fits_every_filter_is_cancelled_and_nothing_else(
     assert violations(client.connection, acknowledged=items) == []
 
 
-def test_times_are_exact_to_the_microsecond(client: Client) -> None:
+def test_times_of_a_filter_are_exact_to_the_microsecond(client: Client) -> None:
     instant = timedelta(microseconds=1)
     ids = [client.schedule(scheduled_at=NOON + n * instant) for n in range(4)]
     told = cancel(client, since=NOON + instant, until=NOON + 3 * instant)
@@ -131,7 +131,7 @@ def test_attempts_under_way_go_on_and_are_counted(client: Client) -> None:
     assert cancelled(client) == set(ids) - {lease.event_id for lease in leases}
 
 
-def test_what_fails_is_cancelled_before_its_next_attempt(client: Client) -> None:
+def test_a_failed_event_is_cancelled_before_its_next_attempt(client: Client) -> None:
     client.schedule_many(3, source="air")
     client.finish(results(client.claim(), "retry"))
     assert cancel(client, source="air").cancelled == 3
@@ -139,7 +139,7 @@ def test_what_fails_is_cancelled_before_its_next_attempt(client: Client) -> None
     assert (statistics["live"], statistics["retrying"]) == (0, 0)
 
 
-def test_a_walk_meets_what_was_there_once_while_others_come_and_go(connect: Connect) -> None:
+def test_a_walk_visits_each_earlier_event_once_while_other_events_come_and_go(connect: Connect) -> None:
     client, other = connect(), connect()
     ids = [client.schedule(source="air", scheduled_at=NOON + seconds(n)) for n in range(30)]
     seen, after = 0, None
@@ -156,7 +156,7 @@ def test_a_walk_meets_what_was_there_once_while_others_come_and_go(connect: Conn
     assert seen == 30
 
 
-def test_the_next_of_an_ordering_key_goes_when_the_first_is_cancelled(client: Client) -> None:
+def test_the_next_event_of_an_ordering_key_goes_when_the_first_is_cancelled(client: Client) -> None:
     client.schedule(source="air", ordering_key="k", scheduled_at=NOON - seconds(1))
     client.finish(results(client.claim_on(), "retry", retry_after=3600))
     behind = client.schedule(source="land", ordering_key="k")
@@ -174,7 +174,7 @@ def test_kafka_topics_are_destinations(client: Client) -> None:
     assert cancel(client, destination="kafka:").cancelled == 3
 
 
-def test_a_limit_is_within_bounds(client: Client) -> None:
+def test_a_limit_of_cancelling_out_of_bounds_is_refused(client: Client) -> None:
     for limit in (0, -1, 100_001, None):
         with pytest.raises(psycopg.errors.InvalidParameterValue, match="p_limit: expected 1 to 100000"):
             cancel(client, source="air", limit=limit)
@@ -190,7 +190,7 @@ def test_a_filter_must_be_given(client: Client) -> None:
     assert client.status(uid) == "scheduled"
 
 
-def test_a_dry_run_takes_no_lock_and_a_sweep_leaves_out_what_another_has(connect: Connect) -> None:
+def test_a_dry_run_takes_no_lock_and_a_sweep_leaves_out_locked_events(connect: Connect) -> None:
     client, holder = connect(), connect()
     uid = client.schedule(source="air")
     holder.rows("begin")

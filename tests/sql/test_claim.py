@@ -50,7 +50,7 @@ def test_a_claim_by_hand_needs_no_argument_but_the_batch(client: Client) -> None
     assert client.rows("select * from orchestrator.claim_due_events(10)") == []
 
 
-def test_nothing_is_claimed_before_it_is_due(client: Client) -> None:
+def test_no_event_is_claimed_before_it_is_due(client: Client) -> None:
     client.schedule(scheduled_at=NOON + seconds(1))
     assert client.claim() == []
     assert client.at(NOON + seconds(1) - timedelta(microseconds=1)).claim() == []
@@ -114,7 +114,7 @@ def test_one_lane_with_nearly_everything_does_not_hold_up_the_others(client: Cli
     assert counted == {flood[0]: 91} | {lane: 1 for lane, _ in others}
 
 
-def test_what_a_small_lane_leaves_of_its_share_goes_to_the_others(client: Client) -> None:
+def test_the_share_that_a_small_lane_leaves_goes_to_other_lanes(client: Client) -> None:
     small, middle, large = list(hosts_by_lane(client).items())[:3]
     client.schedule_many(2, destination=small[1])
     client.schedule_many(30, destination=middle[1])
@@ -122,7 +122,7 @@ def test_what_a_small_lane_leaves_of_its_share_goes_to_the_others(client: Client
     assert lanes(client, client.claim(90)) == {small[0]: 2, middle[0]: 30, large[0]: 58}
 
 
-def test_a_batch_smaller_than_the_number_of_lanes_serves_all_of_them_in_turn(client: Client) -> None:
+def test_a_batch_smaller_than_the_number_of_lanes_serves_all_lanes_one_after_another(client: Client) -> None:
     for url in hosts_by_lane(client).values():
         client.schedule_many(2, destination=url)
     batches = [client.claim(8) for _ in range(16)]
@@ -139,7 +139,7 @@ def test_no_lane_is_preferred_by_small_batches(client: Client) -> None:
     assert all(60 <= count <= 140 for count in counted.values()), counted
 
 
-def test_lanes_in_which_all_is_in_flight_do_not_use_up_a_small_batch(client: Client) -> None:
+def test_lanes_whose_events_are_all_in_flight_do_not_use_up_a_small_batch(client: Client) -> None:
     by_lane = hosts_by_lane(client)
     for url in list(by_lane.values())[1:]:
         client.schedule(destination=url)
@@ -159,7 +159,7 @@ def test_a_destination_s_path_and_the_case_of_its_host_do_not_change_its_lane(cl
 # Leases
 
 
-def test_a_lease_keeps_others_away_until_it_has_run_out(client: Client) -> None:
+def test_a_lease_keeps_other_workers_away_until_it_has_run_out(client: Client) -> None:
     uid = client.schedule()
     client.claim(lease_s=30)
     assert client.at(NOON + seconds(30) - timedelta(microseconds=1)).claim() == []
@@ -184,7 +184,7 @@ def test_a_failure_after_lost_leases_is_final_when_the_retries_are_spent(client:
     assert client.status(uid) == "dead"
 
 
-def test_an_event_whose_leases_all_run_out_is_buried_in_the_end(client: Client) -> None:
+def test_an_event_whose_leases_all_run_out_dies_in_the_end(client: Client) -> None:
     uid = client.schedule(max_retries=1)
     given = []
     for minute in range(9):
@@ -199,7 +199,7 @@ def test_an_event_whose_leases_all_run_out_is_buried_in_the_end(client: Client) 
     assert client.totals() == {"accepted": 1, "dead": 1}
 
 
-def test_burying_does_not_take_from_what_a_batch_gives(client: Client) -> None:
+def test_events_that_a_claim_ends_take_no_place_in_its_batch(client: Client) -> None:
     client.schedule_many(20, max_retries=0)
     for minute in range(6):
         assert len(client.at(NOON + seconds(60 * minute)).claim(20)) == 20
@@ -231,7 +231,7 @@ def test_next_due_at_is_the_first_event_that_nobody_holds(client: Client) -> Non
     assert client.at(NOON + seconds(70)).value(next_due) == NOON + seconds(10)
 
 
-def test_the_backlog_is_what_is_due_and_not_held(client: Client) -> None:
+def test_the_backlog_counts_events_that_are_due_and_not_leased(client: Client) -> None:
     client.schedule_many(5)
     client.schedule(scheduled_at=NOON + seconds(1))
     assert client.value("select orchestrator.backlog()") == 5
@@ -291,7 +291,7 @@ def test_a_claim_that_is_rolled_back_spends_nothing(client: Client) -> None:
     assert [lease.attempt for lease in client.claim()] == [1]
 
 
-def test_a_timer_that_another_claimed_meanwhile_is_not_given_twice(
+def test_a_timer_that_another_worker_claimed_meanwhile_is_not_given_twice(
     connect: Connect, threads: ThreadPoolExecutor
 ) -> None:
     """All want the same few rows: each claim runs into those that others are just taking."""
@@ -342,7 +342,7 @@ def test_a_lease_or_lookahead_out_of_range_is_an_error_that_says_so(
     assert [lease.attempt for lease in client.claim()] == [1]
 
 
-def test_the_largest_batch_takes_ten_thousand(client: Client) -> None:
+def test_the_largest_batch_takes_ten_thousand_events(client: Client) -> None:
     client.submit(*[event() for _ in range(10_001)])
     leases = client.claim(10_000)
     assert len({lease.event_id for lease in leases}) == 10_000
@@ -350,7 +350,7 @@ def test_the_largest_batch_takes_ten_thousand(client: Client) -> None:
     assert len(client.claim(10_000)) == 1
 
 
-def test_events_that_are_overdue_when_they_come_keep_their_order(client: Client) -> None:
+def test_events_submitted_overdue_keep_their_order(client: Client) -> None:
     """All of them are due at once."""
     minutes = [n * 37 % 100 for n in range(100)]
     client.submit(*[event(external_job_id=f"{n}", scheduled_at=NOON - timedelta(minutes=n)) for n in minutes])

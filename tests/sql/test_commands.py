@@ -54,7 +54,7 @@ def test_a_cancel_by_external_id_answers_for_each_event(client: Client) -> None:
     assert {result["result"] for result in answer["results"]} == {"cancelled"}
 
 
-def test_commands_are_carried_out_in_order_and_each_is_answered(client: Client) -> None:
+def test_commands_are_carried_out_and_answered_in_order(client: Client) -> None:
     event_id = client.schedule(scheduled_at=NOON + timedelta(hours=1))
     cancel = {"command": "cancel", "event_id": event_id}
     answers = execute(client, cancel, {"command": "redrive", "event_id": event_id}, cancel)

@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import ROOT
 from tests.support.sql_client import Client
+from tests.support.sql_files import SQL_FILES
+
+MAX_SENTENCES, MAX_WORDS = 2, 25
+_COMMENT = re.compile(r"^comment on (\w+ [^']+?)\s+is\s+((?:'(?:[^']|'')*'\s*)+);", re.MULTILINE)
+_LITERAL = re.compile(r"'((?:[^']|'')*)'")
+
+
+def _comments(file: Path) -> dict[str, str]:
+    """The comment that a file gives to each object."""
+    text = file.read_text(encoding="utf-8")
+    found = {
+        re.sub(r"\s+", " ", each[1]): "".join(_LITERAL.findall(each[2])).replace("''", "'")
+        for each in _COMMENT.finditer(text)
+    }
+    assert len(found) == len(re.findall(r"^comment on ", text, re.MULTILINE)), (
+        f"{file}: not every comment is understood"
+    )
+    return found
+
+
+# What each object has in the end: files are applied in this order.
+COMMENTS = {each: text for file in SQL_FILES for each, text in _comments(ROOT / file).items()}
+
+
+@pytest.mark.parametrize("what", COMMENTS, ids=list(COMMENTS))
+def test_a_comment_has_two_short_sentences_at_most(what: str) -> None:
+    sentences = re.split(r"(?<=[.!?])\s+", COMMENTS[what])
+    assert len(sentences) <= MAX_SENTENCES
+    assert [sentence for sentence in sentences if len(sentence.split()) > MAX_WORDS] == []
 
 
 def test_every_table_and_view_has_a_comment(client: Client) -> None:

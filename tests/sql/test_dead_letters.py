@@ -121,7 +121,7 @@ def test_a_filter_lists_redrives_and_purges_the_same(client: Client, given: dict
     assert violations(client.connection) == []
 
 
-def test_what_is_listed_says_where_it_was_to_go(client: Client) -> None:
+def test_a_listed_dead_letter_names_its_destination(client: Client) -> None:
     uid = die(client, destination="https://A.example:443/x?y", external_job_id="j")
     [shown] = client.column("select orchestrator.list_dead_letters()")
     assert shown == {
@@ -164,7 +164,7 @@ def test_redriven_events_have_fresh_attempts_and_keep_their_history(client: Clie
 
 
 @pytest.mark.parametrize("limit", [3, 4, 10000])
-def test_a_rate_spaces_them_across_calls(client: Client, limit: int) -> None:
+def test_a_rate_spaces_redriven_events_across_calls(client: Client, limit: int) -> None:
     ids = client.schedule_many(10)
     client.finish(results(client.claim(), "fail"))
     client.at(NOON + seconds(60))
@@ -186,7 +186,7 @@ def test_a_start_in_the_past_is_now(client: Client) -> None:
     assert told.next_start_at == NOON + timedelta(hours=1, seconds=2)
 
 
-def test_they_go_through_the_limits_of_their_destination(client: Client) -> None:
+def test_redriven_events_go_through_the_limits_of_their_destination(client: Client) -> None:
     client.schedule_many(10)
     client.finish(results(client.claim(), "fail"))
     client.rows("select orchestrator.configure_destination('receiver.example', p_max_parallel => 3)")
@@ -194,7 +194,7 @@ def test_they_go_through_the_limits_of_their_destination(client: Client) -> None
     assert len(client.claim_on()) == 3
 
 
-def test_they_keep_their_place_behind_their_ordering_key(client: Client) -> None:
+def test_redriven_events_keep_their_place_in_their_ordering_key(client: Client) -> None:
     first = die(client, ordering_key="k")
     second = client.schedule(ordering_key="k", scheduled_at=NOON + seconds(1))
     redrive(client)
@@ -205,7 +205,7 @@ def test_they_keep_their_place_behind_their_ordering_key(client: Client) -> None
     assert [lease.event_id for lease in client.claim_on()] == [second]
 
 
-def test_one_that_blocked_its_ordering_key_is_the_first_again(client: Client) -> None:
+def test_a_redriven_event_that_blocked_its_ordering_key_is_the_first_again(client: Client) -> None:
     client.rows("insert into orchestrator.retry_policy (name, dead_blocks) values ('strict', true)")
     keyed: dict[str, Any] = {"ordering_key": "k", "retry_policy": "strict"}
     first = die(client, **keyed)
@@ -219,7 +219,7 @@ def test_one_that_blocked_its_ordering_key_is_the_first_again(client: Client) ->
     assert [lease.event_id for lease in client.claim_on()] == [second]
 
 
-def test_what_will_have_expired_stays_dead(client: Client) -> None:
+def test_an_event_that_would_expire_before_its_redrive_stays_dead(client: Client) -> None:
     ids = [die(client, scheduled_at=NOON, expires_at=(NOON + seconds(120 + n)).isoformat()) for n in (0, 5)]
     client.at(NOON + seconds(115))
     told = redrive(client, rate=0.1)  # due at 115 and 125 s
@@ -232,7 +232,7 @@ def test_what_will_have_expired_stays_dead(client: Client) -> None:
     assert client.statistics()["dead_letters"] == 1
 
 
-def test_two_at_once_redrive_each_once(connect: Connect, threads: Any) -> None:
+def test_sessions_that_redrive_at_once_redrive_each_event_once(connect: Connect, threads: Any) -> None:
     clients = [connect() for _ in range(4)]
     clients[0].schedule_many(40)
     clients[0].finish(results(clients[0].claim(), "fail"))
@@ -243,7 +243,7 @@ def test_two_at_once_redrive_each_once(connect: Connect, threads: Any) -> None:
     assert violations(clients[0].connection) == []
 
 
-def test_a_rate_is_within_bounds(client: Client) -> None:
+def test_a_rate_of_redriving_out_of_bounds_is_refused(client: Client) -> None:
     die(client)
     expected = "p_rate: expected more than 0 and at most 1000000"
     for rate in (0, -1, float("nan"), float("inf"), 1e7):
@@ -252,7 +252,7 @@ def test_a_rate_is_within_bounds(client: Client) -> None:
     assert len(dead(client)) == 1
 
 
-def test_dispatchers_are_told(connect: Connect) -> None:
+def test_dispatchers_are_notified_of_redriven_events(connect: Connect) -> None:
     client, listener = connect(), connect()
     die(client)
     listener.rows("listen orchestrator_due")
@@ -287,7 +287,7 @@ def test_purging_lets_the_ordering_key_go(client: Client) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 4, 10000])
-def test_a_walk_purges_all_in_bounded_steps(client: Client, limit: int) -> None:
+def test_a_walk_purges_all_matching_dead_letters_in_bounded_steps(client: Client, limit: int) -> None:
     client.schedule_many(7, source="air")
     client.schedule_many(4, source="land")
     client.finish(results(client.claim(), "fail"))
@@ -299,14 +299,14 @@ def test_a_walk_purges_all_in_bounded_steps(client: Client, limit: int) -> None:
     assert len(dead(client)) == 4
 
 
-def test_purging_all_needs_a_filter_that_says_so(client: Client) -> None:
+def test_purging_all_dead_letters_needs_a_filter_that_says_so(client: Client) -> None:
     die(client)
     with pytest.raises(psycopg.errors.InvalidParameterValue, match=r"^purge_dead_letters: give p_source"):
         purge(client)
     assert purge(client, died_until=NOON + seconds(1)).purged == 1
 
 
-def test_a_limit_is_within_bounds(client: Client) -> None:
+def test_a_limit_of_redriving_or_purging_out_of_bounds_is_refused(client: Client) -> None:
     for call, limit in itertools.product((redrive, purge), (0, 100_001, None)):
         with pytest.raises(psycopg.errors.InvalidParameterValue, match="p_limit: expected 1 to 100000"):
             call(client, source="air", limit=limit)

@@ -131,7 +131,9 @@ def claimed(client: Client) -> int:
         ("http://kafka:9092/", "kafka.:9092"),
     ],
 )
-def test_a_name_is_brought_into_the_form_that_events_have(client: Client, given_name: str, name: str) -> None:
+def test_a_destination_name_is_brought_into_the_form_that_events_have(
+    client: Client, given_name: str, name: str
+) -> None:
     assert configure(client, given_name).name == name
     assert configure(client, name).name == name
     assert client.column("select name from orchestrator.destination") == [name]
@@ -195,7 +197,7 @@ def test_the_url_of_an_event_names_its_destination(client: Client, url: str) -> 
         ("KAFKA:..", "no topic has such a name"),
     ],
 )
-def test_what_can_be_no_destination_is_refused(client: Client, name: str | None, complaint: str) -> None:
+def test_a_name_that_can_be_no_destination_is_refused(client: Client, name: str | None, complaint: str) -> None:
     told = refusal(client, name)
     assert told.startswith("name: expected a host such as")
     assert complaint in told
@@ -254,7 +256,7 @@ def test_what_can_be_no_destination_is_refused(client: Client, name: str | None,
     ],
     ids=str,
 )
-def test_nonsense_is_refused_by_name_and_changes_nothing(
+def test_a_wrong_setting_is_refused_by_name_and_changes_nothing(
     client: Client, wanted: dict[str, Any], complaint: str
 ) -> None:
     assert complaint in refusal(client, **wanted)
@@ -274,7 +276,7 @@ def test_a_secret_in_place_of_its_name_is_refused_and_not_repeated(client: Clien
     assert secret not in told
 
 
-def test_what_a_destination_has_at_first(client: Client) -> None:
+def test_a_destination_begins_with_the_documented_defaults(client: Client) -> None:
     answer = configure(client)
     assert settings_of(answer) == DEFAULTS
     assert (answer.waiting, answer.overlaps) == (0, [])
@@ -282,7 +284,7 @@ def test_what_a_destination_has_at_first(client: Client) -> None:
     assert client.value("select limited from orchestrator.lane where lane = %s", answer.lane) is False
 
 
-def test_what_is_given_is_set_and_all_else_is_left(client: Client) -> None:
+def test_settings_that_are_given_are_set_and_all_others_are_left(client: Client) -> None:
     assert settings_of(configure(client, **OTHERS)) == OTHERS
     assert settings_of(configure(client)) == OTHERS
     for name, value in OTHERS.items():
@@ -293,20 +295,27 @@ def test_what_is_given_is_set_and_all_else_is_left(client: Client) -> None:
 
 
 @pytest.mark.parametrize("name", list(DEFAULTS))
-def test_what_is_cleared_is_set_back_to_its_default_and_all_else_is_left(client: Client, name: str) -> None:
+def test_settings_that_are_cleared_return_to_their_defaults_and_all_others_are_left(client: Client, name: str) -> None:
     configure(client, **OTHERS)
     also = {"adaptive"} if name == "max_parallel" else set()
     expected = {key: DEFAULTS[key] if key in {name} | also else value for key, value in OTHERS.items()}
     assert settings_of(configure(client, clear=[name, *also])) == expected
 
 
-def test_a_bound_that_an_adaptive_one_needs_cannot_be_cleared_alone(client: Client) -> None:
+def test_max_parallel_cannot_be_cleared_alone_while_adaptive_needs_it(client: Client) -> None:
     configure(client, max_parallel=5, adaptive=True)
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="adaptive: expected max_parallel with it"):
         configure(client, clear=["max_parallel"])
 
 
-def test_zero_keeps_a_breaker_from_opening_by_that(client: Client) -> None:
+def test_a_refusal_names_the_default_that_a_cleared_setting_would_have(client: Client) -> None:
+    configure(client, breaker_cooldown=seconds(1), breaker_max_cooldown=seconds(2))
+    complaint = "breaker_cooldown: expected at most breaker_max_cooldown, got 00:00:05"
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=complaint):
+        configure(client, clear=["breaker_cooldown"])
+
+
+def test_zero_failures_and_ratio_keep_a_breaker_from_opening(client: Client) -> None:
     answer = configure(client, breaker_failures=0, breaker_ratio=0)
     assert (answer.breaker_failures, answer.breaker_ratio) == (0, 0)
     assert client.rows("select breaker_failures, breaker_ratio from orchestrator.destination") == [(None, None)]
@@ -319,7 +328,7 @@ def test_zero_keeps_a_breaker_from_opening_by_that(client: Client) -> None:
     assert client.value("select breaker from orchestrator.destinations") == "closed"
 
 
-def test_headers_are_kept_in_lower_case_and_none_is_no_headers(client: Client) -> None:
+def test_secret_headers_are_kept_in_lower_case_and_an_empty_set_is_none(client: Client) -> None:
     assert configure(client, secret_headers={"Authorization": "a"}).secret_headers == {"authorization": "a"}
     assert configure(client, secret_headers={}).secret_headers is None
 
@@ -348,7 +357,7 @@ def test_a_new_rate_forgets_the_slots_given_under_the_old_one_and_other_settings
     assert claimed(client) == 1
 
 
-def test_a_new_bound_forgets_what_the_adaptive_one_had_found(client: Client) -> None:
+def test_a_new_bound_forgets_the_adaptive_bound_found_before(client: Client) -> None:
     configure(client, max_parallel=8, adaptive=True)
     found = "select parallel_now from orchestrator.lane where name = 'api.example'"
     client.rows("update orchestrator.lane set parallel_now = 2.5, held_by = 'parallel' where name is not null")
@@ -375,13 +384,13 @@ def test_a_lower_bound_says_how_many_attempts_are_above_it(client: Client) -> No
         ({"name": "https://api.example/hook"}, "it holds for all of the host: paths have no limits of their own"),
     ],
 )
-def test_what_an_operator_may_not_expect_is_said(client: Client, wanted: dict[str, Any], said: str) -> None:
+def test_a_note_says_what_an_operator_may_not_expect(client: Client, wanted: dict[str, Any], said: str) -> None:
     note = configure(client, **wanted).note
     assert said in note
     assert "it holds from the next claim on, and attempts under way are left alone" in note
 
 
-def test_a_pause_and_an_open_breaker_are_said(client: Client) -> None:
+def test_a_note_says_that_a_pause_or_an_open_breaker_holds(client: Client) -> None:
     act(client, "pause_destination", "api.example")
     client.rows("update orchestrator.lane set breaker = 'half_open' where name is not null")
     act(client, "pause_all")
@@ -392,7 +401,7 @@ def test_a_pause_and_an_open_breaker_are_said(client: Client) -> None:
 # What waits
 
 
-def test_what_waits_is_counted_for_a_name(client: Client) -> None:
+def test_waiting_events_are_counted_for_a_name(client: Client) -> None:
     client.schedule_many(3, destination=API)
     client.schedule_many(2, destination=API, scheduled_at=NOON + timedelta(days=3))
     client.schedule_many(4, destination="https://api.example:8443/")
@@ -404,7 +413,7 @@ def test_what_waits_is_counted_for_a_name(client: Client) -> None:
     assert configure(client).waiting == 2
 
 
-def test_what_waits_is_counted_for_a_pattern_but_not_what_another_holds_for(client: Client) -> None:
+def test_waiting_events_are_counted_for_a_pattern_without_those_that_another_governs(client: Client) -> None:
     for n, host in enumerate(["a.shop.example", "b.shop.example", "c.shop.example", "other.example"], start=1):
         client.schedule_many(n, destination=f"https://{host}/")
     assert configure(client, "*.shop.example").waiting == 6
@@ -432,13 +441,13 @@ def test_overlaps_say_which_goes_first(client: Client) -> None:
 
 
 def test_a_destination_that_is_only_watched_overlaps_nothing(client: Client) -> None:
-    client.value("select orchestrator.own_lane('api.example', false)")
+    client.value("select orchestrator.ensure_dedicated_lane('api.example', false)")
     assert configure(client, "*.example").overlaps == []
 
 
-def test_a_pattern_that_overlaps_many_names_some(client: Client) -> None:
+def test_a_pattern_that_overlaps_many_destinations_names_some_of_them(client: Client) -> None:
     for n in range(30):
-        client.value("select orchestrator.own_lane(%s, true)", f"h{n:02}.example")
+        client.value("select orchestrator.ensure_dedicated_lane(%s, true)", f"h{n:02}.example")
     overlaps = configure(client, "*.example").overlaps
     assert overlaps[0] == "h00.example goes first: an exact name"
     assert (len(overlaps), overlaps[-1]) == (21, "and 10 more")
@@ -464,7 +473,7 @@ def _match(name: str, pattern: str) -> bool:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=_PATTERNS, second=_PATTERNS)
-def test_overlaps_are_those_that_have_a_name_in_common(shared: Client, first: str, second: str) -> None:
+def test_overlapping_patterns_are_those_that_have_a_name_in_common(shared: Client, first: str, second: str) -> None:
     if first == second:
         return
     names = ["".join(letters) for size in range(1, 9) for letters in itertools.product("ab", repeat=size)]
@@ -500,7 +509,7 @@ def test_two_operators_who_configure_one_destination_wait_for_one_another(
     assert (answer.rate_per_second, answer.burst, answer.max_parallel) == (5, 3, 2)
 
 
-def test_two_operators_who_configure_a_destination_that_neither_knew_make_it_once(
+def test_two_operators_who_configure_a_new_destination_make_it_once(
     connect: Connect, observer: Client, threads: ThreadPoolExecutor
 ) -> None:
     first, second = connect(), connect()
@@ -571,7 +580,7 @@ def test_deleting_a_name_leaves_its_events_to_the_pattern(client: Client) -> Non
     assert len(client.claim_on()) == 1
 
 
-def test_deleting_a_pattern_frees_what_it_held(client: Client) -> None:
+def test_deleting_a_pattern_frees_the_events_it_held(client: Client) -> None:
     configure(client, "*.example", rate_per_second=0.01)
     client.schedule_many(5, destination=API)
     client.claim_on()
@@ -579,21 +588,21 @@ def test_deleting_a_pattern_frees_what_it_held(client: Client) -> None:
     assert len(client.claim_on()) == 4
 
 
-def test_deleting_ends_a_pause(client: Client) -> None:
+def test_deleting_a_destination_ends_its_pause(client: Client) -> None:
     act(client, "pause_destination", "api.example")
     client.schedule(destination=API)
     act(client, "delete_destination", "api.example")
     assert len(client.claim_on()) == 1
 
 
-def test_what_is_not_configured_is_not_deleted(client: Client) -> None:
-    client.value("select orchestrator.own_lane('watched.example', false)")
+def test_a_destination_that_is_not_configured_is_not_deleted(client: Client) -> None:
+    client.value("select orchestrator.ensure_dedicated_lane('watched.example', false)")
     assert act(client, "delete_destination", "none.example") is None
     assert act(client, "delete_destination", "watched.example") is None
     assert client.column("select name from orchestrator.destinations") == ["watched.example"]
 
 
-def test_what_is_deleted_and_configured_again_has_nothing_of_before(client: Client) -> None:
+def test_a_destination_deleted_and_configured_again_keeps_no_earlier_setting(client: Client) -> None:
     lane = configure(client, **OTHERS).lane
     act(client, "delete_destination", "api.example")
     again = configure(client)
@@ -666,13 +675,13 @@ def test_a_host_paused_out_of_a_pattern_keeps_the_pattern_s_limits(client: Clien
     assert len(client.at(NOON + seconds(1)).claim_on()) == OTHERS["max_parallel"]
 
 
-def test_resuming_or_closing_what_there_is_not_answers_nothing(client: Client) -> None:
+def test_resuming_or_closing_an_unknown_destination_returns_no_row(client: Client) -> None:
     assert act(client, "resume_destination", "none.example") is None
     assert act(client, "close_breaker", "none.example") is None
     assert client.rows("select * from orchestrator.destinations") == []
 
 
-def test_everything_can_be_paused_and_resumed(client: Client, connect: Connect) -> None:
+def test_all_deliveries_can_be_paused_and_resumed(client: Client, connect: Connect) -> None:
     listener = connect()
     listener.rows("listen orchestrator_due")
     act(client, "pause_destination", "api.example")
@@ -731,7 +740,7 @@ def shown(client: Client, name: str = "api.example") -> Shown:
     return Shown(*row)
 
 
-def test_the_view_counts_what_is_due_and_in_flight(client: Client) -> None:
+def test_the_view_counts_events_that_are_due_and_in_flight(client: Client) -> None:
     configure(client, max_parallel=3)
     client.schedule_many(10, destination=API)
     client.schedule_many(5, destination=API, scheduled_at=NOON + timedelta(hours=1))
@@ -745,7 +754,7 @@ def test_the_view_counts_what_is_due_and_in_flight(client: Client) -> None:
     assert shown(client).in_flight == 0
 
 
-def test_one_destination_is_asked_for_by_any_of_its_names(client: Client) -> None:
+def test_one_destination_is_found_by_any_of_its_names(client: Client) -> None:
     configure(client, **OTHERS)
     found = client.value("select orchestrator.get_destination('https://API.example:443/x')")
     assert found == {
@@ -792,13 +801,15 @@ def test_pages_show_each_destination_once_by_name(client: Client, size: int) -> 
         ("other.org", None),
     ],
 )
-def test_whose_limits_hold_can_be_asked(client: Client, name: str, governing: str | None) -> None:
+def test_the_destination_whose_limits_govern_a_name_can_be_asked_for(
+    client: Client, name: str, governing: str | None
+) -> None:
     configure(client, "*.example")
     configure(client, "api.example")
     assert client.value("select orchestrator.destination_for(%s)", name) == governing
 
 
-def test_what_stands_still_is_counted(client: Client) -> None:
+def test_destinations_that_stand_still_are_counted(client: Client) -> None:
     query = "select * from orchestrator.standstills()"
     assert client.rows(query) == [(None, 0, 0)]
     for name in ("a.example", "b.example", "*.org"):

@@ -93,7 +93,7 @@ def test_buckets_are_even(client: Client) -> None:
 
 @given(at=times, place=st.integers(0, 4095))
 @settings(max_examples=30, deadline=None)
-def test_a_random_id_is_of_the_bucket_that_is_asked_for(client: Client, at: datetime, place: int) -> None:
+def test_a_random_id_is_in_the_requested_bucket(client: Client, at: datetime, place: int) -> None:
     assert client.value("select orchestrator.bucket(orchestrator.random_event_id(%s, %s))", at, place) == place
 
 
@@ -122,11 +122,11 @@ def test_random_ids_differ(client: Client) -> None:
     [(None, "job", EPOCH), ("source", None, EPOCH), ("source", "job", None)],
     ids=["source", "external id", "time"],
 )
-def test_no_id_without_all_three(client: Client, arguments: tuple[object, ...]) -> None:
+def test_an_id_needs_source_external_id_and_time(client: Client, arguments: tuple[object, ...]) -> None:
     assert client.value("select orchestrator.event_id(%s::text, %s::text, %s::timestamptz)", *arguments) is None
 
 
-def test_the_session_s_time_zone_and_date_style_do_not_matter(client: Client) -> None:
+def test_ids_do_not_depend_on_the_session_s_time_zone_and_date_style(client: Client) -> None:
     expected = event_id("s", "j", datetime(2030, 1, 31, 8, tzinfo=UTC))
     with client.transaction():
         client.rows("set local timezone = 'Pacific/Chatham'")

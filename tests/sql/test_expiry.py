@@ -28,7 +28,7 @@ def test_a_claim_says_when_an_event_expires(client: Client) -> None:
     assert client.claim() == []
 
 
-def test_it_is_claimed_until_the_last_moment_and_not_after(client: Client) -> None:
+def test_an_event_is_claimed_until_its_expiry_and_not_after(client: Client) -> None:
     uid = perishable(client)
     leases = client.at(EXPIRY - MICROSECOND).claim()
     assert [(lease.event_id, lease.expires_at) for lease in leases] == [(uid, EXPIRY)]
@@ -43,7 +43,7 @@ def test_it_is_claimed_until_the_last_moment_and_not_after(client: Client) -> No
     assert violations(client.connection, acknowledged=[uid], finished=True) == []
 
 
-def test_a_lookahead_does_not_take_what_expires_before_it_is_due(client: Client) -> None:
+def test_a_lookahead_leases_an_event_that_expires_soon_after_it_is_due(client: Client) -> None:
     """An attempt that waits for its due time must still find it alive: the lease is to be handed back."""
     uid = perishable(client, scheduled_at=NOON + seconds(5), expires_at=(NOON + seconds(6)).isoformat())
     [lease] = client.claim(lookahead_s=10)
@@ -51,7 +51,7 @@ def test_a_lookahead_does_not_take_what_expires_before_it_is_due(client: Client)
 
 
 @pytest.mark.parametrize("state", ["paused", "retrying", "behind its key", "breaker"])
-def test_maintenance_ends_what_no_claim_comes_across(client: Client, state: str) -> None:
+def test_maintenance_ends_expired_events_that_no_claim_visits(client: Client, state: str) -> None:
     changes: dict[str, Any] = {}
     if state == "paused":
         client.rows("select orchestrator.pause_all()")
@@ -80,7 +80,7 @@ def test_maintenance_ends_what_no_claim_comes_across(client: Client, state: str)
     assert violations(client.connection, acknowledged=[uid]) == []
 
 
-def test_an_attempt_under_way_goes_on_beyond_it(client: Client) -> None:
+def test_an_attempt_under_way_goes_on_beyond_the_expiry(client: Client) -> None:
     uid = perishable(client)
     leases = client.claim(lease_s=300)
     client.at(EXPIRY)
@@ -118,7 +118,7 @@ def test_a_worker_that_vanished_does_not_make_an_expired_event_a_dead_one(client
     assert client.rows("select * from orchestrator.dead_letter") == []
 
 
-def test_expiry_is_told_to_the_outbox(client: Client) -> None:
+def test_an_expiry_writes_a_message_to_the_outbox(client: Client) -> None:
     client.rows("select orchestrator.set_outbox('{timestamp,dlq}')")
     perishable(client)
     maintain(client.at(EXPIRY))
@@ -126,14 +126,14 @@ def test_expiry_is_told_to_the_outbox(client: Client) -> None:
     assert (kind, value["result"]) == ("timestamp", "expired")
 
 
-def test_many_expire_in_bounded_steps(client: Client) -> None:
+def test_many_events_expire_in_bounded_steps(client: Client) -> None:
     client.schedule_many(25, expires_at=EXPIRY.isoformat())
     client.at(EXPIRY)
     assert [client.value("select orchestrator.expire_events(10)") for _ in range(4)] == [10, 10, 5, 0]
     assert client.totals() == {"accepted": 25, "expired": 25}
 
 
-def test_two_that_end_it_at_once_end_it_once(connect: Connect) -> None:
+def test_two_sessions_that_expire_events_at_once_end_each_once(connect: Connect) -> None:
     first, second = connect(), connect()
     first.schedule_many(6, expires_at=EXPIRY.isoformat())
     for session in (first, second):
@@ -146,26 +146,26 @@ def test_two_that_end_it_at_once_end_it_once(connect: Connect) -> None:
     assert first.value("select count(*) from orchestrator.outcome") == 6
 
 
-def test_it_must_be_after_the_event_is_due(client: Client) -> None:
+def test_an_expiry_must_be_after_the_scheduled_time(client: Client) -> None:
     for answer in client.submit(*[event(expires_at=at.isoformat()) for at in (NOON - seconds(1), NOON)]):
         assert (answer.result, answer.field) == ("refused", "expires_at")
         assert f"expected a time after scheduled_at {NOON.isoformat()}" in str(answer.reason)
 
 
-def test_what_is_no_time_is_refused(client: Client) -> None:
+def test_an_expiry_that_is_no_time_is_refused(client: Client) -> None:
     wrong = ["tomorrow", "2030-01-31T08:00:00", "2030-13-31T08:00:00Z", 5, {}, ""]
     answers = client.submit(*[event(expires_at=each) for each in wrong])
     assert [(answer.result, answer.field) for answer in answers] == [("refused", "expires_at")] * len(wrong)
 
 
-def test_schedule_event_takes_it(client: Client) -> None:
+def test_schedule_event_takes_an_expiry(client: Client) -> None:
     uid = client.value(
         "select orchestrator.schedule_event('https://receiver.example', '1', p_expires_at => %s)::text", EXPIRY
     )
     assert client.get(uid)["expires_at"] == EXPIRY.isoformat()
 
 
-def test_what_has_expired_may_be_cancelled_until_it_has_ended(client: Client) -> None:
+def test_an_expired_event_may_be_cancelled_until_it_has_ended(client: Client) -> None:
     uid = perishable(client)
     client.at(EXPIRY)
     assert [answer.result for answer in client.cancel(uid)] == ["cancelled"]

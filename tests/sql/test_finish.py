@@ -94,7 +94,7 @@ def test_a_failed_attempt_waits_for_the_next_one(client: Client) -> None:
     assert client.totals() == {"accepted": 1, "retried": 1}
 
 
-def test_retries_end_in_the_dead_letters(client: Client) -> None:
+def test_an_event_without_retries_left_becomes_a_dead_letter(client: Client) -> None:
     uid = client.schedule(max_retries=2)
     for attempt, expected in ((1, "retried"), (2, "retried"), (3, "dead")):
         client.at(NOON + timedelta(hours=attempt))
@@ -167,7 +167,7 @@ def policies(databases: Databases) -> Iterator[Client]:
     retry_after_s=st.none() | st.floats(0, 1e9),
 )
 @settings(max_examples=150, deadline=None)
-def test_a_delay_is_exponential_jittered_capped_and_no_less_than_asked_for(
+def test_a_retry_delay_is_exponential_jittered_capped_and_no_less_than_asked_for(
     policies: Client,
     initial_s: float,
     multiplier: float,
@@ -245,7 +245,7 @@ def test_a_policy_that_is_gone_is_served_as_the_default_one(policies: Client) ->
         "schedule = '{infinity}'",
     ],
 )
-def test_a_policy_that_finishing_would_choke_on_is_refused(policies: Client, values: str) -> None:
+def test_a_policy_that_finish_events_could_not_compute_is_refused(policies: Client, values: str) -> None:
     with pytest.raises(psycopg.errors.CheckViolation):
         policies.connection.execute(f"update orchestrator.retry_policy set {values}")
 
@@ -266,9 +266,7 @@ def test_an_event_is_retried_by_the_policy_that_it_names(client: Client) -> None
         *[(0.0, 0), (-5.0, 0), (-math.inf, 0), (None, 0)],
     ],
 )
-def test_what_a_receiver_asks_for_is_heeded_up_to_the_bound(
-    client: Client, retry_after: float | None, delay_s: float
-) -> None:
+def test_a_retry_after_is_heeded_up_to_the_bound(client: Client, retry_after: float | None, delay_s: float) -> None:
     client.rows("update orchestrator.retry_policy set initial_delay = '0 s'")
     [answer] = client.finish(results(claimed(client), "retry", retry_after=retry_after))
     assert (answer.result, answer.due_at) == ("retried", NOON + seconds(delay_s))
@@ -311,7 +309,7 @@ def test_leases_that_were_handed_back_do_not_lengthen_the_backoff(client: Client
     assert delays_until_dead(client, uid, NOON) == [1, 5]
 
 
-def test_what_was_odd_about_the_answer_to_a_delivered_attempt_is_kept(client: Client) -> None:
+def test_a_remark_about_the_answer_to_a_delivered_attempt_is_kept(client: Client) -> None:
     ids = client.schedule_many(3)
     leases = client.claim()
     odd = [*results(leases[:1], "delivered", status_code=204, error="HTTP 204 No Content; odd"), *results(leases[1:])]
@@ -334,7 +332,7 @@ def test_without_any_policy_a_failed_event_is_still_retried(client: Client) -> N
 
 
 @pytest.mark.parametrize("kind", ["delivered", "retry", "fail"])
-def test_a_lease_that_passed_to_another_cannot_be_finished(client: Client, kind: str) -> None:
+def test_a_lease_that_passed_to_another_worker_cannot_be_finished(client: Client, kind: str) -> None:
     old = claimed(client)
     new = client.at(NOON + seconds(60)).claim(worker=2)
     before = client.get(old[0].event_id)
@@ -351,7 +349,7 @@ def test_a_lease_that_ran_out_can_be_finished_while_nobody_else_has_taken_it(cli
 
 
 @pytest.mark.parametrize("kind", ["delivered", "retry", "fail"])
-def test_a_result_after_the_event_was_buried_is_stale(client: Client, kind: str) -> None:
+def test_a_result_for_an_event_that_lost_all_its_leases_is_stale(client: Client, kind: str) -> None:
     leases = claimed(client, max_retries=0)
     for minute in range(1, 7):
         leases = client.at(NOON + seconds(60 * minute)).claim() or leases
@@ -424,7 +422,7 @@ def test_two_attempts_of_one_event_in_one_call_count_by_the_lease(client: Client
     assert client.outcomes(first.event_id) == [(2, "retried")]
 
 
-def test_unknown_ids_are_stale_and_the_others_are_recorded(client: Client) -> None:
+def test_unknown_ids_are_stale_and_the_other_results_are_recorded(client: Client) -> None:
     [lease] = claimed(client)
     unknown = [str(uuid.uuid4()), client.schedule(scheduled_at=NOON + seconds(99))]
     for kind in ("delivered", "fail"):
@@ -479,7 +477,7 @@ def test_arrays_of_different_lengths_are_an_error_that_says_so(
     assert client.value("select count(*) from orchestrator.outcome") == 0
 
 
-def test_null_among_the_ids_does_not_hinder_the_others(client: Client) -> None:
+def test_null_among_the_ids_does_not_hinder_the_other_results(client: Client) -> None:
     [lease] = claimed(client)
     client.rows(
         "select * from orchestrator.finish_events(%s::uuid[], '{1,1}', '{delivered,delivered}')", [None, lease.event_id]
@@ -496,7 +494,7 @@ def test_optional_arrays_may_be_short_or_absent(client: Client) -> None:
     assert client.column("select status_code from orchestrator.outcome order by result") == [None, 200]
 
 
-def test_the_largest_texts_are_kept(client: Client) -> None:
+def test_the_largest_error_texts_are_kept(client: Client) -> None:
     [lease] = claimed(client)
     error, response = "ü\U0001f600'\\\n{}," * 20, "\x01\t\U0010fffd" * 300
     client.finish(results([lease], "fail", error=error, response=response))

@@ -35,7 +35,7 @@ def claimed(client: Client) -> set[str]:
     return {lease.event_id for lease in client.claim_on()}
 
 
-def test_floors_rise_to_the_time_before_which_all_is_done(client: Client) -> None:
+def test_floors_rise_to_the_time_before_which_no_timer_is_left(client: Client) -> None:
     client.schedule_many(5)
     client.finish(results(client.claim()))
     assert raise_at(client, 1) == []  # it only marks the time
@@ -54,13 +54,13 @@ def test_a_floor_stays_at_the_first_timer_of_its_lane_leased_or_not(client: Clie
     assert raise_at(client, 4, 5, 6) == [NOON + seconds(5)]
 
 
-def test_they_rise_once_a_second_at_most(client: Client) -> None:
+def test_floors_rise_at_most_once_a_second(client: Client) -> None:
     raise_at(client, 1, 2)
     assert raise_at(client, 2.1, 2.5, 2.89) == [NOON + seconds(1)]
     assert raise_at(client, 2.91) == [NOON + seconds(2)]
 
 
-def test_two_that_raise_them_do_not_wait_for_each_other(connect: Connect) -> None:
+def test_two_sessions_that_raise_floors_do_not_wait_for_each_other(connect: Connect) -> None:
     first, second = connect(), connect()
     raise_at(first, 1)
     first.at(NOON + seconds(2)).rows("begin")
@@ -72,7 +72,7 @@ def test_two_that_raise_them_do_not_wait_for_each_other(connect: Connect) -> Non
 
 
 @pytest.mark.parametrize("how", ["snapshot", "writer elsewhere", "reader of timer"])
-def test_they_rise_whoever_holds_a_snapshot(connect: Connect, how: str) -> None:
+def test_floors_rise_although_another_session_holds_a_snapshot(connect: Connect, how: str) -> None:
     client, holder = connect(), connect()
     client.schedule_many(3)
     holder.rows("begin isolation level repeatable read")
@@ -85,7 +85,7 @@ def test_they_rise_whoever_holds_a_snapshot(connect: Connect, how: str) -> None:
     holder.rows("rollback")
 
 
-def test_a_snapshot_of_one_s_own_raises_nothing(connect: Connect) -> None:
+def test_a_session_with_a_snapshot_raises_no_floor(connect: Connect) -> None:
     """It would not see what others wrote since."""
     client, other = connect(), connect()
     client.rows("begin isolation level repeatable read")
@@ -141,7 +141,7 @@ def write_move(client: Client) -> str:
     ids=["submit", "retry", "redrive", "reschedule", "move"],
 )
 @pytest.mark.parametrize("marked", [False, True])
-def test_what_is_committed_after_floors_rose_is_found(
+def test_an_event_committed_after_floors_rose_is_found(
     connect: Connect, prepare: Callable[[Client], Any], write: Callable[[Client], str], at: datetime, marked: bool
 ) -> None:
     """Begun before the time was marked, or after."""
@@ -161,7 +161,7 @@ def test_what_is_committed_after_floors_rose_is_found(
     assert claimed(raiser) == {uid}
 
 
-def test_a_lane_of_its_own_has_a_floor_too(client: Client) -> None:
+def test_a_dedicated_lane_has_a_floor_too(client: Client) -> None:
     client.rows("select orchestrator.configure_destination('own.example')")
     maintain(client)
     client.schedule_many(3, destination="https://own.example/")
@@ -177,7 +177,7 @@ def test_a_lane_of_its_own_has_a_floor_too(client: Client) -> None:
 
 
 @pytest.mark.parametrize("waits_s", [30, 3600])
-def test_what_waits_for_its_ordering_key_in_a_lane_of_its_own_is_found(client: Client, waits_s: int) -> None:
+def test_an_event_that_waits_for_its_ordering_key_in_a_dedicated_lane_is_found(client: Client, waits_s: int) -> None:
     client.rows("select orchestrator.configure_destination('own.example')")
     maintain(client)
     ids = [
@@ -193,7 +193,7 @@ def test_what_waits_for_its_ordering_key_in_a_lane_of_its_own_is_found(client: C
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_what_moves_to_another_lane_is_found(client: Client, deep: bool) -> None:
+def test_an_event_that_moves_to_another_lane_is_found(client: Client, deep: bool) -> None:
     """Given a lane, and losing it, with events of before the floors in it."""
     ids = {client.schedule(destination=f"https://{host}.example/") for host in ("own", "other", "third")}
     raise_at(client, 1, 2, 3)
@@ -226,7 +226,7 @@ def test_a_clock_that_is_set_back_hides_nothing(client: Client, back: float, rai
     assert claimed(client) == {uid}
 
 
-def test_a_new_priority_is_found(connect: Connect) -> None:
+def test_an_event_of_a_new_priority_is_found(connect: Connect) -> None:
     client, writer = connect(), connect()
     raise_at(client, 1, 2, 3)
     writer.at(NOON + seconds(3)).rows("begin")
@@ -237,7 +237,7 @@ def test_a_new_priority_is_found(connect: Connect) -> None:
     assert claimed(client) == {uid}
 
 
-def test_maintenance_lowers_what_a_hand_has_hidden(client: Client) -> None:
+def test_maintenance_lowers_a_floor_that_hides_a_timer_changed_by_hand(client: Client) -> None:
     raise_at(client, 1, 60, 120)
     uid = client.schedule(scheduled_at=NOON)
     client.rows("update orchestrator.timer set due_at = %s", NOON)
@@ -333,7 +333,7 @@ def test_no_history_of_open_transactions_leaves_a_due_event_below_a_floor(connec
     assert raiser.rows("select * from orchestrator.timer where due_at <= %s", now) == []
 
 
-def test_writers_that_take_their_time_are_waited_for(connect: Connect, threads: ThreadPoolExecutor) -> None:
+def test_floors_wait_for_slow_writers(connect: Connect, threads: ThreadPoolExecutor) -> None:
     """By the running clock: transactions that stay open for up to two seconds beside claims and rising floors."""
     writers, claimer, raiser = [connect() for _ in range(8)], connect(), connect()
     for session in (*writers, claimer, raiser):

@@ -195,7 +195,7 @@ def test_buckets_begin_at_whole_multiples_of_their_size(client: Client) -> None:
     assert due(forecast(client, until_s=60)) == {"api.example 0": 1, "api.example 60": 1}
 
 
-def test_what_a_dispatcher_holds_does_not_count_until_its_lease_runs_out(client: Client) -> None:
+def test_a_leased_event_does_not_count_until_its_lease_runs_out(client: Client) -> None:
     client.schedule_many(5, destination=API)
     client.claim(3)
     assert due(forecast(client)) == {"api.example 0": 2}
@@ -203,7 +203,7 @@ def test_what_a_dispatcher_holds_does_not_count_until_its_lease_runs_out(client:
     assert due(forecast(client)) == {"api.example 60": 5}
 
 
-def test_what_waits_behind_its_ordering_key_counts_when_it_is_due(client: Client) -> None:
+def test_an_event_behind_its_ordering_key_counts_when_it_is_due(client: Client) -> None:
     client.schedule_many(4, destination=API, ordering_key="k")
     client.claim_on()
     assert client.value("select count(*) from orchestrator.timer where lane < 0") >= 1
@@ -240,7 +240,7 @@ def test_the_hosts_of_a_pattern_share_its_rate(client: Client) -> None:
     assert due(forecast(client, destination="c.shop.example")) == {"c.shop.example 0": 60}
 
 
-def test_one_host_is_asked_for_alone(client: Client) -> None:
+def test_a_forecast_can_be_of_one_host_alone(client: Client) -> None:
     client.schedule(destination=API)
     client.schedule(destination="https://other.example/")
     assert due(forecast(client, destination="other.example")) == {"other.example 0": 1}
@@ -248,7 +248,7 @@ def test_one_host_is_asked_for_alone(client: Client) -> None:
 
 
 @pytest.mark.parametrize("name", ["api.example", "*.example"])
-def test_a_spread_given_afterwards_is_reckoned_with(client: Client, name: str) -> None:
+def test_a_forecast_takes_account_of_a_spread_that_was_set_later(client: Client, name: str) -> None:
     client.schedule_many(600, destination=API, scheduled_at=NOON + seconds(600))
     assert due(forecast(client)) == {"api.example 600": 600}
     client.value("select orchestrator.configure_destination(%s, p_spread => '10 min')", name)
@@ -262,7 +262,7 @@ def test_a_spread_given_afterwards_is_reckoned_with(client: Client, name: str) -
     assert later == 600 - buckets[0].due
 
 
-def test_while_everything_is_paused_nothing_starts(client: Client) -> None:
+def test_no_event_starts_while_everything_is_paused(client: Client) -> None:
     configure(client, rate=100)
     client.schedule_many(5, destination=API)
     client.schedule_many(5, destination="https://free.example/", scheduled_at=NOON + seconds(90))
@@ -279,7 +279,7 @@ def test_a_rate_so_low_that_it_never_drains_is_no_error(client: Client) -> None:
     assert (bucket.due, bucket.drained_at) == (5000, None)
 
 
-def test_a_week_of_minutes_is_looked_at(client: Client) -> None:
+def test_a_forecast_covers_a_week_of_minutes(client: Client) -> None:
     configure(client, rate=1 / 120)
     client.schedule_many(5000, destination=API)
     buckets = forecast(client, until_s=604_800)
@@ -287,7 +287,7 @@ def test_a_week_of_minutes_is_looked_at(client: Client) -> None:
     assert buckets[-1].at < NOON + timedelta(days=7, minutes=1)
 
 
-def test_nothing_due_is_an_empty_forecast(client: Client) -> None:
+def test_a_forecast_without_due_events_is_empty(client: Client) -> None:
     assert forecast(client) == []
 
 
@@ -308,7 +308,9 @@ def test_nothing_due_is_an_empty_forecast(client: Client) -> None:
         ("1 s", "7 days", "bucket: expected at most 10080 of them, got 00:00:01 in 7 days"),
     ],
 )
-def test_nonsense_is_refused(client: Client, bucket: str | None, until: str | None, complaint: str) -> None:
+def test_wrong_arguments_of_a_forecast_are_refused(
+    client: Client, bucket: str | None, until: str | None, complaint: str
+) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue) as refused:
         client.rows("select * from orchestrator.backlog_forecast(%s::interval, %s::interval)", bucket, until)
     assert complaint in str(refused.value)
@@ -374,7 +376,7 @@ def test_the_document_is_empty_when_nothing_is_due(client: Client) -> None:
     )
 
 
-def test_the_document_says_what_stands_still(client: Client) -> None:
+def test_the_document_names_destinations_that_stand_still(client: Client) -> None:
     client.schedule(destination=API)
     client.rows("select * from orchestrator.pause_destination('api.example')")
     [paused] = document(client)["destinations"]
@@ -388,7 +390,7 @@ def test_the_document_says_what_stands_still(client: Client) -> None:
     assert document(client)["paused_at"] == NOON.isoformat()
 
 
-def test_of_many_destinations_those_with_most_late_events_are_in_the_document(client: Client) -> None:
+def test_the_document_names_the_destinations_with_most_late_events(client: Client) -> None:
     by_host: dict[str, int] = defaultdict(int)
     for n in range(8):
         by_host[f"h{n}.example"] = n + 1

@@ -42,12 +42,12 @@ def stage_as_before(client: Client, at: datetime, *jobs: str, key: str | None = 
         return client.rows("select n, id::text, result from orchestrator.submit_staged()")
 
 
-def test_a_new_database_has_none(databases: Any) -> None:
+def test_a_new_database_looks_for_no_former_ids(databases: Any) -> None:
     with databases.migrated() as url, Client(url) as client:
         assert client.value("select former_ids_until from orchestrator.control") is None
 
 
-def test_a_known_id_of_before(client: Client) -> None:
+def test_a_known_former_id_is_reproduced(client: Client) -> None:
     found = client.value(
         "select orchestrator.former_event_id('orders', 'job-1', '2026-01-31T09:00:00.123456Z'::timestamptz)::text"
     )
@@ -56,7 +56,7 @@ def test_a_known_id_of_before(client: Client) -> None:
 
 @pytest.mark.parametrize("at", [SOON, FAR])
 @pytest.mark.parametrize("key", [None, "client-7"])
-def test_what_is_kept_under_a_former_id_is_a_duplicate_with_that_id(
+def test_an_event_kept_under_a_former_id_makes_its_repetition_a_duplicate_with_that_id(
     client: Client, at: datetime, key: str | None
 ) -> None:
     uid = former(at, client)
@@ -74,7 +74,7 @@ def test_what_is_kept_under_a_former_id_is_a_duplicate_with_that_id(
 
 @pytest.mark.parametrize("at", [SOON, FAR])
 @pytest.mark.parametrize("key", [None, "client-7"])
-def test_a_program_of_before_does_not_keep_again_what_is_kept(client: Client, at: datetime, key: str | None) -> None:
+def test_an_older_program_does_not_keep_an_event_twice(client: Client, at: datetime, key: str | None) -> None:
     uid = client.schedule(scheduled_at=at, external_job_id="j", ordering_key=key)
     assert stage_as_before(client, at, "j", "new", key=key) == [(0, uid, "duplicate")]
     assert client.status(former(at, client, "new")) == "scheduled"
@@ -105,13 +105,13 @@ def test_either_id_redrives_the_event(client: Client) -> None:
     assert redriven == [(uid, "redriven")]
 
 
-def test_another_ordering_key_is_another_event_than_one_of_before(client: Client) -> None:
+def test_another_ordering_key_makes_another_event_than_a_former_id(client: Client) -> None:
     stage_as_before(client, SOON, key="client-7")
     assert client.schedule(scheduled_at=SOON, external_job_id="j", ordering_key="client-8")
     assert client.schedule(scheduled_at=SOON, external_job_id="j")
 
 
-def test_an_event_of_before_is_rescheduled_to_the_id_that_a_submission_has(client: Client) -> None:
+def test_an_event_with_a_former_id_is_rescheduled_to_the_id_of_a_submission(client: Client) -> None:
     stage_as_before(client, SOON)
     uid = former(SOON, client)
     successor = moved(client, uid, FAR)
@@ -123,13 +123,13 @@ def test_an_event_of_before_is_rescheduled_to_the_id_that_a_submission_has(clien
     assert violations(client.connection, acknowledged=[uid, successor, back]) == []
 
 
-def test_an_event_of_now_may_come_back_to_a_time_that_it_had(client: Client) -> None:
+def test_an_event_with_a_current_id_may_come_back_to_a_time_that_it_had(client: Client) -> None:
     first = client.schedule(scheduled_at=SOON, external_job_id="j")
     back = moved(client, moved(client, first, FAR), SOON)
     assert (client.get(back)["scheduled_at"], client.status(first)) == (SOON.isoformat(), "rescheduled")
 
 
-def test_a_time_that_an_event_of_before_has_is_refused(client: Client) -> None:
+def test_a_time_that_an_event_with_a_former_id_has_is_refused(client: Client) -> None:
     stage_as_before(client, SOON)
     uid = client.schedule(scheduled_at=FAR, external_job_id="j")
     [answer] = reschedule(client, uid, SOON)
@@ -137,14 +137,14 @@ def test_a_time_that_an_event_of_before_has_is_refused(client: Client) -> None:
     assert former(SOON, client) in str(answer.reason)
 
 
-def test_programs_of_before_extend_the_time_that_they_are_looked_for(client: Client) -> None:
+def test_older_programs_extend_the_time_in_which_former_ids_are_looked_for(client: Client) -> None:
     stage_as_before(client, FAR)
     assert client.value("select former_ids_until from orchestrator.control") >= FAR
     [answer] = client.submit(event(scheduled_at=FAR, external_job_id="j"))
     assert answer.result == "duplicate"
 
 
-def test_they_are_looked_for_until_the_last_of_their_days_is_gone(client: Client) -> None:
+def test_former_ids_are_looked_for_until_the_last_of_their_days_is_gone(client: Client) -> None:
     stage_as_before(client, SOON)
     client.rows("update orchestrator.control set former_ids_until = %s", SOON)
     client.at(SOON)

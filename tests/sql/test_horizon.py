@@ -67,7 +67,7 @@ def test_the_history_of_events_is_the_same_before_and_after_their_move(client: C
     assert violations(client.connection, acknowledged=ids) == []
 
 
-def test_what_was_moved_is_delivered_by_priority_spread_and_order(client: Client) -> None:
+def test_moved_events_are_delivered_by_priority_spread_and_order(client: Client) -> None:
     low, high = client.schedule(scheduled_at=FAR, priority=-3), client.schedule(scheduled_at=FAR, priority=8)
     spread = client.schedule(scheduled_at=FAR, spread_seconds=600)
     keys = [client.schedule(scheduled_at=FAR + seconds(n), ordering_key="k") for n in range(3)]
@@ -91,7 +91,7 @@ def test_what_was_moved_is_delivered_by_priority_spread_and_order(client: Client
         client.finish(results(leases))
 
 
-def test_a_destination_s_own_lane_and_spread_hold_for_what_comes_from_the_horizon(client: Client) -> None:
+def test_a_destination_s_dedicated_lane_and_spread_hold_for_events_from_the_horizon(client: Client) -> None:
     uid = client.schedule(scheduled_at=FAR)
     client.rows("select orchestrator.configure_destination('receiver.example', p_spread => '600 s')")
     maintain(client.at(NEAR))
@@ -137,7 +137,7 @@ def test_a_batch_that_repeats_itself_beyond_the_partitions_is_accepted_once(clie
     assert client.totals() == {"accepted": 2, "duplicate": 2}
 
 
-def test_submitting_waits_for_a_day_that_gets_its_partition_and_finds_what_was_put_off(
+def test_submitting_waits_for_a_day_that_gets_its_partition_and_finds_its_events(
     connect: Connect, observer: Client, threads: ThreadPoolExecutor
 ) -> None:
     """Else the event could be in the horizon for one and in its partition for another."""
@@ -155,7 +155,9 @@ def test_submitting_waits_for_a_day_that_gets_its_partition_and_finds_what_was_p
     assert observer.totals() == {"accepted": 1, "duplicate": 1}
 
 
-def test_what_many_submit_while_it_moves_is_kept_once(connect: Connect, threads: ThreadPoolExecutor) -> None:
+def test_events_that_many_sessions_submit_during_a_move_are_kept_once(
+    connect: Connect, threads: ThreadPoolExecutor
+) -> None:
     submitters, mover = [connect() for _ in range(4)], connect()
     jobs = [str(n) for n in range(60)]
 
@@ -236,7 +238,7 @@ def test_a_move_that_meets_a_full_disk_leaves_nothing_half_moved(client: Client,
 
 
 @pytest.mark.parametrize("commits", [True, False])
-def test_a_cancel_waits_for_a_move_and_finds_the_event_wherever_it_is_then(
+def test_a_cancel_waits_for_a_move_and_finds_the_event_on_either_side(
     connect: Connect, observer: Client, threads: ThreadPoolExecutor, commits: bool
 ) -> None:
     mover, canceller = connect(), connect()
@@ -257,7 +259,7 @@ def test_a_cancel_waits_for_a_move_and_finds_the_event_wherever_it_is_then(
 
 
 @pytest.mark.parametrize("how", ["cancel", "reschedule"])
-def test_a_move_leaves_what_somebody_is_ending_for_the_next(connect: Connect, how: str) -> None:
+def test_a_move_leaves_events_that_another_session_is_ending_to_the_next_move(connect: Connect, how: str) -> None:
     mover, ender = connect(), connect()
     uid, other = ender.schedule(scheduled_at=FAR), ender.schedule(scheduled_at=FAR)
     mover.rows("select orchestrator.create_partitions(%s, %s)", FAR.date(), FAR.date())
@@ -282,14 +284,14 @@ def test_cancelling_by_external_id_reaches_both_sides_of_the_horizon(client: Cli
     assert client.claim() == []
 
 
-def test_acceptance_is_told_to_the_outbox_once(client: Client) -> None:
+def test_an_accepted_event_writes_one_message_on_both_sides_of_the_horizon(client: Client) -> None:
     client.rows("select orchestrator.set_outbox('{scheduled}')")
     uid = client.schedule(scheduled_at=FAR)
     maintain(client.at(NEAR))
     assert [str(told) for told in client.column("select event_id from orchestrator.outbox")] == [uid]
 
 
-def test_the_last_moment_before_and_the_first_beyond_the_partitions(client: Client) -> None:
+def test_the_horizon_begins_with_the_first_moment_beyond_the_partitions(client: Client) -> None:
     end = client.value("select end_day from orchestrator.partition_bounds()")
     inside = client.schedule(scheduled_at=end - timedelta(microseconds=1))
     beyond = client.schedule(scheduled_at=end)
@@ -312,7 +314,7 @@ def test_a_partition_made_by_hand_does_not_hide_the_days_before_it(client: Clien
     ]
 
 
-def test_how_far_ahead_can_be_configured(client: Client) -> None:
+def test_the_days_that_can_be_scheduled_ahead_are_configurable(client: Client) -> None:
     client.rows("select orchestrator.configure_retention(p_max_schedule_ahead_days => 40)")
     end = NOON + timedelta(days=40)
     near, far = sorted(client.submit(*[event(scheduled_at=at) for at in (end - timedelta(microseconds=1), end)]))

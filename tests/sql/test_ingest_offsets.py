@@ -46,14 +46,14 @@ def reject(client: Client, *records: tuple[int, int, bytes | None, bytes | None,
     )
 
 
-def test_a_partition_is_begun_once_and_then_moves_from_where_it_stands(client: Client) -> None:
+def test_a_partition_is_begun_once_and_then_moves_from_its_offset(client: Client) -> None:
     assert advance(client, {0: (None, 10), 3: (None, 7)}) == []
     assert advance(client, {0: (10, 25)}) == []
     assert offsets(client) == {0: 25, 3: 7}
 
 
 @pytest.mark.parametrize("expected", [None, 0, 9, 11, 26])
-def test_a_partition_that_stands_elsewhere_stays_and_says_where(client: Client, expected: int | None) -> None:
+def test_a_partition_at_another_offset_stays_and_says_where(client: Client, expected: int | None) -> None:
     advance(client, {0: (None, 10)})
     assert advance(client, {0: (expected, 30)}) == [(0, 10)]
     assert offsets(client) == {0: 10}
@@ -70,12 +70,12 @@ def test_a_partition_never_moves_back(client: Client) -> None:
     assert offsets(client) == {0: 10}
 
 
-def test_only_those_that_stand_elsewhere_are_answered(client: Client) -> None:
+def test_only_partitions_at_another_offset_are_answered(client: Client) -> None:
     advance(client, {0: (None, 1), 1: (None, 1), 2: (None, 1)})
     assert advance(client, {2: (1, 2), 1: (0, 2), 0: (1, 2)}) == [(1, 1)]
 
 
-def test_topics_do_not_know_of_each_other(client: Client) -> None:
+def test_offsets_of_one_topic_do_not_touch_another_topic(client: Client) -> None:
     advance(client, {0: (None, 10)})
     assert client.rows("select * from orchestrator.ingest_offsets('tests.other')") == []
 
@@ -95,7 +95,7 @@ def test_an_operator_can_set_the_offset_of_a_partition_that_was_never_begun(clie
 
 
 @pytest.mark.parametrize("first", [None, 10])
-def test_of_two_readers_at_once_the_second_waits_and_finds_it_moved(
+def test_of_two_readers_at_once_the_second_waits_and_finds_the_partition_moved(
     connect: Connect, observer: Client, threads: ThreadPoolExecutor, first: int | None
 ) -> None:
     one, other = connect(), connect()

@@ -156,7 +156,7 @@ def test_a_bound_heals_when_the_leases_of_a_dead_worker_run_out(client: Client) 
     assert len(client.at(NOON + seconds(30)).claim(10)) == 4
 
 
-def test_the_default_bound_holds_for_destinations_without_one(client: Client) -> None:
+def test_the_default_bound_holds_for_destinations_without_a_bound(client: Client) -> None:
     configure(client, p_timeout="3 s")
     client.schedule_many(10)
     client.schedule_many(10, destination=OTHER)
@@ -200,6 +200,19 @@ def test_ten_failures_in_a_row_open_the_breaker_of_a_destination_never_configure
     assert attempts.count(0) == 30, "those that wait spend no attempt"
 
 
+def test_a_finish_of_the_version_before_that_waited_for_the_migration_counts_its_failures(client: Client) -> None:
+    """Its text goes on with the names that its functions had."""
+    ids = client.schedule_many(3)
+    shared = client.value("select min(lane) from orchestrator.timer")
+    lanes = client.value("select orchestrator.watch_lanes(%s, %s::uuid[])", [shared, 99, shared], ids)
+    assert lanes[1] == 99
+    assert lanes[0] == lanes[2] > 63
+    moment = NOON.timestamp()
+    given = [[lanes[0]] * 10, [False] * 10, [500] * 10, [moment] * 10, [moment] * 10]
+    client.value("select orchestrator.note_results(%s, %s, %s, %s::float8[], %s::float8[])", *given)
+    assert client.value("select breaker from orchestrator.lane where lane = %s", lanes[0]) == "open"
+
+
 def test_an_open_breaker_tries_one_event_and_closes_when_that_is_delivered(client: Client) -> None:
     opened(client)
     client.at(NOON + seconds(5))
@@ -212,7 +225,7 @@ def test_an_open_breaker_tries_one_event_and_closes_when_that_is_delivered(clien
     assert len(client.claim()) == 39
 
 
-def test_each_failed_try_doubles_the_cooldown_up_to_its_bound(client: Client) -> None:
+def test_each_failed_trial_doubles_the_cooldown_of_a_breaker_up_to_its_bound(client: Client) -> None:
     opened(client, p_breaker_cooldown="5 s", p_breaker_max_cooldown="15 s", p_retry_policy="default")
     now = NOON
     for cooldown in (5, 10, 15, 15):
@@ -222,7 +235,7 @@ def test_each_failed_try_doubles_the_cooldown_up_to_its_bound(client: Client) ->
         assert lane(client)[0] == "open"
 
 
-def test_results_of_attempts_from_before_do_not_decide_a_try(client: Client) -> None:
+def test_results_of_earlier_attempts_do_not_decide_the_trial_of_a_half_open_breaker(client: Client) -> None:
     client.schedule_many(40)
     late = client.claim(2)
     fail(client, client.claim(10), NOON)
@@ -236,20 +249,20 @@ def test_results_of_attempts_from_before_do_not_decide_a_try(client: Client) -> 
     assert lane(client)[:2] == ("open", 2)
 
 
-def test_a_try_whose_worker_vanished_is_repeated(client: Client) -> None:
+def test_a_trial_of_a_half_open_breaker_whose_worker_vanished_is_repeated(client: Client) -> None:
     opened(client)
     client.at(NOON + seconds(5)).claim(lease_s=30)
     assert client.at(NOON + seconds(34)).claim() == []
     assert len(client.at(NOON + seconds(35)).claim()) == 1
 
 
-def test_a_try_that_is_handed_back_is_repeated_at_once(client: Client) -> None:
+def test_a_trial_of_a_half_open_breaker_that_is_handed_back_is_repeated_at_once(client: Client) -> None:
     opened(client)
     client.release(client.at(NOON + seconds(5)).claim())
     assert len(client.claim()) == 1
 
 
-def test_half_the_attempts_failing_opens_a_breaker_once_there_are_enough(client: Client) -> None:
+def test_a_breaker_opens_when_half_of_enough_attempts_fail(client: Client) -> None:
     configure(client, p_breaker_minimum=20, p_breaker_ratio=0.5)
     client.schedule_many(100)
     at = NOON.timestamp()
@@ -301,7 +314,7 @@ def test_waiting_events_move_to_the_lane_of_their_destination(client: Client) ->
     assert len(client.at(NOON + seconds(1)).claim(100)) == 26
 
 
-def test_maintenance_moves_what_claims_have_not_come_across_and_removes_empty_lanes(client: Client) -> None:
+def test_maintenance_moves_events_that_no_claim_has_visited_and_removes_empty_lanes(client: Client) -> None:
     client.schedule_many(30, scheduled_at=NOON + seconds(3600))
     configure(client, "*.example", p_max_parallel=3)
     assert client.value("select orchestrator.run_maintenance()")["timers_moved"] == 30
@@ -313,7 +326,7 @@ def test_maintenance_moves_what_claims_have_not_come_across_and_removes_empty_la
     assert client.value("select count(*) from orchestrator.lane") == 64
 
 
-def test_the_name_beats_patterns_and_the_closest_pattern_beats_others(client: Client) -> None:
+def test_an_exact_name_beats_patterns_and_the_closest_pattern_beats_others(client: Client) -> None:
     for name in ("*.example", "*r.example", NAME):
         configure(client, name, p_max_parallel=5)
     client.schedule()
@@ -323,7 +336,7 @@ def test_the_name_beats_patterns_and_the_closest_pattern_beats_others(client: Cl
     assert sorted(found) == ["*.example", "*r.example", NAME]
 
 
-def test_a_destination_that_was_only_watched_is_forgotten_when_it_is_well(client: Client) -> None:
+def test_an_unconfigured_destination_is_forgotten_when_it_has_recovered(client: Client) -> None:
     client.schedule_many(3)
     leases = client.claim()
     fail(client, leases[:1], NOON)
@@ -351,7 +364,7 @@ def test_a_lane_mate_of_a_destination_with_a_great_backlog_is_served_at_once(cli
 # Pauses
 
 
-def test_nothing_is_claimed_while_everything_is_paused(client: Client) -> None:
+def test_no_event_is_claimed_while_everything_is_paused(client: Client) -> None:
     client.schedule()
     client.rows("select orchestrator.pause_all()")
     assert client.claim() == []
@@ -360,7 +373,7 @@ def test_nothing_is_claimed_while_everything_is_paused(client: Client) -> None:
     assert waited == {"pause": 2000}
 
 
-def test_a_paused_destination_waits_and_the_others_do_not(client: Client) -> None:
+def test_a_paused_destination_waits_and_other_destinations_do_not(client: Client) -> None:
     client.schedule()
     client.schedule(destination=OTHER)
     client.rows("select orchestrator.pause_destination(%s)", NAME)
@@ -370,7 +383,7 @@ def test_a_paused_destination_waits_and_the_others_do_not(client: Client) -> Non
     assert waited == {"pause": 3000}
 
 
-def test_why_an_event_waited_is_in_its_outcome(client: Client) -> None:
+def test_an_outcome_says_why_its_event_waited(client: Client) -> None:
     configure(client, p_rate_per_second=1)
     uid = client.schedule_many(2)[1]
     client.claim()
@@ -398,7 +411,7 @@ def test_higher_priorities_go_first_within_a_lane(client: Client) -> None:
     assert [shown[uid] for uid in given] == [9, 4, 0, 0, -3]
 
 
-def test_a_priority_takes_nothing_from_other_lanes(client: Client) -> None:
+def test_a_priority_takes_no_share_from_other_lanes(client: Client) -> None:
     client.schedule_many(50, priority=9)
     client.schedule_many(50, destination=OTHER)
     taken = [lease.destination for lease in client.claim(20)]
@@ -416,7 +429,7 @@ def test_an_event_s_spread_shifts_it_alike_each_time_and_never_back(client: Clie
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_destination_s_spread_holds_for_events_before_and_after(client: Client, before: bool) -> None:
+def test_a_destination_s_spread_holds_for_earlier_and_later_events(client: Client, before: bool) -> None:
     if before:
         client.schedule_many(40)
     configure(client, p_spread="100 s")
@@ -446,7 +459,7 @@ def test_events_of_a_key_go_one_at_a_time_in_order_wherever_they_go(client: Clie
     assert given == ids
 
 
-def test_a_failed_event_holds_back_the_later_ones_of_its_key(client: Client) -> None:
+def test_a_failed_event_holds_back_the_later_events_of_its_key(client: Client) -> None:
     first, second = (client.schedule(ordering_key="k", scheduled_at=NOON - seconds(2 - n)) for n in range(2))
     [lease] = client.claim()
     fail(client, [lease], NOON)
@@ -454,7 +467,7 @@ def test_a_failed_event_holds_back_the_later_ones_of_its_key(client: Client) -> 
     assert second != first
 
 
-def test_an_earlier_event_that_comes_while_a_later_one_is_under_way_waits_for_it(client: Client) -> None:
+def test_an_earlier_event_submitted_while_a_later_one_is_in_flight_waits_for_it(client: Client) -> None:
     client.schedule(ordering_key="k")
     [lease] = client.claim()
     earlier = client.schedule(ordering_key="k", scheduled_at=NOON - seconds(60))
@@ -464,7 +477,7 @@ def test_an_earlier_event_that_comes_while_a_later_one_is_under_way_waits_for_it
 
 
 @pytest.mark.parametrize("end", ["cancel", "fail", "lost"])
-def test_however_an_event_ends_the_next_of_its_key_goes_on(client: Client, end: str) -> None:
+def test_the_next_event_of_a_key_goes_on_however_the_first_ends(client: Client, end: str) -> None:
     first = client.schedule(ordering_key="k", scheduled_at=NOON - seconds(1), max_retries=0)
     second = client.schedule(ordering_key="k")
     leases = client.claim()

@@ -78,7 +78,7 @@ def test_partitions_are_utc_days_wherever_the_session_is(bare: Client, timezone:
 
 
 @pytest.mark.parametrize("hour", ["00:00:00", "23:59:59.999999"])
-def test_the_day_is_that_of_the_clock(bare: Client, hour: str) -> None:
+def test_the_day_of_maintenance_is_that_of_the_clock(bare: Client, hour: str) -> None:
     bare.at(datetime.fromisoformat(f"2032-02-28T{hour}+00:00"))
     bare.rows("select orchestrator.run_maintenance(2, 1)")
     assert partitions(bare) == expected(date(2032, 2, 27), date(2032, 3, 1))
@@ -144,7 +144,7 @@ def test_many_maintenances_at_once_make_each_partition_once(
     assert partitions(bare) == expected(TODAY - timedelta(days=1), TODAY + timedelta(days=10))
 
 
-def test_maintenance_does_not_wait_for_submits_and_claims_nor_they_for_it(connect: Connect) -> None:
+def test_maintenance_and_submits_and_claims_do_not_wait_for_each_other(connect: Connect) -> None:
     maintainer, submitter, claimer, reader = (connect() for _ in range(4))
     ids = claimer.schedule_many(2)
     claimer.rows("begin")
@@ -171,7 +171,7 @@ def test_maintenance_does_not_wait_for_submits_and_claims_nor_they_for_it(connec
     assert answer.result == "accepted"
 
 
-def test_folding_beside_new_statistics_loses_none(connect: Connect) -> None:
+def test_folding_beside_new_statistics_loses_no_count(connect: Connect) -> None:
     folder, other = connect(), connect()
     for n in range(4):
         other.submit(event(external_job_id=str(n)))
@@ -192,7 +192,7 @@ def test_maintenance_that_is_rolled_back_leaves_nothing(bare: Client) -> None:
     assert bare.value("select count(*) from orchestrator.maintenance_run") == runs
 
 
-def test_dropping_a_day_takes_its_events_and_outcomes_and_leaves_the_others(client: Client) -> None:
+def test_dropping_a_day_takes_its_events_and_outcomes_and_leaves_other_days(client: Client) -> None:
     """What retention does: whole partitions go, and nothing trips over what is gone."""
     old = client.schedule(scheduled_at=NOON - timedelta(days=3), external_job_id="j")
     client.finish(results(client.claim()))
@@ -298,7 +298,7 @@ def test_maintenance_that_is_killed_in_a_step_leaves_nothing_behind_and_can_run_
     assert maintain(client) in ({}, {"orderings_advanced": 1})
 
 
-def test_a_step_that_fails_is_told_and_the_others_are_done(client: Client) -> None:
+def test_a_failing_step_is_reported_and_the_other_steps_are_done(client: Client) -> None:
     client.schedule()
     lacking(client, lambda: client)
     client.rows(
@@ -320,7 +320,7 @@ def test_a_step_that_fails_is_told_and_the_others_are_done(client: Client) -> No
     assert client.totals() == {"accepted": 1}
 
 
-def test_a_step_that_waits_for_a_lock_gives_up_and_leaves_the_others_time(connect: Connect) -> None:
+def test_a_step_that_waits_for_a_lock_gives_up_and_leaves_other_steps_time(connect: Connect) -> None:
     client, holder = connect(), connect()
     lacking(client, connect)
     holder.rows("begin")
@@ -331,7 +331,7 @@ def test_a_step_that_waits_for_a_lock_gives_up_and_leaves_the_others_time(connec
     assert report["partitions_created"] == 1
 
 
-def test_each_run_leaves_a_row(client: Client) -> None:
+def test_each_run_of_maintenance_leaves_a_row(client: Client) -> None:
     client.rows("delete from orchestrator.maintenance_run")
     client.schedule()
     report = client.value("select orchestrator.run_maintenance()")
@@ -347,7 +347,7 @@ def test_each_run_leaves_a_row(client: Client) -> None:
     assert client.value("select orchestrator.run_maintenance()")["runs_forgotten"] == 1
 
 
-def test_work_is_bounded_and_more_says_when_to_call_again(client: Client) -> None:
+def test_maintenance_does_bounded_work_and_says_when_to_call_again(client: Client) -> None:
     client.rows("select orchestrator.configure_retention(1)")
     client.at(NOON + timedelta(days=3))
     reports = [client.value("select orchestrator.run_maintenance()") for _ in range(12)]

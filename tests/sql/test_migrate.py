@@ -81,13 +81,13 @@ def test_migrating_again_does_nothing(empty_database_url: str, client: Client) -
     assert client.rows("select * from orchestrator.migration order by 1") == applied
 
 
-def test_checking_changes_nothing(empty_database_url: str, client: Client) -> None:
+def test_checking_the_schema_changes_nothing(empty_database_url: str, client: Client) -> None:
     before = catalogue(client)
     check(empty_database_url)
     assert catalogue(client) == before
 
 
-def test_each_file_is_recorded_with_its_checksum(empty_database_url: str, client: Client) -> None:
+def test_each_applied_file_is_recorded_with_its_checksum(empty_database_url: str, client: Client) -> None:
     migrate(empty_database_url)
     recorded: dict[str, str] = dict(client.rows("select file, checksum from orchestrator.migration"))
     assert recorded == {
@@ -146,7 +146,7 @@ def test_a_changed_function_or_view_is_applied_again_and_its_grants_too(
     assert check(empty_database_url) == []
 
 
-def test_what_is_added_to_functions_is_added_anew_when_it_changes(
+def test_objects_of_a_repeatable_file_are_replaced_when_the_file_changes(
     empty_database_url: str, client: Client, directory: Path
 ) -> None:
     """As a plan's setting whose value is another one, and a function that is no longer given the settings of texts."""
@@ -196,7 +196,7 @@ def altering(empty_database_url: str, directory: Path) -> str:
     return empty_database_url
 
 
-def test_migrating_lets_others_work_while_a_table_is_held_and_goes_on_when_it_is_let_go(
+def test_migrating_lets_others_work_while_a_table_is_locked_and_goes_on_when_it_is_released(
     altering: str, client: Client
 ) -> None:
     with Client(altering) as holder, Client(altering) as other, ThreadPoolExecutor(1) as thread:
@@ -212,7 +212,7 @@ def test_migrating_lets_others_work_while_a_table_is_held_and_goes_on_when_it_is
         assert migrating.result(20).applied == ["schema/9999_more.sql"]
 
 
-def test_migrating_says_who_does_not_let_go_and_changes_nothing(
+def test_migrating_names_the_holder_of_a_lock_and_changes_nothing(
     altering: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PATIENCE_S", 0)
@@ -230,7 +230,7 @@ def test_migrating_says_who_does_not_let_go_and_changes_nothing(
     assert catalogue(client) == before
 
 
-def test_migrating_under_load_fails_nobody_by_a_deadlock(altering: str, client: Client) -> None:
+def test_migrating_under_load_fails_no_session_by_a_deadlock(altering: str, client: Client) -> None:
     """Sessions that have rows of timer and then want event, as those that finish attempts have."""
     stop = Event()
 
@@ -255,7 +255,7 @@ def test_migrating_under_load_fails_nobody_by_a_deadlock(altering: str, client: 
     assert client.value("select deadlocks from pg_stat_database where datname = current_database()") == 0
 
 
-def test_a_new_schema_is_told_at_once_what_to_keep(empty_database_url: str, client: Client) -> None:
+def test_a_new_schema_learns_the_retention_at_once(empty_database_url: str, client: Client) -> None:
     told = "select retention_days, partition_days_ahead, max_schedule_ahead_days, archive from orchestrator.control"
     migrate(empty_database_url, retention=Retention(90, None, 500, True))
     assert client.rows(told) == [(90, 30, 500, True)]
@@ -288,7 +288,7 @@ def test_a_database_of_a_newer_program_is_refused(empty_database_url: str, clien
 
 
 @pytest.mark.parametrize("file", ["schema/0001_core.sql", "functions/40_finish.sql", "roles.sql"])
-def test_a_failure_half_way_leaves_nothing_and_names_the_file(
+def test_a_failure_half_way_leaves_no_change_and_names_the_file(
     empty_database_url: str, client: Client, directory: Path, file: str
 ) -> None:
     before = catalogue(client)
@@ -313,7 +313,7 @@ def test_a_failed_upgrade_leaves_the_version_before_at_work(
     assert catalogue(client) == before
 
 
-def test_an_old_server_is_refused_before_anything_is_done(
+def test_an_old_server_is_refused_before_any_change(
     empty_database_url: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MINIMUM_VERSION", 990_000)
@@ -329,7 +329,7 @@ def test_a_server_that_is_not_there_is_an_error_of_its_own(empty_database_url: s
             attempt(nowhere)
 
 
-def test_settings_of_the_database_do_not_matter(empty_database_url: str, client: Client) -> None:
+def test_settings_of_the_database_do_not_change_migrations(empty_database_url: str, client: Client) -> None:
     for setting in (
         "timezone = 'Asia/Kolkata'",
         "search_path = pg_catalog",

@@ -49,14 +49,14 @@ def moment(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def test_nothing_is_written_until_it_is_switched_on(client: Client) -> None:
+def test_no_message_is_written_until_the_outbox_is_switched_on(client: Client) -> None:
     client.submit(event(), event(max_retries=0))
     client.finish(results(client.claim(1)))
     client.finish(results(client.claim(1), "fail"))
     assert batch(client) == []
 
 
-def test_switching_replaces_what_was_on(client: Client) -> None:
+def test_setting_the_outbox_replaces_the_kinds_that_were_on(client: Client) -> None:
     switch_on(client, "scheduled", "dlq")
     switch_on(client, "timestamp")
     client.schedule()
@@ -69,7 +69,7 @@ def test_an_unknown_kind_is_refused(client: Client) -> None:
         switch_on(client, "everything")
 
 
-def test_an_accepted_event_is_told_once_and_a_duplicate_is_not(client: Client) -> None:
+def test_an_accepted_event_writes_one_message_and_a_duplicate_none(client: Client) -> None:
     switch_on(client, "scheduled")
     kept = event(external_job_id="job", ordering_key="client-7")
     client.submit(kept)
@@ -82,7 +82,7 @@ def test_an_accepted_event_is_told_once_and_a_duplicate_is_not(client: Client) -
 
 @pytest.mark.parametrize("result", ["delivered", "fail"])
 @pytest.mark.parametrize("company", [False, True])
-def test_a_finished_event_tells_its_times(client: Client, result: str, company: bool) -> None:
+def test_the_message_of_a_finished_event_has_its_times(client: Client, result: str, company: bool) -> None:
     """In a batch that is delivered throughout, and in a mixed one."""
     switch_on(client, "timestamp")
     event_id = client.schedule(scheduled_at=NOON)
@@ -111,7 +111,7 @@ def finish(client: Client, given: list[Any], claimed_at: float) -> None:
     )
 
 
-def test_a_retry_tells_nothing_and_a_lost_lease_neither(client: Client) -> None:
+def test_a_retry_and_a_lost_lease_write_no_message(client: Client) -> None:
     switch_on(client, "timestamp", "dlq")
     client.schedule()
     [lease] = client.claim()
@@ -120,7 +120,7 @@ def test_a_retry_tells_nothing_and_a_lost_lease_neither(client: Client) -> None:
     assert batch(client) == []
 
 
-def test_a_result_that_is_sent_twice_is_told_once(client: Client) -> None:
+def test_a_result_that_is_sent_twice_writes_one_message(client: Client) -> None:
     switch_on(client, "timestamp", "dlq")
     client.schedule(external_job_id="one")
     client.schedule(external_job_id="two")
@@ -133,7 +133,7 @@ def test_a_result_that_is_sent_twice_is_told_once(client: Client) -> None:
 
 
 @pytest.mark.parametrize("days", [0, 60], ids=["in event", "in the horizon"])
-def test_a_cancel_tells_its_time(client: Client, days: int) -> None:
+def test_the_message_of_a_cancel_has_its_time(client: Client, days: int) -> None:
     switch_on(client, "timestamp")
     event_id = client.schedule(scheduled_at=NOON + timedelta(days=days, hours=1))
     client.cancel(event_id)
@@ -160,7 +160,7 @@ def test_a_dead_event_goes_to_the_dlq_whole_and_with_its_reason(client: Client) 
     assert body["reason"] == "HTTP 410 Gone"
 
 
-def test_an_event_buried_by_lost_leases_goes_to_the_dlq(client: Client) -> None:
+def test_an_event_ended_by_lost_leases_goes_to_the_dlq(client: Client) -> None:
     switch_on(client, "dlq", "timestamp")
     event_id = client.schedule(max_retries=0)
     at = NOON
@@ -171,7 +171,7 @@ def test_an_event_buried_by_lost_leases_goes_to_the_dlq(client: Client) -> None:
     assert sorted(message.kind for message in batch(client)) == ["dlq", "timestamp"]
 
 
-def test_what_is_rolled_back_is_not_told(client: Client) -> None:
+def test_a_rolled_back_event_leaves_no_message(client: Client) -> None:
     switch_on(client, "scheduled")
     client.rows("begin")
     client.schedule()
@@ -217,7 +217,7 @@ def test_one_publisher_at_a_time_gets_messages(connect: Connect) -> None:
     assert len(batch(other)) == 1
 
 
-def test_what_is_not_committed_as_published_comes_again(client: Client) -> None:
+def test_messages_not_committed_as_published_come_again(client: Client) -> None:
     switch_on(client, "scheduled")
     client.schedule()
     client.rows("begin")
@@ -226,7 +226,7 @@ def test_what_is_not_committed_as_published_comes_again(client: Client) -> None:
     assert len(batch(client)) == 1
 
 
-def test_what_no_broker_takes_is_set_aside_and_can_be_tried_again(client: Client) -> None:
+def test_a_message_that_no_broker_takes_is_set_aside_and_can_be_tried_again(client: Client) -> None:
     switch_on(client, "scheduled")
     client.schedule(external_job_id="a")
     client.schedule(external_job_id="b")

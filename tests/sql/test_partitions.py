@@ -74,7 +74,7 @@ def test_events_of_the_horizon_come_out_late_but_come_out(client: Client, asleep
     assert deliver(client) == sorted(set(ids) - set(overdue))
 
 
-def test_a_day_that_gets_its_partition_while_others_before_it_have_none(client: Client) -> None:
+def test_a_day_gets_its_partition_although_days_before_it_have_none(client: Client) -> None:
     """Asleep for 50 days; the event of today comes first, that of day 40 waits for maintenance."""
     early = client.schedule(scheduled_at=NOON + timedelta(days=40), external_job_id="j")
     client.at(NOON + timedelta(days=50))
@@ -197,7 +197,7 @@ def test_a_clock_that_is_set_back_loses_nothing(client: Client, back: timedelta)
     assert violations(client.connection, acknowledged=[far], clock_goes_forward=False, finished=True) == []
 
 
-def test_a_clock_that_was_a_year_ahead_leaves_what_it_took_where_it_can_be_had_again(client: Client) -> None:
+def test_days_detached_under_a_clock_a_year_ahead_can_be_attached_again(client: Client) -> None:
     done = client.schedule(external_job_id="done")
     assert deliver(client) == [done]
     live = client.schedule(scheduled_at=NOON + timedelta(days=1))
@@ -225,7 +225,7 @@ def test_a_clock_that_was_a_year_ahead_leaves_what_it_took_where_it_can_be_had_a
 # pg_partman
 
 
-def test_partitions_that_another_makes_are_not_made_ahead(client: Client) -> None:
+def test_partitions_that_another_program_makes_are_not_made_ahead(client: Client) -> None:
     client.rows("select orchestrator.hand_partitions_to('pg_partman')")
     before = attached(client)
     client.at(NOON + timedelta(days=5))
@@ -240,7 +240,7 @@ def test_partitions_that_another_makes_are_not_made_ahead(client: Client) -> Non
 
 
 @pytest.mark.parametrize("whom", ["somebody", "", None])
-def test_partitions_are_handed_to_nobody_else(client: Client, whom: Any) -> None:
+def test_partitions_are_handed_only_to_maintenance_or_pg_partman(client: Client, whom: Any) -> None:
     with pytest.raises(Exception, match="p_whom: expected maintenance or pg_partman"):
         client.rows("select orchestrator.hand_partitions_to(%s)", whom)
 

@@ -59,14 +59,14 @@ def test_an_event_takes_place_at_another_time(client: Client, before: datetime, 
     assert intact(client, [uid, successor])
 
 
-def test_it_is_not_delivered_at_its_old_time(client: Client) -> None:
+def test_a_rescheduled_event_is_not_delivered_at_its_old_time(client: Client) -> None:
     uid = client.schedule(scheduled_at=SOON)
     successor = moved(client, uid, LATER)
     assert client.at(SOON).claim() == []
     assert [lease.event_id for lease in client.at(LATER).claim()] == [successor]
 
 
-def test_attempts_begin_anew(client: Client) -> None:
+def test_a_successor_begins_with_attempt_one(client: Client) -> None:
     uid = client.schedule(max_retries=1)
     client.finish(results(client.claim(), "retry"))
     assert client.status(uid) == "retrying"
@@ -85,7 +85,7 @@ def test_attempts_begin_anew(client: Client) -> None:
 
 
 @pytest.mark.parametrize("state", ["in_flight", "delivered", "dead", "cancelled", "rescheduled", "expired"])
-def test_what_is_under_way_or_over_is_left_alone(client: Client, state: str) -> None:
+def test_an_event_in_flight_or_ended_is_left_alone(client: Client, state: str) -> None:
     uid = client.schedule(expires_at=SOON.isoformat())
     if state in ("in_flight", "delivered", "dead"):
         leases = client.claim()
@@ -105,7 +105,7 @@ def test_what_is_under_way_or_over_is_left_alone(client: Client, state: str) -> 
     assert client.value("select count(*) from orchestrator.event where scheduled_at = %s", LATER) == 0
 
 
-def test_a_lease_that_ran_out_does_not_hold_it(client: Client) -> None:
+def test_a_lease_that_ran_out_does_not_prevent_rescheduling(client: Client) -> None:
     uid = client.schedule()
     leases = client.claim()
     client.at(NOON + seconds(60))
@@ -119,7 +119,7 @@ def test_a_lease_that_ran_out_does_not_hold_it(client: Client) -> None:
 
 @pytest.mark.parametrize("job", ["j", None])
 @pytest.mark.parametrize("after", [LATER, FAR])
-def test_asked_for_twice_it_is_done_once(client: Client, job: str | None, after: datetime) -> None:
+def test_a_repeated_reschedule_is_done_once(client: Client, job: str | None, after: datetime) -> None:
     uid = client.schedule(scheduled_at=SOON, external_job_id=job)
     successor = moved(client, uid, after)
     for _ in range(2):
@@ -130,7 +130,7 @@ def test_asked_for_twice_it_is_done_once(client: Client, job: str | None, after:
     assert client.totals() == {"accepted": 2, "rescheduled": 1}
 
 
-def test_asked_for_twice_by_its_name_it_is_done_once(client: Client) -> None:
+def test_a_repeated_reschedule_by_external_id_is_done_once(client: Client) -> None:
     """The name is the successor's by then."""
     uid = client.schedule(scheduled_at=SOON, external_job_id="j")
     answers = [reschedule_external(client, "j", LATER) for _ in range(3)]
@@ -142,7 +142,7 @@ def test_asked_for_twice_by_its_name_it_is_done_once(client: Client) -> None:
     assert client.totals() == {"accepted": 3, "rescheduled": 2}
 
 
-def test_a_chain_keeps_all_of_its_links(client: Client) -> None:
+def test_a_chain_of_successors_keeps_all_of_its_links(client: Client) -> None:
     chain = [client.schedule(scheduled_at=SOON)]
     for minute in range(1, 5):
         chain.append(moved(client, chain[-1], SOON + timedelta(minutes=minute)))
@@ -154,7 +154,7 @@ def test_a_chain_keeps_all_of_its_links(client: Client) -> None:
 
 @pytest.mark.parametrize("key", [None, "k"])
 @pytest.mark.parametrize("job", [None, "j"])
-def test_its_bucket_stays(client: Client, key: str | None, job: str | None) -> None:
+def test_a_successor_keeps_the_bucket(client: Client, key: str | None, job: str | None) -> None:
     chain = [client.schedule(scheduled_at=SOON, external_job_id=job, ordering_key=key)]
     for at in (LATER, SOON, LATER, FAR):
         chain.append(moved(client, chain[-1], at))
@@ -165,7 +165,7 @@ def test_its_bucket_stays(client: Client, key: str | None, job: str | None) -> N
 # Back
 
 
-def test_by_its_name_an_event_is_what_it_became_last(client: Client) -> None:
+def test_an_external_id_names_the_last_successor(client: Client) -> None:
     first = client.schedule(scheduled_at=SOON, external_job_id="j")
     last = moved(client, moved(client, first, LATER), SOON)
     client.cancel(last)
@@ -202,7 +202,7 @@ def test_an_event_may_come_back_to_a_time_that_it_had(
     assert [lease.event_id for lease in client.claim_on()] == chain[-1:]
 
 
-def test_a_time_to_which_another_came_back_is_refused(client: Client) -> None:
+def test_a_time_to_which_another_event_came_back_is_refused(client: Client) -> None:
     first = client.schedule(scheduled_at=SOON, external_job_id="j")
     there = moved(client, moved(client, first, LATER), SOON)
     other = client.schedule(scheduled_at=FAR, external_job_id="j")
@@ -211,7 +211,7 @@ def test_a_time_to_which_another_came_back_is_refused(client: Client) -> None:
     assert there in str(answer.reason)
 
 
-def test_of_two_that_come_back_to_one_time_at_once_one_is_refused(
+def test_of_two_events_that_come_back_to_one_time_at_once_one_is_refused(
     connect: Connect, observer: Client, threads: ThreadPoolExecutor
 ) -> None:
     first, second = connect(), connect()
@@ -231,7 +231,7 @@ def test_of_two_that_come_back_to_one_time_at_once_one_is_refused(
 # Refused
 
 
-def test_its_own_time_is_refused(client: Client) -> None:
+def test_the_time_that_an_event_already_has_is_refused(client: Client) -> None:
     uid = client.schedule(scheduled_at=SOON, external_job_id="j")
     [answer] = reschedule(client, uid, SOON)
     assert (answer.result, answer.field) == ("refused", "scheduled_at")
@@ -239,14 +239,14 @@ def test_its_own_time_is_refused(client: Client) -> None:
     assert client.status(uid) == "scheduled"
 
 
-def test_an_event_without_a_name_may_be_scheduled_for_its_own_time_again(client: Client) -> None:
+def test_an_event_without_an_external_id_may_be_rescheduled_to_its_own_time(client: Client) -> None:
     uid = client.schedule(scheduled_at=SOON)
     assert moved(client, uid, SOON) != uid
 
 
 @pytest.mark.parametrize("after", [LATER, FAR])
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_time_where_its_twin_is_is_refused(client: Client, after: datetime, ended: bool) -> None:
+def test_a_time_at_which_an_event_has_a_twin_is_refused(client: Client, after: datetime, ended: bool) -> None:
     uid = client.schedule(scheduled_at=SOON, external_job_id="j")
     twin = client.schedule(scheduled_at=after, external_job_id="j")
     if ended:
@@ -269,13 +269,13 @@ def test_a_time_that_cannot_be_submitted_is_refused(client: Client, offset: int,
     assert client.totals() == {"accepted": 1}
 
 
-def test_into_the_past_it_is_due_at_once(client: Client) -> None:
+def test_an_event_rescheduled_into_the_past_is_due_at_once(client: Client) -> None:
     uid = client.schedule(scheduled_at=SOON)
     successor = moved(client, uid, NOON - timedelta(days=1))
     assert [(lease.event_id, lease.due_at) for lease in client.claim()] == [(successor, NOON)]
 
 
-def test_a_policy_that_is_gone_refuses_it(client: Client) -> None:
+def test_an_event_whose_retry_policy_is_gone_is_not_rescheduled(client: Client) -> None:
     client.rows("insert into orchestrator.retry_policy (name) values ('gone')")
     uid = client.schedule(scheduled_at=SOON, retry_policy="gone")
     client.rows("delete from orchestrator.retry_policy where name = 'gone'")
@@ -284,7 +284,7 @@ def test_a_policy_that_is_gone_refuses_it(client: Client) -> None:
     assert client.status(uid) == "scheduled"
 
 
-def test_it_keeps_its_expiry_unless_another_is_given(client: Client) -> None:
+def test_a_successor_keeps_the_expiry_unless_another_is_given(client: Client) -> None:
     expiry = LATER.isoformat()
     uid = client.schedule(expires_at=expiry)
     kept = moved(client, uid, SOON)
@@ -297,7 +297,7 @@ def test_it_keeps_its_expiry_unless_another_is_given(client: Client) -> None:
     assert intact(client, [uid, kept, later])
 
 
-def test_names_of_several_live_events_are_refused(client: Client) -> None:
+def test_an_external_id_of_several_live_events_is_refused(client: Client) -> None:
     ids = [client.schedule(scheduled_at=at, external_job_id="j") for at in (SOON, FAR)]
     [answer] = reschedule_external(client, "j", LATER)
     assert (answer.result, answer.field) == ("refused", "external_job_id")
@@ -307,12 +307,12 @@ def test_names_of_several_live_events_are_refused(client: Client) -> None:
     assert (answer.event_id, answer.result) == (ids[1], "rescheduled")
 
 
-def test_what_does_not_exist_is_no_row(client: Client) -> None:
+def test_rescheduling_an_unknown_event_returns_no_row(client: Client) -> None:
     assert reschedule(client, "00000000-0000-7000-8000-000000000000", SOON) == []
     assert reschedule_external(client, "nobody", SOON) == []
 
 
-def test_a_call_must_name_one_event_and_a_time(client: Client) -> None:
+def test_a_reschedule_must_name_one_event_and_a_time(client: Client) -> None:
     uid = client.schedule(external_job_id="j")
     for arguments in (f"'{uid}', now(), 'j'", "null, now()", f"'{uid}', null"):
         with pytest.raises(psycopg.errors.InvalidParameterValue, match="reschedule_event: give"):
@@ -322,7 +322,7 @@ def test_a_call_must_name_one_event_and_a_time(client: Client) -> None:
 # Beside others
 
 
-def test_it_lets_the_next_of_its_ordering_key_go(client: Client) -> None:
+def test_rescheduling_lets_the_next_event_of_the_ordering_key_go(client: Client) -> None:
     first, second = (client.schedule(scheduled_at=NOON + seconds(n), ordering_key="k") for n in range(2))
     client.at(NOON + seconds(1))
     leases = client.claim_on()
@@ -336,7 +336,9 @@ def test_it_lets_the_next_of_its_ordering_key_go(client: Client) -> None:
     assert [lease.event_id for lease in client.at(SOON).claim_on()] == [successor]
 
 
-def test_two_at_once_make_one_successor(connect: Connect, observer: Client, threads: ThreadPoolExecutor) -> None:
+def test_two_reschedules_at_once_make_one_successor(
+    connect: Connect, observer: Client, threads: ThreadPoolExecutor
+) -> None:
     first, second = connect(), connect()
     for before in (SOON, FAR):
         uid = first.schedule(scheduled_at=before)
@@ -350,7 +352,7 @@ def test_two_at_once_make_one_successor(connect: Connect, observer: Client, thre
 
 
 @pytest.mark.parametrize("other", ["claim", "cancel", "submit"])
-def test_whoever_comes_first_has_it(
+def test_a_reschedule_that_waited_for_another_operation_sees_its_effect(
     connect: Connect, observer: Client, threads: ThreadPoolExecutor, other: str
 ) -> None:
     """A claim, a cancel, or a submission of the very successor is under way; the reschedule waits and then knows."""
@@ -375,7 +377,7 @@ def test_whoever_comes_first_has_it(
     assert intact(observer, [uid])
 
 
-def test_a_claim_takes_no_event_that_somebody_is_rescheduling(connect: Connect) -> None:
+def test_a_claim_takes_no_event_that_another_session_is_rescheduling(connect: Connect) -> None:
     first, second = connect(), connect()
     uid = first.schedule()
     first.rows("begin")
@@ -386,7 +388,9 @@ def test_a_claim_takes_no_event_that_somebody_is_rescheduling(connect: Connect) 
     assert [lease.event_id for lease in second.claim()] == [uid]
 
 
-def test_many_sessions_at_once_leave_one_live_event_of_each(connect: Connect, threads: ThreadPoolExecutor) -> None:
+def test_many_sessions_that_reschedule_at_once_leave_one_live_event_of_each(
+    connect: Connect, threads: ThreadPoolExecutor
+) -> None:
     clients = [connect() for _ in range(6)]
     clients[0].submit(*[event(external_job_id=str(n), scheduled_at=SOON) for n in range(8)])
 
@@ -415,7 +419,7 @@ def test_many_sessions_at_once_leave_one_live_event_of_each(connect: Connect, th
 # What others are told
 
 
-def test_the_outbox_is_told_of_both(client: Client) -> None:
+def test_the_outbox_tells_of_both_the_event_and_its_successor(client: Client) -> None:
     client.rows("select orchestrator.set_outbox('{scheduled,timestamp}')")
     uid = client.schedule(scheduled_at=SOON, external_job_id="j")
     client.rows("delete from orchestrator.outbox")
@@ -425,7 +429,7 @@ def test_the_outbox_is_told_of_both(client: Client) -> None:
     assert json.loads(told[1][1])["result"] == "rescheduled"
 
 
-def test_dispatchers_are_told_of_what_is_due_soon(connect: Connect) -> None:
+def test_dispatchers_are_notified_of_a_successor_that_is_due_soon(connect: Connect) -> None:
     client, listener = connect(), connect()
     uid = client.schedule(scheduled_at=LATER)
     listener.rows("listen orchestrator_due")

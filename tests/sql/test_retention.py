@@ -34,7 +34,7 @@ def gone(client: Client) -> bool:
     return not kept & {partition_name("event", DAY), partition_name("outcome", DAY)}
 
 
-def test_a_finished_day_goes_and_its_table_an_hour_later(client: Client) -> None:
+def test_a_finished_day_is_detached_and_its_table_dropped_an_hour_later(client: Client) -> None:
     uid = client.schedule(scheduled_at=DAY, external_job_id="j")
     client.finish(results(client.claim()))
     maintain(client.at(NOON + timedelta(hours=11, minutes=59)))
@@ -55,7 +55,7 @@ def test_a_finished_day_goes_and_its_table_an_hour_later(client: Client) -> None
     assert client.totals() == {"accepted": 1, "delivered": 1}
 
 
-def test_nothing_goes_before_somebody_has_said_how_long_it_is_kept(connect: Connect) -> None:
+def test_no_day_goes_before_a_retention_is_configured(connect: Connect) -> None:
     """As in a database whose schema was of before there was retention."""
     client = connect().at(NOON + timedelta(days=100))
     client.rows("update orchestrator.control set retention_days = null")
@@ -183,7 +183,7 @@ KEEPING_NOTHING = [
 ]
 
 
-def test_what_would_keep_nothing_is_refused_and_changes_nothing(client: Client) -> None:
+def test_a_retention_that_keeps_nothing_is_refused_and_changes_nothing(client: Client) -> None:
     kept = "select retention_days, partition_days_ahead, max_schedule_ahead_days, archive from orchestrator.control"
     before = client.rows(kept)
     for given, named in KEEPING_NOTHING:
@@ -193,7 +193,7 @@ def test_what_would_keep_nothing_is_refused_and_changes_nothing(client: Client) 
     assert client.rows(kept) == before
 
 
-def test_maintenance_refuses_to_keep_nothing(client: Client) -> None:
+def test_maintenance_refuses_a_retention_that_keeps_nothing(client: Client) -> None:
     before = attached(client)
     for arguments, named in [
         ("30, 0", "p_retention_days"),
@@ -208,7 +208,7 @@ def test_maintenance_refuses_to_keep_nothing(client: Client) -> None:
 # Locks
 
 
-def test_a_day_that_somebody_reads_is_left_for_the_next_time(client: Client, connect: Connect) -> None:
+def test_a_day_that_a_session_reads_is_left_for_the_next_run(client: Client, connect: Connect) -> None:
     reader, writer = connect(), connect()
     reader.rows("begin")
     reader.rows("select count(*) from orchestrator.event")
@@ -226,7 +226,7 @@ def test_a_day_that_somebody_reads_is_left_for_the_next_time(client: Client, con
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_days_go_however_the_client_sends_its_query(client: Client, prepared: bool) -> None:
+def test_days_go_whichever_protocol_the_client_uses(client: Client, prepared: bool) -> None:
     """By the extended protocol a transaction begins a little before its only statement."""
     client.at(LATER)
     client.rows("select orchestrator.run_maintenance()")

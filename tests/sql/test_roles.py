@@ -28,11 +28,15 @@ CHANGING = {"cancel_event", "cancel_events", "reschedule_event", "keep_answer", 
 DISPATCHING = {
     "register_worker", "claim_due_events", "finish_events", "release_events", "next_due_at", "backlog",
     "finish_free_events", "release_free_events",
-    "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published", "outbox_failed", "outbox_pending",
-    "settle_restored",
+    "ensure_dedicated_lane", "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published",
+    "outbox_failed", "outbox_pending",
+    "repair_after_restore", "settle_restored",
     "configure_topics",
 }  # fmt: skip
-INGESTING = {"ingest_offsets", "advance_offsets", "keep_rejects", "execute_commands", "set_aside_staged", "keep_aside"}
+INGESTING = {
+    "ingest_offsets", "advance_offsets", "keep_rejects", "execute_commands", "set_aside_staged", "submit_set_aside",
+    "keep_aside",
+}  # fmt: skip
 READING = {
     "get_event", "events_by_external_id", "list_dead_letters", "statistics", "statistics_by", "next_due_at", "backlog",
     "list_rejects", "ingest_offsets", "outbox_pending", "get_destination", "list_destinations", "destination_for",
@@ -40,7 +44,7 @@ READING = {
     "first_day_kept", "first_id",
 }  # fmt: skip
 OPERATING = {
-    "run_maintenance", "settle_lanes", "create_partitions", "pass_dead_letter", "configure_destination",
+    "run_maintenance", "reroute_remaining", "create_partitions", "pass_dead_letter", "configure_destination",
     "delete_destination", "pause_destination", "resume_destination", "pause_all", "resume_all", "close_breaker",
     "destination_json", "create_api_key", "revoke_api_key",
     "set_ingest_offset", "get_reject", "resubmitted_reject", "redrive_event", "retry_outbox_failures",
@@ -90,7 +94,7 @@ def test_a_role_may_touch_no_table_but_those_it_needs(client: Client, role: str)
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_nobody_reads_the_hashes_of_keys(connect: Connect, role: str) -> None:
+def test_no_role_reads_the_hashes_of_keys(connect: Connect, role: str) -> None:
     client = connect()
     client.set_role(role)
     for query in (
@@ -127,7 +131,7 @@ def test_operators_make_list_and_revoke_keys(connect: Connect) -> None:
     assert client.rows(find, b"\x01" * 32) == []
 
 
-def test_public_may_do_nothing(connect: Connect) -> None:
+def test_the_role_public_may_do_nothing(connect: Connect) -> None:
     client = connect()
     assert (
         client.column(

@@ -50,7 +50,7 @@ def live(client: Client) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_counts_agree_with_the_states_whatever_happened(client: Client, seed: int) -> None:
+def test_counts_agree_with_the_states_after_any_history(client: Client, seed: int) -> None:
     chance = random.Random(seed)
     client.rows("select orchestrator.configure_retention(60)")
     held: list[Any] = []
@@ -127,7 +127,7 @@ def busy(client: Client, minutes: int) -> None:
         client.finish([*results([first], "retry"), *results([second], "fail"), *results(others, "delivered")])
 
 
-def test_they_are_told_by_minute_source_and_destination(client: Client) -> None:
+def test_counts_are_grouped_by_minute_source_and_destination(client: Client) -> None:
     client.schedule_many(3, source="air", destination="https://a.example/x")
     client.schedule_many(2, source="sea", destination="https://B.example:443/y")
     client.finish(results(client.claim_on()))
@@ -167,7 +167,7 @@ def test_they_are_told_by_minute_source_and_destination(client: Client) -> None:
         ]
 
 
-def test_by_default_they_are_those_of_the_last_hour(client: Client) -> None:
+def test_counts_are_those_of_the_last_hour_by_default(client: Client) -> None:
     client.schedule()
     client.at(NOON + timedelta(minutes=59)).schedule()
     client.at(NOON + timedelta(minutes=61, seconds=1))
@@ -175,7 +175,7 @@ def test_by_default_they_are_those_of_the_last_hour(client: Client) -> None:
 
 
 @pytest.mark.parametrize("later", [timedelta(hours=4), timedelta(days=1), timedelta(days=9), timedelta(days=400)])
-def test_what_is_old_is_told_in_less_detail_and_the_same_sum(client: Client, later: timedelta) -> None:
+def test_old_counts_lose_detail_and_keep_their_sum(client: Client, later: timedelta) -> None:
     busy(client, 7)
     client.at(NOON + timedelta(minutes=59))
     client.schedule(source="late")
@@ -212,7 +212,7 @@ def test_folding_again_changes_nothing(client: Client) -> None:
     assert client.rows("select * from orchestrator.statistic_folded order by 1, 2, 3, 4") == before
 
 
-def test_what_was_folded_in_parts_is_one_row_each(client: Client) -> None:
+def test_counts_folded_in_parts_become_one_row_each(client: Client) -> None:
     for _ in range(3):
         client.schedule(source="air")
         maintain(client)
@@ -221,7 +221,7 @@ def test_what_was_folded_in_parts_is_one_row_each(client: Client) -> None:
     ]
 
 
-def test_pairs_beyond_a_thousand_are_told_together(client: Client) -> None:
+def test_pairs_of_source_and_destination_beyond_a_thousand_are_counted_together(client: Client) -> None:
     client.submit(*[event(destination=f"https://h{n}.example/") for n in range(1200)])
     client.schedule_many(5, destination="https://often.example/")
     maintain(client)
@@ -236,7 +236,7 @@ def test_pairs_beyond_a_thousand_are_told_together(client: Client) -> None:
     assert sum(row[4] for row in by(client, "destination")) == 1205
 
 
-def test_deltas_that_come_while_others_are_folded_are_not_lost(connect: Connect) -> None:
+def test_deltas_written_during_a_fold_are_not_lost(connect: Connect) -> None:
     folder, other = connect(), connect()
     other.schedule_many(3)
     folder.rows("begin")
@@ -249,7 +249,7 @@ def test_deltas_that_come_while_others_are_folded_are_not_lost(connect: Connect)
     assert sums(other, "source") == other.totals() == {"accepted": 5, "delivered": 1}
 
 
-def test_other_columns_and_times_that_end_before_they_begin_are_refused(client: Client) -> None:
+def test_other_columns_and_empty_ranges_of_time_are_refused(client: Client) -> None:
     for wrong in (["hour"], ["minute", "name"], ["source; drop table event"]):
         with pytest.raises(psycopg.errors.InvalidParameterValue, match="expected minute, source and destination"):
             by(client, *wrong)

@@ -35,7 +35,7 @@ def test_every_state_is_shown_as_itself(client: Client) -> None:
     assert {status: client.get(uid)["status"] for status, uid in ids.items()} == {status: status for status in ids}
 
 
-def test_the_view_says_when_each_is_due_and_who_holds_it(client: Client) -> None:
+def test_the_view_says_when_each_event_is_due_and_which_worker_leases_it(client: Client) -> None:
     ids = one_of_each(client)
     rows = client.rows(
         """select status, attempt, due_at, lease_until, worker, last_status_code, last_error
@@ -129,7 +129,7 @@ def test_answers_are_in_utc_whatever_the_session_s_time_zone(client: Client) -> 
     assert in_utc[0]["scheduled_at"] == in_utc[2]["died_at"] == NOON.isoformat()
 
 
-def test_an_unknown_event_is_null(client: Client) -> None:
+def test_the_status_of_an_unknown_event_is_null(client: Client) -> None:
     assert client.get("00000000-0000-7000-8000-000000000000") is None
     assert client.value("select orchestrator.get_event(null)") is None
 
@@ -174,7 +174,7 @@ def test_pages_of_an_external_id_show_each_event_once_newest_first(client: Clien
 
 
 @pytest.mark.parametrize("size", [1, 2, 100])
-def test_pages_of_dead_letters_show_each_once_newest_first(client: Client, size: int) -> None:
+def test_pages_of_dead_letters_show_each_event_once_newest_first(client: Client, size: int) -> None:
     for hour in range(3):
         client.at(NOON + timedelta(hours=hour)).schedule_many(3, external_job_id=None)
         client.finish(results(client.claim(), "fail", error=f"reason {hour}"))
@@ -192,7 +192,7 @@ def test_pages_of_dead_letters_show_each_once_newest_first(client: Client, size:
     }
 
 
-def test_an_event_that_arrives_between_pages_moves_none_of_the_others(client: Client) -> None:
+def test_an_event_that_arrives_between_pages_moves_no_other_event(client: Client) -> None:
     for hour in range(4):
         client.schedule(external_job_id="j", scheduled_at=NOON + timedelta(hours=hour))
     query = "select orchestrator.events_by_external_id('j', 2, %s::timestamptz, %s::uuid)"
@@ -256,7 +256,7 @@ def test_statistics_agree_with_the_states_of_the_events(client: Client) -> None:
     assert (shown["scheduled"], shown["retrying"]) == (2, 1)
 
 
-def test_the_oldest_due_and_the_next_due_are_shown(client: Client) -> None:
+def test_statistics_show_the_oldest_due_and_the_next_due_time(client: Client) -> None:
     client.schedule(scheduled_at=NOON + seconds(60))
     assert client.statistics()["oldest_due_at"] is None
     assert client.statistics()["next_due_at"] == (NOON + seconds(60)).isoformat()

@@ -213,7 +213,7 @@ WRONG: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("wrong", "field"), WRONG, ids=[f"{field}-{n}" for n, (_, field) in enumerate(WRONG)])
-def test_a_wrong_item_is_refused_by_field_and_the_others_are_kept(client: Client, wrong: Any, field: str) -> None:
+def test_a_wrong_item_is_refused_by_field_and_the_other_items_are_kept(client: Client, wrong: Any, field: str) -> None:
     answers = client.submit(event(source="before"), wrong, event(source="after"))
     by_n = {answer.n: answer for answer in answers}
     assert sorted(by_n) == [1, 2, 3]
@@ -226,7 +226,7 @@ def test_a_wrong_item_is_refused_by_field_and_the_others_are_kept(client: Client
     assert client.totals() == {"accepted": 2}
 
 
-def test_every_wrong_item_at_once_leaves_the_good_ones(client: Client) -> None:
+def test_a_batch_with_every_wrong_item_keeps_its_good_items(client: Client) -> None:
     items = [item for wrong, _ in WRONG for item in (wrong, event())]
     answers = client.submit(*items)
     expected = [result for _ in WRONG for result in ("refused", "accepted")]
@@ -299,14 +299,14 @@ def test_a_day_without_a_partition_amid_the_others_puts_its_events_into_the_hori
 
 
 @pytest.mark.parametrize("document", [{}, "x", 1, None, True])
-def test_anything_but_an_array_is_an_error(client: Client, document: Any) -> None:
+def test_submitting_anything_but_an_array_is_an_error(client: Client, document: Any) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="expected a JSON array"):
         client.submit_json(document)
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="expected a JSON array"):
         client.rows("select * from orchestrator.submit_events(null)")
 
 
-def test_an_empty_array_is_no_work(client: Client) -> None:
+def test_submitting_an_empty_array_does_nothing(client: Client) -> None:
     assert client.submit() == []
     assert client.totals() == {}
 
@@ -319,7 +319,7 @@ RESERVED = [*RESERVED_HEADERS, *(f"{prefix}any" for prefix in RESERVED_HEADER_PR
 
 
 @pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
-def test_headers_are_reserved_alike_in_sql_over_the_api_and_on_delivery(
+def test_the_same_headers_are_reserved_in_sql_over_the_api_and_on_delivery(
     client: Client, change: Callable[[str], str]
 ) -> None:
     for name in [*RESERVED, *FREE]:
@@ -351,7 +351,7 @@ def test_a_large_payload_arrives_whole(client: Client) -> None:
     assert lease.payload == payload
 
 
-def test_ten_thousand_events_in_one_array(client: Client) -> None:
+def test_ten_thousand_events_in_one_array_are_kept(client: Client) -> None:
     answers = client.submit(*[event(external_job_id=str(n)) for n in range(10_000)])
     assert [answer.n for answer in answers] == list(range(1, 10_001))
     assert {answer.result for answer in answers} == {"accepted"}
@@ -525,7 +525,7 @@ def test_the_staging_table_is_empty_after_each_transaction(client: Client) -> No
     assert client.rows("select * from pg_temp.submission") == []
 
 
-def test_two_staged_batches_in_one_transaction(client: Client) -> None:
+def test_two_staged_batches_in_one_transaction_are_both_kept(client: Client) -> None:
     client.rows("select orchestrator.open_staging()")
     with client.transaction():
         stage(client, [submission("a"), submission("b")])
@@ -537,7 +537,7 @@ def test_two_staged_batches_in_one_transaction(client: Client) -> None:
     assert client.totals() == {"accepted": 3, "duplicate": 1}
 
 
-def test_two_calls_of_submit_events_in_one_transaction(client: Client) -> None:
+def test_two_calls_of_submit_events_in_one_transaction_are_both_kept(client: Client) -> None:
     with client.transaction():
         first = client.submit(event(external_job_id="a"), event(source=""))
         second = client.submit(event(external_job_id="a"), event(external_job_id="b"))
@@ -554,7 +554,7 @@ def test_a_rolled_back_submission_leaves_nothing(client: Client) -> None:
     assert [answer.result for answer in client.submit(event())] == ["accepted"]
 
 
-def test_the_session_s_time_zone_and_date_style_do_not_matter(client: Client) -> None:
+def test_submitting_ignores_the_session_s_time_zone_and_date_style(client: Client) -> None:
     client.rows("set timezone = 'Pacific/Chatham'")
     client.rows("set datestyle = 'SQL, DMY'")
     uid = client.schedule(external_job_id="j")
@@ -564,7 +564,7 @@ def test_the_session_s_time_zone_and_date_style_do_not_matter(client: Client) ->
     assert "+00:00 is more than" in str(answer.reason)
 
 
-def test_a_staging_table_of_somebody_else_s_is_refused(connect: Connect) -> None:
+def test_a_staging_table_of_another_owner_is_refused(connect: Connect) -> None:
     client = connect()
     client.set_role("orchestrator_submit")
     client.rows("create temp table submission (n integer, id uuid)")
@@ -604,7 +604,7 @@ def heard(client: Client) -> list[float]:
     return [float(notification.payload) for notification in client.connection.notifies(timeout=0)]
 
 
-def test_a_submission_that_is_due_soon_is_told_and_a_later_one_is_not(connect: Connect, client: Client) -> None:
+def test_dispatchers_are_notified_of_a_submission_that_is_due_soon_only(connect: Connect, client: Client) -> None:
     ear = listener(connect)
     client.submit(event(scheduled_at=NOON + seconds(10)), event(scheduled_at=NOON + timedelta(days=3)))
     assert heard(ear) == []
@@ -612,7 +612,7 @@ def test_a_submission_that_is_due_soon_is_told_and_a_later_one_is_not(connect: C
     assert heard(ear) == [(NOON + seconds(9.5)).timestamp()]
 
 
-def test_a_rolled_back_submission_is_not_told(connect: Connect, client: Client) -> None:
+def test_dispatchers_are_not_notified_of_a_rolled_back_submission(connect: Connect, client: Client) -> None:
     ear = listener(connect)
     client.rows("begin")
     client.submit(event())
@@ -620,7 +620,7 @@ def test_a_rolled_back_submission_is_not_told(connect: Connect, client: Client) 
     assert heard(ear) == []
 
 
-def test_a_transaction_tells_again_only_of_what_is_due_earlier(connect: Connect, client: Client) -> None:
+def test_a_transaction_notifies_again_only_of_events_due_earlier(connect: Connect, client: Client) -> None:
     ear = listener(connect)
     with client.transaction():
         for due_s in (9, 9.5, 3, 5, -5, 0, -10):
@@ -628,7 +628,7 @@ def test_a_transaction_tells_again_only_of_what_is_due_earlier(connect: Connect,
     assert heard(ear) == [(NOON + seconds(due_s)).timestamp() for due_s in (9, 3, 0)]
 
 
-def test_a_transaction_tells_once_however_often_it_submits(connect: Connect, client: Client) -> None:
+def test_a_transaction_notifies_once_however_often_it_submits(connect: Connect, client: Client) -> None:
     ear = listener(connect)
     client.at(None)
     client.rows("select orchestrator.schedule_event('https://receiver.example', '1') from generate_series(1, 50)")
@@ -647,7 +647,7 @@ def test_an_id_of_a_random_event_carries_its_time(client: Client) -> None:
     [({"external_job_id": "."}, "external_job_id"), ({"external_job_id": ".."}, "external_job_id")]
     + [({"destination": url}, "destination") for url in ("https://bücher.example/", "https://a.example/ä")],
 )
-def test_what_the_api_refuses_of_names_is_refused_here(client: Client, wrong: dict[str, str], field: str) -> None:
+def test_names_that_the_api_refuses_are_refused_in_sql(client: Client, wrong: dict[str, str], field: str) -> None:
     [answer] = client.submit(event(**wrong))
     assert (answer.result, answer.field) == ("refused", field)
 
@@ -667,7 +667,7 @@ def test_a_policy_that_is_gone_does_not_hide_that_an_event_is_kept(client: Clien
 
 
 @pytest.mark.parametrize("days", [20, 50])
-def test_a_shorter_way_ahead_does_not_hide_that_an_event_is_kept(client: Client, days: int) -> None:
+def test_a_shorter_maximum_ahead_does_not_hide_that_an_event_is_kept(client: Client, days: int) -> None:
     given = event(scheduled_at=NOON + timedelta(days=days), external_job_id="j")
     [first] = client.submit(given)
     client.rows("select orchestrator.configure_retention(7, 5, 10)")
@@ -679,7 +679,7 @@ def test_a_shorter_way_ahead_does_not_hide_that_an_event_is_kept(client: Client,
     assert (again.id, again.result) == (first.id, "duplicate")
 
 
-def test_what_no_time_makes_wrong_is_refused_though_its_id_is_kept(client: Client) -> None:
+def test_a_submission_with_a_wrong_field_is_refused_although_its_id_is_kept(client: Client) -> None:
     client.schedule(external_job_id="j")
     [answer] = client.submit(event(external_job_id="j", max_retries=101))
     assert (answer.result, answer.field) == ("refused", "max_retries")

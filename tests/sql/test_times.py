@@ -27,7 +27,7 @@ def client(databases: Databases) -> Iterator[Client]:
         yield client.at(NOW)
 
 
-def test_times_are_kept_as_they_are_meant(client: Client) -> None:
+def test_times_are_kept_at_the_instant_they_name(client: Client) -> None:
     given = [event(scheduled_at=text, expires_at="2100-01-01T00:00:00Z") for text in READ]
     answers = client.submit(*given)
     assert [answer.reason for answer in answers] == [None] * len(given)
@@ -40,14 +40,14 @@ def test_times_are_kept_as_they_are_meant(client: Client) -> None:
 
 
 @pytest.mark.parametrize("field", ["scheduled_at", "expires_at"])
-def test_what_is_no_time_is_refused(client: Client, field: str) -> None:
+def test_a_text_that_is_no_time_is_refused(client: Client, field: str) -> None:
     fields = [{"scheduled_at": NOW.isoformat()} | {field: value} for value in REFUSED]
     answers = client.submit(*[event(**each) for each in fields])
     assert [(answer.result, answer.field) for answer in answers] == [("refused", field)] * len(REFUSED)
 
 
 @pytest.mark.parametrize("text", ["2201-01-01T00:00:00Z", "2200-12-31T23:59:59.9999995Z", "9999-12-31T23:59:59Z"])
-def test_no_event_expires_after_the_last_time_that_one_can_be_scheduled_for(client: Client, text: str) -> None:
+def test_an_expiry_after_the_last_schedulable_time_is_refused(client: Client, text: str) -> None:
     fields = event(scheduled_at=NOW.isoformat(), expires_at=text)
     [answer] = client.submit(fields)
     assert (answer.result, answer.field) == ("refused", "expires_at")
@@ -62,7 +62,7 @@ def test_no_event_expires_after_the_last_time_that_one_can_be_scheduled_for(clie
 @pytest.mark.parametrize(
     "settings", ["timezone = 'Asia/Kolkata'", "datestyle = 'German, DMY'", "intervalstyle = 'iso_8601'"]
 )
-def test_the_session_s_settings_do_not_matter(client: Client, settings: str) -> None:
+def test_settings_of_the_session_do_not_change_how_times_are_read(client: Client, settings: str) -> None:
     with client.transaction():
         client.connection.execute(f"set local {settings}")
         found = client.column(
@@ -85,7 +85,7 @@ parts = st.sampled_from([*PARTS.split(), " "])
     )
 )
 @settings(max_examples=50, deadline=None)
-def test_sql_and_python_read_the_same(client: Client, texts: list[str]) -> None:
+def test_sql_and_python_read_the_same_times(client: Client, texts: list[str]) -> None:
     def read(text: str) -> datetime | None:
         try:
             return time_of(text).astimezone(UTC)

@@ -38,13 +38,13 @@ def test_sql_and_python_allow_the_same_topics(client: Client, allowed: str) -> N
     assert [fault is None for fault in faults] == [rules.fault("KAFKA", name) is None for name in NAMES]
 
 
-def test_a_topic_of_kafka_itself_is_refused_before_anybody_has_named_others(client: Client) -> None:
+def test_an_internal_topic_of_kafka_is_refused_before_any_topics_are_configured(client: Client) -> None:
     (answer,) = client.submit(to_topic("__consumer_offsets"))
     assert (answer.result, answer.field) == ("refused", "destination")
     assert client.submit(to_topic("ocean.event.dlq"))[0].result == "accepted"
 
 
-def test_a_topic_of_the_deployments_own_is_refused_and_does_not_fail_the_others(client: Client) -> None:
+def test_a_topic_of_the_deployment_itself_is_refused_without_failing_other_events(client: Client) -> None:
     rules = configure(client)
     answers = client.submit(*map(to_topic, rules.own), to_topic("orders"), to_topic(None), event())
     assert [answer.result for answer in answers] == ["refused"] * len(rules.own) + ["accepted"] * 3
@@ -53,7 +53,7 @@ def test_a_topic_of_the_deployments_own_is_refused_and_does_not_fail_the_others(
         client.rows("select orchestrator.schedule_event('ocean.event.dlq', '1', p_delivery_type => 'KAFKA')")
 
 
-def test_an_event_of_before_is_not_rescheduled_to_a_topic_that_is_not_allowed(client: Client) -> None:
+def test_an_earlier_event_is_not_rescheduled_to_a_topic_that_is_not_allowed(client: Client) -> None:
     (kept,) = client.submit(to_topic("ocean.event.dlq"))
     configure(client)
     (row,) = client.rows(
@@ -64,7 +64,7 @@ def test_an_event_of_before_is_not_rescheduled_to_a_topic_that_is_not_allowed(cl
     assert row[3] == "scheduled"
 
 
-def test_a_dead_event_of_before_is_not_redriven_to_a_topic_that_is_not_allowed(client: Client) -> None:
+def test_an_earlier_dead_event_is_not_redriven_to_a_topic_that_is_not_allowed(client: Client) -> None:
     (bad, good) = client.submit(to_topic("ocean.event.dlq"), to_topic("orders"))
     client.finish(results(client.claim(), "fail"))
     configure(client)

@@ -111,7 +111,7 @@ def finish_as_a_dispatcher(client: Client, leases: Sequence[Lease]) -> set[str]:
         client.rows("reset lock_timeout")
 
 
-def test_whatever_is_left_open_all_else_goes_on(case: tuple[Client, Case]) -> None:
+def test_a_transaction_left_open_stops_no_other_work(case: tuple[Client, Case]) -> None:
     """Every worker in one go: what one of them does must not depend on another, and each is bounded by the session."""
     client, given = case
     # Submissions
@@ -151,7 +151,7 @@ def test_whatever_is_left_open_all_else_goes_on(case: tuple[Client, Case]) -> No
     assert report["statistics_folded"] > 0
 
 
-def test_a_result_that_is_blocked_is_recorded_when_the_other_session_has_ended(connect: Connect) -> None:
+def test_a_blocked_result_is_recorded_when_the_other_session_has_ended(connect: Connect) -> None:
     client, holder = connect(), connect()
     ids = client.schedule_many(2)
     leases = {lease.event_id: lease for lease in client.claim()}
@@ -166,7 +166,7 @@ def test_a_result_that_is_blocked_is_recorded_when_the_other_session_has_ended(c
     assert client.status(ids[0]) == "retrying"
 
 
-def test_results_of_a_lane_that_is_held_are_recorded_all_the_same(connect: Connect) -> None:
+def test_results_of_a_locked_lane_are_recorded(connect: Connect) -> None:
     client, holder = connect(), connect()
     client.rows("select orchestrator.configure_destination('receiver.example', p_max_parallel => 10)")
     client.schedule_many(3)
@@ -204,7 +204,7 @@ def test_a_claim_leaves_out_a_held_ordering_key_and_comes_back_ever_more_rarely(
     assert client.claim_again_at() is None
 
 
-def test_a_claim_leaves_out_a_lane_that_is_held_and_serves_the_others(connect: Connect) -> None:
+def test_a_claim_leaves_out_a_locked_lane_and_serves_the_others(connect: Connect) -> None:
     client, holder = connect(), connect()
     for name in ("a.example", "b.example"):
         client.rows("select orchestrator.configure_destination(%s, p_max_parallel => 5)", name)
@@ -259,7 +259,7 @@ def test_a_noted_pause_of_a_destination_is_carried_over_with_its_settings(connec
         ["close_breaker", "pause_destination", "pause_destination", "resume_destination"],
     ],
 )
-def test_of_what_is_noted_about_a_destination_the_last_word_holds(connect: Connect, words: list[str]) -> None:
+def test_the_last_note_about_a_destination_holds(connect: Connect, words: list[str]) -> None:
     client, holder = connect(), connect()
     client.rows("select orchestrator.configure_destination('receiver.example', p_max_parallel => 5)")
     holder.rows("begin")
@@ -325,7 +325,7 @@ def test_a_new_priority_is_claimed_though_its_note_cannot_be_carried_over(connec
     ) == [([3, 0], 0)]
 
 
-def test_who_holds_others_up_is_named(connect: Connect, observer: Client, threads: Any) -> None:
+def test_the_session_that_holds_others_up_is_named(connect: Connect, observer: Client, threads: Any) -> None:
     client, holder = connect(), connect()
     event_id = client.schedule()
     holder.rows("set application_name = 'psql of an operator'")
@@ -386,7 +386,7 @@ def test_a_prepared_transaction_that_holds_others_up_is_named_with_its_remedy(
     wait_for(lambda: observer.rows("select * from orchestrator.lock_holders('0 s')") == [])
 
 
-def test_a_session_that_has_only_read_is_named_where_it_is_in_the_way(connect: Connect) -> None:
+def test_a_session_that_has_only_read_is_named_when_it_blocks(connect: Connect) -> None:
     client, holder = connect(), connect()
     client.keep_three_days()
     day = NOON.date() - timedelta(days=20)
@@ -402,7 +402,7 @@ def test_a_session_that_has_only_read_is_named_where_it_is_in_the_way(connect: C
     assert f"pid {holder.pid} " in problem["problem"]
 
 
-def test_maintenance_names_who_was_in_the_way_of_a_step_and_advances_other_keys(connect: Connect) -> None:
+def test_maintenance_names_the_session_that_blocked_a_step_and_advances_other_keys(connect: Connect) -> None:
     client, holder = connect(), connect()
     for key in ("a", "b"):
         client.schedule_many(2, ordering_key=key)
@@ -421,7 +421,7 @@ def test_maintenance_names_who_was_in_the_way_of_a_step_and_advances_other_keys(
     assert client.value("select count(*) from orchestrator.timer where lane >= 0") == 1
 
 
-def test_maintenance_goes_on_when_it_cannot_keep_what_it_is_told(connect: Connect) -> None:
+def test_maintenance_goes_on_when_it_cannot_keep_the_retention_settings(connect: Connect) -> None:
     client, holder = connect(), connect()
     client.schedule()
     holder.rows("begin")
@@ -453,7 +453,7 @@ def test_a_record_that_was_set_aside_is_kept_once_the_other_session_has_ended(co
         client.rows(
             "select orchestrator.set_aside_staged('topic', '{7}', '{0}', '{41}', array[null::bytea], '{x}'::bytea[])"
         )
-    assert client.rows("select kept, waiting from orchestrator.keep_aside()") == [(0, 1)]
+    assert client.rows("select kept, waiting from orchestrator.submit_set_aside()") == [(0, 1)]
     [problem] = client.value("select orchestrator.run_maintenance()")["problems"]
     assert problem["step"] == "submissions_kept"
     holder.rows("rollback")
@@ -462,7 +462,7 @@ def test_a_record_that_was_set_aside_is_kept_once_the_other_session_has_ended(co
     assert client.value("select count(*) from orchestrator.submission_aside") == 0
 
 
-def test_a_cancel_by_filter_leaves_out_what_another_session_has(connect: Connect) -> None:
+def test_a_cancel_by_filter_leaves_out_events_that_another_session_has_locked(connect: Connect) -> None:
     client, holder = connect(), connect()
     ids = client.schedule_many(5)
     beyond = client.schedule(scheduled_at=NOON + seconds(86_400 * 60))
@@ -480,7 +480,7 @@ def test_a_cancel_by_filter_leaves_out_what_another_session_has(connect: Connect
 
 
 @pytest.mark.parametrize("how", ["redriven from orchestrator.redrive", "purged from orchestrator.purge"])
-def test_a_sweep_of_dead_letters_leaves_out_what_another_session_has(connect: Connect, how: str) -> None:
+def test_a_sweep_of_dead_letters_leaves_out_those_that_another_session_has_locked(connect: Connect, how: str) -> None:
     client, holder = connect(), connect()
     ids = client.schedule_many(3, max_retries=0)
     client.finish(results(client.claim(), "fail", error="no"))

@@ -1,16 +1,16 @@
 """The laws that every history must keep, whatever was killed, paused or repeated on the way.
 
-`violations` reads the tables alone and calls none of the product's functions: it must not share their mistakes.
-Numbers are those of the design; the fifth concerns ingestion from Kafka.
+`violations` reads only the tables and calls no function of the product: it must not share their mistakes. The laws have
+the numbers of the design. Law 5 is about ingestion from Kafka: `assert_exact` of tests/support/ingesting.py.
 
-1. Every acknowledged submission has exactly one end or is still waiting, never both, and none vanishes. It is kept in
-   one place, event or horizon; one that was rescheduled and the event that took its place name each other.
-2. No event has more attempts than its max_retries + 1, and as many again each time it was redriven.
-3. No attempt starts before the event is due, and the first is due by the end of its spread.
-4. None starts after the event was cancelled, rescheduled or had expired.
-6. No attempt has two outcomes, and no outcome is of a lease that had not been given.
-7. An event waits for others of its ordering key only while one of them is in its way.
-8. Whatever waits is where claims look for it, not below a floor, and what is counted as under way is leased.
+1. Every acknowledged submission either has exactly one end or still waits, and none vanishes. It is kept in one place,
+   event or horizon. A rescheduled event and its successor name each other.
+2. No event has more attempts than its max_retries + 1; each redrive allows the same number again.
+3. No attempt starts before the event is due, and the first attempt is due by the end of the spread.
+4. No attempt starts after the event was cancelled, rescheduled or had expired.
+6. No attempt has two outcomes, and each outcome belongs to a lease that was given.
+7. An event waits for other events of its ordering key only while one of them must go first.
+8. Every waiting event is where claims look for it, not below a floor. An event counted as under way is leased.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
           union all select id, successor from orchestrator.horizon where ended_as = 'rescheduled') r
         where not exists (select from orchestrator.event n where n.id = r.successor and n.predecessor = r.id)
           and not exists (select from orchestrator.horizon n where n.id = r.successor and n.predecessor = r.id)
-          -- unless retention took its day
+          -- unless its day is past retention
           and to_char(uuid_extract_timestamp(r.successor) at time zone 'UTC', 'YYYYMMDD') in (
             select right(c.relname, 8) from pg_inherits i join pg_class c on c.oid = i.inhrelid
             where i.inhparent = 'orchestrator.event'::regclass)""",
@@ -91,7 +91,7 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
         "select id, status from orchestrator.event_status where status = 'lost'",
     ),
     (
-        "law 1: of event {} the outcome dead and the dead letter do not agree",
+        "law 1: the outcome dead and the dead letter of event {} disagree",
         """select coalesce(o.event_id, d.event_id) from orchestrator.dead_letter d
         full join (
           select event_id, attempt from orchestrator.outcome where result = 'dead'
@@ -151,7 +151,7 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
           or o.attempt = t.attempt and o.result <> 'redriven' and t.lease_until is not null""",
     ),
     (
-        "law 7: event {} waits for others of its ordering key, and none is in its way",
+        "law 7: event {} waits for other events of its ordering key, and none of them must go first",
         """select t.event_id from orchestrator.timer t
         where t.lane < 0
           and not exists (
@@ -189,7 +189,7 @@ _LAWS_OF_TIME: Sequence[tuple[str, LiteralString]] = (
         where c.result in ('cancelled', 'rescheduled', 'expired') and o.started_at > c.finished_at""",
     ),
 )
-"""These compare times of different calls: they hold while the clock only goes forward."""
+"""These laws compare times of different calls: they hold only while the clock goes forward."""
 
 
 def violations(
@@ -201,10 +201,10 @@ def violations(
     clock_slack: timedelta = timedelta(0),
     clock_goes_forward: bool = True,
 ) -> list[str]:
-    """What breaks a law, as sentences; empty when all is well.
+    """A sentence for each breach of a law; empty when every law holds.
 
-    `acknowledged` ids must all exist. `arrivals` are all requests that reached the receivers, whose clock may
-    differ by `clock_slack` from the database's. With `finished`, nothing may be waiting any more.
+    `acknowledged` ids must all exist. `arrivals` are all requests that reached the receivers; their clock may differ
+    from the clock of the database by `clock_slack`. With `finished`, no event may still wait.
     """
     laws = [*_LAWS, *_LAWS_OF_TIME] if clock_goes_forward else _LAWS
     found = [law.format(*row) for law, query in laws for row in connection.execute(query).fetchall()]

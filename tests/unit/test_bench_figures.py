@@ -25,7 +25,7 @@ def test_a_request_that_ends_as_another_begins_is_not_under_way_with_it() -> Non
     assert mean_under_way(requests, 3.0, 5.0) == 0.5
 
 
-def test_arrivals_are_judged_by_what_was_due() -> None:
+def test_arrivals_are_compared_with_the_events_that_were_due() -> None:
     judgement = judged({"a": 1.0, "b": 2.0, "c": 3.0}, iter([("a", 1.5), ("b", 1.9), ("a", 2.0), ("z", 0.0)]))
     assert {name: judgement[name] for name in ("delivered", "lost", "duplicated", "early")} == {
         "delivered": 2, "lost": 1, "duplicated": 1, "early": 1,
@@ -46,7 +46,7 @@ def test_a_short_run_has_five_periods_too(seconds: float, length_s: float) -> No
     assert period_s(seconds) == length_s
 
 
-def test_a_drift_is_from_the_first_few_to_the_last_few() -> None:
+def test_a_drift_is_measured_from_the_first_to_the_last_few_periods() -> None:
     assert drift([1.0, 1.0, 9.0, 1.0, 1.0, 5.0, 1.2, 1.2, 0.1, 1.2, 1.2]) == 0.2
     assert drift([2.0, 1.0]) == -0.5
     assert drift([1.0]) == 0.0
@@ -54,7 +54,7 @@ def test_a_drift_is_from_the_first_few_to_the_last_few() -> None:
     assert drift([]) is None
 
 
-async def test_a_flow_is_all_that_was_asked_for_each_once() -> None:
+async def test_a_flow_makes_each_of_its_calls_once() -> None:
     sent: list[int] = []
 
     async def send(first: int, count: int) -> None:

@@ -24,7 +24,7 @@ def height_of(column: str) -> float:
 
 
 @given(values=st.lists(AMOUNTS, min_size=1, max_size=60), line=st.none() | AMOUNTS, height=st.integers(1, 8))
-def test_bars_are_as_high_as_their_values(values: list[float], line: float | None, height: int) -> None:
+def test_bars_of_a_chart_are_as_high_as_their_values(values: list[float], line: float | None, height: int) -> None:
     drawn = [text.plain for text in bars(values, line, height)]
     assert {len(text) for text in drawn} == {LABEL + len(values)}
     assert len(drawn) == height
@@ -35,7 +35,7 @@ def test_bars_are_as_high_as_their_values(values: list[float], line: float | Non
         assert (shown > 0) == (value > 0)
 
 
-def test_what_is_above_the_line_is_red() -> None:
+def test_bars_above_the_line_are_red() -> None:
     drawn = bars([4, 2, 0], 2, 4)
     assert [text.plain[LABEL:] for text in drawn] == ["█  ", "█┄┄", "██ ", "██ "]
     assert [str(span.style) for text in drawn for span in text.spans if "█" in text.plain[span.start : span.end]] == [
@@ -48,7 +48,7 @@ def test_what_is_above_the_line_is_red() -> None:
 
 
 @given(count=st.integers(1, 300), each_s=st.sampled_from([1, 60, 3600, 86_400]))
-def test_the_times_below_stand_where_they_belong(count: int, each_s: int) -> None:
+def test_the_times_below_a_chart_stand_where_they_belong(count: int, each_s: int) -> None:
     first = datetime(2026, 11, 21, 9, 30, tzinfo=UTC)
     marks = axis(first, timedelta(seconds=each_s), count).plain
     assert marks[LABEL:].startswith(first.strftime("%H:%M")) or marks[LABEL:].startswith("21. 09:30")

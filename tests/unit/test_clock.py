@@ -47,7 +47,7 @@ class World:
 
 
 @given(st.lists(st.tuples(waits, rates, delays, delays), min_size=1))
-def test_it_is_never_ahead_of_the_database_however_slow_the_answers_and_whatever_the_drift(
+def test_the_clock_is_never_ahead_of_the_database_under_any_drift_and_delay_of_answers(
     history: list[tuple[float, float, float, float]],
 ) -> None:
     world = World()
@@ -62,7 +62,7 @@ def test_it_is_never_ahead_of_the_database_however_slow_the_answers_and_whatever
 # What is computed the very moment it is asked for, less than a microsecond after the last, was not set back.
 @example(0.5, [(1.0, 2.0, 0.0), (5.960464477539063e-08, 0.0, 1.0)])
 @given(delays, st.lists(st.tuples(st.floats(0, 5), delays, delays), max_size=20))
-def test_a_fast_answer_makes_it_tight_and_slow_answers_do_not_spoil_that(
+def test_a_fast_answer_makes_the_clock_tight_and_slow_answers_keep_it_so(
     first_s: float, later: list[tuple[float, float, float]]
 ) -> None:
     world = World()
@@ -76,7 +76,9 @@ def test_a_fast_answer_makes_it_tight_and_slow_answers_do_not_spoil_that(
 
 
 @given(st.floats(0.001, 1e6), delays, delays)
-def test_a_step_back_is_noticed_by_the_next_answer(step_s: float, before_s: float, after_s: float) -> None:
+def test_a_step_back_of_the_database_clock_is_noticed_by_the_next_answer(
+    step_s: float, before_s: float, after_s: float
+) -> None:
     world = World()
     world.ask()
     world.pass_time(1.0)
@@ -89,7 +91,9 @@ def test_a_step_back_is_noticed_by_the_next_answer(step_s: float, before_s: floa
 
 
 @given(st.floats(0.001, 1e6), delays, delays)
-def test_a_step_forward_is_followed_by_the_next_answer(step_s: float, before_s: float, after_s: float) -> None:
+def test_a_step_forward_of_the_database_clock_is_followed_by_the_next_answer(
+    step_s: float, before_s: float, after_s: float
+) -> None:
     world = World()
     world.ask()
     world.pass_time(1.0)
@@ -99,7 +103,7 @@ def test_a_step_forward_is_followed_by_the_next_answer(step_s: float, before_s: 
 
 
 @given(st.lists(st.tuples(waits, disciplined, waits, delays), min_size=1))
-def test_its_upper_bound_is_never_behind_the_database_however_long_an_answer_waits_for_a_lock(
+def test_the_upper_bound_of_the_clock_is_never_behind_the_database_however_long_answers_wait(
     history: list[tuple[float, float, float, float]],
 ) -> None:
     world = World()
@@ -113,7 +117,7 @@ def test_its_upper_bound_is_never_behind_the_database_however_long_an_answer_wai
 
 
 @given(st.lists(st.tuples(delays, delays), max_size=20))
-def test_a_fast_answer_makes_its_upper_bound_tight(later: list[tuple[float, float]]) -> None:
+def test_a_fast_answer_makes_the_upper_bound_of_the_clock_tight(later: list[tuple[float, float]]) -> None:
     world = World()
     world.ask(60.0, 60.0)
     world.ask()
@@ -124,7 +128,9 @@ def test_a_fast_answer_makes_its_upper_bound_tight(later: list[tuple[float, floa
 
 
 @given(st.floats(-1e6, 1e6), delays, delays)
-def test_its_upper_bound_follows_a_step_with_the_next_answers(step_s: float, before_s: float, after_s: float) -> None:
+def test_the_upper_bound_of_the_clock_follows_a_step_with_the_next_answers(
+    step_s: float, before_s: float, after_s: float
+) -> None:
     world = World()
     world.ask()
     world.pass_time(1.0)
@@ -136,7 +142,7 @@ def test_its_upper_bound_follows_a_step_with_the_next_answers(step_s: float, bef
     assert -ROUNDING_S <= world.latest_ahead_s <= 0.001 + before_s + ROUNDING_S
 
 
-def test_it_refuses_to_guess_before_the_first_answer() -> None:
+def test_the_clock_refuses_to_guess_before_the_first_answer() -> None:
     for bound in (DatabaseClock().now, DatabaseClock().latest):
         with pytest.raises(RuntimeError, match="not been read"):
             bound()

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import base64
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
@@ -17,12 +15,11 @@ from hypothesis import given as examples
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator.errors import OrchestratorError, SettingsError
+from orchestrator.errors import SettingsError
 from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings, given
 from orchestrator.settings.rules import MARGIN_S
-from orchestrator.settings.table import BEGIN, END, render_markdown_table, settings_table, with_table
+from orchestrator.settings.table import render_markdown_table, settings_table
 
-ROOT = Path(__file__).parents[2]
 KEY = "whsec_" + base64.b64encode(bytes(range(24))).decode()
 ALL = (*SETTINGS.values(), *DATABASE_PARTS.values())
 
@@ -125,7 +122,7 @@ def test_a_topic_has_a_name_that_kafka_takes(raw: str) -> None:
     assert problem(KAFKA_TOPIC_READY=raw).startswith("KAFKA_TOPIC_READY: expected the name of a topic")
 
 
-def test_what_the_outbox_tells_can_be_chosen_or_switched_off() -> None:
+def test_the_kinds_of_outbox_messages_can_be_chosen_or_switched_off() -> None:
     assert Settings.from_env({"OUTBOX_TOPICS": "Timestamp, dlq"}).outbox_topics == ("timestamp", "dlq")
     assert Settings.from_env({"OUTBOX_TOPICS": "none"}).outbox_topics == ()
     assert "item 2" not in problem(OUTBOX_TOPICS="dlq,ready")
@@ -162,7 +159,7 @@ def test_each_setting_is_defined_once() -> None:
     assert sorted(each.name for each in fields(Settings)) == sorted([*SETTINGS, "notices"])
 
 
-def test_all_that_is_wrong_is_reported_at_once() -> None:
+def test_all_wrong_settings_are_reported_at_once() -> None:
     assert problems(SERVER_PORT="x", DB_PORT="0", LOG_LEVEL="loud", ALLOW_ANONYMOUS="maybe") == [
         "SERVER_PORT: expected a whole number from 1 to 65535, got 'x'",
         "ALLOW_ANONYMOUS: expected true or false, got 'maybe'",
@@ -267,11 +264,11 @@ def test_networks_may_be_addresses_and_a_wrong_one_is_named() -> None:
 
 class TestDatabaseUrl:
     @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "jdbc:postgresql", "JDBC:PostgreSQL"])
-    def test_every_way_to_write_the_scheme_means_the_same(self, scheme: str) -> None:
+    def test_every_spelling_of_the_url_scheme_means_the_same(self, scheme: str) -> None:
         settings = Settings.from_env({"DATABASE_URL": f"{scheme}://app:pw@db:6432/events"})
         assert settings.database_url == "postgresql://app:pw@db:6432/events"
 
-    def test_parts_make_an_address_when_there_is_no_url(self) -> None:
+    def test_host_port_and_name_make_an_address_when_there_is_no_url(self) -> None:
         settings = Settings.from_env({"DB_HOST": "db", "DB_PORT": "1", "DB_NAME": "a/b", "DB_USER": "me"})
         assert settings.database_url == "postgresql://me@db:1/a%2Fb"
 
@@ -280,7 +277,7 @@ class TestDatabaseUrl:
         assert database(DB_HOST=host)["host"] == host
 
     def test_a_port_in_the_host_is_refused(self) -> None:
-        assert problem(DB_HOST="db:5432").startswith("DB_HOST: expected a host name, an address without its port")
+        assert problem(DB_HOST="db:5432").startswith("DB_HOST: expected a host name, an address without a port")
 
     @examples(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n")).filter(str.strip))
     def test_any_password_reaches_libpq_intact(self, password: str) -> None:
@@ -296,7 +293,7 @@ class TestDatabaseUrl:
         ):
             assert database(**environ)["password"] == password
 
-    def test_the_line_end_of_a_file_is_not_part_of_a_password(self) -> None:
+    def test_the_line_end_of_a_password_file_is_not_part_of_the_password(self) -> None:
         assert database(DB_PASSWORD=" s3cret \r\n")["password"] == " s3cret "
 
     def test_login_settings_fill_in_only_what_the_url_lacks(self) -> None:
@@ -308,8 +305,8 @@ class TestDatabaseUrl:
         }
         notices = Settings.from_env({"DATABASE_URL": "postgres://a@h/d", "DB_USER": "b", "DB_HOST": "x"}).notices
         assert notices == (
-            "DB_HOST: no effect, because DATABASE_URL says it",
-            "DB_USER: no effect, because DATABASE_URL says it",
+            "DB_HOST: no effect, because DATABASE_URL replaces it",
+            "DB_USER: no effect, because DATABASE_URL replaces it",
         )
 
     def test_parameters_of_the_java_driver_are_translated_or_named(self) -> None:
@@ -338,18 +335,18 @@ class TestDatabaseUrl:
     @pytest.mark.parametrize(
         "url", ["postgresql://h1,h2:2/d", "jdbc:postgresql://h1:1,[::1]:2/d", "postgresql:///d?host=h1,h2"]
     )
-    def test_of_several_hosts_the_one_that_takes_writes_is_meant(self, url: str) -> None:
+    def test_an_address_of_several_hosts_means_the_one_that_takes_writes(self, url: str) -> None:
         assert database(DATABASE_URL=url)["target_session_attrs"] == "read-write"
         asked = "targetServerType=any" if url.startswith("jdbc") else "target_session_attrs=any"
         joined = "&" if "?" in url else "?"
         assert database(DATABASE_URL=url + joined + asked)["target_session_attrs"] == "any"
 
-    def test_several_hosts_of_libpq_s_environment_are_chosen_from_alike(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_several_hosts_in_the_environment_of_libpq_mean_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PGHOST", "h1,h2")
         assert database(DATABASE_URL="postgresql:///d")["target_session_attrs"] == "read-write"
         assert "target_session_attrs" not in database(DATABASE_URL="postgresql://h/d")
 
-    def test_one_host_is_taken_as_it_is(self) -> None:
+    def test_a_single_host_is_taken_as_it_is(self) -> None:
         assert "target_session_attrs" not in database(DATABASE_URL="postgresql://h/d")
 
     @pytest.mark.parametrize(
@@ -363,7 +360,7 @@ class TestDatabaseUrl:
     )
     def test_sessions_that_cannot_write_are_refused(self, asked: str, named: str) -> None:
         assert problem(DATABASE_URL=asked) == (
-            "DATABASE_URL: expected a target_session_attrs of read-write or primary, as all roles write, "
+            "DATABASE_URL: expected target_session_attrs read-write or primary, because all roles write, "
             f"got {named}; leave it out"
         )
 
@@ -384,7 +381,7 @@ class TestDatabaseUrl:
             "s3cret",
         ],
     )
-    def test_another_address_is_refused_without_repeating_its_password(self, url: str) -> None:
+    def test_an_address_of_another_database_is_refused_without_repeating_its_password(self, url: str) -> None:
         line = problem(DATABASE_URL=url)
         assert line.startswith("DATABASE_URL: expected postgresql://")
         assert "s3cret" not in line
@@ -436,14 +433,14 @@ def test_the_directory_of_secrets_must_be_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raw", ["0", "-1", "1.5", "36501", "forever"])
-def test_retention_is_whole_days_from_one_on(raw: str) -> None:
+def test_retention_is_whole_days_from_one_upwards(raw: str) -> None:
     assert problem(CLEANUP_RETENTION_DAYS=raw).startswith(
         "CLEANUP_RETENTION_DAYS: expected a whole number from 1 to 36500, got"
     )
     assert Settings.from_env({}).retention_days == 7
 
 
-def test_events_can_be_scheduled_at_least_as_far_ahead_as_there_are_partitions() -> None:
+def test_a_maximum_ahead_below_the_partitions_is_refused() -> None:
     assert problem(MAX_SCHEDULE_AHEAD_DAYS="29") == (
         "MAX_SCHEDULE_AHEAD_DAYS: expected at least PARTITION_DAYS_AHEAD (30), got 29"
     )
@@ -486,7 +483,7 @@ def test_a_format_of_archives_that_cannot_be_written_is_refused(monkeypatch: pyt
     assert Settings.from_env({"ARCHIVE_FORMAT": "csv"}).archive_format == "csv"
 
 
-def test_what_the_environment_itself_sets_is_told() -> None:
+def test_the_settings_that_the_environment_gives_are_known() -> None:
     assert given({"BATCH_SIZE": "5", "CLEANUP_RETENTION_DAYS": "7", "LOG_LEVEL": "", "HOME": "/"}) == {
         "batch_size",
         "retention_days",
@@ -494,7 +491,7 @@ def test_what_the_environment_itself_sets_is_told() -> None:
 
 
 @pytest.mark.parametrize("raw", ["0", "-1", "100001", "many"])
-def test_the_bound_for_each_destination_is_a_whole_number_from_one_on(raw: str) -> None:
+def test_the_bound_for_each_destination_is_a_whole_number_from_one_upwards(raw: str) -> None:
     assert problem(CUSTOMER_MAX_PARALLEL=raw).startswith("CUSTOMER_MAX_PARALLEL: expected a whole number from 1")
     assert Settings.from_env({}).customer_max_parallel is None
 
@@ -509,11 +506,11 @@ def test_the_bound_for_each_destination_is_a_whole_number_from_one_on(raw: str) 
         ("HTTP_MAX_CONNECTION", "HTTP_MAX_CONNECTIONS"),
     ],
 )
-def test_a_likely_typo_is_pointed_out(name: str, meant: str) -> None:
+def test_a_likely_typo_in_a_variable_is_pointed_out(name: str, meant: str) -> None:
     assert Settings.from_env({name: "x"}).notices == (f"{name}: not a setting; did you mean {meant}?",)
 
 
-def test_an_unknown_name_with_a_prefix_of_ours_is_pointed_out() -> None:
+def test_an_unknown_variable_with_a_known_prefix_is_pointed_out() -> None:
     assert Settings.from_env({"SCHEDULER_ZZZZZZZZZZZZ": "x"}).notices == ("SCHEDULER_ZZZZZZZZZZZZ: not a setting",)
 
 
@@ -523,7 +520,7 @@ def test_the_variables_of_other_programs_are_not_remarked_on() -> None:
     assert Settings.from_env(dict.fromkeys((names + " " + links).split(), "x")).notices == ()
 
 
-def test_the_table_says_what_holds_and_where_it_comes_from() -> None:
+def test_the_table_shows_each_value_and_its_origin() -> None:
     environ = {
         "BATCH_SIZE": "250",
         "EXECUTION_INTERVAL": "3000",
@@ -551,34 +548,7 @@ def test_the_values_in_the_table_would_be_read_back_the_same() -> None:
     assert Settings.from_env(again) == Settings.from_env(environ)
 
 
-def test_the_readme_documents_the_settings_as_they_are() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_table(readme) == readme, "run: python -m orchestrator.settings.table README.md"
-
-
-def test_a_row_of_the_readme_has_as_many_cells_as_its_head() -> None:
+def test_a_row_of_the_reference_has_as_many_cells_as_its_head() -> None:
     lines = render_markdown_table().splitlines()
     assert {line.count("|") for line in lines} == {5}
     assert len(lines) == len(ALL) + 2
-
-
-def test_a_document_without_markers_is_refused() -> None:
-    with pytest.raises(OrchestratorError, match="add them"):
-        with_table(f"# Title\n{BEGIN}\n")
-
-
-def test_the_command_rewrites_the_table_and_checks_it(tmp_path: Path) -> None:
-    document = tmp_path / "README.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-
-    def run(*arguments: str) -> int:
-        command = [sys.executable, "-m", "orchestrator.settings.table", str(document), *arguments]
-        return subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, check=False).returncode
-
-    assert run("--check") == 1
-    assert "old" in document.read_text(encoding="utf-8")
-    assert run() == 0
-    assert document.read_text(encoding="utf-8") == f"before\n{BEGIN}\n{render_markdown_table()}\n{END}\nafter\n"
-    assert run("--check") == 0
-    document.unlink()
-    assert run() == 2

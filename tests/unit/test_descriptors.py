@@ -17,7 +17,7 @@ from orchestrator.settings import Settings
     st.none() | st.integers(1, 100_000),
     st.booleans(),
 )
-def test_what_clients_and_deliveries_may_open_leaves_room_for_the_database_and_probes(
+def test_connections_of_clients_and_deliveries_leave_room_for_the_database_and_probes(
     limit: int, connections: int, pool: int, most: int | None, managed: bool
 ) -> None:
     environ = {"HTTP_MAX_CONNECTIONS": str(connections), "DB_POOL_MAX_SIZE": str(pool)}

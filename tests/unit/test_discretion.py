@@ -81,7 +81,7 @@ def told(error: OrchestratorError) -> str:
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: json.dumps(change)[:60])
-def test_a_fault_of_a_submission_does_not_quote_what_may_be_secret(change: dict[str, Any]) -> None:
+def test_a_fault_of_a_submission_does_not_quote_possible_secrets(change: dict[str, Any]) -> None:
     raw = json.dumps(EVENT | change).encode()
     for read in (parse_submission, lambda raw, limits: submission_row(raw, limits, 0)):
         with pytest.raises(ValidationError) as caught:
@@ -223,7 +223,7 @@ def test_an_echo_of_a_request_is_kept_without_its_credentials(
     assert CANARY not in said
 
 
-def test_an_answer_without_credentials_is_kept_as_it_is() -> None:
+def test_an_answer_without_credentials_is_kept_unchanged() -> None:
     headers = {"x-tenant": "ocean", "authorization": "abc"}
     assert without_credentials("ocean: abc is short", headers, (), "n=ocean") == "ocean: abc is short"
 

@@ -54,7 +54,7 @@ async def ended(tasks: Sequence[asyncio.Task[Claimed | None]], count: int) -> li
 
 
 @given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 7), st.lists(st.integers(0, 60), max_size=10))
-def test_everything_is_handed_out_once_in_order_of_due_time_and_never_early(
+def test_every_event_is_handed_out_once_in_order_of_due_time_and_never_early(
     due_times: list[int], takers: int, moments: list[int]
 ) -> None:
     async def scenario() -> None:
@@ -100,7 +100,7 @@ async def test_a_waiting_taker_is_woken_when_the_event_is_due_and_not_before() -
     assert due_at <= time.monotonic() < due_at + 1
 
 
-async def test_an_event_due_sooner_overtakes_those_that_wait() -> None:
+async def test_an_event_due_sooner_overtakes_waiting_events() -> None:
     clock = Clock()
     queue = DueQueue(clock)
     queue.put([claimed(10, "later")])
@@ -170,7 +170,7 @@ async def test_cancelled_takers_are_skipped() -> None:
     assert await asyncio.wait_for(takers[2], 5) is not None
 
 
-async def test_closing_ends_every_taker_and_gives_back_what_was_held() -> None:
+async def test_closing_the_queue_ends_every_taker_and_gives_its_events_back() -> None:
     queue = DueQueue(Clock())
     queue.put([claimed(10, "a"), claimed(5, "b")])
     takers = [asyncio.create_task(queue.get()) for _ in range(3)]
@@ -181,7 +181,7 @@ async def test_closing_ends_every_taker_and_gives_back_what_was_held() -> None:
     assert len(queue) == 0
 
 
-async def test_it_waits_before_the_clock_has_been_read() -> None:
+async def test_the_queue_waits_until_the_clock_has_been_read() -> None:
     def unread() -> float:
         raise RuntimeError("the database's clock has not been read yet")
 
@@ -210,7 +210,7 @@ async def nothing_to_be_had(queue: DueQueue) -> bool:
     return taker.cancelled()
 
 
-async def test_a_backlog_of_thousands_does_not_delay_what_falls_due_for_another() -> None:
+async def test_a_backlog_of_thousands_does_not_delay_an_event_of_another_destination() -> None:
     clock = Clock()
     queue = DueQueue(clock)
     queue.put([claimed(-1, f"hog-{n}") for n in range(2000)])
@@ -245,7 +245,7 @@ async def test_urls_of_one_host_and_port_have_one_turn() -> None:
     assert [event.event_id for event in await taken(queue, 8)] == ["a", "b"] * 4
 
 
-async def test_events_of_a_destination_go_by_their_start_and_then_as_they_came() -> None:
+async def test_events_of_a_destination_go_by_their_start_and_then_by_arrival() -> None:
     clock = Clock()
     queue = DueQueue(clock)
     queue.put([claimed(5, "5a"), claimed(3, "3a"), claimed(5, "5b")])
@@ -255,7 +255,7 @@ async def test_events_of_a_destination_go_by_their_start_and_then_as_they_came()
     assert await nothing_to_be_had(queue)
 
 
-async def test_events_that_come_overdue_keep_the_order_of_their_claim() -> None:
+async def test_events_claimed_overdue_keep_the_order_of_their_claim() -> None:
     """It gives those of higher priority first."""
     clock = Clock()
     clock.s = 10.0
@@ -279,7 +279,7 @@ async def test_a_batch_holds_as_much_of_each_destination_as_there_is_room() -> N
     assert len(queue) == 1
 
 
-async def test_no_more_than_a_window_is_under_way_and_others_pass_by() -> None:
+async def test_at_most_a_window_of_events_is_under_way_and_other_destinations_pass_by() -> None:
     queue = DueQueue(Clock(), Windows(2, 10))
     queue.put([claimed(-1, "a") for _ in range(5)])
     queue.put([claimed(-1, "b", "http://b/")])
@@ -322,7 +322,7 @@ async def test_a_window_that_does_not_limit_does_not_grow() -> None:
     assert await nothing_to_be_had(queue)
 
 
-async def test_how_a_destination_fared_is_forgotten_when_it_was_idle_for_long() -> None:
+async def test_the_window_of_a_destination_is_forgotten_when_it_was_idle_for_long() -> None:
     monotonic = Clock()
     monotonic.s = 100.0
     queue = DueQueue(Clock(), Windows(1, 5), monotonic=monotonic)
@@ -359,7 +359,7 @@ async def test_all_events_of_a_lane_can_be_taken_out_wherever_they_wait() -> Non
     assert await nothing_to_be_had(queue)
 
 
-async def test_closing_gives_back_what_waits_behind_a_full_window() -> None:
+async def test_closing_the_queue_gives_back_events_behind_a_full_window() -> None:
     queue = DueQueue(Clock(), Windows(1, 1))
     queue.put([claimed(-1, str(n)) for n in range(3)])
     (running,) = await taken(queue, 1)
@@ -440,7 +440,9 @@ OPERATIONS = st.one_of(
 
 
 @given(st.lists(OPERATIONS, max_size=40))
-def test_whatever_happens_nothing_is_lost_early_or_beyond_its_window(operations: list[tuple[object, ...]]) -> None:
+def test_no_history_of_the_queue_loses_an_event_or_hands_one_out_early_or_beyond_its_window(
+    operations: list[tuple[object, ...]],
+) -> None:
     async def scenario() -> None:
         model = Model()
         queue = model.queue

@@ -80,7 +80,7 @@ def test_the_least_submission_gets_the_defaults() -> None:
     assert submission.expires_at is None
 
 
-def test_every_field_is_kept() -> None:
+def test_every_field_of_a_submission_is_kept() -> None:
     submission = parse_submission(
         body(
             external_job_id="job-1",
@@ -123,7 +123,7 @@ def test_a_kafka_event_may_leave_its_destination_out() -> None:
 
 
 @pytest.mark.parametrize("topic", ["", ".", "..", "a b", "a/b", "topic\n", "é", "t" * 250])
-def test_a_name_that_no_topic_can_have_is_refused_with_what_it_can(topic: str) -> None:
+def test_an_invalid_topic_name_is_refused_with_the_allowed_characters(topic: str) -> None:
     errors = errors_of(body(delivery_type="KAFKA", destination=topic))
     assert list(errors) == ["destination"]
     assert "1 to 249 characters" in errors["destination"]
@@ -139,7 +139,7 @@ def test_a_destination_of_the_other_delivery_type_is_refused_with_the_remedy() -
     assert "only events of delivery_type KAFKA may leave it out" in reason
 
 
-def test_a_destination_is_not_judged_by_a_delivery_type_that_is_none() -> None:
+def test_a_destination_is_not_judged_by_an_invalid_delivery_type() -> None:
     assert list(errors_of(body(delivery_type="MAIL", destination="someone"))) == ["delivery_type"]
 
 
@@ -177,7 +177,7 @@ def test_a_spread_that_is_no_time_or_too_long_is_refused(sent: str) -> None:
 
 @pytest.mark.parametrize("field", ["priority", "spread_seconds"])
 @pytest.mark.parametrize("sent", [b"NaN", b"Infinity", b"-Infinity"])
-def test_what_is_no_number_in_json_is_no_priority_and_no_spread(field: str, sent: bytes) -> None:
+def test_a_json_value_that_is_no_number_is_no_priority_and_no_spread(field: str, sent: bytes) -> None:
     with pytest.raises(JsonError):
         parse_submission(body()[:-1] + b',"%b":%b}' % (field.encode(), sent), BOUNDS)
 
@@ -275,7 +275,7 @@ def test_an_expiry_that_is_no_time_is_refused_with_an_example(at: Any) -> None:
     assert len(errors["expires_at"]) < 300
 
 
-def test_an_expiry_is_not_judged_by_a_time_that_is_none() -> None:
+def test_an_expiry_is_not_judged_by_an_invalid_time() -> None:
     assert list(errors_of(body(scheduled_at="soon", expires_at="1999-01-01T00:00:00Z"))) == ["scheduled_at"]
 
 
@@ -341,7 +341,7 @@ def test_a_missing_field_is_named(field: str) -> None:
     assert errors_of(without(field))[field].startswith("required")
 
 
-def test_all_broken_rules_are_reported_at_once() -> None:
+def test_all_broken_rules_of_a_submission_are_reported_at_once() -> None:
     raw = body(source="", destination="ftp://a", sheduled_at="x", max_retries=-1)
     assert set(errors_of(raw)) == {"source", "destination", "sheduled_at", "max_retries"}
 
@@ -424,7 +424,7 @@ def batch(*items: bytes) -> bytes:
     return b'{"events": [' + b", ".join(items) + b"]}"
 
 
-def test_a_bad_item_of_a_batch_does_not_fail_the_others() -> None:
+def test_a_bad_item_of_a_batch_does_not_fail_the_other_items() -> None:
     deep = body().replace(b'{"a": 1}', b"[" * 100_000 + b"]" * 100_000)
     results = parse_batch(
         batch(
@@ -466,7 +466,7 @@ def test_a_malformed_batch_is_refused_as_a_whole() -> None:
 
 
 @given(source=st.text(), job=st.text(), at=times, key=st.none() | st.text())
-def test_the_id_is_a_version_7_uuid_of_the_four_that_name_an_event(
+def test_the_id_is_a_version_7_uuid_of_the_four_naming_fields(
     source: str, job: str, at: datetime, key: str | None
 ) -> None:
     found = uuid.UUID(event_id(source, job, at, key))
@@ -494,7 +494,7 @@ def test_an_external_id_that_no_path_can_hold_is_refused(job: str) -> None:
     assert parse_submission(body(external_job_id=job * 3), BOUNDS).external_job_id == job * 3
 
 
-def test_known_ids() -> None:
+def test_known_ids_are_reproduced() -> None:
     at = datetime(2026, 1, 31, 9, 0, 0, 123456, tzinfo=UTC)
     assert event_id("orders", "job-1", at) == "019c1347-d2fb-7026-a717-2a27dd38d28f"
     assert event_id("orders", "job-1", at, "client-7") == "019c1347-d2fb-7d2a-b114-b342b66d7dc5"
@@ -507,7 +507,7 @@ def test_another_ordering_key_makes_another_event(other: str | None) -> None:
 
 
 @given(at=times, place=st.integers(0, 4095))
-def test_a_random_id_is_of_the_bucket_that_is_asked_for(at: datetime, place: int) -> None:
+def test_a_random_id_is_in_the_requested_bucket(at: datetime, place: int) -> None:
     assert bucket(random_event_id(at, place)) == place
 
 
@@ -523,7 +523,7 @@ def test_the_zone_that_a_time_was_written_in_does_not_change_the_id() -> None:
     assert event_id("a", "b", at) == event_id("a", "b", at.astimezone(timezone(timedelta(hours=5.5))))
 
 
-def test_source_and_job_do_not_run_into_each_other() -> None:
+def test_source_and_external_id_are_kept_apart_in_the_id() -> None:
     at = datetime(2026, 1, 31, 9, tzinfo=UTC)
     assert event_id("a", "bc", at) != event_id("ab", "c", at)
 

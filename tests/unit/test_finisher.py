@@ -135,7 +135,7 @@ async def test_results_of_one_moment_are_recorded_by_one_call(fixture: Fixture) 
     assert fixture.counted("events_delivered_total") == 100
 
 
-async def test_a_full_batch_is_recorded_without_waiting_for_more(
+async def test_a_full_batch_of_results_is_recorded_without_waiting_for_more(
     fixture: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_GATHER_S", 60.0)
@@ -149,7 +149,7 @@ async def test_a_full_batch_is_recorded_without_waiting_for_more(
         await eventually(lambda: fixture.leases.recorded == [str(n) for n in range(500)])
 
 
-async def test_what_others_wait_for_is_recorded_at_once_and_they_are_told(
+async def test_a_result_that_frees_other_events_is_recorded_at_once_and_announced(
     fixture: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_GATHER_S", 60.0)
@@ -170,7 +170,7 @@ async def test_what_others_wait_for_is_recorded_at_once_and_they_are_told(
     assert fixture.freed == [2, 3]
 
 
-async def test_they_are_not_told_before_it_is_recorded(fixture: Fixture) -> None:
+async def test_a_result_that_frees_other_events_is_not_announced_before_it_is_recorded(fixture: Fixture) -> None:
     fixture.leases.away = True
     for n in range(1500):
         fixture.finisher.add(finished(n), at_once=n == 1400)
@@ -183,7 +183,7 @@ async def test_they_are_not_told_before_it_is_recorded(fixture: Fixture) -> None
     assert fixture.freed[-1] == 1500
 
 
-async def test_no_call_carries_more_than_a_thousand(fixture: Fixture) -> None:
+async def test_no_call_carries_more_than_a_thousand_results(fixture: Fixture) -> None:
     for n in range(2500):
         fixture.finisher.add(finished(n))
         fixture.finisher.release([lease(n)])
@@ -221,7 +221,7 @@ async def test_a_call_that_hangs_is_given_up_and_its_results_are_kept(
     assert fixture.finisher.pending == 1
 
 
-async def test_what_is_added_during_a_call_is_recorded_by_the_next(fixture: Fixture) -> None:
+async def test_a_result_added_during_a_call_is_recorded_by_the_next_call(fixture: Fixture) -> None:
     async with fixture.running():
         for n in range(200):
             fixture.finisher.add(finished(n))
@@ -230,7 +230,9 @@ async def test_what_is_added_during_a_call_is_recorded_by_the_next(fixture: Fixt
     assert sorted(map(int, fixture.leases.recorded)) == list(range(200))
 
 
-async def test_closing_records_the_rest_at_once(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_closing_the_finisher_records_the_remaining_results_at_once(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_GATHER_S", 60.0)
     async with fixture.running():
         fixture.finisher.add(finished("a"))
@@ -239,7 +241,7 @@ async def test_closing_records_the_rest_at_once(fixture: Fixture, monkeypatch: p
     assert fixture.finisher.done
 
 
-async def test_text_that_the_database_refuses_is_dropped_and_its_result_recorded(
+async def test_a_text_that_the_database_refuses_is_dropped_and_its_result_recorded(
     fixture: Fixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     fixture.leases.refuses = lambda result: "\0" in (result.error or "") + (result.response or "")
@@ -259,7 +261,7 @@ async def test_text_that_the_database_refuses_is_dropped_and_its_result_recorded
 
 
 @given(st.integers(1, 60), st.sets(st.integers(0, 59)), st.booleans())
-def test_results_that_are_refused_for_good_hold_up_no_others(count: int, bad: set[int], encoding: bool) -> None:
+def test_results_that_are_refused_for_good_hold_up_no_other_results(count: int, bad: set[int], encoding: bool) -> None:
     async def scenario() -> None:
         fixture = Fixture()
         fixture.leases.refuses = lambda result: int(result.event_id) in bad
@@ -302,7 +304,7 @@ async def test_answers_are_counted_logged_and_retries_expected(
     assert said["s"].message == "lease was lost before its result was recorded"
 
 
-async def test_what_another_session_holds_is_set_aside_and_recorded_when_it_lets_go(
+async def test_a_result_that_another_session_blocks_is_set_aside_and_recorded_when_it_lets_go(
     fixture: Fixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     fixture.leases.held = {"1", "2"}
@@ -320,7 +322,7 @@ async def test_what_another_session_holds_is_set_aside_and_recorded_when_it_lets
     assert fixture.counted("events_delivered_total") == 3
 
 
-async def test_a_stop_waits_for_what_is_set_aside(fixture: Fixture) -> None:
+async def test_a_stop_waits_for_results_that_are_set_aside(fixture: Fixture) -> None:
     fixture.leases.held = {"1"}
     async with fixture.running():
         fixture.finisher.add(finished(1))

@@ -150,7 +150,7 @@ async def test_a_submission_whose_request_gave_up_before_its_turn_is_not_kept() 
     assert fake.calls[FLUSHERS:] == [["stays"]]
 
 
-async def test_a_call_that_takes_too_long_is_given_up_and_told_as_of_unknown_outcome(
+async def test_a_call_that_takes_too_long_is_given_up_and_reported_as_of_unknown_outcome(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gather, "FLUSH_TIMEOUT_S", 0.01)
@@ -162,7 +162,7 @@ async def test_a_call_that_takes_too_long_is_given_up_and_told_as_of_unknown_out
         assert caught.value.status == 503
 
 
-async def test_who_waited_too_long_for_a_turn_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_submission_that_waited_too_long_for_its_turn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeDatabase()
     async with gathering(as_database(fake)) as gatherer:
         first = await occupy_flushers(fake, gatherer)
@@ -176,7 +176,7 @@ async def test_who_waited_too_long_for_a_turn_is_told_so(monkeypatch: pytest.Mon
     assert len(fake.calls) == FLUSHERS
 
 
-async def test_what_waits_at_the_end_is_still_flushed_and_nothing_more_is_taken() -> None:
+async def test_waiting_submissions_are_flushed_at_the_end_and_no_more_are_taken() -> None:
     fake = FakeDatabase()
     async with gathering(as_database(fake)) as gatherer:
         first = await occupy_flushers(fake, gatherer)
@@ -189,7 +189,7 @@ async def test_what_waits_at_the_end_is_still_flushed_and_nothing_more_is_taken(
     assert [task.result().id for task in (*first, later)][-1] == "later"
 
 
-async def test_what_is_blocked_is_set_aside_and_each_who_asks_for_it_is_answered_once_it_is_known(
+async def test_a_blocked_submission_is_set_aside_and_each_request_for_it_is_answered_once_its_outcome_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gather, "_FIRST_PAUSE_S", 0.01)
@@ -211,7 +211,7 @@ async def test_what_is_blocked_is_set_aside_and_each_who_asks_for_it_is_answered
         assert ((await blocked).result, (await again).result) == ("accepted", "duplicate")
 
 
-async def test_what_stays_blocked_is_told_so_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_submission_that_stays_blocked_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "_FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(gather, "BLOCKED_S", 0.05)
     fake = FakeDatabase()

@@ -173,7 +173,7 @@ def test_a_deep_item_of_a_long_batch_does_not_fail_the_others() -> None:
     assert str(results[0]) == "payload: expected at most 64 levels of nesting"
 
 
-def test_more_items_than_a_batch_may_have_are_not_built() -> None:
+def test_items_beyond_the_bound_of_a_batch_are_not_built() -> None:
     raw = b'{"events":[' + b",".join([b"1"] * 8_000_000) + b"]}"
     with pytest.raises(ValidationError, match="expected 1 to 1000 events, got more"):
         parse_batch(raw, LIMITS)

@@ -52,7 +52,7 @@ def test_a_batch_expects_what_the_batch_before_it_has_moved_to() -> None:
     assert placed.position() == Position(103, 100, record_hash(Sent(100)))
 
 
-def test_the_anchor_is_read_again_and_proves_the_log() -> None:
+def test_an_anchor_that_is_read_again_proves_the_log() -> None:
     placed = partition()
     assert placed.place(READ_TO_100, 0, 200) == 99
     assert [record.offset for record in placed.fresh([ANCHOR, Sent(100), Sent(101)])] == [100, 101]
@@ -62,14 +62,14 @@ def test_the_anchor_is_read_again_and_proves_the_log() -> None:
 @pytest.mark.parametrize(
     "other", [Sent(99, value=b"other"), Sent(99, key=None), Sent(99, timestamp=1_000_001), Sent(99, value=None)]
 )
-def test_another_record_in_the_anchor_s_place_halts(other: Sent) -> None:
+def test_another_record_in_the_anchor_s_place_halts_the_partition(other: Sent) -> None:
     placed = partition()
     placed.place(READ_TO_100, 0, 200)
     with pytest.raises(HaltError, match="offset 99 is not the one that was read"):
         placed.fresh([other, Sent(100)])
 
 
-def test_an_anchor_that_compaction_has_removed_proves_nothing_and_halts_nothing() -> None:
+def test_an_anchor_that_compaction_has_removed_neither_proves_the_log_nor_halts_the_partition() -> None:
     placed = partition()
     placed.place(READ_TO_100, 0, 200)
     assert [record.offset for record in placed.fresh([Sent(104)])] == [104]
@@ -85,7 +85,9 @@ def test_an_anchor_that_retention_has_removed_is_not_looked_for() -> None:
     ("begins", "ends", "why", "may_pass"),
     [(0, 99, "ends at offset 99", True), (0, 0, "ends at offset 0", True), (101, 200, "begins at offset 101", False)],
 )
-def test_a_log_that_does_not_reach_the_position_halts(begins: int, ends: int, why: str, may_pass: bool) -> None:
+def test_a_log_that_does_not_reach_the_position_halts_the_partition(
+    begins: int, ends: int, why: str, may_pass: bool
+) -> None:
     placed = partition()
     with pytest.raises(HaltError, match=why) as halt:
         placed.place(READ_TO_100, begins, ends)
@@ -98,7 +100,7 @@ def test_a_log_that_does_not_reach_the_position_halts(begins: int, ends: int, wh
 
 
 @pytest.mark.parametrize(("begins", "ends"), [(0, 100), (100, 100), (50, 1000)])
-def test_a_log_that_reaches_the_position_does_not_halt(begins: int, ends: int) -> None:
+def test_a_log_that_reaches_the_position_does_not_halt_the_partition(begins: int, ends: int) -> None:
     partition().place(READ_TO_100, begins, ends)
 
 

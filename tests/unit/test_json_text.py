@@ -85,7 +85,7 @@ def test_every_text_is_judged_as_a_walk_through_it_judges(text: bytes, depth: in
 
 @given(text=texts, depth=st.integers(1, 3))
 @example(text=rb'["\\",[["\"[",1]],"]"]', depth=2)
-def test_what_is_pruned_is_as_deep_as_it_may_be_and_otherwise_the_same(text: bytes, depth: int) -> None:
+def test_a_pruned_text_is_as_deep_as_allowed_and_otherwise_the_same(text: bytes, depth: int) -> None:
     _, _, deepest = walked(text)
     cut = pruned(text, depth)
     assert cut is not None

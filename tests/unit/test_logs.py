@@ -48,7 +48,7 @@ def record(message: str, **extra: Any) -> logging.LogRecord:
     return log.makeRecord(log.name, logging.INFO, __file__, 1, message, (), None, extra=extra)
 
 
-def test_a_line_says_what_happened_who_speaks_and_what_it_is_about(
+def test_a_line_names_the_happening_the_logger_and_the_subject(
     lines: Callable[[], list[dict[str, Any]]],
 ) -> None:
     log.warning("retry %d of %d", 1, 3, extra={"event_id": "e1", "attempt": 2})
@@ -67,7 +67,7 @@ def test_a_line_says_what_happened_who_speaks_and_what_it_is_about(
     }
 
 
-def test_servers_and_warnings_go_the_same_way(lines: Callable[[], list[dict[str, Any]]]) -> None:
+def test_lines_of_servers_and_warnings_have_the_same_form(lines: Callable[[], list[dict[str, Any]]]) -> None:
     logging.getLogger("uvicorn.error").info("started", extra={"color_message": "\x1b[1mstarted"})
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -86,7 +86,7 @@ def test_requests_are_logged_one_by_one_only_when_debugging(tmp_path: Path) -> N
         assert bool(path.read_text(encoding="utf-8")) is written
 
 
-def test_the_level_is_the_least_that_is_written(tmp_path: Path) -> None:
+def test_the_log_level_is_the_least_that_is_written(tmp_path: Path) -> None:
     path = tmp_path / "log"
     configure(Settings.from_env({"LOG_FILE": str(path), "LOG_LEVEL": "ERROR"}), "api")
     log.warning("not this")
@@ -94,7 +94,7 @@ def test_the_level_is_the_least_that_is_written(tmp_path: Path) -> None:
     assert [json.loads(line)["message"] for line in path.read_text(encoding="utf-8").splitlines()] == ["but this"]
 
 
-def test_a_file_renamed_by_rotation_is_opened_anew(tmp_path: Path) -> None:
+def test_a_file_renamed_by_rotation_is_opened_again(tmp_path: Path) -> None:
     path = tmp_path / "log"
     configure(Settings.from_env({"LOG_FILE": str(path)}), "api")
     log.error("first")
@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_opened_is_a_settings_error(tmp_path: Path) -> Non
         configure(settings, "api")
 
 
-def test_configuring_again_replaces_the_first_output(lines: Callable[[], list[dict[str, Any]]]) -> None:
+def test_configuring_the_log_again_replaces_the_first_output(lines: Callable[[], list[dict[str, Any]]]) -> None:
     configure(SETTINGS, "api")
     log.error("elsewhere")
     assert lines() == []
@@ -120,7 +120,7 @@ def test_configuring_again_replaces_the_first_output(lines: Callable[[], list[di
     ("log_format", "terminal", "is_json"),
     [("", True, False), ("", False, True), ("json", True, True), ("console", False, False)],
 )
-def test_people_get_text_and_pipes_get_json_unless_told_otherwise(
+def test_terminals_get_text_and_pipes_get_json_unless_configured_otherwise(
     log_format: str,
     terminal: bool,
     is_json: bool,
@@ -154,7 +154,7 @@ json_values = st.recursive(
 
 
 @given(st.text(), json_values)
-def test_whatever_is_logged_is_one_line_of_valid_json(message: str, value: Any) -> None:
+def test_every_logged_value_is_one_line_of_valid_json(message: str, value: Any) -> None:
     line = JsonFormatter(SETTINGS, "api").format(record("%s", value=value)).encode("utf-8")
     assert len(line.splitlines()) == 1
     found = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
@@ -163,7 +163,7 @@ def test_whatever_is_logged_is_one_line_of_valid_json(message: str, value: Any) 
     assert found["message"] == message
 
 
-def test_a_value_that_contains_itself_still_gives_a_line() -> None:
+def test_a_value_that_contains_itself_is_still_logged_as_one_line() -> None:
     value: list[Any] = []
     value.append(value)
     assert json.loads(JsonFormatter(SETTINGS, "api").format(record("round", value=value)))["message"] == "round"

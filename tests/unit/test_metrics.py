@@ -38,7 +38,7 @@ def feed_everything(metrics: Metrics) -> None:
     metrics.maintenance_problems_total("horizon_moved").inc()
 
 
-def test_every_series_says_whose_it_is_the_process_included() -> None:
+def test_every_series_names_its_customer_and_process() -> None:
     metrics = Metrics(SETTINGS)
     feed_everything(metrics)
     found = samples(metrics)
@@ -47,7 +47,7 @@ def test_every_series_says_whose_it_is_the_process_included() -> None:
         assert SPEAKER.items() <= sample.labels.items(), sample
 
 
-def test_every_name_is_prefixed_and_explained() -> None:
+def test_every_metric_is_prefixed_and_explained() -> None:
     metrics = Metrics(SETTINGS)
     feed_everything(metrics)
     for name, family in families(metrics).items():
@@ -55,7 +55,7 @@ def test_every_name_is_prefixed_and_explained() -> None:
         assert family.documentation.endswith(".")
 
 
-def test_what_is_counted_can_be_read() -> None:
+def test_counted_values_can_be_read_from_the_metrics() -> None:
     metrics = Metrics(SETTINGS)
     metrics.events_received_total("http").inc(500)
     metrics.events_received_total("http").inc()
@@ -90,7 +90,7 @@ def test_a_label_with_several_values_gives_a_series_for_each() -> None:
     assert value(metrics, "orchestrator_http_request_seconds_count", **labels, status="400") == 1
 
 
-def test_the_pool_is_told_in_connections_open_used_and_waited_for() -> None:
+def test_the_metrics_of_the_pool_count_connections_open_used_and_waited_for() -> None:
     metrics = Metrics(SETTINGS)
     metrics.set_pool({"pool_size": 10, "pool_available": 4, "requests_waiting": 3})
     assert value(metrics, "orchestrator_database_pool_size") == 10
@@ -100,7 +100,7 @@ def test_the_pool_is_told_in_connections_open_used_and_waited_for() -> None:
     assert value(metrics, "orchestrator_database_pool_waiting") == 0
 
 
-def test_how_maintenance_fares_is_told_and_that_it_is_unknown() -> None:
+def test_the_metrics_of_maintenance_tell_its_state_or_that_it_is_unknown() -> None:
     metrics = Metrics(SETTINGS)
     problems = [{"step": "horizon_moved", "problem": "disk full"}]
     metrics.set_condition(Condition(12.5, problems, 29.5, 1_000_000, 4, 3, 2))
@@ -121,7 +121,7 @@ def test_how_maintenance_fares_is_told_and_that_it_is_unknown() -> None:
     assert all(math.isnan(value(metrics, f"orchestrator_{name}")) for name in found)
 
 
-def test_two_instances_in_a_process_keep_their_counts_apart() -> None:
+def test_two_instances_of_metrics_in_a_process_keep_their_counts_apart() -> None:
     first, second = Metrics(SETTINGS), Metrics(SETTINGS)
     first.events_dead_total.inc()
     first.events_received_total("http").inc()
@@ -129,6 +129,6 @@ def test_two_instances_in_a_process_keep_their_counts_apart() -> None:
     assert not families(second)["orchestrator_events_received"].samples
 
 
-def test_a_customer_may_be_called_anything() -> None:
+def test_a_customer_may_have_any_name() -> None:
     metrics = Metrics(Settings.from_env({"CUSTOMER_NAME": 'o"c\\ean {é}'}))
     assert {sample.labels["customer"] for sample in samples(metrics)} == {'o"c\\ean {é}'}

@@ -21,7 +21,7 @@ from orchestrator.kafka.partitions import murmur2, partition_of
         (b"abc", 479470107),
     ],
 )
-def test_the_hash_is_that_of_the_java_client(key: bytes, signed: int) -> None:
+def test_the_hash_of_a_key_is_that_of_the_java_client(key: bytes, signed: int) -> None:
     assert murmur2(key) == signed % (1 << 32)
 
 
@@ -31,5 +31,5 @@ def test_the_hash_of_any_key_is_that_of_the_byte_by_byte_algorithm(key: bytes) -
 
 
 @given(st.binary(max_size=50), st.integers(1, 1000))
-def test_the_partition_is_the_hash_without_its_sign(key: bytes, partitions: int) -> None:
+def test_the_partition_of_a_key_is_its_hash_without_the_sign(key: bytes, partitions: int) -> None:
     assert partition_of(key, partitions) == (reference(key) & 0x7FFFFFFF) % partitions

@@ -18,14 +18,14 @@ from orchestrator.dev.postgres_tuning import GIB, MIB, configuration, default_tu
         (64 * MIB, 100 * MIB, "32MB", "256MB"),
     ],
 )
-def test_buffers_follow_memory_and_wal_follows_the_disk_within_bounds(
+def test_buffers_follow_the_memory_and_wal_follows_the_disk_within_bounds(
     memory: int, disk_free: int, shared_buffers: str, max_wal_size: str
 ) -> None:
     tuning = default_tuning(memory, disk_free)
     assert (tuning["shared_buffers"], tuning["max_wal_size"]) == (shared_buffers, max_wal_size)
 
 
-def test_nothing_trades_durability_for_speed() -> None:
+def test_no_tuned_setting_trades_durability_for_speed() -> None:
     assert default_tuning(GIB, GIB).keys().isdisjoint({"fsync", "synchronous_commit", "full_page_writes"})
 
 

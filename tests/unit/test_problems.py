@@ -79,7 +79,7 @@ async def test_each_error_becomes_its_kind_of_problem_and_no_secret_gets_out(
     assert "secret" not in json.dumps(document)
 
 
-def test_unavailability_says_when_to_come_back_and_a_wrong_method_what_is_right() -> None:
+def test_a_problem_says_when_to_come_back_or_which_methods_are_right() -> None:
     assert int(as_problem(DatabaseUnavailable("away")).headers["Retry-After"]) >= 1
     assert as_problem(HTTPException(405, headers={"Allow": "GET, HEAD"})).headers["Allow"] == "GET, HEAD"
 

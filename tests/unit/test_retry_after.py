@@ -14,7 +14,7 @@ NOW = datetime(1994, 11, 6, 8, 49, 7, tzinfo=UTC).timestamp()
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("0", 0.0), ("120", 120.0), (" 7\t", 7.0), ("007", 7.0)])
-def test_whole_seconds_are_taken_as_they_are(value: str, seconds: float) -> None:
+def test_whole_seconds_of_retry_after_are_taken_as_they_are(value: str, seconds: float) -> None:
     assert parse_retry_after(value, NOW) == seconds
 
 
@@ -26,7 +26,7 @@ def test_each_form_of_an_http_date_is_the_time_until_then(value: str) -> None:
     assert parse_retry_after(value, NOW) == 30.0
 
 
-def test_a_date_that_has_passed_asks_for_no_wait() -> None:
+def test_a_retry_after_date_that_has_passed_asks_for_no_wait() -> None:
     assert parse_retry_after("Sat, 05 Nov 1994 08:49:37 GMT", NOW) == 0.0
 
 
@@ -34,7 +34,7 @@ def test_a_date_that_has_passed_asks_for_no_wait() -> None:
     "value",
     ["86401", "9999999999", "9" * 5000, "Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 07 Nov 1994 09:00:00 GMT"],
 )
-def test_nobody_is_made_to_wait_longer_than_a_day(value: str) -> None:
+def test_a_retry_after_is_at_most_a_day(value: str) -> None:
     assert parse_retry_after(value, NOW) == MAX_RETRY_AFTER_S
 
 
@@ -61,15 +61,15 @@ def test_nobody_is_made_to_wait_longer_than_a_day(value: str) -> None:
         "inf",
     ],
 )
-def test_anything_else_counts_as_no_header(value: str) -> None:
+def test_an_unreadable_retry_after_counts_as_no_header(value: str) -> None:
     assert parse_retry_after(value, NOW) is None
 
 
-def test_no_header_is_no_wish() -> None:
+def test_an_answer_without_retry_after_asks_for_no_wait() -> None:
     assert parse_retry_after(None, NOW) is None
 
 
 @given(st.text() | st.from_regex(r"(Sun|Mon),? [0-9A-Za-z:,+ -]*"))
-def test_no_header_a_receiver_can_send_raises_or_leaves_the_bounds(value: str) -> None:
+def test_no_retry_after_that_a_receiver_sends_raises_or_leaves_the_bounds(value: str) -> None:
     seconds = parse_retry_after(value, NOW)
     assert seconds is None or 0.0 <= seconds <= MAX_RETRY_AFTER_S

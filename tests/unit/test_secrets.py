@@ -20,7 +20,7 @@ def signature(signer: Signer) -> str:
     return signer.signature("id", 1, b"{}")
 
 
-def test_a_header_is_the_text_of_its_file(tmp_path: Path) -> None:
+def test_a_secret_header_is_the_text_of_its_file(tmp_path: Path) -> None:
     (tmp_path / "acme-token").write_text("  Bearer s3cret\n")
     assert Secrets(str(tmp_path)).header("acme-token") == "Bearer s3cret"
 
@@ -47,7 +47,7 @@ def test_a_file_that_changes_is_read_again_within_a_second_and_not_looked_at_mor
     assert secrets.signer("acme") is after  # nothing has changed
 
 
-def test_files_are_followed_when_their_directory_is_swapped_as_kubernetes_does(tmp_path: Path) -> None:
+def test_secret_files_are_followed_when_their_directory_is_swapped_as_kubernetes_does(tmp_path: Path) -> None:
     clock = Clock()
     for version, text in (("v1", "one"), ("v2", "two")):
         (tmp_path / version).mkdir()
@@ -84,7 +84,7 @@ def test_without_a_directory_there_are_no_secrets() -> None:
 @pytest.mark.parametrize(
     "content", [b"", b" \n", b"s3cret\nX-Other: 1", b"s3cret\xff", b"s3cret\0", b"s3cret" * 20_000], ids=str
 )
-def test_what_no_header_can_be_is_refused_without_repeating_it(tmp_path: Path, content: bytes) -> None:
+def test_a_text_that_can_be_no_header_is_refused_without_repeating_it(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "token").write_bytes(content)
     with pytest.raises(SecretError, match=r"^secret token: .*SECRETS_DIRECTORY") as caught:
         Secrets(str(tmp_path)).header("token")
@@ -92,7 +92,7 @@ def test_what_no_header_can_be_is_refused_without_repeating_it(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("content", ["", "\n,", "s3cret", f"{NEW},s3cret", "whsec_czNjcmV0"])
-def test_what_cannot_sign_is_refused_without_repeating_it(tmp_path: Path, content: str) -> None:
+def test_a_secret_that_cannot_sign_is_refused_without_repeating_it(tmp_path: Path, content: str) -> None:
     (tmp_path / "acme").write_text(content)
     with pytest.raises(SecretError, match=r"acme.*SECRETS_DIRECTORY") as caught:
         Secrets(str(tmp_path)).signer("acme")
@@ -100,7 +100,7 @@ def test_what_cannot_sign_is_refused_without_repeating_it(tmp_path: Path, conten
         assert part not in str(caught.value)
 
 
-def test_only_files_are_read(tmp_path: Path) -> None:
+def test_only_regular_files_are_read_as_secrets(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("directory", "pipe"):

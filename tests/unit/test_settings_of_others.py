@@ -82,7 +82,7 @@ def test_the_database_of_a_java_deployment_is_understood() -> None:
         ({"ENVIRONMENT": "production", "SPRING_PROFILES_ACTIVE": "dev"}, "ENVIRONMENT and SPRING_PROFILES_ACTIVE"),
     ],
 )
-def test_two_names_that_differ_stop_the_start(environ: dict[str, str], names: str) -> None:
+def test_two_names_of_a_setting_that_differ_stop_the_start(environ: dict[str, str], names: str) -> None:
     assert [problem.partition(": ")[0] for problem in problems_of(environ)] == [names]
 
 
@@ -93,7 +93,7 @@ def test_parameters_in_the_form_of_other_drivers_are_refused_unquoted(prefix: st
     assert "S3CRET" not in problem
 
 
-def test_two_names_may_say_the_same_in_their_own_ways() -> None:
+def test_two_names_of_a_setting_may_say_the_same_in_different_forms() -> None:
     settings = Settings.from_env(
         {
             "DATABASE_URL": "postgresql://h:5432/d",
@@ -165,7 +165,7 @@ def test_every_log_in_survives_java_quoting(username: str, password: str) -> Non
     assert (found.username, found.password) == (username, password)
 
 
-def test_blanks_lines_and_comments_may_stand_between() -> None:
+def test_blanks_lines_and_comments_may_stand_between_parts_of_a_log_in() -> None:
     text = f'  {jaas.SCRAM}\n  REQUIRED // why\n username = "u" /* and */\n password="p"\n serviceName=\'kafka\' ; \n'
     assert jaas.parse(text) == jaas.Jaas(jaas.SCRAM, "u", "p")
 
@@ -238,7 +238,7 @@ def test_a_log_in_that_does_not_fit_the_other_settings_is_refused(environ: dict[
     assert problem.startswith(start)
 
 
-def test_what_has_no_counterpart_is_reported_as_unused_and_without_its_value() -> None:
+def test_a_setting_without_counterpart_is_reported_as_unused_and_without_its_value() -> None:
     names = [
         *("REDIS_HOST", "SPRING_REDIS_PASSWORD", "SPRING_DATA_REDIS_URL", "KAFKA_STREAMS_APP_ID", "JAVA_OPTS"),
         *("SPRING_APPLICATION_NAME", "SPRING_JPA_HIBERNATE_DDL_AUTO", "WORKFLOW_RETRY_MAX_ATTEMPTS"),

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.dispatch.http.signing import Signer, decode_secret
+from orchestrator.dispatch.http.signing import Signer
 from orchestrator.errors import SettingsError
+from orchestrator.settings.webhook_secrets import decode_secret
 
 OLD = "whsec_" + base64.b64encode(b"o" * 24).decode()
 NEW = "whsec_" + base64.b64encode(b"n" * 64).decode()

@@ -134,7 +134,7 @@ def test_the_allow_list_opens_exactly_the_networks_it_names() -> None:
 
 
 @given(st.ip_addresses())
-def test_whatever_is_let_through_is_a_global_unicast_address(address: IPv4Address | IPv6Address) -> None:
+def test_every_address_let_through_is_a_global_unicast_address(address: IPv4Address | IPv6Address) -> None:
     if SsrfGuard().refusal(str(address)) is None:
         assert address.is_global
         assert not address.is_multicast

@@ -47,7 +47,7 @@ async def fixture() -> Fixture:
     return Fixture()
 
 
-async def test_what_waits_for_a_destination_that_hangs_is_handed_back_after_a_second(fixture: Fixture) -> None:
+async def test_events_that_wait_for_a_hanging_destination_are_handed_back_after_a_second(fixture: Fixture) -> None:
     fixture.put(5)
     fixture.put(1, "http://b/", 71)
     await taken(fixture.queue, 3)
@@ -96,7 +96,7 @@ async def test_a_slow_destination_keeps_little_and_its_lane_is_claimed_from_only
     assert fixture.stalls.lanes(100) == set()
 
 
-async def test_it_recovers_with_the_first_quick_attempt(fixture: Fixture) -> None:
+async def test_a_stalled_destination_recovers_with_the_first_quick_attempt(fixture: Fixture) -> None:
     fixture.put(5)
     running = await taken(fixture.queue, 2)
     fixture.look(1)
@@ -109,7 +109,7 @@ async def test_it_recovers_with_the_first_quick_attempt(fixture: Fixture) -> Non
     assert len(fixture.queue) == 8
 
 
-async def test_a_stalled_destination_in_a_shared_lane_is_given_its_own_once(fixture: Fixture) -> None:
+async def test_a_stalled_destination_in_a_shared_lane_asks_for_a_dedicated_lane_once(fixture: Fixture) -> None:
     fixture.put(5, lane=7)
     await taken(fixture.queue, 2)
     fixture.look(1)
@@ -125,7 +125,7 @@ async def test_a_stalled_destination_in_a_shared_lane_is_given_its_own_once(fixt
     assert fixture.stalls.lanes(100) == {99}
 
 
-async def test_a_lane_that_was_taken_away_is_asked_for_again(fixture: Fixture) -> None:
+async def test_a_dedicated_lane_that_was_removed_is_asked_for_again(fixture: Fixture) -> None:
     fixture.put(5, lane=7)
     await taken(fixture.queue, 2)
     fixture.look(1)
@@ -140,7 +140,7 @@ async def test_a_lane_that_was_taken_away_is_asked_for_again(fixture: Fixture) -
         assert fixture.stalls.lanes(100) == {99}
 
 
-async def test_a_lane_of_its_own_may_not_have_more_than_its_share_of_the_memory(fixture: Fixture) -> None:
+async def test_a_dedicated_lane_takes_at_most_its_share_of_the_memory(fixture: Fixture) -> None:
     fixture.put(30, lane=70)
     fixture.put(30, "http://b/", lane=7)
     fixture.put(10, "http://c/", lane=71)
@@ -151,7 +151,7 @@ async def test_a_lane_of_its_own_may_not_have_more_than_its_share_of_the_memory(
     assert fixture.stalls.without_dedicated_lane() == []
 
 
-async def test_what_shares_one_way_stalls_and_recovers_together() -> None:
+async def test_destinations_that_share_one_connection_stall_and_recover_together() -> None:
     released: list[Claimed] = []
     queue = DueQueue(Clock())
     stalls = Stalls(queue, released.extend, lambda: None, window=0)
@@ -167,7 +167,7 @@ async def test_what_shares_one_way_stalls_and_recovers_together() -> None:
     assert [event.event_id for event in await queue.take(10)] == ["a"]
 
 
-async def test_it_looks_by_itself_while_a_window_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stalls_are_looked_for_while_a_window_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOOK_S", 0.01)
     fixture = Fixture()
     watching = asyncio.create_task(fixture.stalls.watch())

@@ -76,7 +76,7 @@ def test_a_port_is_given_again_when_all_were_and_nobody_listens_on_it() -> None:
         assert server.getsockname()[1] not in {free_port() for _ in range(150)}
 
 
-def test_a_fork_has_ports_of_its_own() -> None:
+def test_a_forked_process_has_ports_of_its_own() -> None:
     program = (
         "import os\n"
         "from orchestrator.dev.system import free_port\n"
@@ -90,7 +90,7 @@ def test_a_fork_has_ports_of_its_own() -> None:
     assert len(set(printed.split(b", ")[:-1])) == 198
 
 
-def test_all_who_make_the_webhook_secret_at_one_instant_keep_the_same(tmp_path: Path) -> None:
+def test_processes_that_make_the_webhook_secret_at_one_instant_keep_the_same(tmp_path: Path) -> None:
     together = Barrier(6)
 
     def keep(directory: Path) -> str:

@@ -57,7 +57,7 @@ async def test_a_batch_that_was_given_up_may_fail_when_its_producer_is_abandoned
         await producer._message_accumulator.add_batch(producer.create_batch(), PLACE, 1)
 
 
-async def test_a_task_that_is_ended_may_fail_over_it() -> None:
+async def test_a_task_that_is_ended_may_fail_while_ending() -> None:
     async def fails_when_cancelled() -> None:
         try:
             await asyncio.sleep(60)

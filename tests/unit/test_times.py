@@ -57,7 +57,7 @@ def an_option(text: Any) -> datetime | None:
 
 
 @pytest.mark.parametrize("read", [one, one_that_expires, of_a_batch, a_record, a_command, an_option])
-def test_each_reads_the_same_times(read: Callable[[str], datetime | None]) -> None:
+def test_every_reader_reads_the_same_times(read: Callable[[str], datetime | None]) -> None:
     found = {text: read(text) for text in READ}
     assert found == READ
     assert {at.utcoffset() for at in found.values() if at is not None} == {timedelta(0)}
@@ -67,14 +67,14 @@ def test_each_reads_the_same_times(read: Callable[[str], datetime | None]) -> No
     (one, "scheduled_at"), (one_that_expires, "expires_at"), (of_a_batch, "scheduled_at"), (a_record, "scheduled_at"),
     (a_command, "scheduled_at"),
 ])  # fmt: skip
-def test_each_refuses_what_is_no_time_by_name(read: Callable[[Any], object], field: str) -> None:
+def test_every_reader_refuses_a_text_that_is_no_time_by_field(read: Callable[[Any], object], field: str) -> None:
     for value in REFUSED:
         with pytest.raises(ValidationError) as caught:
             read(value)
         assert caught.value.field == field, value
 
 
-def test_an_option_refuses_what_is_no_time() -> None:
+def test_an_option_refuses_a_text_that_is_no_time() -> None:
     for text in set(TEXTS_REFUSED) - set(RELATIVE):
         with pytest.raises(click.BadParameter, match="RFC 3339"):
             an_option(text)
@@ -95,7 +95,7 @@ def test_the_ends_of_time_are_read() -> None:
     ]
 
 
-def test_what_is_wrong_beside_a_short_time_is_told_alone() -> None:
+def test_a_wrong_field_beside_a_short_time_is_named_alone() -> None:
     with pytest.raises(ValidationError) as caught:
         parse_submission(body(scheduled_at="2030-01-31 08:00+00", source=""), SETTINGS)
     assert [name for name, _ in caught.value.errors] == ["source"]  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from orchestrator.events.urls import URL_PATTERN, url_fault
         "http://1a.2b/",
     ],
 )
-def test_urls_that_can_be_delivered_to(url: str) -> None:
+def test_urls_that_can_be_delivered_to_are_accepted(url: str) -> None:
     assert url_fault(url) is None
 
 
@@ -78,7 +78,7 @@ def test_other_urls_are_refused_with_the_reason(url: str, reason: str) -> None:
 
 
 @given(url=st.from_regex(URL_PATTERN))
-def test_what_is_let_in_is_a_url_with_a_host_to_the_http_client_too(url: str) -> None:
+def test_every_accepted_url_has_a_host_to_the_http_client_too(url: str) -> None:
     if url_fault(url) is None:
         parsed = URL(url)
         assert parsed.host

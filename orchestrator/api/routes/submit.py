@@ -62,9 +62,7 @@ class BatchAnswer(msgspec.Struct):
     results: list[ItemAnswer | ItemRefusal]
 
 
-class SubmitOne:
-    """Keeps one event: 201, or 200 if it was kept before; or hands it to Kafka: 202."""
-
+class _Submitting:
     def __init__(self, settings: Settings, guard: Guard, intake: Intake, metrics: Metrics) -> None:
         self._settings = settings
         self._topics = topic_rules(settings)
@@ -72,6 +70,10 @@ class SubmitOne:
         self._intake = intake
         self._received = metrics.events_received_total("http")
         self._metrics = metrics
+
+
+class SubmitOne(_Submitting):
+    """Keeps one event: 201, or 200 if it was kept before; or hands it to Kafka: 202."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._guard.require(scope, "submit")
@@ -100,16 +102,8 @@ class SubmitOne:
         await send_json(send, _CODES[kept.result], _encode(answer), location)
 
 
-class SubmitBatch:
+class SubmitBatch(_Submitting):
     """Keeps many events in one transaction, or hands them to Kafka, with a result for each."""
-
-    def __init__(self, settings: Settings, guard: Guard, intake: Intake, metrics: Metrics) -> None:
-        self._settings = settings
-        self._topics = topic_rules(settings)
-        self._guard = guard
-        self._intake = intake
-        self._received = metrics.events_received_total("http")
-        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._guard.require(scope, "submit")

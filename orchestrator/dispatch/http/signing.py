@@ -12,30 +12,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import SettingsError
+from orchestrator.settings.webhook_secrets import decode_secret
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-SECRET_PREFIX = "whsec_"  # noqa: S105 - marks a secret, is none
-KEY_BYTES = range(24, 65)  # the lengths the specification allows
 _BLOCK_BYTES = 64  # of SHA-256
-
-
-def decode_secret(secret: str) -> bytes:
-    """The key bytes of a ``whsec_`` secret.
-
-    Raises ValueError, which never repeats the secret, unless it is ``whsec_`` and the base64 of 24 to 64
-    bytes.
-    """
-    if secret.startswith(SECRET_PREFIX):
-        encoded = secret[len(SECRET_PREFIX) :]
-        try:
-            key = binascii.a2b_base64(encoded + "=" * (-len(encoded) % 4), strict_mode=True)
-        except ValueError:
-            key = b""
-        if len(key) in KEY_BYTES:
-            return key
-    raise ValueError(f"expected {SECRET_PREFIX} followed by the base64 of 24 to 64 bytes")
 
 
 class Signer:

@@ -1,0 +1,13 @@
+"""Makes the pages, with a database server that lives as long as that takes."""
+
+from __future__ import annotations
+
+from docs.generate import DIRECTORY, pages
+from orchestrator.database.migrate import migrate
+from orchestrator.dev.postgres import EmbeddedPostgres
+
+with EmbeddedPostgres.temporary() as server:
+    database_url = server.ensure_database("orchestrator")
+    migrate(database_url)
+    for name, text in pages(database_url).items():
+        (DIRECTORY / name).write_text(text, encoding="utf-8")
