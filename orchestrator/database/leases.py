@@ -1,4 +1,7 @@
-"""A dispatcher's view of the database, on connections of its own: neither a claim nor a finish waits for a pool."""
+"""A dispatcher's view of the database, on connections of its own: neither a claim nor a finish waits for a pool.
+
+Fencing: a result counts only with the attempt number of its lease.
+"""
 
 from __future__ import annotations
 
