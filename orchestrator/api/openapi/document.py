@@ -52,8 +52,20 @@ _KEYS = f"An API key, `orch_…`. Its scopes are of {', '.join(SCOPES)}; admin i
 
 
 _LOCATION = {"Location": header("The path of the event.", {"type": "string", "format": "uri-reference"})}
-_ID: Schema = {"name": "id", "in": "path", "required": True, "schema": UUID}
-_JOB: Schema = {"name": "external_job_id", "in": "path", "required": True, "schema": NAME}
+_ID: Schema = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "description": "The id of the event.",
+    "schema": UUID,
+}
+_JOB: Schema = {
+    "name": "external_job_id",
+    "in": "path",
+    "required": True,
+    "description": "The client's own id for the event.",
+    "schema": NAME,
+}
 
 _PATHS: dict[str, Any] = {
     "/api/v1/events/statistics": {
