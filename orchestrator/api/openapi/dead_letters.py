@@ -17,7 +17,7 @@ def dead_letter_paths() -> dict[str, Any]:
         "/api/v1/dead-letters": {
             "get": operation(
                 "deadLetters",
-                "Events that ran out of attempts or failed for good, those that died last first",
+                "List events that ran out of attempts or failed for good; those that died last come first",
                 {"200": answer("A page of dead letters, which may be empty.", "DeadLetterPage")},
                 (*READ_PROBLEMS, 400, 409, 422),
                 parameters=(*parameters(DEAD_LETTERS), *page_parameters("dead letters", CURSOR_PATTERN)),
@@ -28,8 +28,8 @@ def dead_letter_paths() -> dict[str, Any]:
         "/api/v1/dead-letters/redrive": {
             "post": operation(
                 "redriveDeadLetters",
-                "Have those that a filter names, or all, tried again, in bounded calls: repeat it with `after` and "
-                "`start_at` until there is no next",
+                "Try dead letters again: all, or those that a filter names. A call is bounded; repeat it with `after` "
+                "and `start_at` until there is no next",
                 {"200": answer("What this call did.", "Redriven")},
                 (*BODY_PROBLEMS, 409),
                 body="Redrive",
@@ -40,8 +40,8 @@ def dead_letter_paths() -> dict[str, Any]:
         "/api/v1/dead-letters/purge": {
             "post": operation(
                 "purgeDeadLetters",
-                "Forget those that a filter names, in bounded calls: repeat it with `after` until there is no next; "
-                "the events stay, and stay dead",
+                "Delete the dead letters that a filter names; the events stay, and stay dead. A call is bounded; "
+                "repeat it with `after` until there is no next",
                 {"200": answer("What this call did.", "Purged")},
                 (*BODY_PROBLEMS, 409),
                 body="Purge",

@@ -33,7 +33,7 @@ def destination_paths() -> dict[str, Any]:
         "/api/v1/destinations": {
             "get": _operation(
                 "destinations",
-                "Destinations that are configured, or watched since an attempt failed, by name",
+                "List destinations by name: the configured ones, and those that failed and have not recovered",
                 {"200": answer("A page of destinations, which may be empty.", "DestinationPage")},
                 (*READ_PROBLEMS, 400, 422),
                 "read",
@@ -43,7 +43,7 @@ def destination_paths() -> dict[str, Any]:
         "/api/v1/destinations/{name}": {
             "get": _operation(
                 "destination",
-                "A destination's settings, and what it does at present",
+                "A destination's settings, and its present state",
                 {"200": answer("The destination.", "Destination")},
                 (*READ_PROBLEMS, 404, 422),
                 "read",
@@ -60,7 +60,7 @@ def destination_paths() -> dict[str, Any]:
             ),
             "delete": _operation(
                 "deleteDestination",
-                "Take a destination's settings away; its events are delivered all the same",
+                "Delete a destination's settings; its events are still delivered",
                 {"200": answer("It is no longer configured.", "DestinationDeleted")},
                 (*READ_PROBLEMS, 404, 422),
                 "admin",
@@ -70,7 +70,7 @@ def destination_paths() -> dict[str, Any]:
         "/api/v1/destinations/{name}/pause": {
             "post": _operation(
                 "pauseDestination",
-                "Have no attempt begin to a destination until it is resumed; it need not be configured",
+                "Stop all attempts to a destination until it is resumed; it need not be configured",
                 {"200": answer("It is paused, now or before.", "DestinationPaused")},
                 (*READ_PROBLEMS, 422),
                 "admin",
@@ -90,7 +90,7 @@ def destination_paths() -> dict[str, Any]:
         "/api/v1/pause": {
             "post": _operation(
                 "pause",
-                "Have no attempt begin at all until resumed; submissions are kept all the same",
+                "Stop all attempts until resumed; submissions are still accepted",
                 {"200": answer("Everything is paused, now or before.", "Paused")},
                 READ_PROBLEMS,
                 "admin",
@@ -99,8 +99,8 @@ def destination_paths() -> dict[str, Any]:
         "/api/v1/resume": {
             "post": _operation(
                 "resume",
-                "End the pause of everything; destinations that were paused by themselves stay so",
-                {"200": answer("Everything else goes on.", "Resumed")},
+                "End the pause of everything; destinations that were paused by themselves stay paused",
+                {"200": answer("Deliveries go on.", "Resumed")},
                 READ_PROBLEMS,
                 "admin",
             )
@@ -108,7 +108,7 @@ def destination_paths() -> dict[str, Any]:
         "/api/v1/forecast": {
             "get": _operation(
                 "forecast",
-                "What will be due when, against what each destination takes",
+                "What will be due when, compared with what each destination can take",
                 {"200": answer("The forecast.", "Forecast")},
                 (*READ_PROBLEMS, 422),
                 "read",
@@ -116,13 +116,13 @@ def destination_paths() -> dict[str, Any]:
                     "bucket_seconds",
                     MAX_BUCKET_S,
                     DEFAULT_BUCKET_S,
-                    f"How much a bucket is; more, when there would be over {MAX_BUCKETS} of them.",
+                    f"Length of a bucket, in seconds. It grows when there would be more than {MAX_BUCKETS} of them.",
                 ),
-                _seconds("until_seconds", MAX_UNTIL_S, DEFAULT_UNTIL_S, "How far to look."),
+                _seconds("until_seconds", MAX_UNTIL_S, DEFAULT_UNTIL_S, "How far to look ahead, in seconds."),
                 {
                     "name": "destination",
                     "in": "query",
-                    "description": "This one alone, or the pattern that it belongs to.",
+                    "description": "Only this destination, or the pattern that it belongs to.",
                     "schema": _NAME_SCHEMA,
                 },
             )
@@ -375,17 +375,17 @@ _FORECAST_DESTINATION: Schema = {
             },
             "late_from": {
                 **nullable(TIME),
-                "description": "Begin of the first bucket with a late event; null: none is late.",
+                "description": "When the first bucket with a late event begins; null: none is late.",
             },
             "late_until": {
                 **nullable(TIME),
-                "description": "End of the last bucket with a late event; null: none is late.",
+                "description": "When the last bucket with a late event ends; null: none is late.",
             },
             "latest_seconds": {
                 **_OPTIONAL_NUMBER,
                 "description": "How many seconds late the latest will be; null: none is late, or unknown.",
             },
-            "peak_at": {**TIME, "description": "Begin of the bucket in which most events fall due."},
+            "peak_at": {**TIME, "description": "When the bucket begins in which most events fall due."},
             "peak_due": {**COUNT, "description": "Events that fall due in that bucket."},
             "peak_backlog": {**COUNT, "description": "Most events that will be due and not begun."},
             "left_over": {**COUNT, "description": "Events that will be due and not begun at the end."},
@@ -432,7 +432,7 @@ _FORECAST: Schema = {
             },
             "peak_at": {
                 **nullable(TIME),
-                "description": "Begin of the bucket in which most events fall due; null: nothing is due.",
+                "description": "When the bucket begins in which most events fall due; null: nothing is due.",
             },
             "peak_due": {**COUNT, "description": "Events that fall due in that bucket."},
             "buckets": {
