@@ -161,4 +161,10 @@ def swept_schema(**more: Schema) -> Schema:
 
 
 def parameters(table: Mapping[str, Field]) -> tuple[Schema, ...]:
-    return tuple({"name": name, "in": "query", "schema": field.schema} for name, field in table.items())
+    return tuple(_parameter(name, field.schema) for name, field in table.items())
+
+
+def _parameter(name: str, schema: Schema) -> Schema:
+    """OpenAPI tools show the description of a parameter, not that of its schema."""
+    bare = {key: value for key, value in schema.items() if key != "description"}
+    return {"name": name, "in": "query", "description": schema["description"], "schema": bare}
