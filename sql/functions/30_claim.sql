@@ -51,7 +51,7 @@ language sql stable as $$
       (select l.* from orchestrator.lane l where p_lanes is null and l.lane > p_after order by l.lane)
       union all
       (select l.* from orchestrator.lane l where p_lanes is null and l.lane between 64 and p_after order by l.lane)) l
-    where orchestrator.lane_open(l, p_now) and l.lane <> all (p_skip)) l
+    where orchestrator.lane_may_give(l, p_now) and l.lane <> all (p_skip)) l
   cross join lateral (
     select t.due_at from orchestrator.timer t
     where t.lane = l.lane and t.priority = l.priority and t.due_at >= l.usable_floor and t.due_at <= p_until
@@ -160,7 +160,7 @@ end $$;
 comment on function orchestrator.lock_behind_flood(
   orchestrator.control, integer, timestamptz, timestamptz, integer, bigint[]) is
   'Step 3 of a claim: locks the youngest due timers of a lane that are not of the destination at its front. '
-  'Answers those that may be leased, and those to check by reroute_or_park() before';
+  'Returns those that may be leased, and those to check by reroute_or_park() before';
 
 -- Inlined. What the division leaves over goes to the first lanes; when the batch is smaller than their number, the
 -- later ones get nothing.
@@ -235,7 +235,10 @@ returns table (
 language plpgsql security definer rows 100
 set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 as $$
 #variable_conflict use_column
@@ -257,7 +260,7 @@ declare
   v_given bigint[];                   -- how many timers each queue gave in this round
   v_got integer;                      -- how many of them may be leased
   v_leased orchestrator.leased[];
-  v_buckets integer[];                -- of ordering keys that another session has locked
+  v_lock_numbers integer[];                -- of ordering keys that another session has locked
   v_moved boolean := false;           -- whether timers became due elsewhere
   v_locked_out boolean := false;      -- whether another session has locked a lane or an ordering key
   v_again_at timestamptz;             -- when a limit allows more
@@ -306,9 +309,9 @@ begin
   loop
     if v_unchecked is not null then
       -- What this moves, only the next statement sees.
-      select v_ready || c.ready, v_left + c.locked, v_buckets || c.buckets, v_moved or c.changed
+      select v_ready || c.ready, v_left + c.locked, v_lock_numbers || c.lock_numbers, v_moved or c.changed
         , v_locked_out or c.locked > 0
-      into v_ready, v_left, v_buckets, v_moved, v_locked_out
+      into v_ready, v_left, v_lock_numbers, v_moved, v_locked_out
       from orchestrator.reroute_or_park(
         v_unchecked, v_control.rerouted_by is not null, p_max_parallel is not null, p_skip) c;
     end if;
@@ -342,7 +345,7 @@ begin
         where t.lane = q.lane and t.priority = q.priority and t.due_at >= q.floor and t.due_at <= q.until
           and orchestrator.is_free(t.lease_until, v_now)
           and (v_paused is null or t.destination <> all (v_paused))
-          and (v_buckets is null or t.ordering is null or orchestrator.ordering_bucket(t.ordering) <> all (v_buckets))
+          and (v_lock_numbers is null or t.ordering is null or orchestrator.ordering_lock_number(t.ordering) <> all (v_lock_numbers))
         order by t.due_at
         limit orchestrator.share_of(q.cap, q.n, v_left, cardinality(v_queues))
         for update skip locked) t on true
@@ -356,8 +359,8 @@ begin
     from picked p;
     -- Events whose ordering key another session has locked do not end yet; no later round may meet them again.
     if v_ending is not null and orchestrator.end_without_attempt(v_ending) < cardinality(v_ending) then
-      v_buckets := v_buckets || array(
-        select orchestrator.ordering_bucket(t.ordering) from orchestrator.timer t where t.ctid = any (v_ending));
+      v_lock_numbers := v_lock_numbers || array(
+        select orchestrator.ordering_lock_number(t.ordering) from orchestrator.timer t where t.ctid = any (v_ending));
     end if;
     if v_got < v_left or v_unchecked is not null then
       v_queues := orchestrator.next_queues(v_queues, v_work.lower, v_given, v_left);
@@ -396,7 +399,8 @@ comment on function orchestrator.claim_due_events(integer, integer, interval, in
 create or replace function orchestrator.next_due_at() returns timestamptz
 language sql volatile security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
   select min(t.due_at)
   from orchestrator.control_now() c
@@ -408,7 +412,7 @@ as $$
       and t.due_at >= coalesce((orchestrator.floors(c, orchestrator.now()))[l.lane + 1], '-infinity')
       and orchestrator.is_free(t.lease_until, orchestrator.now())
     order by t.due_at limit 1) t
-  where c.paused_at is null and orchestrator.lane_open(l, orchestrator.now())
+  where c.paused_at is null and orchestrator.lane_may_give(l, orchestrator.now())
 $$;
 comment on function orchestrator.next_due_at() is
   'When the next event is due that nobody holds and no pause or open breaker holds back; null: none is waiting';
