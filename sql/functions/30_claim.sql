@@ -417,7 +417,7 @@ begin
     v_left := v_left - v_picked.got;
   end loop;
 
-  -- Step 5: slots of rates, longer leases, what held the events back, and when to claim again.
+  -- Step 5: slots of rates, longer leases, what delayed the events, and when to claim again.
   if v_limits is not null then
     v_leased := orchestrator.book_slots(v_leased, v_limits, v_now, p_lease);
   end if;

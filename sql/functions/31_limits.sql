@@ -11,7 +11,7 @@ create or replace function orchestrator.limited_ahead() returns interval
 language sql immutable parallel safe
 return interval '50 ms';
 comment on function orchestrator.limited_ahead() is
-  'How long before they are due events that take a slot are claimed. A slot held longer keeps another event waiting';
+  'How long before they are due events that take a slot are claimed. A slot taken earlier keeps another event waiting';
 
 -- A claim books slots at most 10 s ahead (slots_until in lock_limits()), and the arrival time that it stores
 -- is up to a burst of gaps later. One second is tolerance.

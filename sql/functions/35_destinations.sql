@@ -33,7 +33,7 @@ begin
       and (select l.name from orchestrator.lane l where l.lane = orchestrator.lane_for(e.name)) = p_name);
 end $$;
 comment on function orchestrator.count_waiting(text) is
-  'Events that wait for a destination, due or not, and that no dispatcher holds. Null within fold_destination()';
+  'Events that wait for a destination, due or not, and that are not leased. Null within fold_destination()';
 
 -- Messages never quote the values: a secret may stand there by mistake.
 create or replace function orchestrator.check_secrets(p_name text, p_signing_secret text, p_secret_headers jsonb)

@@ -58,7 +58,7 @@ begin
   where l.lane = v_lane
   returning l.paused_at into v_since;
 
-  -- Dispatchers know events that they claimed before the destination had this lane by another lane.
+  -- Events claimed earlier may still carry another lane, so recall that lane too.
   perform orchestrator.recall_lane(r.lane)
   from unnest(case
     when v_is_pattern or v_part_of is not null then array[null::integer]
@@ -75,7 +75,7 @@ begin
 end $$;
 comment on function orchestrator.pause_destination(text) is
   'Stops attempts to a destination until resume_destination(), through restarts too; dispatchers release what they '
-  'hold. '
+  'have claimed. '
   'While another session has it locked the pause is noted, or refused for a pattern without a lane';
 
 create or replace function orchestrator.resume_destination(p_name text)

@@ -31,7 +31,7 @@ begin
     for update);
 end $$;
 comment on function orchestrator.lock_breakers(orchestrator.lane_result[]) is
-  'Locks, in order, the lanes whose state the results may change, and answers them. '
+  'Locks, in order, the lanes whose state the results may change, and returns them. '
   'With orchestrator.wait = off it leaves out those that another session has locked';
 
 -- Inlined by the planner.

@@ -64,6 +64,6 @@ comment on column orchestrator.destinations.opened_at is
 comment on column orchestrator.destinations.next_try_at is
   'When an open breaker lets the next try through; null: it is closed, or the try is under way';
 comment on column orchestrator.destinations.in_flight is
-  'Events that dispatchers hold for it';
+  'Events that are leased for it';
 comment on column orchestrator.destinations.due is
   'Events of its lane that are due and not claimed, counted up to 10,000';
