@@ -1,4 +1,4 @@
-"""The errors this product raises on purpose. Every message is written for the person who has to act on it."""
+"""The errors that this product raises on purpose. Every message is for the person who must act on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class OrchestratorError(Exception):
-    """Base of them all; its text names the thing, the value and the remedy."""
+    """The base of all others. Its text names the thing, the value and the remedy."""
 
 
 class SettingsError(OrchestratorError):
@@ -18,7 +18,7 @@ class SettingsError(OrchestratorError):
 
 
 class ValidationError(OrchestratorError):
-    """A submitted value is unacceptable: `field` says which (``scheduled_at``), `reason` says why."""
+    """A submitted value is refused: `field` names it (``scheduled_at``), `reason` says why."""
 
     def __init__(self, field: str, reason: str) -> None:
         self.field = field
@@ -34,19 +34,19 @@ class NotPermitted(OrchestratorError):  # noqa: N818  # a state, as those below
 
 
 class DatabaseUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
-    """PostgreSQL cannot be reached just now; the same call may succeed later."""
+    """PostgreSQL cannot be reached at present; the same call may succeed later."""
 
 
 class Blocked(DatabaseUnavailable):
-    """Another session's open transaction holds what a call needs, which has waited for its time; nothing was done."""
+    """The open transaction of another session holds a lock that the call needs. The call gave up; nothing was done."""
 
 
 class InDoubt(DatabaseUnavailable):  # a state, not a mistake
-    """PostgreSQL went away while something was being done: it may have been done all the same."""
+    """The connection to PostgreSQL was lost during a change: the change may have been made."""
 
 
 class OwnFaultError(OrchestratorError):
-    """This machine could not do it, whoever the far end is; `kind` is one of a few words for metrics."""
+    """A fault of this machine, not of the far end; `kind` is one of a few words for metrics."""
 
     def __init__(self, kind: str, what: str, remedy: str) -> None:
         self.kind = kind
@@ -54,11 +54,11 @@ class OwnFaultError(OrchestratorError):
 
 
 class UnusableDatabase(OrchestratorError):  # noqa: N818  # a state, not a mistake
-    """The database is there, but this product can never work on it as it is made."""
+    """The database answers, but the product cannot work on it because of how it was created."""
 
 
 class KafkaUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mistake
-    """No broker can be reached just now; the same call may succeed later. `own`: because of this machine."""
+    """No broker can be reached at present; the same call may succeed later. `own`: this machine is the cause."""
 
     def __init__(self, text: str, own: OwnFaultError | None = None) -> None:
         self.own = own

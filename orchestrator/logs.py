@@ -1,7 +1,7 @@
-"""Log lines: one JSON object each for collectors, or text for people, with who speaks in every line.
+"""Log lines: JSON objects for collectors, or text for people. Every JSON line names its deployment and role.
 
-What a call passes as ``extra={"event_id": …}`` appears as a field. Everything that logs in the process goes
-through the one handler installed here; uvicorn does when it is started with ``log_config=None``.
+What a call passes as ``extra={"event_id": …}`` appears as a field. All loggers of the process use the one handler
+installed here; uvicorn does so when it is started with ``log_config=None``.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from orchestrator.settings import Settings
 _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
 """Attributes that a record has without `extra`; the last is uvicorn's coloured copy of its message."""
 _TALKATIVE = {
-    # In detail it writes every request down, that of the log-in with its password among them.
+    # At DEBUG it logs every request, the log-in with its password included.
     "aiokafka.conn": "INFO",
     # A line for each request says little at a thousand requests a second; the metrics count them.
     "uvicorn.access": "WARNING",
     "aiohttp.access": "WARNING",
     "httpx": "WARNING",
-    # Every try, several times a second; that a broker is away or a topic missing we say ourselves, once.
+    # It logs every try, several times a second; we log once that a broker is away or a topic missing.
     "aiokafka": "CRITICAL",
 }
-"""Loggers of others, and the least severity that is worth a line."""
+"""Loggers of libraries, and the least severity that they log."""
 _NEVER_IN_DETAIL = ("aiokafka.conn",)
-# What PostgreSQL adds to an error: whole rows, and lines of COPY, which hold what clients sent.
+# PostgreSQL adds whole rows and lines of COPY to an error; they hold what clients sent.
 _ROWS = re.compile(r"^(DETAIL|CONTEXT):.*?(?=\n\n(?:The above|During)|\Z)", re.MULTILINE | re.DOTALL)
-# Neither a message nor a value may forge a line or drive the reader's terminal; a traceback keeps its lines.
+# No message or value may forge a line or control the reader's terminal; a traceback keeps its lines.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {10: "\\n", 13: "\\r"}
 _CONTROLS_BUT_LINES = {code: escape for code, escape in _CONTROLS.items() if code not in (9, 10)}
 
@@ -42,8 +42,8 @@ _CONTROLS_BUT_LINES = {code: escape for code, escape in _CONTROLS.items() if cod
 def configure(settings: Settings, role: str) -> None:
     """Sends all logging of this process to LOG_FILE or standard error; `role` says what the process does.
 
-    The file may be rotated by renaming it: it is opened anew when its name leads elsewhere.
-    SettingsError when it cannot be opened. May be called again, the last call holds.
+    The file may be rotated by renaming it: it is reopened when its name leads to another file. Raises SettingsError
+    when it cannot be opened. May be called again; the last call holds.
     """
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if settings.log_file is not None:
@@ -66,11 +66,11 @@ def configure(settings: Settings, role: str) -> None:
     for name, level in _TALKATIVE.items():
         logger = logging.getLogger(name)
         logger.setLevel("NOTSET" if settings.log_level == "DEBUG" and name not in _NEVER_IN_DETAIL else level)
-        logger.propagate = True  # uvicorn cuts its own off where it was once started without them
+        logger.propagate = True  # uvicorn turns this off where it was once started with its own handlers
 
 
 def _without_query(record: logging.LogRecord) -> bool:
-    """Takes the query off the address in a line of uvicorn's access log: clients put keys there."""
+    """Removes the query from the address in a line of uvicorn's access log: clients put keys there."""
     if isinstance(record.args, tuple) and len(record.args) == 5:
         client, method, address, *rest = record.args
         record.args = (client, method, str(address).partition("?")[0], *rest)
@@ -88,7 +88,7 @@ class _Discreet(logging.Formatter):
 
 
 class JsonFormatter(_Discreet):
-    """``ts`` (UTC), ``level``, ``logger``, ``message``, who speaks, fields of `extra`, ``exception``."""
+    """``ts`` (UTC), ``level``, ``logger``, ``message``, deployment and role, fields of `extra`, ``exception``."""
 
     def __init__(self, settings: Settings, role: str) -> None:
         super().__init__()

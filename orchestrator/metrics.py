@@ -1,7 +1,7 @@
-"""What a process counts and measures, for Prometheus.
+"""The metrics of a process, for Prometheus.
 
-Every series carries deployment, customer and environment, the process's own included. They are added when
-the series are read, so counting pays nothing for them.
+Every series has the labels deployment, customer and environment, also those about the process itself. They are added
+when the series are read, so that counting costs nothing more.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ DURATION_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0
 
 
 class Metrics:
-    """One per process. Attributes are named as the series they feed, less the prefix ``orchestrator_``.
+    """One per process. Attributes are named as the series they feed, without the prefix ``orchestrator_``.
 
-    Those with labels of their own are called with the labels' values and give the series to feed, as in
-    ``metrics.events_received_total("http").inc(500)``; that is a look-up in a dict. Values of labels must
-    come from small sets: the pattern of a route, never a path or an id. Times are in seconds.
+    A metric with labels is called with their values and returns the series to feed, as in
+    ``metrics.events_received_total("http").inc(500)``; that is a look-up in a dict. Values of labels must come from
+    small sets: the pattern of a route, never a path or an id. Times are in seconds.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -82,7 +82,7 @@ class Metrics:
             ).labels
         )
         self.event_slots_missed_total = self._counter(
-            "event_slots_missed_total", "Slots under a rate that passed before their attempt could begin."
+            "event_slots_missed_total", "Slots under a rate limit that passed before their attempt could begin."
         )
         self.own_faults_total: Callable[[str], Counter] = cache(
             self._counter(
@@ -97,10 +97,10 @@ class Metrics:
             self._counter("commands_total", "Commands read from Kafka: executed or rejected.", "result").labels
         )
         self.ingest_conflicts_total = self._counter(
-            "ingest_conflicts_total", "Batches dropped because somebody else had read their records."
+            "ingest_conflicts_total", "Batches dropped because another consumer had read their records."
         )
         self.ingest_rebuilds_total = self._counter(
-            "ingest_rebuilds_total", "Kafka consumers built anew because they had stopped moving."
+            "ingest_rebuilds_total", "Kafka consumers rebuilt because they had stopped moving."
         )
         self.ingest_batch_seconds = self._histogram(
             "ingest_batch_seconds", "How long batches from Kafka took to be kept.", DURATION_BUCKETS_S
@@ -122,11 +122,11 @@ class Metrics:
             "outbox_published_total", "Messages of the outbox that Kafka has acknowledged."
         )
         self.outbox_failed_total = self._counter(
-            "outbox_failed_total", "Messages of the outbox that were set aside, as no broker takes them."
+            "outbox_failed_total", "Messages of the outbox that were set aside because no broker takes them."
         )
 
         self.event_lateness_seconds = self._histogram(
-            "event_lateness_seconds", "From when an attempt was due to when it began.", LATENESS_BUCKETS_S
+            "event_lateness_seconds", "Time from when an attempt was due until it began.", LATENESS_BUCKETS_S
         )
         self.event_delivery_seconds: Callable[[str, str], Histogram] = cache(
             self._histogram(
@@ -169,9 +169,11 @@ class Metrics:
         self.lock_holders = self._gauge(
             "lock_holders", "Sessions that have held locks in a transaction for longer than 2 seconds; NaN: unknown."
         )
-        self.breakers_open = self._gauge("breakers_open", "Destinations whose breaker is open, or trying one event.")
+        self.breakers_open = self._gauge(
+            "breakers_open", "Destinations whose circuit breaker is open, or is trying one event."
+        )
         self.maintenance_age_seconds = self._gauge(
-            "maintenance_age_seconds", "Time since maintenance last ran, wherever that was; NaN: unknown, or never."
+            "maintenance_age_seconds", "Time since maintenance last ran, in any process; NaN: unknown, or never."
         )
         self.maintenance_failing_steps = self._gauge(
             "maintenance_failing_steps", "Steps of maintenance that failed when it last ran."
@@ -210,7 +212,7 @@ class Metrics:
         self.breakers_open.set(breakers_open)
 
     def set_condition(self, found: Condition | None) -> None:
-        """Takes over how maintenance fares; None: unknown."""
+        """Sets the gauges of maintenance; None: unknown."""
         unknown = math.nan
         self.maintenance_age_seconds.set(unknown if found is None or found.age_s is None else found.age_s)
         self.maintenance_failing_steps.set(unknown if found is None else len(found.problems))
@@ -221,14 +223,14 @@ class Metrics:
         self.dead_letters_expiring.set(unknown if found is None else found.expiring)
 
     def exposition(self, beside: Samples | None = None) -> tuple[bytes, str]:
-        """All series as Prometheus reads them, and the content type to send them with.
+        """All series as Prometheus reads them, and their content type.
 
-        With those of the process `beside` this one: as if both were one.
+        The series of the process `beside` this one are merged in, as if both were one.
         """
         return generate_latest(_Merged(self._labelled, beside) if beside else self._labelled), CONTENT_TYPE
 
     def samples(self) -> Samples:
-        """All series, to be merged with those of another process."""
+        """All series, for merging with those of another process."""
         return {
             metric.name: [(sample.name, sample.labels, sample.value) for sample in metric.samples]
             for metric in self._labelled.collect()
@@ -245,7 +247,7 @@ class Metrics:
 
 
 class _Labelled(Collector):
-    """Reads a registry and adds labels to all of it."""
+    """Reads a registry and adds labels to every sample."""
 
     def __init__(self, registry: CollectorRegistry, labels: Mapping[str, str]) -> None:
         self._registry = registry
@@ -263,7 +265,7 @@ class _Labelled(Collector):
 
 
 class _Merged(Collector):
-    """Adds what another process counts and measures."""
+    """Adds the samples of another process."""
 
     def __init__(self, ours: Collector, theirs: Samples) -> None:
         self._ours = ours
@@ -291,7 +293,7 @@ _MERGES: dict[str, Callable[[float, float], float]] = {
     "process_max_fds": max,
     "process_start_time_seconds": min,
 }
-"""How values of one series become one; all others are added, as a gauge is fed by one of the processes only."""
+"""How the two values of a series become one. All others are added: only one of the processes feeds a gauge."""
 
 
 def _version() -> str:

@@ -24,22 +24,22 @@ from orchestrator.settings import Settings
 from orchestrator.tasks import end, within
 
 _BATCH = 5000
-_ANSWER_S = 30.0  # for a call of the database; one that hangs is given up, and the connection with it
+_ANSWER_S = 30.0  # for a call of the database; one that hangs is given up with its connection
 _BATCH_S = 60.0  # longer than its transaction may last
-_ACKNOWLEDGED_S = 15.0  # finding a topic included, half of the transaction's time-out
+_ACKNOWLEDGED_S = 15.0  # half of the transaction's time-out; finding a topic is included
 _GATHER_S = 0.05  # between batches that were not full
 _PENDING_EVERY_S = 1.0
-_PATIENCE_S = 60.0  # with a topic that does not exist, before its messages are set aside
+_PATIENCE_S = 60.0  # how long a topic may be missing before its messages are set aside
 
 _log = logging.getLogger(__name__)
 
 
 async def publish(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
-    """Publishes until `stop` is set, then ends in bounded time. Database and brokers that are away are waited for.
+    """Publishes until `stop` is set, then ends in bounded time. Waits for a database or brokers that are away.
 
-    Several processes may do so: at any moment one of them is at work, and another takes over when it ends. What the
-    brokers will never take is set aside with the reason (`outbox_failure`) and logged; so is, after a minute, what
-    belongs to a topic that does not exist.
+    Several processes may publish: one of them works at a time, and another takes over when it ends. A message that the
+    brokers will never take is set aside with the reason (`outbox_failure`) and logged. So is one whose topic has not
+    existed for a minute.
     """
     await _Publisher(settings, metrics).run(stop)
 
@@ -78,7 +78,7 @@ class _Publisher:
             self._stopping = True
             self._wake.set()
             producer.stop_waiting()
-            if self._switched:  # else it waits for the database, and has nothing under way
+            if self._switched:  # otherwise it waits for the database, and no message is under way
                 await asyncio.wait([working], timeout=0.8 * self._settings.shutdown_timeout_s)
             await end(working, listening)
 
@@ -98,7 +98,7 @@ class _Publisher:
                         failures = 0
             except Exception as error:
                 if not isinstance(error, OrchestratorError | TimeoutError):
-                    _log.exception("publishing the outbox failed in a way not foreseen")
+                    _log.exception("publishing the outbox failed unexpectedly")
                 elif not failures:
                     _log.warning(
                         "the outbox waits for the database", extra={"error": str(error) or "no answer in time"}
@@ -114,7 +114,7 @@ class _Publisher:
             await self._wake.wait()
 
     async def _round(self, outbox: Outbox, producer: BulkProducer[Message]) -> None:
-        """Publishes a batch if it can, and rests unless more is waiting."""
+        """Publishes a batch if it can, and rests unless more messages wait."""
         began_s = time.monotonic()
         self._wake.clear()
         reachable = await producer.ready() and producer.away is None
@@ -132,7 +132,7 @@ class _Publisher:
             await self._rest(began_s + pause_s, began_s + self._settings.outbox_interval_s)
 
     async def _rest(self, earliest_s: float, latest_s: float) -> None:
-        """Waits until it is told of messages, but no less than to `earliest_s` and no longer than to `latest_s`."""
+        """Waits for a notification of messages, but at least until `earliest_s` and at most until `latest_s`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, latest_s - time.monotonic())):
                 await self._wake.wait()
@@ -141,7 +141,7 @@ class _Publisher:
                 await self._wake_for_stop()
 
     async def _publish_batch(self, outbox: Outbox, producer: BulkProducer[Message]) -> tuple[bool, int]:
-        """Whether the batch was full, and how many of its messages must be tried again."""
+        """Publishes a batch; whether it was full, and how many of its messages must be tried again."""
         async with outbox.batch(_BATCH, self._floor) as messages:
             if not messages:
                 return False, 0
@@ -153,13 +153,13 @@ class _Publisher:
                 await outbox.published(self._acknowledged)
         settled = {message.at for message, _ in refused}
         kept = [(message, error) for message, error in self._failures if message.at not in settled]
-        # No message below the floor can appear any more; those that are kept must stay above it.
+        # No new message can appear below the floor; those that are kept must stay above it.
         self._floor = min((message.floor for message, _ in kept), default=messages[-1].floor)
         self._report(refused, kept)
         return len(messages) >= _BATCH, len(kept)
 
     async def _send(self, producer: BulkProducer[Message], messages: Sequence[Message]) -> None:
-        """Returns when the fate of each is known, which the producer tells within its time."""
+        """Sends messages; returns when the producer has reported the outcome of each, within its time-out."""
         self._acknowledged, self._failures, self._waiting = [], [], len(messages)
         self._settled.clear()
         records: dict[str, list[OutgoingRecord[Message]]] = defaultdict(list)
@@ -193,7 +193,7 @@ class _Publisher:
         self._metrics.outbox_failed_total.inc(len(refused))
         if refused:
             _log.error(
-                "messages of the outbox were set aside; mend the cause and call orchestrator.retry_outbox_failures()",
+                "messages of the outbox were set aside; mend the cause, then call orchestrator.retry_outbox_failures()",
                 extra={"count": len(refused), "error": str(refused[0][1])},
             )
         if kept:

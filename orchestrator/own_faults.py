@@ -1,4 +1,4 @@
-"""Tells faults of this machine from those of the far end: what this machine lacks must cost no event an attempt."""
+"""Tells faults of this machine from those of the far end: a fault of this machine must cost no event an attempt."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from orchestrator.metrics import Metrics
 
 PAUSE_S = 1.0
-"""How long to wait, about, before trying again what this machine could not do."""
-_PROBED = 3  # descriptors that looking up a name takes
+"""About how long to wait before trying again after a fault of this machine."""
+_PROBED = 3  # descriptors that resolving a name takes
 _LOG_EVERY_S = 10.0
 _RAISE_LIMIT = "raise the limit (ulimit -n, LimitNOFILE= in systemd), or lower HTTP_MAX_CONNECTIONS"
 _REMEDIES = {
@@ -35,7 +35,7 @@ _REMEDIES = {
     errno.EADDRNOTAVAIL: "widen net.ipv4.ip_local_port_range",
     errno.ENETDOWN: "bring its network up",
 }
-# One address that cannot be used says little while others of the same host answer, if only to refuse.
+# A fault with one address says little while other addresses of the same host answer, even by refusing.
 _OF_ALL_ADDRESSES = frozenset(_REMEDIES) - {errno.EADDRNOTAVAIL, errno.ENETDOWN}
 _QUOTED_ERRNO = re.compile(r"\[Errno (\d+)\]")
 
@@ -52,14 +52,14 @@ def own_fault(error: BaseException) -> OwnFaultError | None:
         if isinstance(cause, RuntimeError) and "start new thread" in str(cause):
             return OwnFaultError("threads", "no thread can be started", "raise the limit (ulimit -u, TasksMax=)")
         if isinstance(cause, socket.gaierror):
-            # Without descriptors the resolver says that it does not know the name, or to try again.
+            # Without descriptors the resolver reports an unknown name, or a temporary failure.
             if cause.errno == socket.EAI_MEMORY:
                 return _of(errno.ENOMEM)
             return without_descriptors()
         if isinstance(cause, OSError):
             if cause.errno in _REMEDIES:
                 return _of(cause.errno)
-            if cause.errno is None:  # several addresses failed in several ways; the text is all there is
+            if cause.errno is None:  # several addresses failed in several ways; only the text says how
                 for number in map(int, _QUOTED_ERRNO.findall(str(cause))):
                     if number in _OF_ALL_ADDRESSES:
                         return _of(number)
@@ -78,7 +78,7 @@ def _of(number: int) -> OwnFaultError:
 
 
 def without_descriptors() -> OwnFaultError | None:
-    """A fault if no descriptors are left just now."""
+    """A fault if no descriptors are left at this moment; otherwise None."""
     opened = []
     try:
         for _ in range(_PROBED):
@@ -92,7 +92,7 @@ def without_descriptors() -> OwnFaultError | None:
 
 
 def trusts_nobody() -> bool:
-    """Whether this machine has no certificates of authorities, so that no receiver can prove who it is."""
+    """Whether this machine has no certificates of authorities, so that no receiver's certificate can be checked."""
     paths = ssl.get_default_verify_paths()
     if paths.cafile:
         return False
@@ -111,7 +111,7 @@ def no_authorities() -> OwnFaultError:
 
 
 class Postponing:
-    """Waits after faults of this machine, counts them, and logs them: a line in ten seconds at most."""
+    """Waits after faults of this machine, counts them, and logs them, one line in ten seconds at most."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._total = metrics.own_faults_total

@@ -1,9 +1,9 @@
 """The roles of a process: the API, the ingester, the dispatcher, maintenance, or all of them.
 
-They share one event loop, but for the API, which has a process of its own beside the others.
+They share one event loop, except the API, which runs in a process of its own.
 
-The first SIGTERM or SIGINT stops everything in order, within SHUTDOWN_TIMEOUT_SECONDS; a second one ends the
-process at once, and what it held is delivered by others when its leases run out.
+The first SIGTERM or SIGINT stops everything in order, within SHUTDOWN_TIMEOUT_SECONDS. A second one ends the process at
+once; others deliver the events that it held when its leases run out.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from orchestrator.starting import until_done
 
 Role = Literal["run", "api", "ingest", "dispatch", "maintain"]
 Part = Callable[[asyncio.Event], Awaitable[None]]
-"""Something that works until the event is set, and then ends by itself."""
+"""A coroutine function that works until the event is set, and then ends by itself."""
 
-_PREPARED_S = 120.0  # after a long pause maintenance has days of work, bounded as it is
-_AFTER_DEADLINE_S = 2.0  # the parts keep the deadline themselves; this is for one that does not
+_PREPARED_S = 120.0  # after a long pause maintenance has days of work, which is bounded
+_AFTER_DEADLINE_S = 2.0  # the parts keep the deadline themselves; this ends one that does not
 
 _log = logging.getLogger(__name__)
 
 
 def serve(settings: Settings, role: Role, *, beside: Sequence[Part] = ()) -> None:
-    """Serves until a signal; `beside` runs with it. Logging is the caller's to configure.
+    """Serves until a signal; `beside` runs with it. The caller configures logging.
 
-    Waits for a database that is away. Raises OrchestratorError when it lacks the schema, a port is taken, keys
-    are needed and there are none, or not everything had ended in time.
+    Waits for a database that is away. Raises OrchestratorError when the schema is missing, a port is taken, API keys
+    are required and there are none, or some work had not ended in time.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_Process(settings, role).run(beside))
@@ -71,7 +71,7 @@ class _Process:
         _log.info("starting", extra={"database": database_url.masked(settings.database_url), "pid": os.getpid()})
         if self._role == "ingest" and settings.kafka_servers is None:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
-        # These have connections of their own; their pool only answers health checks.
+        # Other roles open their own connections; their pool only answers health checks.
         pool = settings if self._role == "api" else replace(settings, pool_min_idle=0, pool_max_size=2)
         opening = Database(pool, role=self._role, needs=NEEDED[self._role])
         try:
@@ -79,8 +79,8 @@ class _Process:
                 await self._run_parts(self._parts(), beside, database, deadline)
         except TimeoutError:
             raise OrchestratorError(
-                f"not all work had ended after SHUTDOWN_TIMEOUT_SECONDS ({settings.shutdown_timeout_s:g}); what was "
-                "claimed is delivered when its leases run out"
+                f"not all work had ended after SHUTDOWN_TIMEOUT_SECONDS ({settings.shutdown_timeout_s:g}); claimed "
+                "events are delivered when their leases run out"
             ) from None
         if self._failures:
             raise _cause(self._failures[0])
@@ -105,7 +105,7 @@ class _Process:
         settings = self._settings
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._limit(deadline))
-            # From the start, so that a probe sees a process that lives and waits for its database.
+            # From the start, so that a probe finds a live process while it waits for its database.
             served: Part | None = None
             if self._role == "run":
                 served = lambda stop: _serve_apart(settings, self._metrics, stop)  # noqa: E731
@@ -122,7 +122,7 @@ class _Process:
                     tasks.create_task(self._watched(part))
 
     async def _watched(self, part: Part, *, stops: bool = True) -> None:
-        """Runs a part. When it fails, or ends, the others stop in order, which a cancelled group would not do."""
+        """Runs a part. When it fails or ends, the other parts stop in order, unlike in a cancelled group."""
         try:
             await part(self._stop)
         except Exception as error:
@@ -144,7 +144,7 @@ class _Process:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():
             _exit_at_once(128 + number)
-        _log.info("stopping; a second signal ends it at once", extra={"signal": number.name})
+        _log.info("stopping; a second signal ends the process at once", extra={"signal": number.name})
         self._stop.set()
 
 
@@ -153,7 +153,7 @@ def _exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
-# These import what they run: the clients of HTTP and Kafka cost every process that loads them 10 MiB each.
+# These import what they run: the HTTP and Kafka clients cost 10 MiB each in every process that loads them.
 
 
 async def _serve_api(settings: Settings, database: Database, metrics: Metrics, stop: asyncio.Event) -> None:
@@ -217,14 +217,14 @@ async def _until_usable(settings: Settings, database: Database, role: Role, stop
 def _require_schema(url: str, on_connected: OnConnected) -> None:
     """Raises OrchestratorError when tables are missing.
 
-    During a rollout the database may be a newer program's already, which this one can work with.
+    During a rollout a newer program may have migrated the database already; this one can work with it.
     """
     try:
         with translated():
             try:
                 pending = migrate.check(url, on_connected)
             except psycopg.errors.InsufficientPrivilege:
-                return  # a login that may not read the record of migrations finds out when it calls
+                return  # this login may not read the migrations; its calls will show whether they fit
     except (DatabaseUnavailable, UnusableDatabase):
         raise
     except OrchestratorError as error:
@@ -237,12 +237,12 @@ def _require_schema(url: str, on_connected: OnConnected) -> None:
         )
     if pending:
         _log.warning(
-            "functions in the database are not this program's; run: orchestrator migrate", extra={"files": pending}
+            "the functions in the database are of another version; run: orchestrator migrate", extra={"files": pending}
         )
 
 
 def _cause(error: Exception) -> Exception:
-    """The one error for the user inside the groups that tasks wrap it in, or the error itself."""
+    """The single OrchestratorError inside nested exception groups, or else the error itself."""
     inner: BaseException = error
     while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
         inner = inner.exceptions[0]

@@ -1,4 +1,4 @@
-"""What a process does before it can work: each step is tried until the database answers, or a stop."""
+"""The steps of a process before it can work: each is tried until the database answers, or until a stop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ANSWER_S = 10.0
 
 _log = logging.getLogger(__name__)
 
-# Of libpq and of a server that speaks English; in other languages the process waits and its log says why.
+# Texts of libpq and of a server that speaks English; in other languages the process waits, and its log says why.
 _REFUSED = re.compile(
     r'(?:password authentication failed for user|no password supplied|role "[^"]*" does not exist'
     r'|database "[^"]*" does not exist|no pg_hba\.conf entry for|permission denied for database'
@@ -29,7 +29,7 @@ _REFUSED = re.compile(
 async def until_done(
     step: str, work: Callable[[], Awaitable[None]], stop: asyncio.Event, *, answer_s: float = ANSWER_S
 ) -> bool:
-    """Does the work, again and again while the database is away or does not answer in time. False: `stop` came first.
+    """Tries the work until the database is there and answers in time. False: `stop` came first.
 
     Raises OrchestratorError for what waiting does not mend: a wrong login or option, a missing schema.
     """
@@ -57,7 +57,7 @@ async def until_done(
 
 
 def _refusal(error: BaseException) -> str | None:
-    """Why a login is refused, by every server that was tried."""
+    """Why the servers refuse the login; None unless every one that was tried does."""
     text = str(error)
     tried = [line for line in text.splitlines() if line.startswith("- ")] or [text]
     found = [_REFUSED.search(each) for each in tried]

@@ -13,15 +13,18 @@ _ENDING_S = 1.0
 
 
 def retrieve(*futures: asyncio.Future[Any]) -> None:
-    """Takes note of how these ended; the event loop reports what fails with nobody to ask as an error of ours."""
+    """Reads how these ended: the event loop logs a failure that nobody has read as an error."""
     for future in futures:
         if future.done() and not future.cancelled():
             future.exception()
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancels tasks and waits for their end, twice: psycopg asks the server to end a running query first, and waits
-    seconds for one that does not answer; cancelled again, it closes the connection. How they end is of no interest."""
+    """Cancels tasks and waits for their end, twice; ignores how they end.
+
+    When first cancelled, psycopg asks the server to end the running query, and waits seconds for a server that does not
+    answer. When cancelled again, it closes the connection.
+    """
     try:
         for timeout_s in (_ASKED_S, _ENDING_S):
             for task in tasks:
@@ -37,9 +40,9 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
 
 
 async def within(seconds: float, work: Awaitable[T], stop: asyncio.Event | None = None) -> T:
-    """What `work` answers. Raises TimeoutError when it takes longer, or at `stop`; it has ended soon after in any case.
+    """The result of `work`. Raises TimeoutError when it takes longer, or at `stop`; `work` then ends soon after.
 
-    asyncio.timeout() waits for as long as the work takes to end.
+    asyncio.timeout() would wait for as long as the work takes to end.
     """
     task = asyncio.ensure_future(_awaited(work))
     stopping = asyncio.ensure_future(stop.wait()) if stop is not None else None

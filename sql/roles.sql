@@ -202,7 +202,7 @@ to orchestrator_ops;
 -- Operating: maintenance, retention and keys.
 grant execute on function
   orchestrator.run_maintenance(integer, integer),
-  orchestrator.settle_lanes(integer),
+  orchestrator.reroute_remaining(integer),
   orchestrator.create_partitions(date, date),
   orchestrator.configure_retention(integer, integer, integer, boolean),
   orchestrator.partitions_to_archive(),

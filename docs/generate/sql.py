@@ -25,8 +25,9 @@ _ROLES = """(select string_agg(substr(r.rolname, length('orchestrator_') + 1), '
     from aclexplode({acl}) a join pg_roles r on r.oid = a.grantee
     where r.rolname like 'orchestrator\\_%%' and a.privilege_type = '{privilege}')"""
 _RELATIONS = f"""
-select c.oid, c.relname as name, c.relkind as kind, obj_description(c.oid, 'pg_class') as about,
-  {_ROLES.format(acl="c.relacl", privilege="SELECT")} as roles
+select c.oid, c.relname as name, c.relkind as kind
+  , coalesce(obj_description(c.oid, 'pg_class'), obj_description(c.reltype, 'pg_type')) as about
+  , {_ROLES.format(acl="c.relacl", privilege="SELECT")} as roles
 from pg_class c
 where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'p', 'v', 'c') and not c.relispartition
 order by c.relname collate "C"

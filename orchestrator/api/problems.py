@@ -1,4 +1,4 @@
-"""Problem documents (RFC 9457): the one form that every error of the API takes."""
+"""Problem documents (RFC 9457): the form of every error of the API."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ BLOCKED_RETRY_AFTER_S = 5
 KINDS: dict[str, tuple[int, str]] = {
     "malformed-request": (400, "The request is not HTTP"),
     "malformed-json": (400, "The body is not JSON"),
-    "bad-cursor": (400, "The cursor is not one that this API gave out"),
+    "bad-cursor": (400, "The cursor did not come from this API"),
     "unauthorized": (401, "A valid API key is needed"),
     "forbidden": (403, "The API key lacks the scope for this"),
-    "not-found": (404, "There is nothing here"),
+    "not-found": (404, "Not found"),
     "method-not-allowed": (405, "The method is not allowed here"),
     "timeout": (408, "The request did not arrive in time"),
     "not-cancellable": (409, "The event can no longer be cancelled"),
     "not-reschedulable": (409, "The event can no longer be rescheduled"),
-    "empty-range": (409, "The range of times holds none"),
-    "refused": (409, "The event cannot be kept as things stand"),
-    "not-configurable": (409, "The destination cannot be configured so"),
+    "empty-range": (409, "The time range is empty"),
+    "refused": (409, "The event cannot be accepted at present"),
+    "not-configurable": (409, "The destination cannot be configured like this"),
     "too-large": (413, "The body is too large"),
     "target-too-long": (414, "The path and query are too long"),
     "unsupported-media-type": (415, "The body must be JSON"),
     "validation": (422, "The request breaks a rule"),
-    "too-many-requests": (429, "One client asks for too much at once"),
+    "too-many-requests": (429, "The client sends too much at once"),
     "head-too-large": (431, "The headers are too large"),
-    "internal": (500, "Something went wrong here"),
-    "unavailable": (503, "The database, or Kafka, is away or overloaded"),
-    "too-many-connections": (503, "The API has as many clients as it can serve"),
+    "internal": (500, "An internal error occurred"),
+    "unavailable": (503, "The database or Kafka is unavailable or overloaded"),
+    "too-many-connections": (503, "The API serves as many connections as it can"),
 }
 """Each kind of problem: the end of its type URI, its status and its title."""
 
@@ -97,21 +97,21 @@ def unavailable(detail: str) -> Problem:
 
 def blocked(kept: str = "Nothing was changed") -> Problem:
     detail = (
-        f"Another session of the database holds what this needs in a transaction that is open. {kept}; "
-        "the same request, sent again, succeeds once that has ended."
+        f"Another database session holds a lock that this request needs, in an open transaction. {kept}; send the "
+        "same request again: it succeeds once that transaction has ended."
     )
     return Problem("unavailable", detail, headers={"Retry-After": str(BLOCKED_RETRY_AFTER_S)})
 
 
 def as_problem(error: Exception) -> Problem:
-    """The problem that tells a client of an error. What is not foreseen is logged and told without its details."""
+    """The problem document for an error. Unexpected errors are logged, and the client gets no details of them."""
     match error:
         case Problem():
             return error
         case JsonError():
             return Problem("malformed-json", error.reason, errors=[(error.field, error.reason)])
         case OutOfRangeError():
-            # Like the database's answer to a time that has no partition: the form is right, the time is not kept.
+            # As the database answers for a time without a partition: the form is right, but the time cannot be kept.
             return Problem("refused", str(error), errors=error.errors)
         case SubmissionError():
             detail = "; ".join(f"{field}: {reason}" for field, reason in error.errors[:3])
@@ -124,21 +124,22 @@ def as_problem(error: Exception) -> Problem:
         case InDoubt():
             _log.warning("answered 503: %s", error)
             return unavailable(
-                "The database went away meanwhile. It may have been done all the same; look, or try again."
+                "The connection to the database was lost during the request. The change may have been made: "
+                "check, or send the same request again."
             )
         case DatabaseUnavailable():
             _log.warning("answered 503: %s", error)
-            return unavailable("The database cannot be reached. Try again shortly; nothing was lost by this.")
+            return unavailable("The database cannot be reached. Nothing was lost; try again shortly.")
         case NotPermitted():
             _log.error("answered 500: %s", error)
-            return Problem("internal", f"The API's own login to the database lacks a right: {error}.")
+            return Problem("internal", f"The API's login to the database lacks a right: {error}.")
         case KafkaUnavailable():
             return unavailable(str(error))
         case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED):
             allowed = (error.headers or {}).get("Allow", "")
             return Problem("method-not-allowed", f"Expected one of {allowed}.", headers={"Allow": allowed})
         case HTTPException(status_code=HTTPStatus.NOT_FOUND):
-            return Problem("not-found", "No such path. GET /openapi.json lists those there are.")
+            return Problem("not-found", "There is no such path. GET /openapi.json lists all paths.")
         case _:
             _log.error("unexpected error in a request", exc_info=error)
-            return Problem("internal", "The error has been logged. Trying again is safe and may help.")
+            return Problem("internal", "The error has been logged. It is safe to try again.")

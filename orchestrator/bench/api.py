@@ -21,7 +21,7 @@ _BATCH = 500
 
 
 def run(database_url: str, events: int) -> dict[str, object]:
-    """`events` single POSTs, then four times as many events in batches of 500; counts what was kept."""
+    """`events` single POSTs, then four times as many events in batches of 500; counts the events in the database."""
     port = free_port()
     environ = {"LOG_LEVEL": "WARNING", **os.environ}
     environ |= {"DATABASE_URL": database_url, "SERVER_PORT": str(port), "SERVER_HOST": "127.0.0.1"}
@@ -57,7 +57,7 @@ def is_ready(port: int) -> bool:
 def load(
     program: Path, port: int, clients: int, requests: int, per_request: int, *, topic: str | None = None
 ) -> dict[str, float]:
-    """Posts events: for HTTP tomorrow, or for the topic at the moment they are posted."""
+    """Posts events: HTTP events due tomorrow, or events for the topic that are due when they are posted."""
     at = "now" if topic else (datetime.now(UTC) + timedelta(days=1)).isoformat()
     arguments = [program, port, clients, requests, per_request, at, PAYLOAD.decode(), new_run()]
     arguments += [topic] if topic else []

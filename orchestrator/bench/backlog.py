@@ -1,4 +1,4 @@
-"""What a claim takes, by the number of live timers."""
+"""Duration of a claim, by the number of live timers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _FLOORS_EVERY_S = 1.0
 def run(database_url: str, events: int) -> dict[str, object]:
     """Milliseconds of claims of 100, with up to `events` live timers, by one client that finishes what it claims.
 
-    Before each claim as many events are submitted as it takes, so that the depth stays; floors are raised once a
-    second, as by a dispatcher. ``future``: nothing is due but what was just submitted. ``overdue``: everything is, as
-    after a long outage; for that the client's clock is set four weeks ahead.
+    Before each claim, as many events are submitted as it takes, so that the depth stays the same. Floors are raised
+    once a second, as by a dispatcher. ``future``: only the events just submitted are due. ``overdue``: all events are
+    due, as after a long outage; the client's clock is set four weeks ahead for that.
 
-    Every depth has a database of its own, and they take turns, so that a machine that is slow for a while is slow for
+    Every depth has its own database. The depths take turns, so that a machine that is slow for a while is slow for
     all of them. The tables are filled by insert … select, with rows as submit_events() would make them.
     """
     depths = [depth for depth in _DEPTHS if depth <= events] or [events]
@@ -48,7 +48,7 @@ def run(database_url: str, events: int) -> dict[str, object]:
             began_s = time.perf_counter()
             _fill(url, depth, first)
             filled_s[str(depth)] = round(time.perf_counter() - began_s, 1)
-            tell(f"backlog: {depth} events are there after {filled_s[str(depth)]} s")
+            tell(f"backlog: {depth} events inserted after {filled_s[str(depth)]} s")
         future = _measured(urls, None)
         overdue = _measured(urls, first + _SPREAD)
     return {
@@ -82,7 +82,7 @@ def _measured(urls: dict[int, str], clock: datetime | None) -> dict[str, dict[st
 
 
 class _Client:
-    """A session, with a clock of its own if need be."""
+    """A session, with its own clock if `now` is given."""
 
     def __init__(self, connection: psycopg.Connection, clock: datetime | None) -> None:
         self.connection = connection
@@ -124,7 +124,7 @@ def _destination(n: int) -> str:
 
 
 def _fill(url: str, depth: int, first: datetime) -> None:
-    """Events that are due at even distances within four weeks."""
+    """Events that are due at even intervals within four weeks."""
     values = {
         "run": new_run(),
         "first": first,

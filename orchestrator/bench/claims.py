@@ -1,4 +1,4 @@
-"""What one claim takes, by the number of destinations that there are."""
+"""Duration of a claim, by the number of destinations."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Times = dict[str, dict[str, float | None]]
 def run(database_url: str, events: int) -> dict[str, object]:
     """Milliseconds of claims of 100 and of 1,000 by one client that finishes them at once; each case has `events`.
 
-    Every case has a database of its own on the same server, and they take turns, so that a machine that is slow for a
-    while is slow for all of them. `configured_1` is the one destination that there is, `configured_1_of_1000` one among
-    999 others; of `configured_1000` a tenth have a rate that is soon used up, and a tenth a bound.
+    Every case has its own database on the same server. The cases take turns, so that a machine that is slow for a
+    while is slow for all of them. `configured_1` is the only destination, `configured_1_of_1000` one among 999 others.
+    Of `configured_1000`, a tenth have a rate limit that is soon used up, and a tenth have max_parallel.
     """
     waiting = max(events, _ROUNDS * sum(_SIZES))
     cases: dict[str, tuple[int, Callable[[str], None]]] = {
@@ -73,7 +73,7 @@ def _configure_all(url: str) -> None:
 def _backlog(
     database_url: str, name: str, events: int, destinations: int, prepare: Callable[[str], None]
 ) -> Iterator[psycopg.Connection]:
-    """A client of a new database, where the events of so many destinations are due."""
+    """A client of a new database, in which events of `destinations` destinations are due."""
     with another_database(database_url, name) as url:
         prepare(url)
         due = spread(datetime.now(UTC) - timedelta(minutes=10), 300, events)
@@ -86,7 +86,7 @@ def _backlog(
 
 
 def claim(client: psycopg.Connection, batch: int) -> float:
-    """Claims, and finishes: how long the claim took."""
+    """Claims and finishes; returns how long the claim took."""
     began_s = time.perf_counter()
     row = client.execute(
         "select array_agg(event_id), array_agg(attempt::integer) from orchestrator.claim_due_events(%s, %s)",
@@ -104,7 +104,7 @@ def claim(client: psycopg.Connection, batch: int) -> float:
 
 
 def _ratios(few: Times, many: Times) -> dict[str, dict[str, float]]:
-    """How many times as long a claim took with many."""
+    """How many times as long a claim took with many destinations as with few."""
     return {
         batch: {each: round((many[batch][each] or 0) / (few[batch][each] or 1), 2) for each in ("p50", "p99")}
         for batch in few

@@ -53,38 +53,50 @@ _FLOW_PER_S = 2000.0
 
 @click.command()
 @click.argument("scenario", type=click.Choice(list(_EVENTS)))
-@click.option("--events", type=click.IntRange(min=1), help="How many; the default is the scenario's own.")
+@click.option("--events", type=click.IntRange(min=1), help="Number of events; each scenario has its own default.")
 @click.option(
     "--dispatchers",
     type=click.IntRange(1, 64),
-    help="Dispatcher processes; the default is 2, for parallel 4, for rate 1, 4 and 16 in turn.",
+    help="Dispatcher processes; default 2, for parallel 4, for rate first 1, then 4, then 16.",
 )
 @click.option("--ingesters", type=click.IntRange(1, 64), default=2, show_default=True, help="Ingester processes.")
-@click.option("--bad-every", type=click.IntRange(0), default=0, help="ingest: every so many records is no submission.")
 @click.option(
-    "--duplicate-every", type=click.IntRange(0), default=0, help="ingest: every so many records repeats the last."
+    "--bad-every",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="ingest: one record in N is no valid submission; 0: none.",
+)
+@click.option(
+    "--duplicate-every",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="ingest: one record in N repeats the one before; 0: none.",
 )
 @click.option(
     "--batch", type=click.IntRange(1, 10_000), default=1000, show_default=True, help="lifecycle: size of a claim."
 )
-@click.option("--null", is_flag=True, help="herd: deliveries that do nothing.")
-@click.option("--bare", is_flag=True, help="herd: with --null, another one for the clients of lifecycle.")
+@click.option("--null", is_flag=True, help="herd: with deliveries that do nothing.")
+@click.option("--bare", is_flag=True, help="herd: with --null, then a second herd for the clients of lifecycle.")
 @click.option(
     "--rate",
     type=click.FloatRange(1, 1e6),
-    help="rate: events a second allowed, 400 by default; held-snapshot and soak: events a second, 2,000.",
+    help="rate: the rate limit, 400 events/s by default; held-snapshot, soak: submitted events/s, 2,000.",
 )
-@click.option("--burst", type=click.IntRange(1, 10**6), default=40, show_default=True, help="rate: burst allowed.")
+@click.option(
+    "--burst", type=click.IntRange(1, 10**6), default=40, show_default=True, help="rate: the burst of the rate limit."
+)
 @click.option(
     "--minutes",
     type=click.FloatRange(0.1, 10_000),
-    help="How long; 10 by default for held-snapshot, 30 for soak.",
+    help="Duration; default 10 for held-snapshot, 30 for soak.",
 )
-@click.option("--no-floors", is_flag=True, help="held-snapshot: without what keeps claims fast.")
+@click.option("--no-floors", is_flag=True, help="held-snapshot: without lane floors, which keep claims fast.")
 @click.option(
-    "--database-url", help="An empty database to use, instead of an embedded server that is removed afterwards."
+    "--database-url", help="Empty database to use. [default: an embedded server, which is removed afterwards]"
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def bench(
     scenario: str,
     events: int | None,
@@ -102,7 +114,7 @@ def bench(
     database_url: str | None,
     as_json: bool,
 ) -> None:
-    """Measure SCENARIO on this machine, everything included.
+    """Measure SCENARIO on this machine, with all the servers it needs.
 
     \b
     lifecycle     SQL only: submit by COPY, claim, finish; 50 destinations
@@ -110,18 +122,18 @@ def bench(
     steady        1,000 events a second to a local receiver
     herd          events due at one instant to a local receiver
     api           single POSTs from 64 clients, then batches of 500
-    ingest        submissions that are in a topic of 24 partitions, into the database
+    ingest        submissions from a topic of 24 partitions into the database
     deliver-kafka a backlog of due events to a topic of 24 partitions
     pipeline      batches of 500 over REST, Kafka, database, Kafka
-    rate          a backlog for a destination with a rate; most arrivals in any 10 s
-    parallel      a backlog for one with a bound of 20; most under way, after a SIGKILL too
-    fairness      the lateness of 50 others beside a herd; throughput beside one that hangs
+    rate          a backlog for a destination with a rate limit; most arrivals in any 10 s
+    parallel      a backlog for a destination with max_parallel 20; most under way, also after a SIGKILL
+    fairness      lateness of 50 destinations beside a herd; throughput beside a hanging destination
     claim         how long claims take, by the number of destinations
     backlog       how long claims take, by the number of live timers
-    held-snapshot 2,000 events a second while another transaction keeps vacuum from its work
-    soak          2,000 events a second with retries and cancels; what tables and indexes grow to
+    held-snapshot 2,000 events a second while an open transaction holds vacuum back
+    soak          2,000 events a second with retries and cancels; growth of tables and indexes
 
-    Those that use Kafka use the broker of KAFKA_BOOTSTRAP_SERVERS, or else start one.
+    Scenarios with Kafka use the broker of KAFKA_BOOTSTRAP_SERVERS, or start one.
     """
     count = events or _EVENTS[scenario] or 0
     flow_per_s = rate or _FLOW_PER_S
@@ -159,7 +171,7 @@ def bench(
 
 
 def machine() -> dict[str, object]:
-    """What the figures were measured on."""
+    """The machine of the measurement."""
     model = platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():

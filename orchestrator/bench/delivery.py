@@ -59,9 +59,9 @@ def herd(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
 
 
 def herd_null(database_url: str, events: int, dispatchers: int, *, bare: bool) -> dict[str, object]:
-    """The same with deliveries that do nothing; lateness is that of each attempt's start, as recorded.
+    """The same with deliveries that do nothing; lateness is that of the recorded start of each attempt.
 
-    With `bare`, another such herd is claimed and finished by the clients of `lifecycle`, without dispatchers.
+    With `bare`, the clients of `lifecycle` then claim and finish a second herd, without dispatchers.
     """
     with dispatching(database_url, dispatchers, ["orchestrator.bench.null_dispatcher"]) as processes:
         at = datetime.now(UTC) + timedelta(seconds=_HERD_LEAD_S + events / 25_000)
@@ -94,7 +94,7 @@ def _herd(events: int, at: datetime) -> Iterator[Submission]:
 
 
 def steady(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
-    """1,000 events a second, submitted 0.1 to 2 s before they are due; lateness is that of their arrival."""
+    """1,000 events a second, submitted 0.1 to 2 s before they are due; lateness is measured at their arrival."""
     with receiver() as target, dispatching(database_url, dispatchers, []) as processes:
         due_s = asyncio.run(_flow(database_url, target, events))
         drained(database_url, target, events)
@@ -135,7 +135,7 @@ def _workers(connection: psycopg.Connection) -> int:
 
 
 async def submit(database_url: str, made: Iterable[Submission]) -> dict[str, float]:
-    """Submits, making them as it goes; returns event id → Unix time of when it is due."""
+    """Submits events while it makes them; returns event id → Unix time at which it is due."""
     due_s: dict[str, float] = {}
     batches = chunks(made, _STAGED)
 
@@ -152,7 +152,7 @@ async def submit(database_url: str, made: Iterable[Submission]) -> dict[str, flo
 
 
 async def _flow(database_url: str, target: Receiver, events: int) -> dict[str, float]:
-    """Submits on time whatever the database does meanwhile; fails when it cannot keep up."""
+    """Submits on time even if the database is slow; fails if it cannot keep up."""
     due_s: dict[str, float] = {}
     run = new_run()
     async with Database(Settings.from_env({"DATABASE_URL": database_url}), role="bench") as database:
@@ -178,7 +178,7 @@ def drained(
     of: Literal["timer", "outbox"] = "timer",
     expected_s: float = 0.0,
 ) -> float:
-    """Waits until every event is finished in the database, or published; the Unix time when it was."""
+    """Waits until every event is finished in the database, or published; returns the Unix time of that."""
     query: dict[str, LiteralString] = {
         "timer": "select exists (select from orchestrator.timer)",
         "outbox": "select exists (select from orchestrator.outbox)",

@@ -1,4 +1,4 @@
-"""What one destination's herd, or its silence, costs the others."""
+"""How much the herd of one destination, or one that hangs, slows the other destinations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SETTINGS = {"HTTP_TIMEOUT_SECONDS": f"{_HANG_S:g}", "SHUTDOWN_TIMEOUT_SECONDS":
 
 
 def run(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
-    """First beside one that never answers, then beside one with `events` that are due at one instant."""
+    """First beside a destination that never answers, then beside one with `events` due at one instant."""
     hang = _beside_a_hang(database_url, dispatchers)
     return {**_beside_a_hog(database_url, events, dispatchers), "hang": hang}
 
@@ -40,7 +40,8 @@ def run(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
 def _beside_a_hog(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
     """The lateness of 50 destinations with 10 events a second each: alone, then beside the hog.
 
-    The hog shares its lane with some of them, the mates; `hog_left` of its events still waited at the end.
+    The hog is the destination with the herd. It shares its lane with some of the 50, its mates; at the end `hog_left`
+    of its events still waited.
     """
     with receiver() as target, dispatching(database_url, dispatchers, []):
         names = [target.name(host) for host in range(1, TRICKLING + 1)]
@@ -71,7 +72,7 @@ def _beside_a_hog(database_url: str, events: int, dispatchers: int) -> dict[str,
 
 
 def _hog(database_url: str, target: Receiver, names: Sequence[str]) -> tuple[str, list[str]]:
-    """A further destination in the shared lane that most of these are in, and those that are."""
+    """A further destination in the shared lane that most of these are in, and the ones in that lane."""
     with psycopg.connect(database_url) as connection:
 
         def lane(name: str) -> int:
@@ -86,7 +87,7 @@ def _hog(database_url: str, target: Receiver, names: Sequence[str]) -> tuple[str
 
 
 def _trickle(database_url: str, names: Sequence[str], at: datetime) -> dict[str, dict[str, float]]:
-    """Submits 10 events a second for each destination, and waits for the last: by destination, when each was due."""
+    """Submits 10 events a second for each destination and waits for the last; returns due times by destination."""
     count = int(_TRICKLE_S * _TRICKLE_PER_S) * len(names)
     due = spread(at, _TRICKLE_S, count)
     made = submissions(count, lambda n: f"http://{names[n % len(names)]}/", due, new_run())
@@ -112,8 +113,8 @@ def _of_all_and(mates: Sequence[str], due_s: Mapping[str, dict[str, float]]) -> 
 def _beside_a_hang(database_url: str, dispatchers: int) -> dict[str, object]:
     """How fast 10 destinations get their backlog: alone, twice beside one that never answers, and alone again.
 
-    All is due at one instant, from which on it is timed, for 10 s at most: so long is the time-out. Each time the
-    dispatchers are new, and so is the destination that hangs: none has a breaker yet.
+    All events are due at one instant. The time runs from that instant for at most 10 s, the timeout. Each run has new
+    dispatchers and a new destination that hangs, which has no breaker yet.
     """
     with receiver() as target:
         phases = (0, _HANGING, _HANGING, 0)
@@ -129,7 +130,7 @@ def _beside_a_hang(database_url: str, dispatchers: int) -> dict[str, object]:
 
 
 def _phase(database_url: str, target: Receiver, dispatchers: int, number: int, hanging: int) -> tuple[float, int]:
-    """The rate at which the others were served, and how many attempts hung."""
+    """The rate at which the other destinations got events, and how many attempts hung."""
     silent = target.name(OTHERS + 1 + number)
     with (
         dispatching(database_url, dispatchers, [], _SETTINGS),
@@ -142,7 +143,7 @@ def _phase(database_url: str, target: Receiver, dispatchers: int, number: int, h
         due_s = asyncio.run(submit(database_url, made))
         wait_until(lambda: not _left(connection, due_s), f"delivering {_BACKLOG} events", _DRAIN_S, 0.5)
         time.sleep(max(0.0, at.timestamp() + _HANG_S - time.time()))
-    with psycopg.connect(database_url, autocommit=True) as connection:  # what nobody will ever deliver
+    with psycopg.connect(database_url, autocommit=True) as connection:  # events that will never be delivered
         connection.execute("delete from orchestrator.timer where event_id = any (%s::uuid[])", (list(stuck_s),))
     arrivals = target.arrivals()
     arrived = [moment for event_id, moment in arrivals if event_id in due_s]

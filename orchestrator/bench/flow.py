@@ -22,25 +22,25 @@ from orchestrator.tasks import end
 _MAINTAIN_EVERY_S = 60.0
 _PERIOD_S = 60.0
 _PERIODS = 5
-"""Fewest periods that a flow is told by."""
+"""Minimum number of periods in the report of a flow."""
 
 
 class Claim(NamedTuple):
-    """When a claim ended, in Unix seconds, and how long it took, as its dispatcher saw it."""
+    """When a claim ended, in Unix seconds, and how long its dispatcher waited for it."""
 
     at_s: float
     seconds: float
 
 
 class Fleet:
-    """Null dispatchers, and what they note."""
+    """Null dispatchers, and the claims that they note."""
 
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]], notes: Path) -> None:
         self.processes = processes
         self._notes = notes
 
     def claims(self) -> list[Claim]:
-        """All claims so far, those that found nothing too."""
+        """All claims so far, including those that found nothing."""
         lines = [line for file in self._notes.iterdir() for line in file.read_text().splitlines(keepends=True)]
         noted = (line.split() for line in lines if line.endswith("\n"))
         return [Claim(float(at_s), float(seconds)) for at_s, seconds in noted]
@@ -59,7 +59,7 @@ def null_fleet(database_url: str, count: int, *, floors: bool = True, fail_every
 async def maintaining(
     settings: Settings, flow: Coroutine[Any, Any, None], watch: Callable[[], Coroutine[Any, Any, None]]
 ) -> None:
-    """Runs maintenance each minute, as the product does, and `watch`, which does not end, while the flow lasts."""
+    """While the flow lasts, runs maintenance each minute, as the product does, and `watch`, which never ends."""
 
     async def maintain() -> None:
         async with Maintenance.open(settings) as maintenance:
@@ -77,12 +77,12 @@ async def maintaining(
 
 
 def period_s(seconds: float) -> float:
-    """A minute, or less where the whole takes less than five."""
+    """The length of a period: a minute, or less if the flow takes less than five."""
     return min(_PERIOD_S, seconds / _PERIODS)
 
 
 def by_period(claims: Sequence[Claim], began_s: float, seconds: float) -> list[dict[str, float | None]]:
-    """How many claims there were in each period, and their percentiles in milliseconds."""
+    """The number of claims in each period, and their percentiles in milliseconds."""
     length_s = period_s(seconds)
     taken: list[list[float]] = [[] for _ in range(round(seconds / length_s))]
     for claim in claims:

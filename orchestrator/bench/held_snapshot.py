@@ -1,4 +1,4 @@
-"""A flow of events while a transaction elsewhere holds a snapshot, so that vacuum can remove nothing that ends."""
+"""A flow of events while another transaction holds a snapshot, so that vacuum cannot remove finished timers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _DESTINATIONS = 50
 
 
 def run(database_url: str, minutes: float, per_s: float, dispatchers: int, *, floors: bool) -> dict[str, object]:
-    """So many events a second, due at once, claimed and finished by null dispatchers; claims by the minute.
+    """Null dispatchers claim and finish events that are due at once, at a given rate; reports claims by the minute.
 
-    The snapshot is taken before the first event and held to the end. Without `floors` dispatchers never raise them.
+    The snapshot is taken before the first event and held to the end. Without `floors`, dispatchers never raise floors.
     """
     seconds = 60 * minutes
     settings = Settings.from_env({"DATABASE_URL": database_url})
@@ -51,7 +51,7 @@ def run(database_url: str, minutes: float, per_s: float, dispatchers: int, *, fl
 
 @contextmanager
 def _snapshot(database_url: str) -> Iterator[None]:
-    """Held by a session that does nothing else."""
+    """A snapshot, held by a session that does nothing else."""
     with psycopg.connect(database_url) as holding:
         holding.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         holding.execute("select 1 from orchestrator.control")
@@ -82,7 +82,7 @@ async def _flow(settings: Settings, events: int, per_s: float, seconds: float) -
 
 
 def _dead_timers(database_url: str) -> int:
-    """As the statistics collector knows."""
+    """The number that the statistics collector knows."""
     with psycopg.connect(database_url) as connection:
         row = connection.execute(
             "select n_dead_tup from pg_stat_user_tables where relid = 'orchestrator.timer'::regclass"

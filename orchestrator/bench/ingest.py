@@ -1,4 +1,4 @@
-"""Submissions that are in Kafka already, taken into the database by real ingester processes."""
+"""Real ingester processes bring submissions that are already in Kafka into the database."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _BAD = (b'{"source":"bench",', b'{"source":"","scheduled_at":"tomorrow","destina
 
 
 def run(database_url: str, events: int, ingesters: int, bad_every: int, duplicate_every: int) -> dict[str, object]:
-    """Timed from when the first ingester has connected to the database, before it is given any partition.
+    """Timed from when the first ingester has connected to the database, before it has any partition.
 
-    Every `bad_every`-th record is no submission, every `duplicate_every`-th repeats the one before; 0 is none.
+    Every `bad_every`-th record is no valid submission, every `duplicate_every`-th repeats the one before; 0: none.
     """
     with broker(database_url) as environ, ExitStack() as running:
         settings = Settings.from_env(environ)
@@ -61,7 +61,7 @@ def run(database_url: str, events: int, ingesters: int, bad_every: int, duplicat
 def _records(
     numbers: range, at: datetime, bad_every: int, duplicate_every: int, made: Counter[str]
 ) -> Iterator[Record]:
-    """A record for each number, about 450 bytes long; counts in `made` what they are."""
+    """A record for each number, about 450 bytes long; counts each kind in `made`."""
     run, bad = new_run(), itertools.cycle(_BAD)
     last: Record | None = None
     for place, number in enumerate(numbers, start=1):

@@ -1,4 +1,4 @@
-"""Kafka in the benchmarks: a broker, records made fast, and the arrival of those that were delivered."""
+"""Kafka in the benchmarks: a broker, a fast way to make records, and the arrival times of deliveries."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Record = tuple[bytes, bytes]
 
 @contextmanager
 def broker(database_url: str) -> Iterator[dict[str, str]]:
-    """The settings of processes that use this database and a broker: the one in the environment, or a new one."""
-    name = f"bench-{new_run()}"  # topics and a group that nobody has used before
+    """Settings for processes that use this database and a broker: that of the environment, or a new one."""
+    name = f"bench-{new_run()}"  # topics and a group that are new
     ours = {"DATABASE_URL": database_url, "CUSTOMER_NAME": name, "DEPLOYMENT_NAME": name, "LOG_LEVEL": "WARNING"}
     environ = {**os.environ, **ours, "KAFKA_PARTITIONS": str(PARTITIONS)}
     logging.getLogger("aiokafka").setLevel("CRITICAL")  # topics so new that they have no leader yet
@@ -41,7 +41,7 @@ def broker(database_url: str) -> Iterator[dict[str, str]]:
 
 
 async def create_target(settings: Settings, topic: str) -> None:
-    """The topics of the product, and one to deliver to, whose records bear the time at which they arrived there."""
+    """The topics of the product, and a topic to deliver to, whose records carry the time of their arrival."""
     await create_topics(settings)
     admin = AIOKafkaAdminClient(**client_arguments(settings, "bench"))
     await admin.start()
@@ -53,7 +53,7 @@ async def create_target(settings: Settings, topic: str) -> None:
 
 
 async def fill(settings: Settings, topic: str, partitions: Mapping[int, Iterator[Record]]) -> None:
-    """Appends to each partition its records, in batches like those of a producer."""
+    """Appends records to each partition, in batches like those of a producer."""
     async with (
         AIOKafkaProducer(
             **client_arguments(settings, "bench"), acks=1, compression_type="lz4", max_batch_size=_BATCH_BYTES
@@ -76,7 +76,7 @@ async def _fill(producer: AIOKafkaProducer, topic: str, partition: int, records:
 
 
 async def arrivals(settings: Settings, topic: str) -> list[tuple[str, float]]:
-    """Event id and Unix time of every record there is in the topic, in the order of their arrival."""
+    """Event id and Unix time of every record in the topic, in the order of arrival."""
     found: list[tuple[str, float]] = []
     async with AIOKafkaConsumer(**client_arguments(settings, "bench"), auto_offset_reset="earliest") as consumer:
         partitions = [TopicPartition(topic, n) for n in range(PARTITIONS)]

@@ -15,8 +15,8 @@ from orchestrator.settings import Settings
 def run(database_url: str, events: int, dispatchers: int) -> dict[str, object]:
     """Drains a backlog that is due before the dispatchers start. Timed from the first arrival to the last finish.
 
-    With OUTBOX_TOPICS=timestamp a message for each is published meanwhile; `outbox_behind_s` is how much later the
-    last of them was.
+    With OUTBOX_TOPICS=timestamp, the outbox publishes a message for each event meanwhile; `outbox_behind_s` says how
+    much later the last message was.
     """
     topic = f"bench.{new_run()}"
     with broker(database_url) as environ:

@@ -1,4 +1,4 @@
-"""SQL alone: submit by COPY, claim, finish; and what is left of it."""
+"""SQL only: submit by COPY, claim, finish; and the sizes of the tables afterwards."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _START_S = 30.0
 def run(database_url: str, events: int, batch: int) -> dict[str, object]:
     """The whole life of `events` events with two clients, in rates, WAL bytes an event, and sizes at the end.
 
-    The lines of COPY are made beforehand, outside of the time, half a million at once. At last the day that all of it
-    is in is retired and dropped; ``retire_ms`` and ``drop_ms`` are what those steps of maintenance take.
+    The lines of COPY are made beforehand, outside the measured time, half a million at once. At the end the day of all
+    events is retired and dropped; ``retire_ms`` and ``drop_ms`` are the durations of those steps of maintenance.
     """
     started = datetime.now(UTC) - timedelta(minutes=10)
     made = submissions(
@@ -119,7 +119,7 @@ def _dropped(connection: psycopg.Connection, scheduled: datetime) -> dict[str, f
 def _until(
     connection: psycopg.Connection, step: LiteralString, at: datetime, done: LiteralString, name: str
 ) -> float | None:
-    """Repeats a step of maintenance as at that time until it has done what is wanted: how long that call took."""
+    """Repeats a step of maintenance, at that time, until it has done its work; returns how long that call took."""
     for _ in range(_MOST_DAYS):
         began_s = time.perf_counter()
         connection.execute(step, (at,))
@@ -149,7 +149,7 @@ async def _submit(settings: Settings, texts: list[bytes]) -> float:
 
 
 def claim_and_finish(settings: Settings, batch: int) -> float:
-    """With each client in a process of its own, as dispatchers are. Timed from when all are connected."""
+    """Each client is a process of its own, as dispatchers are. Timed from when all are connected."""
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(_CLIENTS + 1)
     with ProcessPoolExecutor(_CLIENTS, context, _keep_barrier, (start,)) as processes:
@@ -180,7 +180,7 @@ def _client(settings: Settings, batch: int) -> None:
                     for event in claimed
                 ]
                 if odd := await leases.finish(results):
-                    raise OrchestratorError(f"bench: a result was not taken: {odd[0]}")
+                    raise OrchestratorError(f"bench: a result was refused: {odd[0]}")
 
     asyncio.run(work())
 

@@ -1,4 +1,4 @@
-"""Limits of a destination, kept by a whole fleet of dispatchers: its rate, and its bound on what is under way."""
+"""Limits of a destination under several dispatchers: its rate limit and its max_parallel."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _TIMEOUT_S = 3
 
 
 def rate(database_url: str, events: int, fleets: Sequence[int], per_s: float, burst: int) -> dict[str, object]:
-    """Drains `events` due at one instant at a destination with a rate, with fleets of so many dispatchers in turn.
+    """Drains `events` due at one instant at a destination with a rate limit, with one fleet size after another.
 
-    Beside it another destination without limits has 10 events a second.
+    Another destination without limits has 10 events a second meanwhile.
     """
     allowed = per_s * WINDOW_S * _TOLERANCE + burst
     asked = {"rate_per_s": per_s, "burst": burst, "allowed_in_10_s": round(allowed), "share_asked": 0.95}
@@ -53,7 +53,7 @@ def _rate(database_url: str, events: int, dispatchers: int, per_s: float, burst:
         drained(database_url, target, events + trickle, expected_s=seconds)
         arrivals = target.arrivals()
     times = [arrived for event_id, arrived in arrivals if event_id in due_s]
-    # The burst is beyond the rate, and so is left out of the share.
+    # The burst comes on top of the rate, and is therefore left out of the share.
     share = (len(times) - burst) / (per_s * (times[-1] - times[0]))
     judgement = judged(due_s | free_due_s, arrivals)
     return {
@@ -65,7 +65,7 @@ def _rate(database_url: str, events: int, dispatchers: int, per_s: float, burst:
 
 
 def most_within(times: Sequence[float], window_s: float) -> int:
-    """The most of the times, which are in order, that lie in any window of that length."""
+    """The largest number of the times, which are in order, in any window of that length."""
     most = first = 0
     for last, at in enumerate(times):
         while at - times[first] >= window_s:
@@ -106,7 +106,7 @@ def parallel(database_url: str, events: int, dispatchers: int) -> dict[str, obje
 
 
 def _kill_one(database_url: str, processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, float]:
-    """Kills the first that has attempts under way: how many, and when."""
+    """Kills the first dispatcher that has attempts under way; returns how many it had, and when."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         for process in itertools.islice(itertools.cycle(processes), 1000):
             process.send_signal(signal.SIGSTOP)
@@ -128,7 +128,7 @@ def under_way(requests: Iterable[Request]) -> Iterator[tuple[float, int]]:
     """Each time at which a request began or ended at the receiver, and how many were under way from then on."""
     begun = ((each.arrived, 1) for each in requests)
     ended = ((each.ended, -1) for each in requests)
-    changes = sorted(itertools.chain(begun, ended))  # at the same instant an end goes first
+    changes = sorted(itertools.chain(begun, ended))  # at the same instant, an end counts before a begin
     counts = itertools.accumulate(change for _, change in changes)
     return zip((at for at, _ in changes), counts, strict=True)
 
@@ -144,7 +144,7 @@ def mean_under_way(requests: Iterable[Request], start: float, end: float) -> flo
 
 
 def _full_again_s(requests: Sequence[Request], since_s: float) -> float | None:
-    """None: the bound was never reached again."""
+    """None if the bound was never reached again."""
     full = (at - since_s for at, count in under_way(requests) if at > since_s and count >= MAX_PARALLEL)
     return next((round(after_s, 3) for after_s in full), None)
 

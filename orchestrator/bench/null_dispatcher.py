@@ -1,4 +1,4 @@
-"""A dispatcher whose deliveries do nothing: what the database and the dispatcher alone can do.
+"""A dispatcher whose deliveries do nothing: it measures the database and the dispatcher alone.
 
 ``python -m orchestrator.bench.null_dispatcher``, configured by the environment as ``orchestrator dispatch`` is.
 """
@@ -28,7 +28,7 @@ _FAILED = Attempted(RETRY, 503)
 
 
 class NullSender:
-    """With `fail_every` so many attempts, one fails."""
+    """Every `fail_every`-th attempt fails."""
 
     def __init__(self, fail_every: int = 0) -> None:
         self._fail_every = fail_every
@@ -40,14 +40,14 @@ class NullSender:
 
 
 class WithoutFloors(Dispatcher):
-    """One that never raises floors, to show what they are good for."""
+    """A dispatcher that never raises floors, to show their use."""
 
     async def _raise_floors(self, _leases: Leases) -> None:
         await asyncio.Event().wait()
 
 
 def _note_claims(metrics: Metrics, notes: TextIO) -> None:
-    """Has each claim's end, in Unix seconds, and duration in seconds written to a line."""
+    """Writes a line for each claim: its end in Unix seconds and its duration in seconds."""
     observe = metrics.claim_seconds.observe
 
     def note(seconds: float) -> None:
@@ -67,7 +67,7 @@ async def _main(arguments: argparse.Namespace) -> None:
     if arguments.claims is None:
         await dispatcher(settings, metrics, NullSender(arguments.fail_every)).run(stop)
         return
-    # Each process a file of its own, each line at once.
+    # Each process has its own file, and writes each line at once.
     with (arguments.claims / str(os.getpid())).open("w", buffering=1) as notes:
         _note_claims(metrics, notes)
         await dispatcher(settings, metrics, NullSender(arguments.fail_every)).run(stop)
@@ -75,7 +75,7 @@ async def _main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Claims and finishes events without delivering them.")
-    parser.add_argument("--fail-every", type=int, default=0, help="of so many attempts, one fails; 0: none")
+    parser.add_argument("--fail-every", type=int, default=0, help="one attempt in N fails; 0: none")
     parser.add_argument("--claims", type=Path, help="directory for a file with the duration of each claim")
     parser.add_argument("--no-floors", action="store_true", help="never call raise_floors()")
     uvloop.run(_main(parser.parse_args()))

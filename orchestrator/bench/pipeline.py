@@ -27,7 +27,7 @@ _DRAIN_S = 300.0
 def run(database_url: str, events: int, ingesters: int, dispatchers: int) -> dict[str, object]:
     """Posts batches as fast as the API takes them; each event is due when it is posted.
 
-    Timed from the first request to the last finish; lateness is that of the arrival in the topic.
+    Timed from the first request to the last finish; lateness is measured at the arrival in the topic.
     """
     topic, port = f"bench.{new_run()}", free_port()
     requests = max(1, events // _BATCH)
@@ -42,7 +42,7 @@ def run(database_url: str, events: int, ingesters: int, dispatchers: int) -> dic
         wait_until(lambda: is_ready(port), "starting the API", 30.0)
         wait_until(
             lambda: sum(_assigned(each, settings.topic_submission) for each in ports) == PARTITIONS,
-            "sharing the partitions out",
+            "dividing the partitions",
             60.0,
         )
         began_s = time.time()

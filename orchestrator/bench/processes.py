@@ -24,7 +24,7 @@ from orchestrator.errors import OrchestratorError
 
 _RECORD = struct.Struct("=36sqq")
 _STOP_S = 30.0
-_FLUSH_S = 0.2  # after which the receiver has written what it has noted
+_FLUSH_S = 0.2  # then the receiver has written all its notes
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def another_database(database_url: str, name: str) -> Iterator[str]:
 
 @contextmanager
 def product(arguments: list[str], environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of the product, stopped as an operator would; what it logs goes to standard error."""
+    """A process of the product, stopped as an operator would stop it; it logs to standard error."""
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments], env=dict(environ), stdin=subprocess.DEVNULL, stdout=sys.stderr
     )
@@ -73,7 +73,7 @@ def product(arguments: list[str], environ: Mapping[str, str]) -> Iterator[subpro
 
 
 def rss_mib(process: subprocess.Popen[bytes]) -> float:
-    """The most memory the process has had resident so far, in MiB."""
+    """The peak resident memory of the process so far, in MiB."""
     with suppress(OSError):
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -82,7 +82,7 @@ def rss_mib(process: subprocess.Popen[bytes]) -> float:
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, every_s: float = 0.02) -> None:
-    """Raises OrchestratorError, naming `what`, when the condition does not come true in time."""
+    """Raises OrchestratorError, which names `what`, if the condition does not become true in time."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline_s:
@@ -122,7 +122,7 @@ class Request(NamedTuple):
 class Receiver:
     """A webhook receiver in C that notes every delivery. It hears all of 127.0.0.0/8.
 
-    It answers at once; under /wait-MS/ so many milliseconds later; under /hang never.
+    It answers at once, under /wait-MS/ after MS milliseconds, and under /hang never.
     """
 
     def __init__(self, port: int, records: Path) -> None:

@@ -2,7 +2,7 @@
  *
  * usage: receiver FILE
  * Listens on a free port, for all of 127.0.0.0/8, and prints it. Answers every request with 204 once its body is
- * here; under /wait-MS/ so many milliseconds after its arrival; under /hang never. Appends to FILE one record of
+ * here; under /wait-MS/ MS milliseconds after its arrival; under /hang never. Appends to FILE one record of
  * 52 bytes for each: the webhook-id (36 characters), then the arrival of the request's first byte and the end of it,
  * by the answer or by the sender going away, in nanoseconds since 1970 (64 bits, this machine's byte order). Ends
  * with its standard input.

@@ -1,4 +1,4 @@
-"""Half an hour of everything: does any table or index grow, and do claims slow down?"""
+"""Half an hour of mixed work: does any table or index grow, and do claims slow down?"""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _COMPARED = 5
 
 
 def run(database_url: str, minutes: float, per_s: float, dispatchers: int) -> dict[str, object]:
-    """So many events a second: half are due within 2 s, half within ten minutes, one in 50 is cancelled before that.
+    """Events at a given rate: half are due within 2 s, half within ten minutes; one in 50 is cancelled before that.
 
-    Of 20 attempts one fails, and is made again after the default delays. The dispatchers are real but for their
-    deliveries, which do nothing: two cores cannot carry 2,000 requests a second, too. Sizes are taken each minute.
+    One attempt in 20 fails and is retried after the default delays. The dispatchers are real except for their
+    deliveries, which do nothing: two cores cannot serve 2,000 requests a second as well. Sizes are taken each minute.
 
-    What is judged begins when as many events end as are submitted: after ten minutes, or a third of a shorter run.
+    Judgement begins when as many events end as are submitted: after ten minutes, or a third of a shorter run.
     ``timer_bytes_per_live_byte`` is the most of any minute since; half of each page is kept free, so 2 is the least.
     """
     seconds = 60 * minutes
@@ -66,7 +66,7 @@ def run(database_url: str, minutes: float, per_s: float, dispatchers: int) -> di
         for claim, rate in zip(claims, delivered_by_period(database_url, began_s, seconds), strict=True)
     ]
     settled = math.ceil(later_s / period_s(seconds))
-    steady = sizes[settled + 1 : -1]  # the last is when all is over
+    steady = sizes[settled + 1 : -1]  # the last sample is at the end
     return {
         "events": round(per_s * seconds),
         "rate_per_s": per_s,
@@ -87,7 +87,7 @@ def run(database_url: str, minutes: float, per_s: float, dispatchers: int) -> di
 
 
 def drift(values: Sequence[float | None]) -> float | None:
-    """By what share the last few are above the first few."""
+    """The share by which the last few periods are above the first few."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -98,7 +98,7 @@ def drift(values: Sequence[float | None]) -> float | None:
 async def _flow(
     settings: Settings, events: int, per_s: float, seconds: float, later_s: float, look: Callable[[], None]
 ) -> int:
-    """Submits and cancels; how many were cancelled."""
+    """Submits and cancels; returns how many were cancelled."""
     run_name = new_run()
     cancelled = 0
     async with Database(settings, role="bench") as database:
@@ -134,7 +134,7 @@ def _is_cancelled(n: int) -> bool:
 
 
 def _due(now: datetime, first: int, later_s: float) -> Callable[[int], datetime]:
-    """When the events are due: those that will be cancelled not before that."""
+    """The due times of the events; events to be cancelled are due after their cancel."""
 
     def due(n: int) -> datetime:
         if _is_cancelled(first + n):
@@ -147,7 +147,7 @@ def _due(now: datetime, first: int, later_s: float) -> Callable[[int], datetime]
 
 
 def _sizes(database_url: str) -> dict[str, Any]:
-    """Of the timers: how many live, the bytes these take as rows and the table takes, dead rows; and what is large."""
+    """Of the timers: live rows, their bytes, the bytes of the table, dead rows; and the largest relations."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         row = connection.execute(_TIMERS).fetchone()
         indexes = connection.execute(_INDEXES, (_LARGE_BYTES,)).fetchall()
@@ -166,7 +166,7 @@ def _sizes(database_url: str) -> dict[str, Any]:
 
 
 def _counts(database_url: str) -> dict[str, int]:
-    """What became of the events and their attempts."""
+    """The outcomes of the events and their attempts."""
     with psycopg.connect(database_url) as connection:
         return dict(connection.execute("select result, count(*) from orchestrator.outcome group by 1").fetchall())
 

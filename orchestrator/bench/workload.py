@@ -1,4 +1,4 @@
-"""What the benchmarks submit and when, and how its deliveries are judged."""
+"""What the benchmarks submit, when, and how they judge the deliveries."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def submissions(
     run: str,
     delivery_type: str = "HTTP",
 ) -> Iterator[Submission]:
-    """`count` events of distinct ids; `destination` and `scheduled_at` are asked for each by its number."""
+    """`count` events with distinct ids; `destination` and `scheduled_at` map each number to a value."""
     for n in range(count):
         at, external_job_id = scheduled_at(n), f"{run}-{n}"
         identity = event_id("bench", external_job_id, at)
@@ -42,9 +42,9 @@ def submissions(
 
 
 async def paced(per_s: float, events: int, send: Callable[[int, int], Awaitable[object]]) -> None:
-    """Calls `send` with a first number and how many, on time whatever earlier calls do meanwhile.
+    """Calls `send` with a first number and a count, on time even if earlier calls are still running.
 
-    Returns when all have; the first error of one ends them all.
+    Returns when all calls have; the first error of a call ends all others.
     """
     share = max(1, round(per_s * _EVERY_S))
     began_s = time.monotonic()
@@ -59,7 +59,7 @@ async def paced(per_s: float, events: int, send: Callable[[int, int], Awaitable[
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of so many of the items in turn; the last may be shorter."""
+    """The items in lists of that size; the last list may be shorter."""
     left = iter(items)
     while chunk := list(itertools.islice(left, size)):
         yield chunk
@@ -71,9 +71,9 @@ def new_run() -> str:
 
 
 def judged(due: Mapping[str, float], arrivals: Iterable[tuple[str, float]]) -> dict[str, object]:
-    """Holds arrivals (event id, Unix time) against what was due (event id → Unix time).
+    """Compares arrivals (event id, Unix time) with due times (event id → Unix time).
 
-    Tells what was lost, duplicated and early, and the lateness. Arrivals of other events do not count.
+    Counts lost, duplicated and early events, and reports the lateness. Arrivals of other events do not count.
     """
     counts: Counter[str] = Counter()
     lateness_s: list[float] = []
@@ -103,5 +103,5 @@ def _percentile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def spread(start: datetime, seconds: float, count: int) -> Callable[[int], datetime]:
-    """Times spread evenly over so many seconds from `start`."""
+    """Times spread evenly over that many seconds from `start`."""
     return lambda n: start + timedelta(microseconds=int(n * seconds / count * 1_000_000))

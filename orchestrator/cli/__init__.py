@@ -1,4 +1,4 @@
-"""The command line. A command is loaded when it is called, so that help and mistakes are answered at once.
+"""The command line. A command is loaded only when it is called, so that help and usage errors are answered at once.
 
 Exit codes: 0 done, 1 failed or refused, 2 wrong usage or settings.
 """
@@ -17,28 +17,34 @@ from orchestrator.errors import DatabaseUnavailable, OrchestratorError, Settings
 
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Serve": {
-        "run": ("orchestrator.cli.serve:run", "Serve the API, dispatch, and maintain the database, in one process."),
-        "api": ("orchestrator.cli.serve:api", "Serve the HTTP API alone."),
-        "ingest": ("orchestrator.cli.serve:ingest", "Read submissions and commands from Kafka, and nothing else."),
-        "dispatch": ("orchestrator.cli.serve:dispatch", "Deliver due events, and nothing else."),
+        "run": (
+            "orchestrator.cli.serve:run",
+            "Run all in one process: API, ingestion from Kafka, delivery, maintenance.",
+        ),
+        "api": ("orchestrator.cli.serve:api", "Serve the HTTP API only."),
+        "ingest": ("orchestrator.cli.serve:ingest", "Read submissions and commands from Kafka only."),
+        "dispatch": ("orchestrator.cli.serve:dispatch", "Deliver due events only."),
     },
     "Events": {
         "submit": ("orchestrator.cli.submit:submit", "Submit one event, or a file of them."),
         "get": ("orchestrator.cli.events:get", "Show an event and what happened to it."),
         "cancel": (
             "orchestrator.cli.events:cancel",
-            "Cancel an event that has not been claimed yet, or all that a filter names.",
+            "Cancel an event that is not in flight, or all events that match a filter.",
         ),
-        "reschedule": ("orchestrator.cli.events:reschedule", "Have an event delivered at another time."),
+        "reschedule": ("orchestrator.cli.events:reschedule", "Deliver an event at another time."),
         "stats": (
             "orchestrator.cli.stats:stats",
-            "Show how many events are in which state, or what happened when, whence and whither.",
+            "Show events by state, or counts by time, source and destination.",
         ),
         "forecast": (
             "orchestrator.cli.forecast:forecast",
-            "Draw what will be due when, against what is taken.",
+            "Plot upcoming events against each destination's rate limit.",
         ),
-        "rejects": ("orchestrator.cli.rejects:rejects", "List, show and resubmit what could not become events."),
+        "rejects": (
+            "orchestrator.cli.rejects:rejects",
+            "List, show and resubmit records from Kafka that did not become events.",
+        ),
         "dead-letters": (
             "orchestrator.cli.dead_letters:dead_letters",
             "List, show, redrive and purge events that ran out of attempts.",
@@ -47,29 +53,29 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Limit": {
         "destinations": (
             "orchestrator.cli.destinations:destinations",
-            "Limit, pause and inspect the hosts and topics that events go to.",
+            "Limit, pause and inspect destinations: the hosts and topics that events go to.",
         ),
-        "pause": ("orchestrator.cli.destinations:pause", "Have no attempt begin at all until resume."),
+        "pause": ("orchestrator.cli.destinations:pause", "Pause all deliveries until resume."),
         "resume": (
             "orchestrator.cli.destinations:resume",
-            "End the pause of everything; destinations that were paused by themselves stay so.",
+            "Resume deliveries after pause; destinations paused by name stay paused.",
         ),
     },
     "Operate": {
-        "migrate": ("orchestrator.cli.schema:migrate", "Bring the database up to this program's schema."),
-        "maintain": ("orchestrator.cli.schema:maintain", "Maintain the database, and nothing else."),
-        "topics": ("orchestrator.cli.topics:topics", "Make and list the topics of Kafka."),
+        "migrate": ("orchestrator.cli.schema:migrate", "Create the schema of the database, or upgrade it."),
+        "maintain": ("orchestrator.cli.schema:maintain", "Maintain the database only."),
+        "topics": ("orchestrator.cli.topics:topics", "Create and list the Kafka topics of this deployment."),
         "config": ("orchestrator.cli.config:config", "Check and document the settings."),
         "keys": ("orchestrator.cli.keys:keys", "Manage the keys of the HTTP API."),
-        "doctor": ("orchestrator.cli.doctor:doctor", "Find what is wrong with this installation, and how to mend it."),
+        "doctor": ("orchestrator.cli.doctor:doctor", "Find what is wrong with this installation, and how to fix it."),
     },
     "Try": {
-        "dev": ("orchestrator.cli.dev:dev", "Run everything on this machine, a database included."),
-        "demo": ("orchestrator.cli.demo:demo", "Send events through all of it and count what arrives."),
-        "bench": ("orchestrator.bench.cli:bench", "Measure SCENARIO on this machine, everything included."),
+        "dev": ("orchestrator.cli.dev:dev", "Run everything on this machine, including a database."),
+        "demo": ("orchestrator.cli.demo:demo", "Send events through the whole system and count what arrives."),
+        "bench": ("orchestrator.bench.cli:bench", "Measure SCENARIO on this machine, with all the servers it needs."),
     },
 }
-"""Section of the help → name → where the command is, and the first line of its help."""
+"""Section of the help → name → where the code of the command is, and the first line of its help."""
 
 _MAX_CHARS = 1000  # of a complaint about the arguments
 
@@ -113,7 +119,7 @@ class _Commands(click.Group):
 
 @contextmanager
 def _told(ctx: click.Context) -> Iterator[None]:
-    """Tells errors on standard error, each on a line, and ends with the code that fits."""
+    """Prints each error on a line of standard error, and ends with the exit code that fits."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
@@ -121,7 +127,7 @@ def _told(ctx: click.Context) -> Iterator[None]:
     except click.UsageError as error:
         command = (error.ctx or ctx).command_path
         said = " ".join(error.format_message().split()).rstrip(".")
-        if len(said) > _MAX_CHARS:  # it quotes what was given
+        if len(said) > _MAX_CHARS:  # it quotes the arguments
             said = f"{said[: _MAX_CHARS // 2]}…{said[-_MAX_CHARS // 2 :]}"
         click.echo(f"Error: {said}; see {command} --help", err=True)
         ctx.exit(2)
@@ -132,7 +138,7 @@ def _told(ctx: click.Context) -> Iterator[None]:
     except DatabaseUnavailable as error:
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)  # libpq's text has several lines
         ctx.exit(1)
-    except UnicodeEncodeError as error:  # of an argument, whose bytes are no UTF-8
+    except UnicodeEncodeError as error:  # of an argument whose bytes are not UTF-8
         click.echo(f"Error: expected text in UTF-8, got {error.object[:80]!a}", err=True)
         ctx.exit(2)
     except OrchestratorError as error:
@@ -148,4 +154,6 @@ def _told(ctx: click.Context) -> Iterator[None]:
 @click.version_option(package_name="scheduled-event-orchestrator", message="%(version)s")
 def main() -> None:
     """Keep events in PostgreSQL until they are due, and deliver each one on time, as a signed webhook or to Kafka."""
-    logging.getLogger("aiokafka").setLevel("CRITICAL")  # what it logs before logging is configured is raised, too
+    logging.getLogger("aiokafka").setLevel(
+        "CRITICAL"
+    )  # errors that it logs before logging is configured are raised too

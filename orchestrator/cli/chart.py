@@ -1,4 +1,4 @@
-"""A bar chart of text: what falls into each stretch of time, against a line."""
+"""A bar chart of text: a value for each span of time, against a line."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def bars(values: Sequence[float], line: float | None, height: int) -> list[Text]
 
 
 def _cell(value: float, floor: float, size: float) -> str:
-    """What of a bar falls into a row; in the lowest, what is there is seen."""
+    """The part of a bar in a row; in the lowest row, every value above zero is visible."""
     eighths = round(8 * min(1.0, max(0.0, (value - floor) / size)))
     return _EIGHTHS[max(eighths, int(floor == 0 and value > 0))]
 
 
 def axis(first: datetime, each: timedelta, count: int) -> Text:
-    """The times below the bars, as many as have room."""
+    """The times below the bars, as many as fit."""
     from rich.text import Text
 
     form = "%H:%M" if each * count <= timedelta(hours=36) else "%d. %H:%M"

@@ -1,4 +1,4 @@
-"""``config``: the settings in force, and all there are."""
+"""``config``: the settings in force, and a table of all settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def config() -> None:
 @config.command()
 @json_option
 def check(as_json: bool) -> None:
-    """Print the settings in force, secrets masked; exit with 2 when one is wrong.
+    """Print the settings in force, with secrets masked; exit with 2 if one is wrong.
 
-    Below the table stands what every connection to the database is opened with, and what is odd though no error:
-    likely typos, and variables without effect.
+    Below the table, prints the parameters of every connection to the database, and doubtful settings that are no
+    error: likely typos, and variables without effect.
     """
     given = environ()
     rows = settings_table(given)
@@ -59,7 +59,7 @@ def _overruled(setting: tuple[str, str]) -> str:
 @config.command()
 @json_option
 def table(as_json: bool) -> None:
-    """Print every setting there is, as the Markdown table of docs/reference."""
+    """Print all settings as the Markdown table of docs/reference."""
     if not as_json:
         click.echo(render_markdown_table())
         return

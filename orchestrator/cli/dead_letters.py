@@ -1,4 +1,4 @@
-"""``dead-letters``: events that ran out of attempts, or failed for good."""
+"""``dead-letters``: events that ran out of attempts, or that a receiver refused for good."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ _MAX_RATE = 100_000
 
 
 def _filtered(command: F) -> F:
-    command = click.option("--reason", metavar="TEXT", help="Those whose reason holds TEXT, in any case.")(command)
+    command = click.option(
+        "--reason", metavar="TEXT", help="Dead letters whose reason contains TEXT, in upper or lower case."
+    )(command)
     return narrowing("Dead letters", "Died")(command)
 
 
@@ -40,16 +42,16 @@ def _filtered(command: F) -> F:
 def dead_letters() -> None:
     """List, show, redrive and purge events that ran out of attempts.
 
-    Those that their receivers refused for good are among them.
+    Events that a receiver refused for good are dead letters too.
     """
 
 
 @dead_letters.command("list")
 @_filtered
-@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="Most to list.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="Maximum number to list.")
 @json_option
 def list_dead_letters(limit: int, as_json: bool, **filters: Any) -> None:
-    """List dead letters, those that died last first."""
+    """List dead letters, the latest first."""
     which = filter_of(**filters)
     # One more than asked for tells whether there are more.
     found = with_filter(lambda database, _: database.dead_letters(which, limit=limit + 1))
@@ -57,7 +59,7 @@ def list_dead_letters(limit: int, as_json: bool, **filters: Any) -> None:
         print_json(b"[" + b",".join(found[:limit]) + b"]")
         return
     if not found:
-        console().print("There are no dead letters." if which == filter_of() else "There are none such.")
+        console().print("There are no dead letters." if which == filter_of() else "No dead letter matches the filter.")
         return
     from rich.table import Table
     from rich.text import Text
@@ -100,9 +102,9 @@ def show(event_id: object, as_json: bool) -> None:
 @dead_letters.command()
 @click.argument("event_id", metavar="[ID]", type=click.UUID, required=False)
 @_filtered
-@click.option("--rate", type=float, metavar="N", help="How many attempts begin a second. [default: all at once]")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="N of them at most. [default: all]")
-@sweeping("them")
+@click.option("--rate", type=float, metavar="N", help="Make N events due per second. [default: all at once]")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Redrive at most N events. [default: all]")
+@sweeping
 @json_option
 def redrive(
     event_id: object | None,
@@ -113,9 +115,9 @@ def redrive(
     as_json: bool,
     **filters: Any,
 ) -> None:
-    """Have dead events tried again: one, those that a filter names, or all.
+    """Redrive dead events: one, those that match a filter, or all.
 
-    Each has as many attempts as it had at first, by the same limits as any other, and keeps its history.
+    Each event gets as many attempts as it had at first and keeps its history. The limits of its destination hold.
 
     \b
     orchestrator dead-letters redrive --destination hooks.example.com --from -1h --rate 50
@@ -130,7 +132,7 @@ def redrive(
         raise click.UsageError(f"--rate: expected more than 0 and at most {_MAX_RATE:,} a second, got {rate}")
     sweep(
         lambda sweeps, **bounds: sweeps.redrive(which, rate=rate, **bounds),
-        "Have {} dead events tried again?",
+        "Redrive {} dead events?",
         "redriven",
         dry_run=dry_run,
         yes=yes,
@@ -158,12 +160,12 @@ def _redrive_one(event_id: str, as_json: bool) -> None:
 
 @dead_letters.command()
 @_filtered
-@sweeping("them")
+@sweeping
 @json_option
 def purge(dry_run: bool, yes: bool, as_json: bool, **filters: Any) -> None:
-    """Forget the dead letters that a filter names.
+    """Purge the dead letters that match a filter.
 
-    They can be neither listed nor redriven any more. The events stay, and stay dead, until retention drops them.
+    A purged dead letter can no longer be listed or redriven. Its event stays dead until retention drops it.
     """
     which: Filter = filter_of(**filters)
     if which == filter_of():
@@ -172,7 +174,7 @@ def purge(dry_run: bool, yes: bool, as_json: bool, **filters: Any) -> None:
         )
     sweep(
         lambda sweeps, **bounds: sweeps.purge(which, **bounds),
-        "Forget {} dead letters?",
+        "Purge {} dead letters?",
         "purged",
         dry_run=dry_run,
         yes=yes,

@@ -1,4 +1,4 @@
-"""``demo``: events through all of the product, counted at the far end."""
+"""``demo``: events go through the whole system, and the receiver counts them."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ _INTERRUPTED = 130
 
 
 @click.command()
-@click.option("--events", type=click.IntRange(1, 1_000_000), default=10_000, show_default=True, help="How many.")
+@click.option(
+    "--events", type=click.IntRange(1, 1_000_000), default=10_000, show_default=True, help="Number of events."
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(0.1, 600),
     default=10.0,
     show_default=True,
-    help="How long the half that is not due at one instant is spread over.",
+    help="Time over which the half that is not due at one instant is spread.",
 )
 @click.option("--dispatchers", type=click.IntRange(1, 16), default=2, show_default=True, help="Dispatcher processes.")
 @click.option(
     "--database-url",
-    help="A database of its own to use, where the events stay; otherwise an embedded server that is removed again.",
+    help="Database to use; the events stay in it. [default: an embedded server, which is removed afterwards]",
 )
 @json_option
 def demo(events: int, seconds: float, dispatchers: int, database_url: str | None, as_json: bool) -> None:
-    """Send events through all of it and count what arrives.
+    """Send events through the whole system and count what arrives.
 
-    It starts PostgreSQL, a Kafka broker, two APIs, an ingester, dispatchers and a receiver of webhooks, each a
-    process of its own, submits events over REST, half of them through Kafka and half of them due at the same
-    instant, and compares what arrived with what was submitted.
-    Exits with 1 when anything was lost, repeated or early. Lateness runs from scheduled_at to the arrival at
-    the receiver; events a second is how fast the half that was due at once was delivered.
+    Starts PostgreSQL, a Kafka broker, two APIs, an ingester, dispatchers and a receiver of webhooks, each in a process
+    of its own. Submits events over REST, half of them through Kafka and half of them due at the same instant, and
+    compares the deliveries with the submissions.
+    Exits with 1 if an event was lost, repeated or early. Lateness is the time from scheduled_at to the arrival at the
+    receiver; events/s is the rate at which the half due at one instant was delivered.
     """
     from orchestrator.dev.demo import Plan, demonstrate
 
@@ -50,7 +52,7 @@ def demo(events: int, seconds: float, dispatchers: int, database_url: str | None
         with _progress(events) as show:
             result = demonstrate(Plan(events, seconds, dispatchers, database_url), environ(), show)
     except (asyncio.CancelledError, KeyboardInterrupt):
-        click.echo("Interrupted; everything it had started is stopped.", err=True)
+        click.echo("Interrupted; all processes that it started are stopped.", err=True)
         click.get_current_context().exit(_INTERRUPTED)
     if as_json:
         print_json(dataclasses.asdict(result))
@@ -61,7 +63,7 @@ def demo(events: int, seconds: float, dispatchers: int, database_url: str | None
 
 @contextmanager
 def _progress(events: int) -> Iterator[Callable[[Progress], None]]:
-    """Shows how far it is, on standard error; on a pipe each stage once."""
+    """Shows the progress on standard error; on a pipe, each stage once."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bars
 
@@ -117,5 +119,5 @@ def _print(result: Result) -> None:
     out.print(
         "[green]Every event arrived once, and none early.[/]"
         if result.flawless
-        else "[bold red]Not as it should be.[/]"
+        else "[bold red]Events were lost, repeated or early.[/]"
     )

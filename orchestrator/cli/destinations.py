@@ -1,4 +1,4 @@
-"""``destinations``, ``pause`` and ``resume``: what each destination may take, and stopping it."""
+"""``destinations``, ``pause`` and ``resume``: the limits of destinations, and pauses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SETTINGS = {option: name for name, option in _OPTIONS.items()}
 
 
 def with_destinations(work: Callable[[Destinations], Awaitable[T]]) -> T:
-    """Runs `work` on the database of the settings; a refused value is named as its option is."""
+    """Runs `work` on the configured database. An error about a value names its option."""
     from orchestrator.database.destinations import Destinations
 
     try:
@@ -52,34 +52,34 @@ def with_destinations(work: Callable[[Destinations], Awaitable[T]]) -> T:
 def _secret_headers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
     for value in values:
         if ":" not in value:
-            raise click.BadParameter("expected 'Header: name of a secret'")  # what stands there may be the secret
+            raise click.BadParameter("expected 'Header: name of a secret'")  # the text may be the secret itself
     parts = (value.partition(":") for value in values)
     return {header.strip(): secret.strip() for header, _, secret in parts} or None
 
 
 async def _missing(destinations: Destinations, name: str) -> OrchestratorError:
-    """The error that there is no such destination, and which one's limits hold for it, if any do."""
+    """The error that there is no such destination; it names the pattern whose limits hold for the name, if any."""
     governing = await destinations.governing(name)
     if governing is not None and governing != name:
-        return OrchestratorError(f"there is no destination {name!r} of its own; {governing} holds for it")
-    return OrchestratorError(f"there is no destination {name!r}; orchestrator destinations list names those there are")
+        return OrchestratorError(f"there is no destination {name!r}; the limits of {governing} hold for it")
+    return OrchestratorError(f"there is no destination {name!r}; orchestrator destinations list shows all")
 
 
 @click.group()
 def destinations() -> None:
-    """Limit, pause and inspect the hosts and topics that events go to.
+    """Limit, pause and inspect destinations: the hosts and topics that events go to.
 
-    NAME is a host such as hooks.example.com or localhost:8443, or kafka: and a topic. With * for any characters all
-    names that match are one destination, with one budget; a name that is configured itself goes before them.
+    NAME is a host such as hooks.example.com or localhost:8443, or kafka: and a topic. A NAME with * for any characters
+    is a pattern: all names that match it are one destination and share its limits. An exact name goes before patterns.
     """
 
 
 @destinations.command("list")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="Most to list.")
-@click.option("--after", metavar="NAME", help="Those after this name, for the next page.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="Maximum number to list.")
+@click.option("--after", metavar="NAME", help="List names after this one, for the next page.")
 @json_option
 def list_destinations(limit: int, after: str | None, as_json: bool) -> None:
-    """List destinations that are configured, or watched since an attempt failed."""
+    """List destinations that are configured, or that have a breaker because an attempt failed."""
     # One more than asked for tells whether there are more.
     found = with_destinations(lambda destinations: destinations.page(limit=limit + 1, after=after))
     shown = found[:limit]
@@ -106,7 +106,7 @@ def list_destinations(limit: int, after: str | None, as_json: bool) -> None:
             _parallel(each),
             f"{each['in_flight']:,}",
             f"{each['due']:,}",
-            "" if each["configured"] else "watched: attempts failed",
+            "" if each["configured"] else "not configured: attempts failed",
         )
     out.print(table)
     if len(found) > limit:
@@ -130,7 +130,7 @@ def _parallel(each: dict[str, Any]) -> str:
 @click.argument("name")
 @json_option
 def show(name: str, as_json: bool) -> None:
-    """Show a destination: its settings, and what it does at present."""
+    """Show a destination: its settings and its present state."""
 
     async def work(destinations: Destinations) -> bytes:
         found = await destinations.get(name)
@@ -155,23 +155,25 @@ def _show(found: dict[str, Any]) -> None:
     if found["opened_at"]:
         breaker += f" since {moment(found['opened_at'], now=now)}"
     if found["next_try_at"]:
-        breaker += f", next try {moment(found['next_try_at'], now=now)}"
+        breaker += f", next trial {moment(found['next_try_at'], now=now)}"
     if found["failures"]:
         breaker += f", {found['failures']:,} failure{'' if found['failures'] == 1 else 's'} in a row"
     headers = found["secret_headers"] or {}
     rows = {
         "state": _spoken(found["state"]),
-        "kept": "" if found["configured"] else "for its breaker, since attempts failed; forgotten when it is well",
+        "kept": ""
+        if found["configured"]
+        else "for its breaker, because attempts failed; forgotten when it has recovered",
         "rate": "no limit" if rate is None else f"{rate:g} a second, in bursts of up to {found['burst']:,}",
-        "parallel": _parallel(found) or "no bound of its own",
-        "timeout": _seconds(found["timeout_seconds"]) or "the dispatchers'",
+        "parallel": _parallel(found) or "no bound",
+        "timeout": _seconds(found["timeout_seconds"]) or "that of the dispatchers",
         "retry policy": found["retry_policy"] or "default",
         "spread": _seconds(found["spread_seconds"]) or "none",
-        "signing secret": found["signing_secret"] or "the dispatchers'",
+        "signing secret": found["signing_secret"] or "that of the dispatchers",
         "secret headers": ", ".join(f"{header}: {secret}" for header, secret in headers.items()) or "none",
         "breaker": breaker,
-        "it opens after": _opens_after(found),
-        "and stays open": f"{_seconds(found['breaker_cooldown_seconds'])}, doubling up to "
+        "breaker opens after": _opens_after(found),
+        "breaker stays open": f"{_seconds(found['breaker_cooldown_seconds'])}, doubling up to "
         f"{_seconds(found['breaker_max_cooldown_seconds'])}",
         "paused": f"since {moment(found['paused_at'], now=now)}" if found["paused_at"] else "",
         "in flight": f"{found['in_flight']:,}",
@@ -203,36 +205,49 @@ def _opens_after(found: dict[str, Any]) -> str:
             f"{found['breaker_ratio']:.0%} of at least {found['breaker_minimum']:,} attempts in "
             f"{_seconds(found['breaker_window_seconds'])} failed"
         )
-    return ", or ".join(ways) or "nothing: it never does"
+    return ", or ".join(ways) or "no failure"
 
 
 @destinations.command("set")
 @click.argument("name")
-@click.option("--rate", type=float, metavar="N", help="Attempts a second, by all dispatchers together.")
-@click.option("--burst", type=int, metavar="N", help="Attempts that may start at once after a pause, with --rate.")
-@click.option("--max-parallel", type=int, metavar="N", help="Attempts under way at once, by all dispatchers together.")
-@click.option("--adaptive/--fixed", default=None, help="Lower that bound by 429, 503 and time-outs, then raise it.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="Longest that an attempt may take.")
-@click.option("--retry-policy", metavar="NAME", help="A row of orchestrator.retry_policy, for events that name none.")
-@click.option("--signing-secret", metavar="NAME", help="A file of SECRETS_DIRECTORY; it signs what goes there.")
+@click.option("--rate", type=float, metavar="N", help="Rate limit: attempts per second, of all dispatchers together.")
+@click.option("--burst", type=int, metavar="N", help="With --rate: attempts that may start at once.")
+@click.option(
+    "--max-parallel",
+    type=int,
+    metavar="N",
+    help="Maximum number of attempts under way at once, of all dispatchers together.",
+)
+@click.option("--adaptive/--fixed", default=None, help="Adapt --max-parallel to 429, 503 and timeouts, or not.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="Longest time for an attempt.")
+@click.option("--retry-policy", metavar="NAME", help="Row of orchestrator.retry_policy for events that name none.")
+@click.option("--signing-secret", metavar="NAME", help="File of SECRETS_DIRECTORY that signs deliveries.")
 @click.option(
     *("--secret-header", "secret_headers"),
     metavar="'HEADER: NAME'",
     multiple=True,
     callback=_secret_headers,
-    help="A header whose value is a file of SECRETS_DIRECTORY; repeatable, all at once.",
+    help="Header whose value is a file of SECRETS_DIRECTORY. Repeat for more; replaces all earlier ones.",
 )
-@click.option("--spread", type=float, metavar="SECONDS", help="Window over which its events are spread.")
-@click.option("--breaker-failures", type=int, metavar="N", help="Open its breaker after N failures in a row; 0: not.")
-@click.option("--breaker-ratio", type=float, metavar="R", help="Open it when this share of attempts failed; 0: not.")
-@click.option("--breaker-minimum", type=int, metavar="N", help="Attempts in the window before that counts.")
-@click.option("--breaker-window", type=float, metavar="SECONDS", help="The window.")
-@click.option("--breaker-cooldown", type=float, metavar="SECONDS", help="How long it stays open; doubles each time.")
-@click.option("--breaker-max-cooldown", type=float, metavar="SECONDS", help="Longest that it stays open.")
-@click.option("--clear", multiple=True, type=click.Choice(list(_SETTINGS)), help="Set back to the default; repeatable.")
+@click.option("--spread", type=float, metavar="SECONDS", help="Time over which its events are spread.")
+@click.option("--breaker-failures", type=int, metavar="N", help="Open the breaker after N failures in a row; 0: off.")
+@click.option(
+    "--breaker-ratio", type=float, metavar="R", help="Open the breaker if this share of attempts failed; 0: off."
+)
+@click.option(
+    "--breaker-minimum", type=int, metavar="N", help="Attempts in --breaker-window before --breaker-ratio counts."
+)
+@click.option("--breaker-window", type=float, metavar="SECONDS", help="Time window of --breaker-ratio.")
+@click.option(
+    "--breaker-cooldown", type=float, metavar="SECONDS", help="How long the breaker stays open; doubles each time."
+)
+@click.option("--breaker-max-cooldown", type=float, metavar="SECONDS", help="Longest time that the breaker stays open.")
+@click.option(
+    "--clear", multiple=True, type=click.Choice(list(_SETTINGS)), help="Set back to the default. Repeat for more."
+)
 @json_option
 def configure(name: str, rate: float | None, clear: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Set what is given of a destination's settings, and leave the rest.
+    """Set the given settings of a destination, and leave the others.
 
     \b
     orchestrator destinations set hooks.example.com --rate 50 --burst 10
@@ -240,7 +255,7 @@ def configure(name: str, rate: float | None, clear: tuple[str, ...], as_json: bo
     orchestrator destinations set kafka:reminders --spread 600
     orchestrator destinations set hooks.example.com --clear rate
 
-    It holds from the next claim on, for all dispatchers. A destination's first setting gives it a lane of its own.
+    The settings hold from the next claim on, for all dispatchers. A configured destination has a dedicated lane.
     """
     settings = {"rate_per_second": rate, **given}
     told = with_destinations(
@@ -277,14 +292,14 @@ def _act(name: str, done: Callable[[Destinations], Awaitable[bytes | None]], wha
         print_json(told)
         return
     answer = json.loads(told)
-    _tell(f"{answer['name']} {what}; {_waiting(answer)}: {answer['note'] or 'what is due goes at once'}.")
+    _tell(f"{answer['name']} {what}; {_waiting(answer)}: {answer['note'] or 'due events go at once'}.")
 
 
 @destinations.command()
 @click.argument("name")
 @json_option
 def delete(name: str, as_json: bool) -> None:
-    """Take a destination's settings away; its events are delivered all the same, without limits."""
+    """Delete a destination's settings; its events are still delivered, without limits."""
     _act(name, lambda destinations: destinations.delete(name), "is no longer configured", as_json)
 
 
@@ -292,9 +307,9 @@ def delete(name: str, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def pause_one(name: str, as_json: bool) -> None:
-    """Have no attempt begin to a destination until it is resumed, through restarts too.
+    """Pause a destination until it is resumed.
 
-    It need not be configured. Its events wait; attempts under way are left alone.
+    The pause outlasts restarts. The destination need not be configured. Its events wait; attempts under way continue.
     """
     _act(name, lambda destinations: destinations.pause(name), "is paused", as_json)
 
@@ -303,7 +318,7 @@ def pause_one(name: str, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def resume_one(name: str, as_json: bool) -> None:
-    """End the pause of a destination; what is due goes at once, under its limits."""
+    """Resume a destination; its due events go at once, within its limits."""
     _act(name, lambda destinations: destinations.resume(name), "is not paused", as_json)
 
 
@@ -311,16 +326,16 @@ def resume_one(name: str, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def close_breaker(name: str, as_json: bool) -> None:
-    """Close a destination's breaker without waiting for its next try."""
+    """Close a destination's breaker without waiting for its next trial."""
     _act(name, lambda destinations: destinations.close_breaker(name), "has its breaker closed", as_json)
 
 
 @click.command("pause")
 @json_option
 def pause(as_json: bool) -> None:
-    """Have no attempt begin at all until resume.
+    """Pause all deliveries until resume.
 
-    It lasts through restarts. Submissions are kept all the same, and attempts under way are left alone.
+    The pause outlasts restarts. Submissions are still accepted, and attempts under way continue.
     """
     told = with_destinations(lambda destinations: destinations.pause_all())
     if as_json:
@@ -333,7 +348,7 @@ def pause(as_json: bool) -> None:
 @click.command("resume")
 @json_option
 def resume(as_json: bool) -> None:
-    """End the pause of everything; destinations that were paused by themselves stay so."""
+    """Resume deliveries after pause; destinations paused by name stay paused."""
     told = with_destinations(lambda destinations: destinations.resume_all())
     if as_json:
         print_json(told)

@@ -1,4 +1,4 @@
-"""``dev``: everything on this machine, and a first delivery to look at."""
+"""``dev``: everything on this machine, and a first delivery to watch."""
 
 from __future__ import annotations
 
@@ -35,13 +35,12 @@ _BODY_CHARS = 200
 @click.command()
 @json_option
 def dev(as_json: bool) -> None:
-    """Run everything on this machine, a database included.
+    """Run everything on this machine, including a database.
 
-    Without DATABASE_URL or DB_HOST it starts an embedded PostgreSQL 18, whose data is kept between runs in
-    .orchestrator/ of a checkout, or in ~/.local/state/scheduled-event-orchestrator; without
-    KAFKA_BOOTSTRAP_SERVERS a Kafka-compatible broker that keeps nothing. A small receiver prints each webhook
-    it gets. With --json the addresses are printed as one document, and webhooks go to standard
-    error. Ctrl-C stops it all.
+    Without DATABASE_URL or DB_HOST it starts an embedded PostgreSQL 18. The data is kept between runs in .orchestrator/
+    of a checkout, or in ~/.local/state/scheduled-event-orchestrator. Without KAFKA_BOOTSTRAP_SERVERS it starts a
+    Kafka-compatible broker that keeps nothing. A small receiver prints each webhook it gets. With --json it prints the
+    addresses as one document, and webhooks on standard error. Ctrl-C stops everything.
     """
     from orchestrator import logs
     from orchestrator.dev.stack import prepared, take_the_rest
@@ -56,11 +55,11 @@ def dev(as_json: bool) -> None:
         if stack.kafka_in_memory:
             with suppress(KafkaUnavailable):  # of another `dev`, which has ended with it
                 asyncio.run(take_the_rest(stack.settings))
-    notes.print("Stopped." if stack.data_dir is None else "Stopped. The data is kept for the next time.")
+    notes.print("Stopped." if stack.data_dir is None else "Stopped. The data is kept for the next run.")
 
 
 async def _greet_and_receive(stack: Stack, as_json: bool, stop: asyncio.Event) -> None:
-    """Receives and prints webhooks; says where everything is as soon as the API listens."""
+    """Receives and prints webhooks; prints all addresses as soon as the API listens."""
     from orchestrator.dev.receiver import listen
     from orchestrator.dispatch.http.signing import Signer
 
@@ -128,7 +127,7 @@ def _greet(out: Console, stack: Stack, receiver: str) -> None:
         ("OpenAPI", addresses["openapi"]),
         ("health", addresses["health"]),
         ("metrics", addresses["metrics"]),
-        ("receiver", f"{receiver} prints below what it is sent"),
+        ("receiver", f"{receiver} prints each webhook below"),
         ("Kafka", kafka),
         ("data", addresses["data_dir"]),
     ):
@@ -140,10 +139,10 @@ def _greet(out: Console, stack: Stack, receiver: str) -> None:
     if stack.settings.kafka_servers is not None:
         idempotence = str(stack.settings.kafka_idempotence).lower()
         exports.append(f"export KAFKA_BOOTSTRAP_SERVERS={stack.settings.kafka_servers} KAFKA_IDEMPOTENCE={idempotence}")
-    # Lines to be pasted are never wrapped.
+    # Lines to be copied are never wrapped.
     for heading, line in (
         (
-            "Look at it from another terminal, with psql or the other commands:",
+            "Look at the data from another terminal, with psql or the other commands:",
             "\n".join((*exports, 'psql "$DATABASE_URL"', f"{_command()} stats")),
         ),
         ("Send an event that is due in five seconds:", first_curl(stack.api, receiver)),

@@ -1,4 +1,4 @@
-"""``doctor``: what is wrong with this installation, and how to mend it."""
+"""``doctor``: what is wrong with this installation, and how to fix it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗",
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Find what is wrong with this installation, and how to mend it.
+    """Find what is wrong with this installation, and how to fix it.
 
-    It looks at the settings, this machine, the database and the work in it, and changes nothing. Exits with 1
-    when there is a problem; warnings alone exit with 0.
+    Checks the settings, this machine, the database, the work in it, and Kafka; changes nothing. Exits with 1 if there
+    is a problem, and with 0 if there are only warnings.
     """
     from orchestrator.doctor import diagnose
 

@@ -1,4 +1,4 @@
-"""``get``, ``cancel`` and ``reschedule``: one event, by its id or the client's own; ``cancel`` many by a filter."""
+"""``get``, ``cancel`` and ``reschedule`` one event by its id or external id; ``cancel`` many events by a filter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 _PAGE = 1000
 _WHY_NOT = {
-    "in_flight": "it is being delivered just now",
+    "in_flight": "it is being delivered",
     "finished": "it has ended already",
     "not_found": "there is no such event",
 }
@@ -40,7 +40,7 @@ def _which(command: F) -> F:
         "--external-job-id",
         "external_id",
         metavar="X",
-        help="The client's own name for it, instead of ID.",
+        help="The event's external id, instead of ID.",
     )(command)
     return click.argument("event_id", metavar="ID", required=False)(command)
 
@@ -62,17 +62,17 @@ def _checked(event_id: str | None, external_id: str | None) -> str | None:
 
 @click.command()
 @_which
-@click.option("--all", "show_all", is_flag=True, help="With --external-id: every event, not the newest alone.")
+@click.option("--all", "show_all", is_flag=True, help="With --external-id: show every event, not only the newest.")
 @json_option
 def get(event_id: str | None, external_id: str | None, show_all: bool, as_json: bool) -> None:
     """Show an event and what happened to it.
 
-    When it was accepted, due, claimed and attempted, what it waited for, and what came of each attempt.
-    With --external-id the newest event of that name; its JSON is one object, or an array with --all.
+    Shows when the event was accepted, due, claimed and attempted, why it waited, and the result of each attempt.
+    With --external-id, shows the newest event of that external id. The JSON is one object, or an array with --all.
     """
     by_id = _checked(event_id, external_id)
     if show_all and external_id is None:
-        raise click.UsageError("--all: goes with --external-id; an ID names one event")
+        raise click.UsageError("--all: needs --external-id; an ID names one event")
 
     async def work(database: Database, _: Settings) -> tuple[list[bytes], str | None]:
         if by_id is not None:
@@ -117,7 +117,7 @@ async def _by_external_id(database: Database, external_id: str, show_all: bool) 
 @click.command()
 @_which
 @narrowing("Events", "Scheduled")
-@sweeping("them")
+@sweeping
 @json_option
 def cancel(
     event_id: str | None,
@@ -130,13 +130,14 @@ def cancel(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Cancel an event that has not been claimed yet, or all that a filter names.
+    """Cancel an event that is not in flight, or all events that match a filter.
 
-    With --external-id, every event of that name. Exits with 1 when there is none, or when one is being
-    delivered or has ended already; an event that was cancelled before counts as cancelled.
+    With --external-id, cancels every event of that external id. Exits with 1 if there is none, or if one is being
+    delivered or has ended already. Cancelling a cancelled event succeeds.
 
-    With --source, --destination, --from and --until, every live event that is meant by all of them: they are
-    counted first, and cancelled when you say so. Exits with 1 when some were left because they are being delivered.
+    With --source, --destination, --from and --until, cancels every live event that matches all of them. The command
+    first counts the events, shows a few and asks for confirmation. Exits with 1 if some were left because they are
+    being delivered.
 
     \b
     orchestrator cancel --source shop --destination hooks.example.com --from now --until +1d
@@ -187,11 +188,13 @@ def cancel(
 @click.command()
 @_which
 @click.option(
-    "--at", callback=a_time, metavar="TIME", help="When instead: RFC 3339 with a zone, or relative: +10s, +1h30m."
+    "--at", callback=a_time, metavar="TIME", help="New time: RFC 3339 with a zone, or relative: +10s, +1h30m."
 )
-@click.option("--in", "after", callback=a_duration, metavar="DURATION", help="How long from now: 10s, 1h30m, 2d.")
 @click.option(
-    "--expires-at", callback=a_time, metavar="TIME", help="No attempt begins then or later. [default: as before]"
+    "--in", "after", callback=a_duration, metavar="DURATION", help="New time, counted from now: 10s, 1h30m, 2d."
+)
+@click.option(
+    "--expires-at", callback=a_time, metavar="TIME", help="No attempt begins at TIME or later. [default: unchanged]"
 )
 @json_option
 def reschedule(
@@ -202,11 +205,11 @@ def reschedule(
     expires_at: datetime | None,
     as_json: bool,
 ) -> None:
-    """Have an event delivered at another time.
+    """Deliver an event at another time.
 
-    It is cancelled and submitted anew, both or neither, and each of the two names the other. With --external-id, the
-    only live event of that name. Exits with 1 when there is none, or when it is being delivered or has ended already;
-    doing the same again changes nothing.
+    Ends the event and submits a successor in one transaction; each of the two names the other. With --external-id,
+    reschedules the only live event of that external id. Exits with 1 if there is none, or if it is being delivered or
+    has ended already. Repeating the command changes nothing.
     """
     by_id = _checked(event_id, external_id)
     if (at is None) == (after is None):

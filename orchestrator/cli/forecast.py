@@ -1,4 +1,4 @@
-"""``forecast``: what will be due when, and how long it takes to pass."""
+"""``forecast``: upcoming events, and when each destination will have taken them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ _LISTED = 10
 
 
 @click.command()
-@click.option("--hours", type=float, metavar="N", help="How far to look. [default: 1]")
-@click.option("--minutes", type=float, metavar="N", help="The same in minutes.")
-@click.option("--bucket", type=float, metavar="SECONDS", help="How much a bar stands for. [default: as fits]")
-@click.option("--destination", metavar="NAME", help="This host or topic alone, or the pattern that it belongs to.")
+@click.option("--hours", type=float, metavar="N", help="Hours to look ahead. [default: 1]")
+@click.option("--minutes", type=float, metavar="N", help="Minutes to look ahead.")
+@click.option("--bucket", type=float, metavar="SECONDS", help="Seconds per bar. [default: as fits]")
+@click.option("--destination", metavar="NAME", help="Only this host or topic, or the pattern that it belongs to.")
 @json_option
 def forecast(
     hours: float | None, minutes: float | None, bucket: float | None, destination: str | None, as_json: bool
 ) -> None:
-    """Draw what will be due when, against what is taken.
+    """Plot upcoming events against each destination's rate limit.
 
-    For each destination that has a rate, or keeps events waiting: when the herd is due, when it will have drained,
-    and which events will be late. What is overdue counts as due now. It reckons with rates, pauses and open
-    breakers, not with bounds in parallel: how long attempts will take is unknown. Times are UTC.
+    For each destination that has a rate limit, or that will deliver late: when most events are due, when they will have
+    been delivered, and which events will be late. Overdue events count as due now. The forecast takes account of rate
+    limits, pauses and open breakers. It leaves max_parallel out, because it cannot know how long attempts will take.
+    Times are UTC.
     """
     if hours is not None and minutes is not None:
         raise click.UsageError("--hours and --minutes: give one of them")
@@ -60,9 +61,9 @@ def _draw(out: Console, found: dict[str, Any], until_s: float) -> None:
     from rich.text import Text
 
     if found["paused_at"]:
-        out.print(Text("Everything is paused: nothing begins until orchestrator resume.", style="magenta"))
+        out.print(Text("Everything is paused: no delivery begins until orchestrator resume.", style="magenta"))
     if not found["due"]:
-        out.print(f"Nothing is due within {duration(until_s)}.")
+        out.print(f"No event is due within {duration(until_s)}.")
         return
     told = f"{_events(found['due'])} due within {duration(until_s)}, most at {_clock(found['peak_at'])}: "
     told += f"{found['peak_due']:,} in {duration(found['bucket_seconds'])}. "
@@ -96,14 +97,14 @@ class _Frame:
         self.column_s = self._merged * self._bucket_s
 
     def due(self, buckets: Sequence[dict[str, Any]]) -> list[float]:
-        """What falls due in each column."""
+        """How many events fall due in each column."""
         due = [0.0] * self._columns
         for bucket in buckets:
             due[self._column(bucket)] += bucket["due"]
         return due
 
     def waiting(self, buckets: Sequence[dict[str, Any]]) -> list[float]:
-        """What waits at the end of each column. Buckets in which nothing changes are not in the forecast."""
+        """How many events wait at the end of each column. The forecast leaves out buckets without a change."""
         left = {self._column(bucket): float(bucket["backlog"]) for bucket in buckets}
         return list(accumulate(range(self._columns), lambda before, n: left.get(n, before), initial=0.0))[1:]
 
@@ -129,7 +130,7 @@ def _headline(each: dict[str, Any]) -> str:
 
 
 def _story(each: dict[str, Any]) -> str:
-    """When the herd is due, when it will have drained, and who is late."""
+    """When most events are due, when they will have been delivered, and which will be late."""
     told = f"{_events(each['due'])} due, most at {_clock(each['peak_at'])}: {each['peak_due']:,}"
     if not each["late"]:
         return f"{told}; none will be late"
@@ -138,7 +139,7 @@ def _story(each: dict[str, Any]) -> str:
         told += f", by up to {duration(each['latest_seconds'])}"
     told += f"; at most {each['peak_backlog']:,} wait"
     if each["drained_at"] is None or each["state"] == "paused":
-        return f"{told}; they do until it is resumed"
+        return f"{told} until it is resumed"
     return f"{told}; drained at {_clock(each['drained_at'])}"
 
 

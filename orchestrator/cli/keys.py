@@ -1,4 +1,4 @@
-"""``keys``: who may use the HTTP API."""
+"""``keys``: the keys of the HTTP API."""
 
 from __future__ import annotations
 
@@ -32,13 +32,18 @@ def keys() -> None:
 @keys.command()
 @click.argument("name", callback=_name)
 @click.option(
-    "--scope", "scopes", type=click.Choice(_SCOPES), multiple=True, required=True, help="May be given several times."
+    "--scope",
+    "scopes",
+    type=click.Choice(_SCOPES),
+    multiple=True,
+    required=True,
+    help="What the key may do. Repeat for more.",
 )
 @json_option
 def create(name: str, scopes: tuple[str, ...], as_json: bool) -> None:
-    """Make a key and print it, this once: only its hash is kept.
+    """Create a key and print it once: the database keeps only its hash.
 
-    NAME says who uses it. Scopes: `read` queries, `submit` submits and cancels, `admin` does everything.
+    NAME says who uses the key. Scopes: `read` queries, `submit` submits and cancels, `admin` does everything.
     """
     from orchestrator.api.auth import key_hash, new_key
 
@@ -70,7 +75,7 @@ def list_keys(as_json: bool) -> None:
         print_json(b"[" + b",".join(found) + b"]")
         return
     if not found:
-        console().print("There are no keys. Make one with: orchestrator keys create NAME --scope submit")
+        console().print("There are no keys. Create one with: orchestrator keys create NAME --scope submit")
         return
     from rich.table import Table
 
@@ -84,12 +89,12 @@ def list_keys(as_json: bool) -> None:
 @click.argument("name", callback=_name)
 @json_option
 def revoke(name: str, as_json: bool) -> None:
-    """Delete a key; running APIs notice within ten seconds. Exits with 1 when there is none of that name."""
+    """Delete a key; running APIs notice within ten seconds. Exits with 1 if there is no key of that name."""
     revoked = with_database(lambda database, _: database.revoke_api_key(name))
     if as_json:
         print_json({"name": name, "revoked": revoked})
     elif revoked:
         console().print(f"Key [bold]{name}[/] is revoked.")
     else:
-        raise OrchestratorError(f"there is no key named {name!r}; orchestrator keys list names those there are")
+        raise OrchestratorError(f"there is no key named {name!r}; orchestrator keys list shows all")
     exit_with(revoked)

@@ -1,4 +1,4 @@
-"""``rejects``: records from Kafka that could not become events."""
+"""``rejects``: records from Kafka that did not become events."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def _with_rejects(work: Callable[[Rejects, Settings], Awaitable[T]]) -> T:
 async def _found(rejects: Rejects, number: int) -> KeptReject:
     found = await rejects.get(number)
     if found is None:
-        raise OrchestratorError(f"there is no reject {number}; orchestrator rejects list names those there are")
+        raise OrchestratorError(f"there is no reject {number}; orchestrator rejects list shows all")
     return found
 
 
 @click.group()
 def rejects() -> None:
-    """List, show and resubmit what could not become events.
+    """List, show and resubmit records from Kafka that did not become events.
 
-    They are kept with their bytes and the reason; nothing that was read from Kafka is thrown away.
+    The database keeps their bytes and the reason: no record that was read from Kafka is thrown away.
     """
 
 
 @rejects.command("list")
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 10_000), help="How many.")
-@click.option("--before", metavar="NUMBER", type=int, help="Those with smaller numbers, for the next page.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 10_000), help="Maximum number to list.")
+@click.option("--before", metavar="NUMBER", type=int, help="List smaller numbers only, for the next page.")
 @json_option
 def list_rejects(limit: int, before: int | None, as_json: bool) -> None:
     """List rejects, newest first."""
@@ -73,10 +73,10 @@ def list_rejects(limit: int, before: int | None, as_json: bool) -> None:
 
 @rejects.command()
 @click.argument("number", type=int)
-@click.option("--raw", is_flag=True, help="Print the bytes of its value and nothing else, to correct them in a file.")
+@click.option("--raw", is_flag=True, help="Print only the bytes of its value, to correct them in a file.")
 @json_option
 def show(number: int, raw: bool, as_json: bool) -> None:
-    """Show a reject with what was sent."""
+    """Show a reject and the record as it was sent."""
     found = _with_rejects(lambda rejects, _: _found(rejects, number))
     if raw:
         click.echo(found.value or b"", nl=False)
@@ -107,16 +107,16 @@ def _text(sent: bytes | None) -> str:
 @rejects.command()
 @click.argument("number", type=int)
 @click.argument("file", type=click.File("rb"), required=False)
-@click.option("--again", is_flag=True, help="Even though it was resubmitted before.")
+@click.option("--again", is_flag=True, help="Resubmit even if it was resubmitted before.")
 @json_option
 def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) -> None:
-    """Submit a reject again: as it came, or corrected, from FILE (- for standard input).
+    """Submit a reject again, unchanged, or corrected from FILE (- for standard input).
 
     \b
     orchestrator rejects show 7 --raw > event.json
     orchestrator rejects resubmit 7 event.json
 
-    As it came is right when what it lacked is there now, such as its retry policy.
+    Unchanged is right if it was refused for something that exists now, such as its retry policy.
     """
     corrected = None if file is None else file.read()
 
@@ -131,7 +131,7 @@ def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) ->
             raise OrchestratorError(f"reject {number} was resubmitted before, as {found.event_id}; use --again")
         value = found.value if corrected is None else corrected
         if value is None:
-            raise OrchestratorError(f"reject {number} has no value; give what it should have been in a file")
+            raise OrchestratorError(f"reject {number} has no value; give the correct value in a file")
         return await rejects.resubmit(number, parse_submission(value, ours, topic_rules(ours)))
 
     kept = _with_rejects(work)

@@ -1,4 +1,4 @@
-"""``migrate`` and ``maintain``: what keeps the database fit."""
+"""``migrate`` and ``maintain``: the schema and the upkeep of the database."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Change nothing; exit with 1 when something is pending.")
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 if files are pending.")
 @json_option
 def migrate(check: bool, as_json: bool) -> None:
-    """Bring the database up to this program's schema.
+    """Create the schema of the database, or upgrade it.
 
-    Safe to run at any time and from many replicas at once: it is one transaction under a lock, and does nothing
-    when all is up to date. The user needs the rights to create a schema and roles.
+    Safe to run at any time and from many replicas at once: it works in one transaction under a lock, and does nothing
+    if the schema is up to date. The user needs the rights to create a schema and roles.
     """
     from orchestrator.database import migrate as migrations
     from orchestrator.database import translated
@@ -63,18 +63,18 @@ def _list(heading: str, files: list[str]) -> None:
 
 
 @click.command()
-@click.option("--once", is_flag=True, help="Do all that is to be done now, say what it was, and end.")
+@click.option("--once", is_flag=True, help="Do the work that is due now, report it, and end.")
 @json_option
 def maintain(once: bool, as_json: bool) -> None:
-    """Maintain the database, and nothing else.
+    """Maintain the database only.
 
-    Every minute, and at once again while there is more to do, it makes partitions, moves in events from beyond them,
-    archives and drops what is older than CLEANUP_RETENTION_DAYS, and folds statistics. `orchestrator run` does all of
-    that by itself. Start this beside `api` and `dispatch`, or have cron call it with --once, or pg_cron do the same
+    Every minute, and again at once while work is left, it makes partitions, moves events from the horizon into them,
+    archives and drops days past CLEANUP_RETENTION_DAYS, and folds statistics. `orchestrator run` does all this itself.
+    Start this command beside `api` and `dispatch`, call it from cron with --once, or let pg_cron do the same work
     (ops/pg_cron.sql).
 
-    With --once or --json it exits with 1 when a step failed, and what is not set in its environment stays as the
-    database has it.
+    With --once or --json it exits with 1 if a step failed. Retention settings that are not in its environment stay as
+    they are in the database.
     """
     if not once and not as_json:
         from orchestrator.cli.serve import serve_role
@@ -121,8 +121,6 @@ def _show(told: Upkeep, archived: list[str]) -> None:
         table.add_row(name.replace("_", " "), f"{count:,}", style=None if count else "dim")
     table.add_row("partitions archived", f"{len(archived):,}", style=None if archived else "dim")
     out.print(table)
-    out.print(
-        f"Done in {duration(told.took_ms / 1000)}" + (", and there is more to do: run it again." if told.more else ".")
-    )
+    out.print(f"Done in {duration(told.took_ms / 1000)}" + ("; more work is left: run it again." if told.more else "."))
     for step, problem in told.problems:
         out.print(Text(f"✗ {step}: {plain(problem)}", style="bold red"))

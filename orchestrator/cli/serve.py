@@ -1,4 +1,4 @@
-"""``run``, ``api``, ``ingest`` and ``dispatch``: the processes that stay."""
+"""``run``, ``api``, ``ingest`` and ``dispatch``: the processes that keep running."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ _log = logging.getLogger(__name__)
 
 @click.command()
 def run() -> None:
-    """Serve the API, dispatch, and maintain the database, in one process.
+    """Run all in one process: API, ingestion from Kafka, delivery, maintenance.
 
-    SIGTERM or Ctrl-C stops it in order: requests and deliveries under way are finished within
-    SHUTDOWN_TIMEOUT_SECONDS, claimed events are handed back. A second one stops it at once.
+    It uses Kafka if KAFKA_BOOTSTRAP_SERVERS is set. SIGTERM or Ctrl-C stops it in order: it finishes requests and
+    deliveries under way within SHUTDOWN_TIMEOUT_SECONDS, and hands claimed events back. A second signal stops it at
+    once.
     """
     serve_role("run")
 
 
 @click.command()
 def api() -> None:
-    """Serve the HTTP API alone.
+    """Serve the HTTP API only.
 
-    Events are delivered by `orchestrator dispatch` or `run` elsewhere, and the database is maintained by `run`,
-    `orchestrator maintain` or pg_cron. Start as many as you need, behind a load balancer.
+    Other processes deliver events (`orchestrator dispatch` or `run`) and maintain the database (`run`,
+    `orchestrator maintain` or pg_cron). Start as many as you need, behind a load balancer.
     """
     serve_role("api")
 
 
 @click.command()
 def ingest() -> None:
-    """Read submissions and commands from Kafka, and nothing else.
+    """Read submissions and commands from Kafka only.
 
     Start as many as you need; they share the partitions of KAFKA_TOPIC_SUBMISSION, each with
     KAFKA_CONSUMER_CONCURRENCY consumers. With MANAGEMENT_SERVER_PORT it answers health checks and serves
@@ -46,7 +47,7 @@ def ingest() -> None:
 
 @click.command()
 def dispatch() -> None:
-    """Deliver due events, and nothing else.
+    """Deliver due events only.
 
     Start as many as you need; they share the work. With MANAGEMENT_SERVER_PORT it answers health checks
     and serves metrics there.
@@ -63,12 +64,12 @@ def serve_role(role: Role) -> None:
     try:
         serve(ours, role)
     except OrchestratorError as error:
-        # One line: where logs go to standard error, the log's own.
+        # One line: where logs go to standard error, the line of the log.
         _log.error("%s", error)
         if ours.log_file is not None:
             raise
     except Exception:
-        _log.exception("ended by an error that was not foreseen")
+        _log.exception("ended by an unexpected error")
     else:
         return
     click.get_current_context().exit(1)

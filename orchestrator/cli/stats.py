@@ -1,4 +1,4 @@
-"""``stats``: how the whole is doing, and what happened in a range of time."""
+"""``stats``: events by state, and counts in a range of time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STATES = (
     ("scheduled", "wait for their first attempt"),
     ("retrying", "failed, and wait for the next attempt"),
     ("in_flight", "claimed by a dispatcher"),
-    ("backlog", "due, and claimed by nobody yet"),
+    ("backlog", "due, but not claimed yet"),
     ("dead_letters", "ran out of attempts"),
 )
 
@@ -42,27 +42,27 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str | None) -> li
 
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Show it anew every second, with rates, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh every second, with rates, until Ctrl-C.")
 @click.option(
-    "--by", callback=_groups, metavar="GROUPS", help="Count apart by some of minute,source,destination: what happened."
+    "--by", callback=_groups, metavar="GROUPS", help="Group counts by one or more of minute,source,destination."
 )
-@narrowing("What happened", "What happened")
+@narrowing("Counts", "Counts")
 @json_option
 def stats(watch: bool, by: list[str] | None, as_json: bool, **filters: Any) -> None:
-    """Show how many events are in which state, or what happened when, whence and whither.
+    """Show events by state, or counts by time, source and destination.
 
-    With --by or a filter, how many were accepted, delivered and so on within an hour, or from --from until --until.
-    Maintenance, once a minute, gives new counts their source and destination.
+    With --by or a filter, shows how many events were accepted, delivered and so on in the last hour, or from --from
+    until --until. Maintenance gives new counts their source and destination once a minute.
 
     \b
     orchestrator stats --by destination --from -1d
     """
     if watch and as_json:
-        raise click.UsageError("--watch and --json: one document is printed once; leave one of them out")
+        raise click.UsageError("--watch and --json: JSON is printed only once; leave one of them out")
     which = filter_of(**filters)
     if by is not None or which != filter_of():
         if watch:
-            raise click.UsageError("--watch: shows states; leave --by and the filter out")
+            raise click.UsageError("--watch: shows only states; leave --by and the filter out")
         _show_counts(by or [], which, as_json)
         return
     if watch:
@@ -84,7 +84,7 @@ def _show_counts(by: list[str], which: Filter, as_json: bool) -> None:
         return
     counts = [json.loads(each) for each in found]
     if not counts:
-        console().print("Nothing happened then.")
+        console().print("There are no counts in this range.")
         return
     from rich.table import Table
     from rich.text import Text
@@ -114,7 +114,7 @@ async def _watch(database: Database, settings: Settings) -> None:
                 before = found
                 await asyncio.sleep(_WATCH_S)
     except asyncio.CancelledError:
-        return  # Ctrl-C is how it ends
+        return  # Ctrl-C ends it
 
 
 def _table(found: dict[str, Any], before: dict[str, Any] | None) -> Table:
@@ -130,7 +130,7 @@ def _table(found: dict[str, Any], before: dict[str, Any] | None) -> Table:
         table.add_row(name.replace("_", " "), f"{found[name]:,}", about, style="red" if alarming else None)
     for name, count, about in (
         ("paused", found["destinations_paused"], "destinations, until they are resumed"),
-        ("breakers open", found["breakers_open"], "destinations that fail, and are tried now and then"),
+        ("breakers open", found["breakers_open"], "destinations that fail; each is tried from time to time"),
     ):
         if count:
             table.add_row(name, f"{count:,}", about, style="yellow")

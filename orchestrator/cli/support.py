@@ -1,4 +1,4 @@
-"""What the commands share: settings, a database, and two ways to print, for people and for machines."""
+"""Shared by the commands: settings, a database, and two ways to print, for people and for machines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def settings() -> Settings:
 
 
 def with_database(work: Callable[[Database, Settings], Awaitable[T]]) -> T:
-    """Runs `work` with the database of the settings. Raises DatabaseUnavailable at once when it is away."""
+    """Runs `work` with the configured database. Raises DatabaseUnavailable at once if it cannot be reached."""
     from orchestrator.database import Database, connect
 
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # the error raised says it all
@@ -57,7 +57,7 @@ def with_database(work: Callable[[Database, Settings], Awaitable[T]]) -> T:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where people read: a terminal, or a pipe wide enough that nothing is cut."""
+    """Output for people: a terminal, or a pipe that is wide enough to cut nothing."""
     from rich.console import Console
 
     made = Console(stderr=stderr, highlight=False)
@@ -67,7 +67,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def print_json(value: object) -> None:
-    """Prints a value, or a text that is JSON already, as the one document on standard output."""
+    """Prints a value, or a text that is already JSON, as the only document on standard output."""
     click.echo(value if isinstance(value, bytes) else msgspec.json.encode(value))
 
 
@@ -75,33 +75,33 @@ _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def read_event(found: bytes) -> dict[str, Any]:
-    """An event of the database. Its payload stays text: no number in it is too long.
+    """Decodes an event of the database. Its payload stays text, so that no number in it is too long.
 
-    What is nested deeper than the decoder goes stands as ``0`` in it. Raises OrchestratorError when that is too much.
+    Values nested deeper than the decoder can go are replaced by ``0``. Raises OrchestratorError if that is not enough.
     """
     try:
         fields = _decode_fields(found)
     except RecursionError:
         flat = pruned(found)
         if flat is None:
-            raise OrchestratorError("its payload is nested too deep to be read; --json prints all as it is") from None
+            raise OrchestratorError("its payload is nested too deep to be shown; --json prints it unchanged") from None
         fields = _decode_fields(flat)
     return {name: bytes(raw).decode() if name == "payload" else json.loads(bytes(raw)) for name, raw in fields.items()}
 
 
 def plain(text: object) -> str:
-    """Foreign text for a terminal: on one line, and unable to drive it."""
+    """Text of others for a terminal: on one line, and without control characters."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def kept_before(status: str | None) -> str:
-    """What is said of a submission that changed nothing, with the state that its event is in unless that is usual."""
-    said = "was kept before, and is unchanged"
+    """The sentence about a duplicate, with the state of its event unless that is scheduled."""
+    said = "was accepted before and is unchanged"
     return said if status in (None, "scheduled") else f"{said}: it is {status.replace('_', ' ')}"
 
 
 def target(delivery: Mapping[str, Any]) -> str:
-    """Where an event, or a dead letter, goes or went, for people."""
+    """The destination of an event or a dead letter, for people."""
     return str(delivery["destination"] or "the ready topic of Kafka")
 
 

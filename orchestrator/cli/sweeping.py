@@ -1,4 +1,4 @@
-"""What is done to many events at once: a filter in options, and bounded calls until nothing is left, with progress."""
+"""Bulk commands: options that make a filter, and bounded calls until no event is left, with progress."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def narrowing(what: str, when: str) -> Callable[[F], F]:
     def decorate(command: F) -> F:
         for option in (
             click.option("--until", callback=a_time, metavar="TIME", help=f"{when} before TIME."),
-            click.option("--from", "since", callback=a_time, metavar="TIME", help=f"{when} at TIME or later, say -1h."),
-            click.option("--destination", metavar="NAME", help=f"{what} to this host, or to kafka: and a topic."),
+            click.option(
+                "--from", "since", callback=a_time, metavar="TIME", help=f"{when} at TIME or later, such as -1h."
+            ),
+            click.option("--destination", metavar="NAME", help=f"{what} for this host, or for kafka: and a topic."),
             click.option("--source", metavar="NAME", help=f"{what} of this source."),
         ):
             command = option(command)
@@ -42,14 +44,12 @@ def narrowing(what: str, when: str) -> Callable[[F], F]:
     return decorate
 
 
-def sweeping(what: str) -> Callable[[F], F]:
+def sweeping(command: F) -> F:
     """The options --dry-run and --yes."""
-
-    def decorate(command: F) -> F:
-        command = click.option("--yes", is_flag=True, help="Do not ask before.")(command)
-        return click.option("--dry-run", is_flag=True, help=f"Only count {what}, and name some.")(command)
-
-    return decorate
+    command = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")(command)
+    return click.option("--dry-run", is_flag=True, help="Only count the matches and show a few; change nothing.")(
+        command
+    )
 
 
 def filter_of(
@@ -59,7 +59,7 @@ def filter_of(
     until: datetime | None = None,
     reason: str | None = None,
 ) -> Filter:
-    """The filter that options give. Refuses an empty text, and a range of times that holds none."""
+    """The filter that options give. Refuses an empty text and an empty range of times."""
     from orchestrator.database import Filter
 
     if since is not None and until is not None and since >= until:
@@ -71,7 +71,7 @@ def filter_of(
 
 
 def with_filter(work: Callable[[Database, Settings], Awaitable[T]]) -> T:
-    """Runs `work` with the database of the settings; a refused value is named as its option is."""
+    """Runs `work` with the configured database. An error about a value names its option."""
     try:
         return with_database(work)
     except ValidationError as error:
@@ -108,14 +108,14 @@ class _Tally:
 def sweep(
     call: Call, question: str, done: str, *, dry_run: bool, yes: bool, as_json: bool, limit: int | None = None
 ) -> bool:
-    """Asks, unless told not to, then calls until nothing is left, and says what was done.
+    """Asks for confirmation unless told not to, calls until no match is left, and prints what was done.
 
-    `question` has the place of a number; `done` is what has become of it. With `limit`, to no more than so many.
-    False: some were left, being in flight.
+    `question` has a place for the number of matches; `done` is the participle of the action. `limit` bounds the number
+    of events. Returns False if some events were left because they are in flight.
     """
     if not dry_run and not yes:
         if as_json:
-            raise click.UsageError("--json: nobody can be asked; say --yes, or --dry-run")
+            raise click.UsageError("--json: cannot ask for confirmation; add --yes or --dry-run")
         expected = with_filter(_sweep(call, done, dry_run=True, limit=limit))
         _print_expected(expected, done)
         if not expected.matched:
@@ -150,7 +150,7 @@ def _sweep(
         tally, sweeps = _Tally(), Sweeps(database)
         place: dict[str, str] = {}
         window = _LOOKED_AT
-        with console(stderr=True).status("looking …") as status:
+        with console(stderr=True).status("searching …") as status:
             while True:
                 left = None if limit is None else limit - tally.matched
                 swept = await call(sweeps, limit=window, dry_run=dry_run or left is not None, **place)

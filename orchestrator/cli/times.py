@@ -1,4 +1,4 @@
-"""Times and durations as options take them: RFC 3339, or relative to now."""
+"""Times and durations in options: RFC 3339, or relative to now."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EXPECTED_TIME = "an RFC 3339 time with a zone, such as 2026-01-31T09:00:00Z, or
 
 
 def relative(text: str) -> datetime | None:
-    """The time that ``now``, ``+10s``, ``-1h30m`` and the like stand for; None for what is none of these."""
+    """The time that ``now``, ``+10s``, ``-1h30m`` and the like mean; None for any other text."""
     if text == "now":
         return datetime.now(UTC)
     found = _RELATIVE.fullmatch(text)
@@ -35,7 +35,7 @@ def iso(at: datetime | None) -> str | None:
 
 
 def a_time(ctx: click.Context, param: click.Parameter, value: str | None) -> datetime | None:
-    """The callback of an option that is a time; it is in UTC."""
+    """The callback of an option that takes a time; the result is in UTC."""
     if value is None or (at := relative(value)) is not None:
         return None if value is None else at
     from orchestrator.events.times import in_utc, time_of
@@ -47,7 +47,7 @@ def a_time(ctx: click.Context, param: click.Parameter, value: str | None) -> dat
 
 
 def a_duration(ctx: click.Context, param: click.Parameter, value: str | None) -> timedelta | None:
-    """The callback of an option that is a duration."""
+    """The callback of an option that takes a duration."""
     if value is None:
         return None
     found = _DURATION.fullmatch(value.removeprefix("+"))

@@ -1,4 +1,4 @@
-"""``topics``: the topics of Kafka that this deployment uses."""
+"""``topics``: the Kafka topics of this deployment."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 @click.group()
 def topics() -> None:
-    """Make and list the topics of Kafka."""
+    """Create and list the Kafka topics of this deployment."""
 
 
 @topics.command()
 @json_option
 def create(as_json: bool) -> None:
-    """Make the topics that do not exist yet.
+    """Create the topics that do not exist yet.
 
-    Each has KAFKA_PARTITIONS partitions and KAFKA_REPLICATION replicas. Safe to run at any time: topics that exist
-    are left as they are.
+    Each gets KAFKA_PARTITIONS partitions and KAFKA_REPLICATION replicas. Safe to run at any time: existing topics
+    stay as they are.
     """
     from orchestrator.kafka.topics import create_topics
 
@@ -47,7 +47,7 @@ def create(as_json: bool) -> None:
 @topics.command("list")
 @json_option
 def list_topics(as_json: bool) -> None:
-    """List the topics and their partitions. Exits with 1 when one does not exist."""
+    """List the topics and their partitions. Exits with 1 if one does not exist."""
     from orchestrator.kafka.topics import partition_counts
 
     counts = _run(partition_counts(settings()))

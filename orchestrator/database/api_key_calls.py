@@ -1,4 +1,4 @@
-"""API keys: finding one by its hash, and what an operator does with them."""
+"""API keys: finding one by its hash, creating, listing and revoking them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections, and psycopg's errors as this product's own."""
+"""Connections to PostgreSQL, and this product's errors in place of psycopg's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from orchestrator.errors import (
 from orchestrator.settings import Settings
 
 HOLDERS: LiteralString = "select coalesce(orchestrator.holders_text(), 'it has ended by now')"
-"""Names the sessions whose open transactions may be in the way."""
+"""Names the sessions whose open transactions may hold a call up."""
 
 _AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
 _ENDED = {"57P01", "57P02", "57P03", "57P05", "08000", "08003", "08006"}
@@ -41,7 +41,7 @@ _NOT_MIGRATED = (
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Raises what psycopg raises as this product's errors."""
+    """Raises this product's errors in place of psycopg's."""
     try:
         yield
     except errors.LockNotAvailable as error:
@@ -67,16 +67,16 @@ def _remedy(error: errors.InsufficientPrivilege) -> str:
 
 
 def is_lost(error: OrchestratorError) -> bool:
-    """Whether the connection ended, so that what was sent over it may have been done: nothing answered."""
+    """Whether the connection ended without an answer, so that what was sent over it may have been done."""
     cause = error.__cause__
     if not isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError) or isinstance(cause, PoolTimeout):
         return False
-    # Connections that the server ends say so; what libpq finds by itself has no code.
+    # Errors of the server have a code; those that libpq finds by itself have none.
     return cause.sqlstate is None or cause.sqlstate in _ENDED
 
 
 def is_worth_another_try(error: OrchestratorError) -> bool:
-    """Whether the same may succeed at once: on another connection, or in another transaction."""
+    """Whether another try may succeed at once, on another connection or in another transaction."""
     cause = error.__cause__
     return is_lost(error) or isinstance(
         cause, (errors.ReadOnlySqlTransaction, errors.DeadlockDetected, errors.SerializationFailure)
@@ -85,7 +85,7 @@ def is_worth_another_try(error: OrchestratorError) -> bool:
 
 @contextmanager
 def named() -> Iterator[None]:
-    """Raises the refusals of functions, which say what they refuse before a colon, with that as their field."""
+    """Raises refusals of SQL functions with a field: their text names it before a colon."""
     try:
         yield
     except ValidationError as error:
@@ -102,8 +102,9 @@ def _first_line(error: BaseException) -> str:
 class Connection(AsyncConnection[TupleRow]):
     """A connection with the settings of `SESSION`; open it with the arguments of `connection_arguments`.
 
-    `pooled`: a pooler is between, so that each transaction may meet another session of the server. Then nothing
-    outlasts a transaction, each begins by setting what it relies on, and a statement outside of any gets its own.
+    `pooled`: there is a pooler in between, so that each transaction may get another session of the server. Then no
+    setting outlasts a transaction, each transaction begins by making its settings, and a statement outside of any gets
+    one of its own.
     """
 
     session: Session
@@ -151,7 +152,7 @@ class Connection(AsyncConnection[TupleRow]):
 
 
 class BlockingConnection(psycopg.Connection[TupleRow]):
-    """`Connection` for code outside of any event loop."""
+    """`Connection` for code outside an event loop."""
 
     session: Session
     pooled = False
@@ -196,23 +197,23 @@ class BlockingConnection(psycopg.Connection[TupleRow]):
             yield transaction
 
 
-_without_options: set[str] = set()  # addresses of poolers that refuse them
+_without_options: set[str] = set()  # addresses of poolers that refuse start-up options
 
 
 def _options(conninfo: str, session: Session) -> dict[str, str]:
-    # Empty, and not left out: libpq would take those of its environment, or of the address.
+    # Empty rather than absent: otherwise libpq would take options from its environment or the address.
     return {"options": "" if conninfo in _without_options else session.options}
 
 
 def _refuses_options(error: psycopg.OperationalError) -> bool:
-    """Whether a pooler takes no settings, or a server is too old to know all of them, which others find out then."""
+    """Whether a pooler takes no start-up options, or an old server does not know all of them."""
     unknown = re.search(r'unrecognized configuration parameter "(\w+)"', str(error))
     return "unsupported startup parameter" in str(error) or (unknown is not None and unknown[1].lower() in SESSION)
 
 
 @contextmanager
 def _kept_together() -> Iterator[None]:
-    """Raises UnusableDatabase where a pooler allows no transactions."""
+    """Raises UnusableDatabase when a pooler allows no transactions."""
     try:
         yield
     except psycopg.OperationalError as error:
@@ -240,9 +241,9 @@ def _require_utf8(info: psycopg.ConnectionInfo) -> None:
 
 
 def connection_arguments(url: str, role: str, **settings: str) -> dict[str, Any]:
-    """What every connection is opened with; `role` shows in pg_stat_activity.
+    """The arguments of every connection; `role` shows in pg_stat_activity.
 
-    `settings` are those of the session in which it differs from `SESSION`.
+    `settings` are the session's settings that differ from `SESSION`.
     """
     session = Session.of(url, role, **settings)
     return {"autocommit": True, "session": session, **session.parameters}
@@ -258,11 +259,11 @@ async def connect(settings: Settings, role: str, **differing: str) -> Connection
 
 
 def connect_blocking(url: str, role: str, **differing: str) -> BlockingConnection:
-    """The same for code outside of any event loop; raises what psycopg raises, and UnusableDatabase."""
+    """As `connect`, for code outside an event loop; raises what psycopg raises, and UnusableDatabase."""
     return BlockingConnection.connect(url, **connection_arguments(url, role, **differing))
 
 
 def keep_text(connection: Connection) -> None:
-    """Loads these types as the text the server sends: nothing here computes with them."""
+    """Loads these types as the text that the server sends: this program does not compute with them."""
     for name in ("uuid", "json", "timestamptz"):
         connection.adapters.register_loader(name, TextLoader)

@@ -1,4 +1,4 @@
-"""Destinations: their settings, limits, pauses and breakers, and the forecast of their backlogs."""
+"""Destinations: settings, rate limits (GCRA), pauses and circuit breakers, and the forecast of their backlogs."""
 
 from __future__ import annotations
 

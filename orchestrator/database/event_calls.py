@@ -10,7 +10,10 @@ from orchestrator.database.pool import Pool
 
 
 class Cancelled(NamedTuple):
-    """``cancelled``, ``already_cancelled``, ``in_flight``, ``finished`` or ``not_found``, and the state it is in."""
+    """What became of a cancel, and the state that the event is in.
+
+    ``cancelled``, ``already_cancelled``, ``in_flight``, ``finished`` or ``not_found``.
+    """
 
     id: str
     result: str
@@ -33,10 +36,10 @@ class Rescheduled(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """Which events are meant; None does not narrow.
+    """Selects events or dead letters; None does not narrow.
 
-    `since`, inclusive, and `until`, exclusive, bound scheduled_at, or when a dead letter died: ISO 8601 with a zone.
-    `reason` is a part of that of a dead letter.
+    `since`, inclusive, and `until`, exclusive, bound an event's scheduled_at, or a dead letter's died_at; they are ISO
+    8601 with a zone. `reason` is a part of a dead letter's reason.
     """
 
     source: str | None = None
@@ -81,10 +84,10 @@ class EventCalls(Pool):
     async def reschedule(
         self, event_id: str | None, external_job_id: str | None, *, scheduled_at: str, expires_at: str | None = None
     ) -> Rescheduled | None:
-        """Cancels an event and submits it anew for another time, both or neither; None when there is none.
+        """Cancels an event and submits a successor for another time, both or neither; None: there is no such event.
 
-        It is named by its id, or by its external id when it is the only live one of that name. Without `expires_at`
-        it keeps its own.
+        The event is named by its id, or by its external id if it is the only live one of that name. Without
+        `expires_at` the successor keeps the event's own.
         """
         rows = await self.once(
             """select event_id, result, status, successor, field, reason from orchestrator.reschedule_event(
@@ -97,8 +100,10 @@ class EventCalls(Pool):
         return Rescheduled(*rows[0]) if rows else None
 
     async def redrive(self, event_id: str) -> str | None:
-        """Has a dead event tried again: ``redriven``, or ``expired``, ``purged`` or ``refused``, or the status of one
-        that is not dead; None: there is no such event.
+        """Schedules a dead event for another attempt.
+
+        ``redriven``, ``expired``, ``purged`` or ``refused``, or the status of an event that is not dead; None: there is
+        no such event.
         """
         rows = await self.once("select result, status from orchestrator.redrive_event(%s::uuid)", event_id)
         return next((status if result == "not_dead" else result for result, status in rows), None)
@@ -108,9 +113,9 @@ class EventCalls(Pool):
         return value.encode()
 
     async def statistics_by(self, by: Sequence[str], which: Filter, *, limit: int) -> list[bytes]:
-        """Counts of what happened in the last hour, or in a range, by some of minute, source and destination; JSON.
+        """Counts of the last hour, or of a range, grouped by some of minute, source and destination; JSON.
 
-        Raises ValidationError as `Destinations` does, with the field ``from`` for a range that holds no time.
+        Raises ValidationError as `Destinations` does, with the field ``from`` for an empty range.
         """
         with named():
             rows = await self.rows(
@@ -132,7 +137,7 @@ class EventCalls(Pool):
     ) -> list[bytes]:
         """Dead letters as JSON, newest first; `after` is (died_at, id) of the last one of the page before.
 
-        Raises ValidationError for a destination that can be none, with the field ``name``.
+        Raises ValidationError for an impossible destination, with the field ``name``.
         """
         with named():
             rows = await self.rows(

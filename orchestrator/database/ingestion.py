@@ -1,10 +1,10 @@
 """An ingester's view of the database: one connection for each consumer, one transaction for each batch.
 
-The transaction moves the offsets first, by compare-and-set. That serialises everyone who reads the same partition,
-zombies included, and makes the batch and its offsets one: both are kept, or neither.
+The transaction first moves the offsets by compare-and-set. This serialises all consumers of a partition, also one that
+was thought dead, and joins the batch and its offsets: both are kept, or neither.
 
-A record that waits for another session's open transaction, as one whose id somebody has kept and not committed, must
-not stop its partition: it is set aside, in the same transaction, and kept as soon as that has ended.
+A record that would wait for another session's open transaction, such as one that has kept the same id and not
+committed, must not stop its partition. It is set aside in the same transaction, and kept once the other has ended.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
-    """How far a partition has been read; the anchor is the last record that was read, and its hash."""
+    """How far a partition has been read; the anchor is the offset and the hash of the last record read."""
 
     next_offset: int
     anchor_offset: int | None
@@ -40,7 +40,7 @@ class Position(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A partition's step from `expected`, None when it has not been begun, to `next_offset`."""
+    """A partition's step from offset `expected` to `next_offset`; None: it has not been begun."""
 
     partition: int
     expected: int | None
@@ -50,7 +50,7 @@ class Move(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A record that cannot be kept, as it came, and why."""
+    """A record that cannot be kept, unchanged, with the reason."""
 
     partition: int
     offset: int
@@ -61,9 +61,9 @@ class Reject(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """How many events of a batch were new, kept before, or refused by a rule that only the database knows.
+    """How many events of a batch were new, were kept before, or broke a rule that only the database knows.
 
-    All others wait for another session's open transaction.
+    The others were set aside until another session's open transaction ends.
     """
 
     accepted: int
@@ -72,28 +72,28 @@ class Kept(NamedTuple):
 
 
 Refused = tuple[int, str, str]
-"""Number of an item, and field and reason of what is wrong with it."""
+"""Number of an item, and the field and reason of its refusal."""
 Rejected = Callable[[int, str, str], Reject]
 """Makes the reject of an item that was refused."""
 
 
 class OffsetsMovedError(OrchestratorError):
-    """Partitions do not stand where they were expected: somebody else has read them. Nothing was kept."""
+    """The offsets are not the expected ones: another consumer has moved them. Nothing was kept."""
 
     def __init__(self, stand_at: Mapping[int, int]) -> None:
         self.stand_at = dict(stand_at)
-        super().__init__(f"partitions were moved by somebody else: {self.stand_at}")
+        super().__init__(f"another consumer has moved the offsets: {self.stand_at}")
 
 
 class Ingestion:
-    """One connection. Methods raise DatabaseUnavailable when it is lost; what was under way may have been kept."""
+    """One connection. Methods raise DatabaseUnavailable when it is lost; a batch under way may have been kept."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._apart_until_s = 0.0  # when the batch under way is waited for no longer; 0: it waits for nobody
+        self._apart_until_s = 0.0  # until when bisecting may take; 0: the batch is not being bisected for blocked items
         self._blocked: list[int] = []
         self.has_aside = True
-        """Whether records may wait that were set aside, by itself or by one before it."""
+        """Whether there may be records that this connection, or one before it, has set aside."""
 
     @classmethod
     @asynccontextmanager
@@ -105,7 +105,7 @@ class Ingestion:
             yield cls(connection)
 
     async def positions(self, topic: str) -> dict[int, Position]:
-        """Where each partition stands; those without an entry have not been begun."""
+        """The position of each partition; those without an entry have not been begun."""
         rows = await self._all("select * from orchestrator.ingest_offsets(%s)", topic)
         return {row[0]: Position(*row[1:]) for row in rows}
 
@@ -128,7 +128,7 @@ class Ingestion:
         return Kept(len(rows) - duplicates - len(refused) - len(aside), duplicates, len(refused))
 
     async def keep_aside(self) -> None:
-        """Keeps what was set aside, as far as nobody is in its way any more."""
+        """Keeps the records set aside that no other session holds up any more."""
         [(_, left)] = await self._all("select kept, waiting from orchestrator.submit_set_aside()")
         self.has_aside = left > 0
 
@@ -169,9 +169,10 @@ class Ingestion:
     async def _apart(
         self, items: Sequence[T], work: Callable[[Sequence[T]], Awaitable[R]], first: int = 0
     ) -> tuple[list[R], list[Refused]]:
-        """The answers of `work` on all items, and those that it fails for, found by bisecting.
+        """Runs `work` on all items; bisects when it fails. Returns its answers, and the items that it refuses.
 
-        Notes in `_blocked` the numbers of those that another session is in the way of.
+        Notes in `_blocked` the numbers of items that another session holds up. Why this shares no helper with the other
+        bisections stands in submission_calls.py.
         """
         if not items:
             return [], []
@@ -197,7 +198,7 @@ class Ingestion:
 
     async def _submit(self, rows: Sequence[bytes]) -> tuple[int, list[Refused]]:
         async with self._connection.cursor() as cursor:
-            # There may be rows that were submitted before, while bisecting.
+            # While bisecting, the staging table may still hold rows that were submitted before.
             await cursor.execute("select orchestrator.open_staging()")
             async with cursor.copy(COPY_SUBMISSIONS) as copy:
                 await copy.write(b"".join(rows))
@@ -206,18 +207,18 @@ class Ingestion:
         return duplicates, list(zip(numbers or (), fields or (), reasons or (), strict=True))
 
     async def _be_hasty(self, error: Blocked) -> None:
-        """Waits for nobody any more, for the rest of the transaction."""
+        """Waits for no other session during the rest of the transaction."""
         if not self._apart_until_s:
             self._apart_until_s = time.monotonic() + _APART_S
             await self._all("set local lock_timeout = '20 ms'")
             holders = await self.holders()
             _log.warning(
-                "records wait for another session's open transaction; the others of their batch go first",
+                "records wait for another session's open transaction; the rest of their batch goes first",
                 extra={"error": str(error), "holders": holders},
             )
 
     async def holders(self) -> str:
-        """The sessions whose open transactions may be in the way, for an operator."""
+        """The sessions whose open transactions may hold this up, for an operator."""
         [(holders,)] = await self._all(HOLDERS)
         return str(holders)
 
@@ -244,7 +245,7 @@ class Ingestion:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Raises ValidationError for a value that the server will never take."""
+    """Raises ValidationError for a value that the server will never accept."""
     try:
         with translated():
             yield
@@ -259,11 +260,11 @@ def _place(reject: Reject) -> tuple[int, int]:
 
 
 def _storable(text: str) -> str:
-    """The text without what a column cannot hold: reasons quote what was sent."""
+    """The text with escapes for what a column cannot hold: reasons quote what clients sent."""
     return text.replace("\x00", r"\u0000").encode(errors="backslashreplace").decode()
 
 
-# A process that is paused within its transaction must not keep the partitions from whoever has taken them over.
+# A process that is suspended within its transaction must not block the consumer that has taken over its partitions.
 _SESSION = {"idle_in_transaction_session_timeout": "5s", "lock_timeout": "10s"}
 _ADVANCE: LiteralString = """
 select partition, next_offset from orchestrator.advance_offsets(

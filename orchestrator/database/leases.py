@@ -1,4 +1,7 @@
-"""A dispatcher's view of the database, on connections of its own: neither a claim nor a finish waits for a pool."""
+"""A dispatcher's view of the database, on connections of its own: neither a claim nor a finish waits for a pool.
+
+Fencing: a result counts only with the attempt number of its lease.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +82,8 @@ class Claims(NamedTuple):
     """What a claim gave. Times are Unix seconds by the database's clock.
 
     `database_s` was read before claiming. `again_at` says when limits, breakers or moves make another claim
-    worthwhile; None: nothing but the caller's own poll. `locked_out`: how many claims in turn have left out lanes or
-    ordering keys that another session has.
+    worthwhile; None: nothing but the caller's own poll. `locked_out`: how many claims in a row have left out lanes or
+    ordering keys that another session has locked.
     """
 
     database_s: float
@@ -152,7 +155,10 @@ class Leases:
         return row[0] if row else None
 
     async def raise_floors(self) -> None:
-        """Spares the next claims what has ended; on the connection that finishes, so that no claim waits for it."""
+        """Raises lane floors, so that later claims skip finished timers.
+
+        On the connection that finishes, so that no claim waits for it.
+        """
         with translated():
             await self._finishing.execute("select orchestrator.raise_floors()")
 
@@ -166,7 +172,7 @@ class Leases:
         """Records results; answers those not delivered. Raises ValidationError for a text the database refuses.
 
         Raises Blocked, and has recorded nothing, when another session's open transaction holds any of the events, or
-        what has to change with them.
+        a row that must change with them.
         """
         return await self._record(_FINISH, results)
 

@@ -1,4 +1,4 @@
-"""Hears of what the database notifies. A hint: who is told late, or never, polls all the same."""
+"""Listens to notifications of the database. They are hints: whoever misses one finds its work by polling."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _log = logging.getLogger(__name__)
 
 
 async def listen(settings: Settings, channel: LiteralString, on_notified: Callable[[str], None]) -> None:
-    """Calls `on_notified` with the payload of each notification, for ever, on a connection of its own.
+    """Calls `on_notified` with the payload of each notification, for ever, on a connection that it does not share.
 
-    Whatever was notified while that was lost is not heard of. Through a pooler nothing is: a session that listens would
+    Notifications are missed while that connection is lost. Through a pooler all of them are: a listening session would
     have to stay with its client.
     """
     heard = True
@@ -47,10 +47,10 @@ async def listen(settings: Settings, channel: LiteralString, on_notified: Callab
                             with suppress(ValueError):  # anybody may notify anything
                                 on_notified(notification.payload)
                         async with asyncio.timeout(_ANSWER_S):
-                            await connection.execute("select 1")  # whether anybody is still there to be heard
+                            await connection.execute("select 1")  # to find out whether the server still answers
         except Exception as error:
             if heard:
                 context = {"channel": channel, "error": str(error)}
-                _log.warning("not listening any more; polling until it works again", extra=context)
+                _log.warning("not listening; polling until the connection is back", extra=context)
             heard = False
         await asyncio.sleep(_BACKOFF_S * random.uniform(0.2, 1.0))

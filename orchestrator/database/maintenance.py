@@ -1,4 +1,4 @@
-"""What keeps the database fit: its maintenance, the state it is in, and partitions on their way out."""
+"""Maintenance of the database: retention, its runs, its condition, and retired partitions."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from orchestrator.settings import Settings, given
 Buffer = bytes | bytearray | memoryview
 
 _RUNS = 100
-# The same rows in the same order each time, so that a file that is there already can be told.
+# Reads the same rows in the same order each time, so that an existing file can be recognised as the same.
 _IN_ORDER = {"synchronize_seqscans": "off", "max_parallel_workers_per_gather": "0"}
 
 
 class Retention(NamedTuple):
-    """What the database is told to keep and to make; None: what it was told before."""
+    """How long the database keeps events, and which partitions it makes; None: as it was told before."""
 
     retention_days: int | None
     partition_days_ahead: int | None
@@ -42,7 +42,7 @@ class Retention(NamedTuple):
 
     @classmethod
     def of(cls, settings: Settings) -> Retention:
-        """All that the settings say, defaults included."""
+        """The values of the settings, defaults included."""
         return cls(
             settings.retention_days,
             settings.partition_days_ahead,
@@ -52,7 +52,7 @@ class Retention(NamedTuple):
 
     @classmethod
     def given(cls, settings: Settings, environ: Mapping[str, str]) -> Retention:
-        """What the environment says itself: a command that runs once must not undo what a service was told."""
+        """The values that the environment sets: a command that runs once must not undo those of a service."""
         named = given(environ)
         return cls(
             settings.retention_days if "retention_days" in named else None,
@@ -75,9 +75,9 @@ class MaintenanceProblem(NamedTuple):
 
 @dataclass(slots=True)
 class Upkeep:
-    """What run_maintenance() did, in one run or several; `did` counts it by what it is.
+    """What run_maintenance() did, in one run or several; `did` counts by kind of work.
 
-    `skipped` says why nothing was done. `more`: there is more to do at once.
+    `skipped` says why nothing was done. `more`: there is more work to do at once.
     """
 
     runs: int = 0
@@ -99,10 +99,10 @@ class Upkeep:
 
 
 class Condition(NamedTuple):
-    """How maintenance fares: how long ago it last ran, None if never, and what failed then.
+    """The condition of maintenance: how long ago it last ran, None if never, and which steps failed then.
 
-    `horizon` is an estimate; `retired` are detached partitions that are not dropped yet; `expiring` dead letters that
-    retention drops within a day. Dead letters are counted up to 10,000.
+    `horizon` is an estimate; `retired` counts detached partitions that are not dropped yet, `expiring` dead letters
+    that retention drops within a day. Dead letters are counted up to 10,000.
     """
 
     age_s: float | None
@@ -127,9 +127,9 @@ class Maintenance:
             yield cls(connection)
 
     async def configure(self, retention: Retention) -> None:
-        """Says what is kept and made from now on. Raises ValidationError when the database refuses.
+        """Sets retention and partitions from now on. Raises ValidationError when the database refuses.
 
-        Raises Blocked, naming the session, when another's open transaction has changed it.
+        Raises Blocked, naming the session, when another session has changed them and not committed.
         """
         try:
             with translated():
@@ -140,7 +140,7 @@ class Maintenance:
             raise Blocked(f"{error}; {row[0] if row else ''}") from error.__cause__
 
     async def run(self) -> Upkeep:
-        """Runs maintenance once: bounded work, unless another is at it.
+        """Runs maintenance once, which is bounded work; skips it while another session runs it.
 
         Raises InDoubt when the connection ended before it answered.
         """
@@ -152,13 +152,13 @@ class Maintenance:
             if not is_lost(error):
                 raise
             raise InDoubt(
-                f"{error}; maintenance may have been done all the same: run it again, which is safe"
+                f"{error}; maintenance may have been done nevertheless: run it again, which is safe"
             ) from error
         assert row is not None
         return upkeep_of(msgspec.json.decode(row[0], type=dict[str, Any]))
 
     async def run_on(self) -> Upkeep:
-        """Runs it until there is nothing more to do at once, a step fails, or it was run a hundred times."""
+        """Runs maintenance until there is no more work, a step fails, or it has run a hundred times."""
         told = await self.run()
         while told.more and not told.problems and told.runs < _RUNS:
             told.add(await self.run())
@@ -175,12 +175,12 @@ def upkeep_of(told: dict[str, Any]) -> Upkeep:
 
 
 async def condition(database: Database) -> Condition:
-    """Raises DatabaseUnavailable, and OrchestratorError when the login may not look."""
+    """Reads the condition. Raises DatabaseUnavailable, and OrchestratorError when the login may not read it."""
     [row] = await database.rows(CONDITION)
     return Condition(*row)
 
 
-# Ids begin with the time an event is scheduled for: what retention takes next stands first in dead_letter's index.
+# Ids begin with the scheduled time: the dead letters that retention drops next come first in the table's index.
 CONDITION: LiteralString = """
 select extract(epoch from n.now - (r.started_at + r.took))::float8
      , coalesce(r.problems, '[]')
@@ -200,7 +200,7 @@ left join lateral (select r.* from orchestrator.maintenance_run r order by r.run
 
 
 class Retired:
-    """Detached partitions that are to be archived. It blocks: for a thread of its own.
+    """Detached partitions that wait to be archived. Its calls block: use it in a thread of its own.
 
     All methods raise DatabaseUnavailable.
     """
@@ -223,7 +223,7 @@ class Retired:
             yield cls(connection, holding)
 
     def take(self) -> bool:
-        """Whether nobody else is archiving: then none will be, until this is closed."""
+        """Takes the archiver's lock until this is closed; False: another process archives."""
         with translated():
             if self._holding is not None:
                 row = self._holding.execute(
@@ -236,7 +236,7 @@ class Retired:
         return row == (True,)
 
     def names(self) -> list[str]:
-        """Names of the tables."""
+        """The names of the tables."""
         with translated():
             return [row[0] for row in self._connection.execute("select name from orchestrator.partitions_to_archive()")]
 
@@ -260,13 +260,13 @@ class Retired:
             yield from copy
 
     def archived(self, name: str) -> bool:
-        """Gives the table up; False: it is not there any more, or somebody did so before."""
+        """Gives the table up; False: it does not exist any more, or another process has given it up."""
         with translated():
             row = self._connection.execute("select orchestrator.archived_partition(%s)", (name,)).fetchone()
         return row == (True,)
 
     def cancel(self) -> None:
-        """Ends the query that runs; from another thread."""
+        """Cancels the running query; call it from another thread."""
         try:
             self._connection.cancel_safe(timeout=2.0)
         except psycopg.Error:  # the server does not answer

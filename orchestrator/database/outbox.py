@@ -1,4 +1,4 @@
-"""The outbox as its publisher sees it, on a connection of its own."""
+"""The outbox as its publisher sees it, on a connection that it does not share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Message(NamedTuple):
 
 
 class Outbox:
-    """Reads batches and settles what became of their messages."""
+    """Reads batches of messages, and records which were published and which failed."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -44,18 +44,18 @@ class Outbox:
             yield cls(connection)
 
     async def switch(self, kinds: Sequence[str]) -> None:
-        """Says which kinds of messages are written to the outbox from now on."""
+        """Sets which kinds of messages the database writes to the outbox from now on."""
         with translated():
             await self._connection.execute("select orchestrator.set_outbox(%s)", (list(kinds),))
 
     async def tell_topics(self, rules: TopicRules) -> None:
-        """Says which topics events may be delivered to, to submissions in SQL."""
+        """Tells submissions in SQL which topics events may be delivered to."""
         with translated():
             values = (rules.ready, list(rules.own), list(rules.allowed))
             await self._connection.execute("select orchestrator.configure_topics(%s, %s, %s)", values)
 
     async def pending(self) -> int:
-        """Messages that wait, counted up to 10,000."""
+        """The number of messages that wait, counted up to 10,000."""
         with translated():
             row = await (await self._connection.execute("select orchestrator.outbox_pending()")).fetchone()
         return row[0] if row else 0
@@ -64,7 +64,7 @@ class Outbox:
     async def batch(self, limit: int, floor: int) -> AsyncGenerator[list[Message], None]:
         """The oldest messages, up to `limit` or about 16 MiB of them, in a transaction that ends with the block.
 
-        None while another publisher is at work. `floor` is that of the last message of the batch before.
+        There are none while another publisher works. `floor` is that of the last message of the batch before.
         """
         with translated():
             async with self._connection.transaction():

@@ -1,4 +1,4 @@
-"""The connection pool of the API, the CLI and maintenance: tries again what a lost connection cut short."""
+"""The connection pool of the API and the CLI: repeats calls that a lost connection cut short, each change once."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ _log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 5.0
 _TRIES = 3
-_ANSWER_S = 120.0  # longer than anything that is asked takes
+_ANSWER_S = 120.0  # longer than any call takes
 _CHECK_S = 1.0
-_FULL_S = 5.0  # how long a disk that was full counts as full, unless something is kept
+_FULL_S = 5.0  # a disk that was full counts as full this long, unless a change succeeds
 _CLOSE_S = 1.0  # for connections that are being opened
 _NEW_S = 1.0
 _LOOK = "whether it was done is not known, so look before you repeat it"
@@ -65,12 +65,12 @@ _HOLDERS_S = 2.0
 class Pool:
     """A pool of connections. `Database` adds the calls that its users make.
 
-    Every method raises DatabaseUnavailable when the database is away, after two more tries on fresh connections, and
-    Blocked when another session's open transaction holds what it needs for longer than 3 seconds. What changes
-    something is done once, and answers what it did, although the reply to its commit was lost: see `once`. InDoubt: it
-    may have been done. NotPermitted: the login lacks a right.
+    Every method raises DatabaseUnavailable when the database is away, after two more tries on fresh connections;
+    Blocked when another session's open transaction holds what it needs for longer than 3 seconds; NotPermitted when the
+    login lacks a right. A change is made once, and its answer survives the loss of the reply: see `once`. InDoubt means
+    that the change may have been made.
 
-    `role` shows in pg_stat_activity; `needs`, of ABILITIES, are those without which this process is not ready.
+    `role` shows in pg_stat_activity; `needs` are the ABILITIES without which this process is not ready.
     """
 
     def __init__(self, settings: Settings, *, role: str, needs: Sequence[str] = ()) -> None:
@@ -111,9 +111,9 @@ class Pool:
         changes: bool = False,
         names_holders: bool = True,
     ) -> T:
-        """Runs `work`, and `again`, or else `work` again, when the connection was lost or cannot write.
+        """Runs `work`; when the connection was lost or cannot write, runs `again` (default: `work`) on another.
 
-        This is the one place where anything is tried again. What `changes` something must bear it.
+        Nothing else tries again. Work that `changes` something must allow for it.
         """
         in_doubt = False
         for tries_left in range(_TRIES - 1, -1, -1):
@@ -164,11 +164,12 @@ class Pool:
                     raise
 
     async def once(self, query: LiteralString, *values: object, waits: bool = True) -> list[Any]:
-        """The rows that a query answers which changes something, done once however often it has to be sent.
+        """Runs a query that changes something once, however often it has to be sent; returns its rows.
 
-        The answer is kept with the change (orchestrator.request), and asked for when its reply was lost. Columns are
-        texts, numbers, booleans or arrays of those: what JSON gives back as it was. `waits`: whether it may have to
-        wait for another session; what does not, such as a pause, does not wait for those that do either.
+        The database keeps the answer with the change (orchestrator.request), and is asked for it when the reply was
+        lost. Columns are texts, numbers, booleans or arrays of those, which JSON gives back unchanged. `waits` says
+        whether the query may have to wait for another session. One that does not, such as a pause, gets a connection
+        even while those that do have theirs.
         """
 
         async def work(connection: Connection, request: UUID) -> list[Any]:
@@ -179,7 +180,7 @@ class Pool:
     async def done_once(
         self, work: Callable[[Connection, UUID], Awaitable[list[Any]]], *, waits: bool = True
     ) -> list[Any]:
-        """As `once`, for work that gives its answer to keep_answer() by itself, in its transaction."""
+        """As `once`, for work that calls keep_answer() itself, in its transaction."""
         request = uuid4()
 
         async def kept(connection: Connection) -> list[Any] | None:
@@ -194,7 +195,7 @@ class Pool:
                 try:
                     return await work(connection, request)
                 except psycopg.Error:
-                    # The first run may have been under way still, and have committed meanwhile.
+                    # The first run may still have been under way, and have committed meanwhile.
                     answer = None if connection.closed else await kept(connection)
                     if answer is None:
                         raise
@@ -204,7 +205,7 @@ class Pool:
             return await self._run(lambda connection: work(connection, request), again, changes=True)
 
     async def holders(self) -> str:
-        """The sessions whose open transactions may be in the way, for an operator."""
+        """The sessions whose open transactions may hold this up, for an operator."""
 
         async def work(connection: Connection) -> str:
             row = await (await connection.execute(HOLDERS)).fetchone()
@@ -217,7 +218,7 @@ class Pool:
 
     @asynccontextmanager
     async def _turn(self) -> AsyncGenerator[None, None]:
-        """For what may wait for another session: some connections are left for all else."""
+        """Limits the calls that may wait for another session, so that some connections are left for the others."""
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 await self._turns.acquire()
@@ -229,7 +230,7 @@ class Pool:
             self._turns.release()
 
     async def rows(self, query: LiteralString, *values: object) -> list[TupleRow]:
-        """What a query of this package's modules answers."""
+        """The rows of a query that changes nothing; for this package's modules."""
 
         async def work(connection: Connection) -> list[TupleRow]:
             return await (await connection.execute(query, values)).fetchall()
@@ -237,14 +238,16 @@ class Pool:
         return await self._run(work)
 
     async def value(self, query: LiteralString, *values: object) -> Any:
-        """The first column of its first row; None: it has none."""
+        """The first column of the first row; None: there is no row."""
         rows = await self.rows(query, *values)
         return rows[0][0] if rows else None
 
     async def ready(self) -> None:
-        """Raises DatabaseUnavailable, also when it takes no writes, or has had no room for one in the last seconds;
-        OrchestratorError when the schema, or a partition for today, is missing, or nobody can submit; NotPermitted
-        when this login may not do what it is for.
+        """Returns when the database can serve this process.
+
+        Raises DatabaseUnavailable when it is away, takes no writes, or had a full disk in the last seconds;
+        OrchestratorError when the schema or a partition for today is missing, or nobody can submit; NotPermitted when
+        the login lacks a right that this process needs.
         """
         [(today, staging, user, lacking)] = await self.rows(
             """
@@ -271,16 +274,16 @@ class Pool:
 class _CheckedPool(AsyncConnectionPool[Connection]):
     @staticmethod
     async def check_connection(conn: Connection) -> None:
-        """Raises when the connection does not answer within moments, or cannot write."""
+        """Raises when the connection does not answer within a second, or cannot write."""
         if not await within(_CHECK_S, _can_write(conn)) and _is_old(conn):
             await conn.close()
             raise psycopg.OperationalError("this session cannot write")
 
 
 def _is_old(connection: Connection) -> bool:
-    """Whether a session that cannot write should be given up: it may stay so, whatever its server is by now.
+    """Whether a session that cannot write should be given up: an old one may stay so when its server has changed.
 
-    A new one says how the server is, and another would say the same.
+    A new one shows the present state of its server, and another would show the same.
     """
     return time.monotonic() > connection._created_at + _NEW_S
 

@@ -1,4 +1,4 @@
-"""Rejects: records from Kafka that could not be kept, for the operator who looks after them."""
+"""Rejects, for operators: records from Kafka that could not be kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.events.submission import Submission
 
 
 class KeptReject(NamedTuple):
-    """A reject with its bytes; the event it became when it was submitted again, if it was."""
+    """A reject with its bytes, and the event that it became if it was submitted again."""
 
     number: int
     topic: str
@@ -32,7 +32,7 @@ class KeptReject(NamedTuple):
 
 
 class Rejects:
-    """What operators ask of the database, by its pool. Methods raise DatabaseUnavailable."""
+    """Listing and resubmitting rejects, through the pool. Methods raise DatabaseUnavailable."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -48,6 +48,7 @@ class Rejects:
 
     async def resubmit(self, number: int, submission: Submission) -> Submitted:
         """Keeps the event and notes it with the reject, both or neither.
+
         Raises ValidationError when the database refuses it.
         """
 

@@ -47,8 +47,8 @@ _staged: weakref.WeakSet[Connection] = weakref.WeakSet()  # those whose session 
 class Submitted(NamedTuple):
     """What became of a submission: ``accepted``, ``duplicate``, or ``refused`` with field and reason.
 
-    `id` is the one that the event is kept under, `status` the state that a duplicate is in. ``blocked``, by
-    `submit_all` alone: another session has an uncommitted event of that id, and nothing was kept.
+    `id` is the one that the event is kept under, `status` the state of a duplicate. ``blocked``, from `submit_all` and
+    `submit_free` only: another session has an uncommitted event of that id, and this one was not kept.
     """
 
     id: str
@@ -70,7 +70,7 @@ class SubmissionCalls(Pool):
         return await self._submit(submissions, _SUBMIT)
 
     async def submit_hastily(self, submissions: Sequence[Submission]) -> list[Submitted] | None:
-        """As `submit`, but waits for no other session for longer than 20 ms; None: one does, and none is kept."""
+        """As `submit`, but waits for other sessions 20 ms at most; None: that was too short, and nothing is kept."""
         try:
             return await self._submit(submissions, _SUBMIT_HASTILY, _HASTE)
         except Blocked:
@@ -97,7 +97,7 @@ class SubmissionCalls(Pool):
                     await copy.write(text)
                 await cursor.execute(submit)
                 answered = await cursor.fetchall()
-            # The reply to a commit may have been lost: then all that was new to that run is a duplicate to this one.
+            # The reply to a commit may have been lost: then what was new to that run is a duplicate to this one.
             return answered if before is None or _are_new(before, answered, len(submissions)) else before
 
         rows = await self._run(work, changes=True, names_holders=first is None)
@@ -109,14 +109,14 @@ class SubmissionCalls(Pool):
 
 
 def _are_new(before: Sequence[TupleRow], now: Sequence[TupleRow], count: int) -> bool:
-    """Whether something that was new to the run before is so to this one: then that one was undone."""
+    """Whether an event that was new to the run before is new to this one, too: then that run was undone."""
     exceptions = {row[0] for row in before}
     duplicates = {row[0] for row in now if row[2] == "duplicate"}
     return any(n not in duplicates for n in range(count) if n not in exceptions)
 
 
 async def _copied(submissions: Sequence[Submission]) -> bytes:
-    """The lines of all; others get on in between when that is many MiB."""
+    """The lines of COPY for all of them; lets other tasks run in between when that is many MiB."""
     rows = []
     size_bytes = 0
     for n, submission in enumerate(submissions):
@@ -130,15 +130,18 @@ async def _copied(submissions: Sequence[Submission]) -> bytes:
 
 
 async def submit_all(database: SubmissionCalls, submissions: Sequence[Submission]) -> list[Submitted]:
-    """Submits in one transaction; a value that only the database refuses is found by bisecting, and refused alone.
+    """Submits in one transaction; bisecting finds a submission that only the database refuses, and refuses it alone.
 
-    What waits for another session's open transaction is set aside, as blocked, and all others are kept. Raises
-    DatabaseUnavailable. Halves that were already kept stay kept: submitting them again changes nothing.
+    A submission that would wait for another session's open transaction is answered as blocked; all others are kept.
+    Raises DatabaseUnavailable. Halves that were already kept stay kept: submitting them again changes nothing.
     """
     try:
         return await database.submit(submissions)
     except Blocked as error:
-        _log.warning("submissions are set aside", extra={"error": str(error)})
+        _log.warning(
+            "submissions are set aside while another session's open transaction holds them up",
+            extra={"error": str(error)},
+        )
         return await submit_free(database, submissions)
     except ValidationError as error:
         if len(submissions) == 1:
@@ -151,9 +154,9 @@ async def submit_all(database: SubmissionCalls, submissions: Sequence[Submission
 async def submit_free(
     database: SubmissionCalls, submissions: Sequence[Submission], deadline_s: float | None = None
 ) -> list[Submitted]:
-    """As `submit_all`, but waits for no other session: by bisecting it finds what is blocked, in about two seconds.
+    """As `submit_all`, but waits for no other session: bisecting finds the blocked ones, in about two seconds.
 
-    What was not looked at by then (`deadline_s`, monotonic) is blocked, too.
+    Submissions that were not tried by then (`deadline_s`, monotonic) count as blocked, too.
     """
     if deadline_s is None:
         deadline_s = time.monotonic() + _APART_S

@@ -1,4 +1,4 @@
-"""What is done to many events at once, by bounded calls: the caller repeats one until nothing is left to look at."""
+"""Bulk changes by bounded calls: the caller repeats a call until no event is left to look at."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from orchestrator.database.gateway import Database
 
 
 class Swept(NamedTuple):
-    """What one call has looked at, what of that was meant, and what it changed; with a dry run that is nothing.
+    """How many events one call has looked at (`seen`), how many of them matched, and how many it changed (`done`).
 
-    `next_after`, and for a redrive `next_start_at`, go into the next call; None: that was the last one. `in_flight`
-    were meant but cannot be cancelled. `examples` are ids of some that were meant.
+    A dry run changes none. `next_after`, and for a redrive `next_start_at`, go into the next call; None: that was the
+    last one. `in_flight` counts those that matched but cannot be cancelled. `examples` are ids of some that matched.
     """
 
     seen: int
@@ -28,7 +28,7 @@ class Swept(NamedTuple):
 class Sweeps:
     """Each call looks at no more than `limit`.
 
-    Raises DatabaseUnavailable, and ValidationError for what cannot be: a destination's field is ``name``.
+    Raises DatabaseUnavailable, and ValidationError for an impossible filter; a destination's field is ``name``.
     """
 
     def __init__(self, database: Database) -> None:
@@ -49,11 +49,11 @@ class Sweeps:
         rate: float | None = None,
         start_at: str | None = None,
     ) -> Swept:
-        """Has dead events tried again, `rate` of them a second from `start_at` on; without them all at once."""
+        """Schedules dead events for another attempt: `rate` a second from `start_at` on, by default all at once."""
         return await self._one(dry_run, _REDRIVE, *which, rate, dry_run, limit, after, start_at)
 
     async def purge(self, which: Filter, *, limit: int, dry_run: bool = False, after: str | None = None) -> Swept:
-        """Forgets dead letters; the filter must not be empty. The events stay, and stay dead."""
+        """Removes dead letters; the filter must not be empty. Their events stay, and stay dead."""
         return await self._one(dry_run, _PURGE, *which, dry_run, limit, after)
 
     async def _one(self, dry_run: bool, query: LiteralString, *values: object) -> Swept:

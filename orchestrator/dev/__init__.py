@@ -1,1 +1,1 @@
-"""What a developer's machine needs and a production deployment does not: a database of its own."""
+"""What a developer's machine needs and production does not: its own database, broker and receiver."""

@@ -1,4 +1,4 @@
-"""`orchestrator demo`: events through all of the product, counted at the far end."""
+"""`orchestrator demo`: events go through the whole system, and the receiver counts them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BATCH = 500
 _POSTING = 2
 _SUBMITTED_PER_S = 5000  # a cautious guess, so that the last is submitted before the first is due
 _LEAD_S = 1.5
-_SESSION_MS = "2000"  # the wheel's broker makes a group wait for about so long before it has its partitions
+_SESSION_MS = "2000"  # the broker of the wheel gives a group its partitions only after about this time
 _START_S = 30.0
 _STALLED_S = 30.0
 _SETTLE_S = 10.0
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far the demo is: what it does, counts so far, and when the herd is due in Unix seconds."""
+    """The progress of the demo: its stage, counts so far, and when the herd is due in Unix seconds."""
 
     stage: str
     submitted: int = 0
@@ -65,7 +65,7 @@ class Progress(NamedTuple):
 def demonstrate(plan: Plan, environ: Mapping[str, str], show: Callable[[Progress], None]) -> Result:
     """Runs the demo and cleans up behind it. A signal ends it early, with asyncio.CancelledError.
 
-    Raises OrchestratorError when something does not start, dies on the way, or answers what it must not.
+    Raises OrchestratorError if a process does not start, ends early, or gives a wrong answer.
     """
     with ExitStack() as stack:
         show(Progress("starting PostgreSQL and a broker"))
@@ -77,7 +77,7 @@ def demonstrate(plan: Plan, environ: Mapping[str, str], show: Callable[[Progress
 
 
 class _Demo:
-    """Half of the events go through Kafka, if there is the broker for it: by an API that has it, and an ingester."""
+    """Half of the events go through Kafka, if there is a broker: through an API with Kafka, and an ingester."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class _Demo:
         if self._kafka is not None:
             async with ingester:
                 topic = Settings.from_env(self._environ).topic_submission
-                await self._until(ingester, "metrics", f'partition="0",topic="{topic}"')  # it has been given it
+                await self._until(ingester, "metrics", f'partition="0",topic="{topic}"')  # it has the partition
 
     def _start_worker(self, role: str, given: Mapping[str, str]) -> aiohttp.ClientSession:
         """Starts it, and returns a client of its management port."""
@@ -182,16 +182,16 @@ class _Demo:
         raise OrchestratorError(f"the stack was not ready after {_START_S:g} s")
 
     async def _require_idle(self, api: aiohttp.ClientSession) -> None:
-        """The demo's dispatchers would deliver whatever is due there, signed with the demo's secret."""
+        """The demo's dispatchers would deliver all events that are due there, signed with the demo's secret."""
         live = await _live(api)
         if live:
             raise OrchestratorError(
-                f"--database-url: the demo would deliver what waits for delivery there (events: {live:,}); "
+                f"--database-url: the demo would deliver the events that wait there ({live:,}); "
                 "give it a database of its own"
             )
 
     async def _submit(self, apis: Sequence[aiohttp.ClientSession], destination: str) -> None:
-        """Submits everything in batches, to each API in turn, before the first is due."""
+        """Submits all events in batches, alternately to each API, before the first is due."""
         count, spread_s = self._plan.events, self._plan.spread_s
         first_at = time.time() + _LEAD_S + count / _SUBMITTED_PER_S
         self._herd_at = float(math.ceil(first_at + spread_s / 2))
@@ -228,7 +228,7 @@ class _Demo:
         self._show(Progress("submitting", len(self._scheduled), 0, self._herd_at))
 
     async def _until_delivered(self, receiver: _Receiver) -> None:
-        """Waits until as many have arrived as were submitted, or until nothing comes any more."""
+        """Waits until as many events have arrived as were submitted, or until no more arrive."""
         last_due = max(self._scheduled.values())
         arrived = 0
         patience_ends = last_due + _STALLED_S
@@ -243,7 +243,7 @@ class _Demo:
             await asyncio.sleep(_POLL_S)
 
     async def _until_settled(self, api: aiohttp.ClientSession) -> None:
-        """Waits until every result is recorded: an event that is not might be delivered once more."""
+        """Waits until every result is recorded: an event without a result might be delivered once more."""
         deadline_s = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline_s:
             if not await _live(api):
@@ -270,7 +270,7 @@ class _Receiver:
         self.url = ""
 
     async def ask(self, command: str) -> dict[str, Any]:
-        """Sends a line and reads the one it answers with."""
+        """Sends a line and reads the line of the answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{command}\n".encode())

@@ -1,4 +1,4 @@
-"""What a demo came to: what was submitted compared with what the receiver recorded."""
+"""The result of a demo: the submitted events compared with those that the receiver recorded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Lateness:
 class Result:
     """Counts of events, except `duplicated`: deliveries beyond an event's first.
 
-    `through_kafka` of those submitted took the way over Kafka.
-    `events_per_s` is how fast the herd drained: its size over the time from its instant to its last arrival.
+    `through_kafka` of the submitted events went through Kafka. `events_per_s` is the rate at which the herd was
+    delivered: its size over the time from its instant to its last arrival.
     """
 
     submitted: int
@@ -43,7 +43,7 @@ def result_of(
 ) -> Result:
     """`scheduled` maps ids to their due times; `ids` arrived at `arrived_at`, in order. All in Unix seconds.
 
-    Arrivals of ids that are not in `scheduled` are somebody else's.
+    Arrivals of ids that are not in `scheduled` do not count.
     """
     first: dict[str, float] = {}
     duplicated = 0

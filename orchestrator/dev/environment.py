@@ -1,4 +1,4 @@
-"""What development tools set, and where they keep things."""
+"""The settings of development tools, and where they keep their data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def state_directory(environ: Mapping[str, str]) -> Path:
 
 
 def user_directory(environ: Mapping[str, str], variable: str, below_home: str) -> Path:
-    """This product's part of a user's directory of the XDG specification. Raises OrchestratorError when nobody's."""
+    """This product's part of a user's directory of the XDG specification. OrchestratorError if it has none."""
     given = environ.get(variable, "")
     try:
         base = Path(given) if os.path.isabs(given) else Path.home() / below_home
@@ -55,12 +55,12 @@ def kept_webhook_secret(directory: Path) -> str:
     try:
         decode_secret(secret)
     except ValueError as error:
-        raise OrchestratorError(f"{path}: {error}; remove the file to have a new one made") from None
+        raise OrchestratorError(f"{path}: {error}; remove the file, and a new one is made") from None
     return secret
 
 
 def _write_once(path: Path, text: str) -> None:
-    """Makes a file that only its owner may read, whole or not at all, and never in place of one that is there."""
+    """Creates a file that only its owner may read, whole or not at all, and never replaces an existing one."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{path.name}-") as file:
         file.write(text)
         file.flush()
@@ -69,7 +69,7 @@ def _write_once(path: Path, text: str) -> None:
 
 
 def with_defaults(environ: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
-    """`environ`, and `defaults` where it has nothing."""
+    """`environ`, completed by `defaults`."""
     return {**environ, **{name: value for name, value in defaults.items() if not environ.get(name, "").strip()}}
 
 

@@ -33,7 +33,7 @@ __all__ = [
 
 Kind = Literal["docker", "maven", "wheel"]
 
-# In the order of preference: as near to production as this machine allows.
+# In the order of preference: as close to production as this machine allows.
 _UNAVAILABLE: dict[Kind, Callable[[], str | None]] = {
     "docker": kafka_docker.unavailable,
     "maven": kafka_maven.unavailable,
@@ -58,7 +58,7 @@ def temporary_broker(kind: str | None = None, *, parent: Path | None = None) -> 
     """A broker not yet started, whose data goes when it is closed; enter it or start it.
 
     `kind` is ``docker``, ``maven`` or ``wheel``; None: `available_kind`. `parent` is the directory that a temporary
-    one for the data is made in. Raises OrchestratorError when there is none to be had.
+    one for the data is made in. Raises OrchestratorError if no kind can run.
     """
     match kind or available_kind():
         case "docker":

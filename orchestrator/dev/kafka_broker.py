@@ -1,4 +1,4 @@
-"""What every broker for development and tests can do, and a broker that is a process of ours."""
+"""The interface of every broker for development and tests, and a broker that is a child process."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Broker(ABC):
     """Whether producers may be idempotent (KAFKA_IDEMPOTENCE)."""
     transactions: bool
     keeps_data: bool
-    """Whether topics and groups are still there after `stop` or `kill`, and `start`."""
+    """Whether topics and groups survive `stop` or `kill`, and `start`."""
     makes_topics: bool
-    """Whether a topic that is asked for comes into being by that."""
+    """Whether asking for a topic creates it."""
 
     @property
     def environ(self) -> dict[str, str]:

@@ -38,7 +38,7 @@ fi
 
 
 class Ownership:
-    """The right to start and stop the server of `directory`; lost with `give_up`, or with this process."""
+    """The right to start and stop the server of `directory`; it ends with `give_up`, or with this process."""
 
     def __init__(self, directory: Path, *, temporary: bool) -> None:
         self._directory = directory
@@ -52,14 +52,14 @@ class Ownership:
 
     @property
     def locks(self) -> tuple[int, ...]:
-        """Descriptors of what holds it: a child that they are passed to holds it too, until it ends."""
+        """Descriptors of the lock: a child that inherits them holds it too, until the child ends."""
         return tuple(self._locks)
 
     def take(self, timeout_s: float) -> bool:
         """Takes it unless another process has it; True when this process holds it.
 
-        Waits for the guard of an owner who was killed, which may be stopping the server just now. Raises
-        OrchestratorError when it does not come to an end in time.
+        Waits for the guard of an owner who was killed, which may still be stopping the server. Raises
+        OrchestratorError if the guard does not end in time.
         """
         if self.held:
             return True

@@ -24,7 +24,7 @@ def memory_bytes() -> int:
 
 
 def default_tuning(memory: int, disk_free: int) -> dict[str, str]:
-    """Settings for a machine with so many bytes of memory and so many free bytes where the data is kept.
+    """Settings for a machine with that much memory and that much free space for the data, both in bytes.
 
     Durability is PostgreSQL's own: fsync, full_page_writes and synchronous_commit stay on. WAL is not
     compressed, since the wheel has neither lz4 nor zstd and pglz costs more time than the bytes are worth.
@@ -54,7 +54,7 @@ def default_tuning(memory: int, disk_free: int) -> dict[str, str]:
 def configuration(settings: dict[str, str]) -> str:
     """The settings as the text of a postgresql.conf."""
     lines = (f"{name} = '{value.replace(chr(39), chr(39) * 2)}'" for name, value in settings.items())
-    return "# Written anew at every start; use ALTER SYSTEM for settings of your own.\n" + "\n".join(lines) + "\n"
+    return "# Written again at every start; use ALTER SYSTEM for your own settings.\n" + "\n".join(lines) + "\n"
 
 
 def _between(value: int, low: int, high: int) -> int:

@@ -66,15 +66,15 @@ class Stack:
 
 @contextmanager
 def prepared(environ: Mapping[str, str]) -> Iterator[Stack]:
-    """A database up to date, a broker with topics, and settings for development where the environment says nothing.
+    """A migrated database, a broker with topics, and settings for development where the environment has none.
 
     The database is the one of DATABASE_URL or DB_HOST, else an embedded server that stops at the end. The broker is
-    the one of KAFKA_BOOTSTRAP_SERVERS, else one in memory if its wheel is installed. Raises OrchestratorError when a
-    port is taken, or the database or the brokers cannot be had.
+    the one of KAFKA_BOOTSTRAP_SERVERS, else one in memory if its wheel is installed. Raises OrchestratorError if a
+    port is taken, or if the database or the broker cannot be started or reached.
     """
     home = state_directory(environ)
     defaults = {
-        # Nobody else on the network should reach a service that needs no key and delivers to this machine.
+        # Nobody else on the network must reach a service that needs no key and delivers to this machine.
         "SERVER_HOST": "127.0.0.1",
         "HTTP_ALLOW_NETWORKS": LOOPBACK,
         "LOG_FORMAT": "console",
@@ -106,7 +106,7 @@ def prepared(environ: Mapping[str, str]) -> Iterator[Stack]:
 def _database(
     environ: Mapping[str, str], settings: Settings, home: Path
 ) -> Iterator[tuple[Mapping[str, str], Path | None]]:
-    """The environment with a database that is up to date, and where its data is if it is not the user's own."""
+    """The environment with a migrated database, and the directory of its data unless the database is the user's own."""
     given = next((name for name in ("DATABASE_URL", "DB_HOST") if environ.get(name, "").strip()), None)
     if given is not None:
         try:
@@ -142,7 +142,7 @@ def _on_port(wanted: int, start: Callable[[int], Server]) -> Server:
 def _broker(settings: Settings, home: Path) -> Iterator[dict[str, str]]:
     """The settings of a broker for this database: of another `dev` that serves the same one, else of its own.
 
-    Two would not do: positions in the database are by the name of the topic.
+    They must share one broker: the database keeps offsets by the name of the topic.
     """
     digest = hashlib.sha256(settings.database_url.encode()).hexdigest()[:12]
     home.mkdir(parents=True, exist_ok=True)
@@ -159,16 +159,16 @@ def _broker(settings: Settings, home: Path) -> Iterator[dict[str, str]]:
             running.callback(path.unlink)
             broker = _on_port(KAFKA_PORT, lambda port: running.enter_context(WheelBroker(port=port)))
             _read_from_the_start(settings)
-            file.truncate(0)  # what an owner wrote who was killed
+            file.truncate(0)  # written by an owner who was killed
             file.write(json.dumps(broker.environ))
             file.flush()
             yield broker.environ
             return
-    raise OrchestratorError(f"{path}: another orchestrator dev does not get its broker started; stop it")
+    raise OrchestratorError(f"{path}: another orchestrator dev cannot start its broker; stop it")
 
 
 def _locked(path: Path) -> IO[str] | None:
-    """The file there, locked; None when another process has it. One that its owner has just removed is nobody's."""
+    """The file, locked; None if another process holds it. A file that its owner has just removed does not count."""
     while True:
         file = path.open("a+")
         try:
@@ -183,7 +183,7 @@ def _locked(path: Path) -> IO[str] | None:
 
 
 def _environ_of_another(path: Path) -> dict[str, str] | None:
-    """What the owner of the file wrote into it; None until its broker listens, or that of one who was killed did."""
+    """The settings that the owner wrote into the file; None until its broker listens, or if the owner was killed."""
     with suppress(OSError, ValueError):
         environ: dict[str, str] = json.loads(path.read_text())
         host, _, port = environ["KAFKA_BOOTSTRAP_SERVERS"].rpartition(":")
@@ -193,7 +193,7 @@ def _environ_of_another(path: Path) -> dict[str, str] | None:
 
 
 def _read_from_the_start(settings: Settings) -> None:
-    """Forgets how far the topics of the last run were read: the broker is new, and they begin at 0 again."""
+    """Forgets the offsets of the last run: the broker is new, and its topics begin at 0 again."""
     with connect_blocking(settings.database_url, "dev") as connection:
         connection.execute(
             "select orchestrator.set_ingest_offset(topic, partition, 0) from orchestrator.ingest_offset"
@@ -203,7 +203,7 @@ def _read_from_the_start(settings: Settings) -> None:
 
 
 async def take_the_rest(settings: Settings) -> None:
-    """Ingests what the broker still holds, which has been acknowledged and would end with it."""
+    """Ingests the records that are left in the broker: they were acknowledged and would be lost with it."""
     topics = (settings.topic_submission, settings.topic_processing)
     counts = await partition_counts(settings, topics)
 

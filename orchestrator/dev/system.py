@@ -1,4 +1,4 @@
-"""What the embedded server asks of the operating system: processes, ports, patience."""
+"""What the embedded server needs of the operating system: processes, ports, locks and time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BLOCK = 100
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens. No other process is given it by this while this one lives."""
+    """A port of 127.0.0.1 on which no program listens. While this process lives, no other gets it from here."""
     ports = _own_ports(os.getpid())
     for port in itertools.islice(ports, _BLOCK):
         with socket.socket() as probe:
@@ -43,7 +43,7 @@ def free_port() -> int:
 
 @cache
 def _own_ports(pid: int) -> Iterator[int]:
-    """Again and again the ports of a block that the process `pid`, this one, owns: it has bound the first of them."""
+    """Cycles through the ports of a block that the process `pid`, this one, owns: it has bound the first of them."""
     for first in secrets.SystemRandom().sample(_PORTS[::_BLOCK], len(_PORTS) // _BLOCK):
         owner = socket.socket()
         try:
@@ -58,10 +58,10 @@ def _own_ports(pid: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def exclusive(directory: Path, timeout_s: float) -> Iterator[int]:
-    """Lets one process of the machine at a time make what is kept in a directory, by a lock on the directory itself.
+    """Lets one process of the machine at a time create the content of a directory, by a lock on the directory itself.
 
     Yields the lock's descriptor: a child that it is passed to holds the lock until it has ended, even when this
-    process is killed meanwhile. Raises OrchestratorError when others do not let go of it in time.
+    process is killed meanwhile. Raises OrchestratorError if other processes do not release it in time.
     """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

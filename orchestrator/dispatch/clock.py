@@ -1,4 +1,4 @@
-"""The database's clock, read between queries without asking: no attempt may begin before it is due, or too late."""
+"""The database's clock, estimated between queries: no attempt may begin before its event is due, or too late."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class DatabaseClock:
     departure, the database's clock was set back, and only that answer counts. A step back by less than the answer
     took, or than numbers are rounded by, can hide; the clock is ahead by no more than that then.
 
-    The upper bound is the same from the other side: when the question was sent, the database's clock showed no more
-    than the answer's time. It may be long past when the answer took long, as behind a lock.
+    The upper bound works the other way round: when the question was sent, the database's clock showed no more than the
+    answer's time. It is loose when the answer took long, as behind a lock.
     """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -45,7 +45,7 @@ class DatabaseClock:
         return _SLOWEST * self._monotonic() + self._offset_s
 
     def latest(self) -> float:
-        """The database's time in Unix seconds, never behind it; for what must not be over. Raises as `now`."""
+        """The database's time in Unix seconds, never behind it; for what must not have ended yet. Raises as `now`."""
         if self._offset_s is None:
             raise RuntimeError("the database's clock has not been read yet")
         return _FASTEST * self._monotonic() + self._latest_offset_s

@@ -1,9 +1,9 @@
-"""Claims events shortly before they are due, delivers each on time, and records what came of it.
+"""Claims events shortly before they are due, delivers each on time, and records the outcome.
 
 One process runs a claimer, a listener, a finisher, and deliveries over HTTP and to Kafka. The claimer keeps up to
-SCHEDULER_PREFETCH leased events in memory; polling finds what is due, notifications only make it look sooner. Limits,
-breakers and pauses are the database's to decide: a claim gives what may be attempted, and says when to claim again.
-When the database goes away, deliveries go on, results wait, and claiming resumes with it.
+SCHEDULER_PREFETCH leased events in memory. It finds due events by polling; notifications only make it poll sooner. The
+database enforces rate limits, circuit breakers and pauses: a claim returns only events that may be attempted, and says
+when to claim again. While the database is away, deliveries go on and results wait; claiming resumes when it is back.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from orchestrator.settings import Settings
 from orchestrator.tasks import end, within
 
 _CLAIM_GAP_S = 0.01  # between claims that found less than a batch
-_LOCKED_GAP_S = 0.1  # before looking again for what is due but was not to be had, doubling up to
+_LOCKED_GAP_S = 0.1  # before claiming again events that are due but locked by another session; doubles up to
 _LAST_LOCKED_GAP_S = 1.0
-_LOCKED_OUT = 5  # claims in turn, before it is told that another session is in the way
-_CLAIM_AHEAD_S = 0.25  # how long before it is due an expected event is claimed
+_LOCKED_OUT = 5  # consecutive claims that met locked events, before the log names who locks them
+_CLAIM_AHEAD_S = 0.25  # an expected event is claimed this long before it is due
 _AGAIN_WITHIN_S = 0.02  # after the moment that a claim named, at random, so that dispatchers do not claim in step
 _HOLD = "hold "
 _STOPPING_BACKOFF_S = 0.5
-_BACKLOG_EVERY_S = 5.0  # between counts of the backlog while claims come back full; else it is known to be nothing
+_BACKLOG_EVERY_S = 5.0  # between counts of the backlog while claims come back full; otherwise there is none
 _FLOORS_EVERY_S = 1.0
 _FLOORS_AGAIN_S = 60.0  # after a failure
-_ENDING_S = 1.0  # for a claim or an attempt to end when it is no longer wanted
+_ENDING_S = 1.0  # that a cancelled claim or attempt has to end
 
 _log = logging.getLogger(__name__)
 
@@ -68,20 +68,20 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._wake_due = float("inf")
         self._freed = False
-        self._low = -1  # the number held at which a claim is waited for
+        self._low = -1  # the claimer waits until no more events than this are held
         self._locked_gap_s = _LOCKED_GAP_S
         self._holders = Holders(
-            "claims leave out destinations or ordering keys that another session's open transaction has"
+            "claims leave out destinations or ordering keys that another session's open transaction has locked"
         )
-        self._on_hold: set[int | None] = set()  # lanes put on hold since the last claim began; None: all
+        self._recalled: set[int | None] = set()  # lanes recalled since the last claim began; None: all
         metrics.events_held.set_function(lambda: self._held)
         metrics.events_in_flight.set_function(lambda: self._http.in_flight + self._kafka.in_flight)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Dispatches until `stop` is set: then claims no more, lets running attempts end, releases the rest.
 
-        A database that is away is waited for. Raises OrchestratorError when it refuses the first claim, for want
-        of a schema or of rights; what once has worked is tried again for ever.
+        Waits for a database that is away. Raises OrchestratorError when it rejects the first claim, as it does without
+        a schema or rights. After a first claim, it tries again for ever.
         """
         async with asyncio.TaskGroup() as tasks:
             recording = tasks.create_task(self._connected(), name="claim and finish")
@@ -105,19 +105,19 @@ class Dispatcher:
         if running:
             await asyncio.wait(running, timeout=_ENDING_S)
         self._finisher.close()
-        # Without a claim there is nothing to record, but perhaps one on its way.
+        # Without a claim there is nothing to record, but a first one may be under way.
         left_s = max(0.5, deadline_s - time.monotonic()) if self._has_claimed else _ENDING_S
         await asyncio.wait([recording], timeout=left_s)
         recording.cancel()  # ends both of its tasks as end() does
         await end(listening)
         if cut_short or self._finisher.pending:
             _log.warning(
-                "stopped with work unfinished; leases that could not be handed back run out by themselves",
+                "stopped with unfinished work; leases that were not handed back will run out",
                 extra={"attempts_cut_short": cut_short, "results_unrecorded": self._finisher.pending},
             )
 
     async def _connected(self) -> None:
-        """Claims and finishes; connects again, with backoff, for as long as it takes."""
+        """Claims and finishes; connects again, with connection backoff, for as long as it takes."""
         while not self._finisher.done:
             try:
                 await self._connect_once()
@@ -128,7 +128,7 @@ class Dispatcher:
                 if not self._has_claimed:
                     raise
                 if not isinstance(error, OrchestratorError):
-                    _log.exception("a call of the database failed in a way not foreseen")
+                    _log.exception("a call of the database failed unexpectedly")
                 await self._back_off(logging.ERROR, "the database refuses to serve; trying again", str(error))
 
     async def _connect_once(self) -> None:
@@ -137,7 +137,7 @@ class Dispatcher:
             opening = Leases.open(self._settings, self._name, self._worker)
             leases = await within(ANSWER_S, connections.enter_async_context(opening))
             self._worker = leases.worker
-            # Before claiming: a lease may have run out meanwhile, and a claim would have its event delivered again.
+            # Before claiming: a lease may have run out meanwhile, and a claim would deliver its event again.
             await self._finisher.flush(leases)
             self._claiming = not self._stopping.is_set()
             claiming = asyncio.create_task(self._claim(leases), name="claim")
@@ -146,7 +146,7 @@ class Dispatcher:
             try:
                 await asyncio.wait((claiming, finishing), return_when=asyncio.FIRST_EXCEPTION)
                 if not claiming.done():
-                    # What a cancelled claim had leased would be delivered only when the lease has run out.
+                    # A cancelled claim leaves its events leased until the leases run out.
                     self._stop_claiming()
                     await asyncio.wait([claiming], timeout=_ENDING_S)
             finally:
@@ -155,7 +155,7 @@ class Dispatcher:
             for failure in failures:
                 if failure is not None:
                     raise failure
-            await self._finisher.flush(leases)  # what a claim brought that was under way at the stop
+            await self._finisher.flush(leases)  # events of a claim that was under way at the stop
 
     async def _back_off(self, level: int, message: str, error: str) -> None:
         self._failures += 1
@@ -182,7 +182,7 @@ class Dispatcher:
             self._wake.clear()
             self._wake_due = float("inf")
             self._freed = False
-            self._on_hold = set()
+            self._recalled = set()
             sent_s = time.monotonic()
             async with asyncio.timeout(ANSWER_S):
                 claims = await leases.claim(
@@ -221,16 +221,16 @@ class Dispatcher:
             at_once = claims.again_at <= claims.database_s
             self._wake_at(claims.again_at if at_once else claims.again_at + random.uniform(0.0, _AGAIN_WITHIN_S))
         events = claims.events
-        if held := self._on_hold:  # by somebody whom the claim may not have seen yet
-            self._finisher.release([event for event in events if None in held or event.lane in held])
-            events = [event for event in events if None not in held and event.lane not in held]
+        if recalled := self._recalled:  # perhaps after the claim had read its lanes
+            self._finisher.release([event for event in events if None in recalled or event.lane in recalled])
+            events = [event for event in events if None not in recalled and event.lane not in recalled]
         self._http.due.put([event for event in events if event.delivery_type != "KAFKA"])
         self._kafka.due.put([event for event in events if event.delivery_type == "KAFKA"])
         self._http.stalls.sweep()
         self._kafka.stalls.sweep()
 
     async def _raise_floors(self, leases: Leases) -> None:
-        """Once a second while claims give something. Claims that have to look further are slower, and no worse."""
+        """Raises lane floors once a second while claims return events; without them claims are only slower."""
         while True:
             await self._given.wait()
             self._given.clear()
@@ -239,17 +239,20 @@ class Dispatcher:
                     await leases.raise_floors()
                 await asyncio.sleep(_FLOORS_EVERY_S)
             except Blocked as error:  # passes when the other session's transaction ends
-                _log.debug("floors wait for another session", extra={"error": str(error)})
+                _log.debug("raising lane floors waits for another session", extra={"error": str(error)})
                 await asyncio.sleep(_FLOORS_EVERY_S)
             except (OrchestratorError, TimeoutError) as error:
-                _log.warning("floors cannot be raised, and claims may become slower", extra={"error": str(error)})
+                _log.warning("lane floors cannot be raised; claims may become slower", extra={"error": str(error)})
                 await asyncio.sleep(_FLOORS_AGAIN_S)
             except Exception:
-                _log.exception("floors cannot be raised, in a way not foreseen; claims may become slower")
+                _log.exception("raising lane floors failed unexpectedly; claims may become slower")
                 await asyncio.sleep(_FLOORS_AGAIN_S)
 
     async def _lanes_to_skip(self, leases: Leases) -> set[int]:
-        """Lanes whose events would only fill the memory; stalled destinations get one of their own for this."""
+        """Lanes that the next claim leaves out, since their events would only fill the memory.
+
+        A stalled destination gets a dedicated lane, so that this leaves out no other.
+        """
         lanes: set[int] = set()
         batch, half = self._settings.batch_size, self._settings.prefetch // 2
         for stalls in (self._http.stalls, self._kafka.stalls):
@@ -262,7 +265,7 @@ class Dispatcher:
         return lanes
 
     def _note_claimed(self) -> None:
-        """Only a claim proves the database: one that is read-only, or full, accepts connections all the same."""
+        """Only a claim proves that the database is back: one that is read-only, or full, accepts connections, too."""
         self._has_claimed = True
         if self._failures:
             self._failures = 0
@@ -281,7 +284,7 @@ class Dispatcher:
             async with asyncio.timeout(ANSWER_S):
                 next_due = await leases.next_due_at()
             if next_due is not None:
-                # What is due already was locked by another, or came just now.
+                # An event that is due already was locked by another session, or has just come.
                 wake_at, now = self._ahead_of(next_due), self._clock.now()
                 self._wake_at(max(wake_at, now + self._locked_gap_s))
                 self._locked_gap_s = min(_LAST_LOCKED_GAP_S, 2 * self._locked_gap_s) if wake_at < now else _LOCKED_GAP_S
@@ -309,36 +312,36 @@ class Dispatcher:
             self._note_room()
 
     def _note_room(self) -> None:
-        """What a claim has left out may be claimed now."""
+        """Claims soon: what the last claim left out may now be claimed."""
         self._wake_at(float("-inf"))
 
     def _note_freed(self) -> None:
-        """What waits for a result that was recorded just now is claimed without the usual gap."""
+        """Claims without the usual gap: events may have waited for a result that was just recorded."""
         self._freed = True
         self._wake.set()
 
     def _on_notified(self, payload: str) -> None:
         if payload.startswith(_HOLD):
             lane = payload.removeprefix(_HOLD)
-            self._hold(None if lane == "*" else int(lane))
+            self._recall(None if lane == "*" else int(lane))
         else:
             self._expect(float(payload))
 
-    def _hold(self, lane: int | None) -> None:
-        """Hands back at once what has not begun of a lane, or with None of all."""
-        self._on_hold.add(lane)
+    def _recall(self, lane: int | None) -> None:
+        """Hands back the events of a lane, or with None of all lanes, whose attempts have not begun."""
+        self._recalled.add(lane)
         self._finisher.release(self._http.due.remove(lane) + self._kafka.due.remove(lane))
         self._note_taken()
 
     def _expect(self, due_at: float) -> None:
-        """Has the claimer look in time for an event that is due at `due_at`, yet not at once for each of many."""
+        """Wakes the claimer in time for an event that is due at `due_at`; many such events share one claim."""
         self._wake_at(self._ahead_of(due_at))
 
     def _ahead_of(self, due_at: float) -> float:
         return due_at - min(self._settings.lookahead_s, _CLAIM_AHEAD_S)
 
     def _wake_at(self, database_s: float) -> None:
-        """Has the claimer look again no later than this Unix time by the database's clock."""
+        """Wakes the claimer no later than this Unix time by the database's clock."""
         if database_s < self._wake_due:
             self._wake_due = database_s
             self._wake.set()

@@ -1,4 +1,8 @@
-"""Records the results of attempts in batches, and hands unused leases back."""
+"""Records the results of attempts in batches, and hands unused leases back.
+
+A result counts only for the attempt number that its lease was given: this fencing makes a result stale once another
+dispatcher has claimed the event.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ _MAX_BATCH = 1000
 _FULL_BATCH = 500
 _GATHER_S = 0.025
 _REFUSED = "error text refused by the database"
-_CAREFUL_S = 1.0  # after another session was in the way: nothing is waited for
+_CAREFUL_S = 1.0  # after another session held a batch up; nothing is waited for meanwhile
 _FIRST_ASIDE_S = 0.05
 _LAST_ASIDE_S = 0.5
 
@@ -36,8 +40,8 @@ class Finisher:
     What it holds survives the loss of the database: `run` is called again with new connections and goes on. A
     batch whose reply was lost is sent again; the database answers a repeated result as done, not as stale.
 
-    A batch that another session's open transaction holds up is recorded without what that holds, which is set aside
-    and tried again, ever more rarely. Nobody can claim those events either until that transaction ends.
+    When another session's open transaction holds some events of a batch, the others are recorded; those are set aside
+    and tried again at growing intervals. Nobody can claim them either until that transaction ends.
     """
 
     def __init__(
@@ -51,14 +55,14 @@ class Finisher:
         self._ready = asyncio.Event()
         self._full = asyncio.Event()
         self._closing = False
-        self._freeing = 0  # of the results, up to which others wait for
+        self._freeing = 0  # other events wait for one of this many results, the first
         self._aside: list[Finished] = []
         self._unused_aside: list[Claimed] = []
         self._aside_s = _FIRST_ASIDE_S
         self._taking_up: asyncio.TimerHandle | None = None
         self._careful_until_s = 0.0
         self._holders = Holders(
-            "results are set aside, and tried again, while another session's open transaction holds their events"
+            "results are set aside and tried again while another session's open transaction holds their events"
         )
         metrics.results_set_aside.set_function(lambda: len(self._aside) + len(self._unused_aside))
 
@@ -72,7 +76,7 @@ class Finisher:
             self._full.set()
 
     def release(self, leases: Sequence[Claimed]) -> None:
-        """Hands leases back that no attempt was made on."""
+        """Hands back leases without an attempt."""
         self._unused.extend(leases)
         self._ready.set()
 
@@ -96,7 +100,7 @@ class Finisher:
         self._full.set()
 
     async def run(self, leases: Leases) -> None:
-        """Records until closed and empty. Whatever it raises, it still holds what is unrecorded."""
+        """Records until closed and empty. When it raises, it still holds every result that is not recorded."""
         while not self.done:
             await self._ready.wait()
             if not self._closing and not self._freeing and len(self._results) < _FULL_BATCH:
@@ -109,7 +113,7 @@ class Finisher:
                 self._ready.clear()
 
     async def flush(self, leases: Leases) -> None:
-        """Records all that it holds now, but for what is set aside."""
+        """Records all that it holds now, except what is set aside."""
         while self._at_hand:
             await self._record_batch(leases)
 
@@ -137,7 +141,7 @@ class Finisher:
             self._aside_s = _FIRST_ASIDE_S
 
     async def _finish_all(self, leases: Leases, batch: Sequence[Finished]) -> list[NotDelivered]:
-        """Records what no other session holds."""
+        """Records the results whose events no other session holds; the others are answered as blocked."""
         if not self._careful:
             try:
                 return await self._finish(leases.finish, batch)
@@ -169,7 +173,7 @@ class Finisher:
         self._careful_until_s = time.monotonic() + _CAREFUL_S
 
     async def _note_aside(self, leases: Leases) -> None:
-        """Has what is set aside tried again after a while, and tells now and then who is in the way."""
+        """Schedules the next try for what is set aside, and logs who holds it up."""
         if self._taking_up is None:
             self._taking_up = asyncio.get_running_loop().call_later(self._aside_s, self._take_up)
             self._aside_s = min(_LAST_ASIDE_S, 2 * self._aside_s)
@@ -184,7 +188,7 @@ class Finisher:
         self._ready.set()
 
     async def _finish(self, record: _Record, batch: Sequence[Finished]) -> list[NotDelivered]:
-        """Records; what the database refuses is found by bisecting, so that it holds up nothing else."""
+        """Records a batch. Bisecting finds a result that the database refuses, so that it holds up no other."""
         try:
             async with asyncio.timeout(ANSWER_S):
                 return await record(batch)
@@ -197,8 +201,8 @@ class Finisher:
             if result.error in (None, _REFUSED) and not result.response:
                 _log.error("the database refused a result; its lease runs out", extra=context)
                 return [NotDelivered(result.event_id, "stale", None)]
-            # A result is worth more than the words about it.
-            _log.error("the database refused the text of a result, which is recorded without", extra=context)
+            # A result without its text is worth more than none.
+            _log.error("the database refused the text of a result; the result is recorded without it", extra=context)
             result.error, result.response = result.error and _REFUSED, None
             return await self._finish(record, batch)
 

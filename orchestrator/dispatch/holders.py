@@ -1,4 +1,4 @@
-"""Tells the log whose open transaction is in the way, every 30 s while one is."""
+"""Logs, every 30 s at most, which sessions' open transactions hold work up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 class Holders:
-    """One for each kind of work that they hold up, which `message` names."""
+    """One for each kind of work; `message` says which work is held up."""
 
     def __init__(self, message: str) -> None:
         self._message = message

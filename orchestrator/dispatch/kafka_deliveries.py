@@ -1,7 +1,7 @@
-"""Deliveries to Kafka: what is due goes out in batches, and each event is finished once its record is acknowledged.
+"""Deliveries to Kafka: due events go out in batches, and each is finished once its record is acknowledged.
 
-A record that was not acknowledged in time may have arrived all the same: its event is tried again, so deliveries
-are at least once, and consumers tell repeats by `orchestrator-event-id`.
+A record that was not acknowledged in time may have arrived nevertheless. Its event is tried again, so delivery is at
+least once, and consumers recognise repeats by `orchestrator-event-id`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from orchestrator.settings import Settings
 
 _MAX_IN_FLIGHT = 2000
 _MAX_IN_FLIGHT_BYTES = 1 << 25
-_AWAY_S = 15.0  # how long at least an event waits that found no broker: an outage must not use up its attempts
+_AWAY_S = 15.0  # the least wait of an event that found no broker: an outage must not use up its attempts
 _UNCONFIGURED_S = 60.0
 _OWN_PREFIX = "orchestrator-"
 _CONTENT_TYPE = ("content-type", b"application/json")
@@ -63,11 +63,11 @@ class _Attempt(NamedTuple):
 
 
 class KafkaDeliveries:
-    """Attempts events as they fall due. `on_taken` is called whenever some have left the queue.
+    """Attempts events when they are due. `on_taken` is called whenever some have left the queue.
 
-    At most 2,000 records, or 32 MiB of them, are under way. While no broker answers, attempts fail at once, and
-    while brokers hang what waits is handed back, so that deliveries over HTTP go on. Every record has
-    HTTP_TIMEOUT_SECONDS to be acknowledged, whatever its destination says.
+    At most 2,000 records, or 32 MiB of them, are under way. While no broker answers, attempts fail at once. While
+    brokers hang, waiting events are handed back, so that deliveries over HTTP go on. Every record has
+    HTTP_TIMEOUT_SECONDS to be acknowledged, even if its destination sets another time-out.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class KafkaDeliveries:
         self._fault: OwnFaultError | None = None
 
     async def run(self) -> None:
-        """Works until closed and done; cancelled, it records what it cut short."""
+        """Works until closed and done; when cancelled, it records the attempts that it cut short."""
         if self._settings.kafka_servers is None:
             while events := await self.due.take(_MAX_IN_FLIGHT):
                 self._on_taken()
@@ -148,7 +148,7 @@ class KafkaDeliveries:
         attempts = []
         for event in events:
             options = NO_OPTIONS if event.options is None else options_of(event.options)
-            # It might end after somebody else had begun.
+            # Its attempt might end after another dispatcher has begun one.
             too_late = latest + self._needed_s > event.lease_until or has_expired(event, latest)
             if too_late or (options.rate and slot_missed(event, started_at, self._metrics)):
                 self._finisher.release([event])
@@ -176,7 +176,7 @@ class KafkaDeliveries:
                 self._conclude([attempt], Attempted(RETRY, error=str(error), retry_after_s=SECRET_WAIT_S))
             except OwnFaultError as fault:
                 self._give_back([attempt], fault)
-            except ValueError as error:  # what headers may hold when they come through SQL
+            except ValueError as error:  # headers that came through SQL may hold this
                 self._conclude([attempt], Attempted(FAIL, error=f"headers: cannot be sent: {error}"))
         for topic, records in topics.items():
             producer.send(topic, records)
@@ -193,7 +193,7 @@ class KafkaDeliveries:
             self._conclude(attempts, Attempted(RETRY, error=str(error), retry_after_s=retry_after_s))
 
     def _give_back(self, attempts: Sequence[_Attempt], fault: OwnFaultError) -> None:
-        """Spends none of them: it is this machine that failed. The next ones are begun after a pause."""
+        """Hands attempts back without spending them: this machine failed. The next ones begin after a pause."""
         self._fault = fault
         self._bytes -= sum(attempt.payload_bytes for attempt in attempts)
         self.in_flight -= len(attempts)
@@ -232,7 +232,7 @@ def _record(attempt: _Attempt, secrets: Secrets) -> OutgoingRecord[_Attempt]:
 
 
 def _own_headers(event: Claimed, secret_headers: Mapping[str, str] | None, secrets: Secrets) -> list[tuple[str, bytes]]:
-    """An event's own headers, and its destination's in their place, without those that are ours to set.
+    """An event's headers without those that deliveries set; its destination's secret headers replace others.
 
     Raises ValueError, SecretError.
     """

@@ -1,4 +1,4 @@
-"""What is wrong with an installation, and how to mend it: `orchestrator doctor`."""
+"""What is wrong with an installation, and how to fix it: `orchestrator doctor`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Finding", "diagnose"]
 
 
 def diagnose(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Looks at the settings, this machine, the database and Kafka; changes nothing. Wrong settings end it."""
+    """Checks the settings, this machine, the database and Kafka; changes nothing. Ends early if a setting is wrong."""
     try:
         settings = Settings.from_env(environ)
     except SettingsError as error:
         for wrong in error.problems:
-            yield problem("settings", wrong, "set the variable right; orchestrator config table lists all there are")
+            yield problem("settings", wrong, "correct the variable; orchestrator config table lists all settings")
         return
     yield ok("settings", "all settings are valid")
     for notice in settings.notices:

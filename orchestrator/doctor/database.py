@@ -1,4 +1,4 @@
-"""What can be seen in the database. Plain catalog queries live here; all else asks the product's functions."""
+"""Checks of the database: its server, its schema and the work in it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LEAST_DAYS_AHEAD = 2
 
 
 def database_findings(settings: Settings) -> Iterator[Finding]:
-    """Findings about the server, the schema and the work in it; only that it is away, when it is."""
+    """Findings about the server, the schema and the work in it. If it cannot be reached, that is the only finding."""
     masked = database_url.masked(settings.database_url)
     try:
         connection = connect_blocking(settings.database_url, "doctor", statement_timeout="15s", lock_timeout="2s")
@@ -46,7 +46,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
         yield problem(
             "database",
             f"cannot reach {masked}: {_first_line(error)}",
-            "start the server, or set DATABASE_URL (or DB_HOST, DB_PORT, DB_NAME, DB_USER, DB_PASSWORD) right",
+            "start the server, or correct DATABASE_URL (or DB_HOST, DB_PORT, DB_NAME, DB_USER, DB_PASSWORD)",
         )
         return
     with connection:
@@ -88,19 +88,19 @@ def _pooler(connection: BlockingConnection) -> Finding:
     with connection.transaction():
         return ok(
             "pooler",
-            "a pooler is between: each transaction sets what it relies on, and due events are found by polling alone, "
-            "every SCHEDULER_POLL_INTERVAL_MS",
+            "connections go through a pooler: dispatchers get no notifications and only poll for due events, every "
+            "SCHEDULER_POLL_INTERVAL_MS",
         )
 
 
 def _guarded(check: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings; an error of the database becomes one too, so that the other checks go on."""
+    """The findings. An error of the database becomes a finding too, so that the other checks go on."""
     try:
         yield from findings()
     except psycopg.errors.InsufficientPrivilege as error:
-        yield warning(check, f"cannot look: {_first_line(error)}", "run this as a member of orchestrator_ops")
+        yield warning(check, f"cannot check: {_first_line(error)}", "run this as a member of orchestrator_ops")
     except psycopg.Error as error:
-        yield problem(check, f"cannot look: {_first_line(error)}", "see the server's log")
+        yield problem(check, f"cannot check: {_first_line(error)}", "see the server's log")
 
 
 def _first_line(error: BaseException) -> str:
@@ -108,7 +108,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _clock(connection: Connection) -> Iterator[Finding]:
-    # The quickest of a few answers bounds the difference best.
+    # The fastest of a few answers bounds the difference best.
     answers = []
     for _ in range(5):
         sent_s = time.time()
@@ -119,11 +119,11 @@ def _clock(connection: Connection) -> Iterator[Finding]:
     took_s, skew_s = min(answers)
     size_s = max(0.0, abs(skew_s) - took_s / 2)
     shown = f"this machine's clock is {abs(skew_s):.3g} s {'behind' if skew_s > 0 else 'ahead of'} the database's"
-    mend = "synchronise both with NTP (chrony, systemd-timesyncd)"
+    mend = "synchronise both clocks with NTP (chrony, systemd-timesyncd)"
     if size_s < 1:
         yield ok("clock", "this machine's clock and the database's agree")
     elif size_s < 60:
-        yield warning("clock", f"{shown}; events are delivered by the database's", mend)
+        yield warning("clock", f"{shown}; events are delivered by the clock of the database", mend)
     else:
         yield problem("clock", f"{shown}; receivers refuse signatures that seem minutes old", mend)
 
@@ -133,13 +133,13 @@ def _writes(connection: Connection) -> Iterator[Finding]:
     assert row is not None
     read_only, standby = row
     if standby:
-        mend = "promote it, or name all servers in DATABASE_URL: of several hosts the one that takes writes is used"
-        yield problem("writes", "it takes none: it is a standby", mend)
+        mend = "promote it, or name all servers in DATABASE_URL: the one that takes writes is used"
+        yield problem("writes", "the database takes no writes: it is a standby", mend)
     elif read_only:
         mend = "alter system reset default_transaction_read_only, and the same for the database and the login"
-        yield problem("writes", "it takes none: default_transaction_read_only is on", mend)
+        yield problem("writes", "the database takes no writes: default_transaction_read_only is on", mend)
     else:
-        yield ok("writes", "this session may write")
+        yield ok("writes", "the database takes writes")
 
 
 def _roles(connection: Connection) -> Iterator[Finding]:
@@ -148,11 +148,11 @@ def _roles(connection: Connection) -> Iterator[Finding]:
     if missing:
         yield problem(
             "roles",
-            f"missing: {', '.join(missing)}",
+            f"these roles are missing: {', '.join(missing)}",
             "run orchestrator migrate as a user who may create roles",
         )
     else:
-        yield ok("roles", "all are there")
+        yield ok("roles", "all roles exist")
 
 
 def _migrations(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -180,7 +180,7 @@ def _grants(connection: Connection) -> Iterator[Finding]:
         if rights
     ]
     shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
-    what = f"rights are not as migrate left them, as after pg_restore --no-acl: {shown or 'roles.sql is new'}"
+    what = f"rights differ from those that migrate gave, as after pg_restore --no-acl: {shown or 'roles.sql is new'}"
     yield problem("grants", what, "run orchestrator migrate")
 
 
@@ -192,7 +192,7 @@ def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
         yield warning(
             "rights",
             f"{user} is a superuser: a fault in one process could touch everything on the server",
-            "make a login for the runtime and grant it orchestrator_submit, _dispatch, _read and _ops as it needs",
+            "create a login for the processes and grant it orchestrator_submit, _dispatch, _read and _ops as needed",
         )
         return
     may = {
@@ -207,8 +207,8 @@ def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
         roles = ", ".join(ABILITIES[ability].role for ability in lacking)
         yield warning(
             "rights",
-            f"{user} may not {', '.join(lacking)}, which orchestrator run does",
-            f"grant {roles} to {user}; or leave it so, if this login is for less",
+            f"{user} may not {', '.join(lacking)}, as orchestrator run must",
+            f"grant {roles} to {user}; or leave it, if this login is for other work",
         )
     else:
         yield ok("rights", f"{user} may {', '.join(may)}" + (" (a superuser)" if is_superuser else ""))
@@ -222,32 +222,32 @@ def _partitions(connection: Connection, settings: Settings) -> Iterator[Finding]
     ).fetchone()
     assert row is not None
     today, days_ahead, end_day = row
-    mend = "run orchestrator maintain --once, and see to it that run, maintain, cron or pg_cron does so from now on"
+    mend = "run orchestrator maintain --once, and make sure that run, maintain, cron or pg_cron does so from now on"
     if not today:
-        yield problem("partitions", "there is none for today: each is made by the first event of its day", mend)
+        yield problem("partitions", "there is no partition for today: the first event of each day must make it", mend)
     elif days_ahead < _LEAST_DAYS_AHEAD:
-        yield problem("partitions", f"they end before {end_day}: later events wait until there are more", mend)
+        yield problem("partitions", f"partitions end before {end_day}: later events wait in the horizon", mend)
     elif days_ahead < settings.partition_days_ahead / 2:
         yield warning(
             "partitions",
-            f"they end before {end_day}, but PARTITION_DAYS_AHEAD is {settings.partition_days_ahead}",
+            f"partitions end before {end_day}, but PARTITION_DAYS_AHEAD is {settings.partition_days_ahead}",
             mend,
         )
     else:
-        yield ok("partitions", f"made for {days_ahead:.0f} days ahead")
+        yield ok("partitions", f"partitions exist for {days_ahead:.0f} days ahead")
 
 
 def _api_keys(connection: Connection, settings: Settings) -> Iterator[Finding]:
     row = connection.execute("select orchestrator.count_api_keys()").fetchone()
     count = row[0] if row else 0
-    mend = "make one: orchestrator keys create NAME --scope submit"
+    mend = "create one: orchestrator keys create NAME --scope submit"
     if not settings.allow_anonymous and count == 0:
-        yield problem("API keys", "there is none, and anonymous requests are not allowed: the API does not start", mend)
-    elif settings.allow_anonymous and is_production(settings):
-        yield warning(
-            "API keys", "ALLOW_ANONYMOUS=true in production: the API answers everybody", "unset ALLOW_ANONYMOUS"
+        yield problem(
+            "API keys", "there is no key, and anonymous requests are not allowed: the API does not start", mend
         )
+    elif settings.allow_anonymous and is_production(settings):
+        yield warning("API keys", "ALLOW_ANONYMOUS=true in production: the API needs no key", "unset ALLOW_ANONYMOUS")
     elif settings.allow_anonymous:
-        yield ok("API keys", f"not needed here: anonymous requests are allowed ({count} made)")
+        yield ok("API keys", f"no key is needed: anonymous requests are allowed (keys: {count})")
     else:
-        yield ok("API keys", f"{count} made")
+        yield ok("API keys", f"keys: {count}")

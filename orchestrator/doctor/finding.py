@@ -1,4 +1,4 @@
-"""One thing that was looked at, and what came of it."""
+"""One check and its result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Level = Literal["ok", "warning", "problem"]
 
 
 class Finding(NamedTuple):
-    """`check` names what was looked at, `what` says what was found, `mend` what to do; empty when all is well."""
+    """`check` names the check, `what` says what it found, `mend` how to fix it (empty if nothing is wrong)."""
 
     level: Level
     check: str

@@ -1,4 +1,4 @@
-"""Whether Kafka can be used, its topics are there, and records flow from it and to it."""
+"""Checks of Kafka: its brokers, its topics, and whether records flow from it and to it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _STALLED_S = 60.0
 
 
 def kafka_findings(settings: Settings) -> Iterator[Finding]:
-    """Findings about brokers, topics and how far they have been read; only that they are away, when they are."""
+    """Findings about brokers, topics and offsets. If no broker can be reached, that is the only finding."""
     if settings.kafka_servers is None:
         yield ok("kafka", "not used: KAFKA_BOOTSTRAP_SERVERS is not set")
         return
     from orchestrator.kafka.topics import partition_counts
 
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the error raised says it all
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the error that is raised says the same
     try:
         partitions = asyncio.run(partition_counts(settings))
     except OrchestratorError as error:
-        yield problem("kafka", str(error), "start the brokers, or set what is named right")
+        yield problem("kafka", str(error), "start the brokers, or correct the setting that is named")
         return
     yield ok("kafka", f"brokers answer at {settings.kafka_servers}")
     yield from _topics(settings, partitions)
@@ -44,7 +44,7 @@ def kafka_findings(settings: Settings) -> Iterator[Finding]:
     except psycopg.OperationalError:
         return  # the findings about the database say so
     except psycopg.Error as error:
-        yield warning("ingestion", f"cannot look: {str(error).splitlines()[0]}", "run: orchestrator migrate")
+        yield warning("ingestion", f"cannot check: {str(error).splitlines()[0]}", "run: orchestrator migrate")
 
 
 def _topics(settings: Settings, partitions: dict[str, int]) -> Iterator[Finding]:
@@ -62,8 +62,8 @@ def _topics(settings: Settings, partitions: dict[str, int]) -> Iterator[Finding]
         shown = ", ".join(f"{name} ({partitions[name]})" for name in others)
         yield warning(
             "topics",
-            f"KAFKA_PARTITIONS is {settings.kafka_partitions}, but these have another number: {shown}",
-            "set KAFKA_PARTITIONS to what they have; partitions added later take keys away from their order",
+            f"KAFKA_PARTITIONS is {settings.kafka_partitions}, but these topics differ: {shown}",
+            "set KAFKA_PARTITIONS to that number; partitions added to a topic break the order of its keys",
         )
     if not missing and not others:
         yield ok(
@@ -100,11 +100,11 @@ def _ingestion(
             since = "yet" if quiet_s is None else f"for {quiet_s:.0f} s"
             yield warning(
                 "ingestion",
-                f"{counted(waiting, 'record')} of {topic} to be read, and none has been read {since}",
+                f"{counted(waiting, 'record')} of {topic} unread, and none has been read {since}",
                 "start an ingester: orchestrator run, or orchestrator ingest",
             )
     if well:
-        yield ok("ingestion", "no partition is halted, and none falls behind unnoticed")
+        yield ok("ingestion", "no partition is halted, and records are being read")
 
 
 def _is_within(offset: int, bounds: tuple[int, int] | None) -> bool:
@@ -115,14 +115,14 @@ def _halt(topic: str, number: int, offset: int, bounds: tuple[int, int] | None) 
     if bounds is None:
         return problem(
             "ingestion",
-            f"partition {number} of {topic} was read up to offset {offset}, and does not exist any more",
-            "the topic was made anew with fewer partitions: make it as it was",
+            f"partition {number} of {topic} was read up to offset {offset}, and no longer exists",
+            "the topic was recreated with fewer partitions: recreate it with as many as before",
         )
     begin, end = bounds
-    why = "the topic was made anew or truncated" if offset > end else "records were deleted before they were read"
+    why = "the topic was recreated or truncated" if offset > end else "records were deleted before they were read"
     return problem(
         "ingestion",
-        f"partition {number} of {topic} is halted at offset {offset}, but has those from {begin} to {end}: {why}",
+        f"partition {number} of {topic} is halted at offset {offset}, but its offsets go from {begin} to {end}: {why}",
         f"once you know what was lost: select orchestrator.set_ingest_offset('{topic}', {number}, {begin})",
     )
 
@@ -133,10 +133,10 @@ def _outbox(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
         " order by written_by, message limit 1"
     ).fetchone()
     if row is None or row[0] < _STALLED_S:
-        yield ok("outbox", "no message waits for long to be published")
+        yield ok("outbox", f"no message has waited longer than {_STALLED_S:.0f} s to be published")
         return
     yield warning(
         "outbox",
         f"the oldest message has waited {row[0]:.0f} s to be published",
-        "start a publisher, which orchestrator run and orchestrator dispatch have, or see in its log what stops it",
+        "start orchestrator run or orchestrator dispatch, which publish messages, or see in their log what stops them",
     )

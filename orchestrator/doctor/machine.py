@@ -1,4 +1,4 @@
-"""What can be seen without the database: ports, limits of the system, secrets, the embedded server."""
+"""Checks that need no database: ports, limits of the system, secrets, the embedded server."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def _allowed_networks(settings: Settings) -> Iterator[Finding]:
             level = problem if is_production(settings) else warning
             yield level(
                 "allowed networks",
-                f"HTTP_ALLOW_NETWORKS holds {network}: whoever submits events can reach all of the private network",
-                "name the networks of the receivers only",
+                f"HTTP_ALLOW_NETWORKS holds {network}: clients that submit events can reach the whole private network",
+                "name only the networks of the receivers",
             )
 
 
@@ -64,13 +64,13 @@ def _port(setting: str, host: str, port: int) -> Finding:
         return problem(
             "ports",
             f"{setting} {port}: cannot listen on {host}: {error.strerror or error}",
-            f"stop what listens there (ss -ltnp 'sport = :{port}' names it), or set {setting} to another port",
+            f"stop the program there (ss -ltnp 'sport = :{port}' names it), or set {setting} to another port",
         )
     return ok("ports", f"{setting} {port} is free")
 
 
 def _is_ours(host: str, port: int) -> bool:
-    """Whether /health answers there as this product does."""
+    """Whether the port answers /health as an orchestrator does."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # compared, not listened on
     connection = http.client.HTTPConnection(reachable, port, timeout=_PROBE_S)
     try:
@@ -84,7 +84,7 @@ def _is_ours(host: str, port: int) -> bool:
 
 
 def _file_descriptors(settings: Settings) -> Finding:
-    limit = descriptors.limit(hard=True)  # which processes raise theirs to
+    limit = descriptors.limit(hard=True)  # processes raise theirs to it
     shortages = descriptors.shortages(settings, limit)
     if not shortages:
         shown = "no limit" if limit == sys.maxsize else f"{limit:,} allowed"

@@ -1,4 +1,4 @@
-"""How the database server is set up, and what holds its vacuum back."""
+"""Checks of the database server: its configuration, and what holds vacuum back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DURABILITY = {
     "full_page_writes": (problem, "a crash of the machine can tear pages apart", "set full_page_writes = on"),
     "synchronous_commit": (
         warning,
-        "a crash loses events that were acknowledged just before",
+        "a crash loses events that were accepted just before",
         "set synchronous_commit = on for the server, the database and the user",
     ),
 }
@@ -38,18 +38,18 @@ def server_findings(connection: psycopg.Connection[TupleRow], settings: Settings
     if "off" in (values.get("autovacuum"), values.get("track_counts")):
         yield problem(
             "autovacuum",
-            "it is off: dead rows pile up, and claiming slows down within hours",
+            "autovacuum is off: dead rows pile up, and claims slow down within hours",
             "set autovacuum = on and track_counts = on, then reload",
         )
     else:
-        yield ok("autovacuum", "it is on")
+        yield ok("autovacuum", "autovacuum is on")
     available = int(values["max_connections"]) - int(values["superuser_reserved_connections"])
     needed = settings.pool_max_size + _OWN_CONNECTIONS
     if needed > available:
         yield warning(
             "connections",
-            f"one process may open {needed}, but the server allows {available}",
-            "raise max_connections, lower DB_POOL_MAX_SIZE, or put a pooler in between",
+            f"one process may open {needed} connections, but the server allows {available}",
+            "raise max_connections, lower DB_POOL_MAX_SIZE, or use a pooler",
         )
     yield from _vacuum_blockers(connection)
 
@@ -87,8 +87,8 @@ def _vacuum_blockers(connection: psycopg.Connection[TupleRow]) -> Iterator[Findi
         kept = "WAL and dead rows" if holds_rows else "WAL"
         yield warning(
             "vacuum",
-            f"replication slot {name} is used by nobody and keeps {kept}",
+            f"replication slot {name} has no consumer and keeps {kept}",
             f"start its consumer, or: select pg_drop_replication_slot('{name}')",
         )
     if not sessions and not prepared and not slots:
-        yield ok("vacuum", "no session, prepared transaction or slot holds it back")
+        yield ok("vacuum", "no session, prepared transaction or replication slot holds vacuum back")

@@ -1,4 +1,4 @@
-"""What holds deliveries back on purpose: pauses, breakers, and rates that are too low for what waits."""
+"""Checks of what holds deliveries back: pauses, open breakers, and rate limits that are too low for the backlog."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _pauses(connection: Connection) -> Iterator[Finding]:
     assert row is not None
     since, count = row
     if since is not None:
-        yield warning("pauses", f"everything is paused since {_moment(since)}", "go on: orchestrator resume")
+        yield warning("pauses", f"everything is paused since {_moment(since)}", "to continue: orchestrator resume")
     if count:
         rows = connection.execute(
             "select name, paused_at from orchestrator.lane where name is not null and paused_at is not null"
@@ -37,7 +37,7 @@ def _pauses(connection: Connection) -> Iterator[Finding]:
         yield warning(
             "pauses",
             f"{counted(count, 'destination')} paused: {names}",
-            "go on: orchestrator destinations resume NAME",
+            "to continue: orchestrator destinations resume NAME",
         )
     if since is None and not count:
         yield ok("pauses", "nothing is paused")
@@ -50,14 +50,14 @@ def _breakers(connection: Connection) -> Iterator[Finding]:
         (_SHOWN,),
     ).fetchall()
     if not rows:
-        yield ok("breakers", "none is open")
+        yield ok("breakers", "no breaker is open")
         return
     count = rows[0][2]
     names = _listed([f"{name} since {_moment(at)}" for name, at, _ in rows], count)
     yield warning(
         "breakers",
-        f"open for {counted(count, 'destination')}, which fail: {names}",
-        "mend the receiver; it is tried now and then, or at once: orchestrator destinations close-breaker NAME",
+        f"open for {counted(count, 'destination')}, because attempts fail: {names}",
+        "fix the receiver; a trial follows by itself, or at once: orchestrator destinations close-breaker NAME",
     )
 
 
@@ -75,8 +75,8 @@ def _rates(connection: Connection) -> Iterator[Finding]:
     shown = [f"{name} ({counted(backlog, 'event')} at {rate:g} a second)" for name, backlog, rate, _ in rows]
     yield warning(
         "rates",
-        f"what is overdue will take more than an hour: {_listed(shown, rows[0][3])}",
-        "see orchestrator forecast; raise it if the receiver bears it: orchestrator destinations set NAME --rate N",
+        f"overdue events will take more than an hour: {_listed(shown, rows[0][3])}",
+        "see orchestrator forecast; if the receiver can take more: orchestrator destinations set NAME --rate N",
     )
 
 

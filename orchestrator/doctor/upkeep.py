@@ -1,4 +1,4 @@
-"""Whether the database is maintained: its last run, what waits to be dropped, and what goes with it."""
+"""Checks of maintenance: its last run, dead letters, retention, and partitions that wait for the archive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _RARE_S = 2 * 3600.0
 _FORGOTTEN_S = 86_400.0
 _SHOWN = 3
 _COUNTED = 10_000
-_EVERY = "see to it that orchestrator run or maintain is running, or that cron or pg_cron (ops/pg_cron.sql) does it"
+_EVERY = (
+    "make sure that orchestrator run or maintain is running, or that cron or pg_cron (ops/pg_cron.sql) does the work"
+)
 
 
 def upkeep_findings(connection: Connection, settings: Settings, guarded: _Guarded) -> Iterator[Finding]:
@@ -31,17 +33,17 @@ def _maintenance(connection: Connection) -> Iterator[Finding]:
     assert row is not None
     found = Condition(*row)
     if found.age_s is None:
-        yield problem("maintenance", "it has never run", _EVERY)
+        yield problem("maintenance", "maintenance has never run", _EVERY)
     elif found.age_s > _RARE_S:
         level = problem if found.age_s > _FORGOTTEN_S else warning
-        yield level("maintenance", f"it last ran {found.age_s / 3600:.0f} hours ago", _EVERY)
+        yield level("maintenance", f"maintenance last ran {found.age_s / 3600:.0f} hours ago", _EVERY)
     else:
-        yield ok("maintenance", f"it last ran {max(0.0, found.age_s):.0f} s ago")
+        yield ok("maintenance", f"maintenance last ran {max(0.0, found.age_s):.0f} s ago")
     for each in found.problems:
         yield warning(
             "maintenance",
-            f"step {each['step']} failed then: {each['problem']}",
-            "it is tried again with each run; see table maintenance_run for how often it has failed",
+            f"step {each['step']} failed in that run: {each['problem']}",
+            "each run tries it again; the table maintenance_run says how often it has failed",
         )
     yield ok("horizon", f"about {counted(found.horizon, 'event')} due after the last partition")
     yield _dead_letters(found)
@@ -49,11 +51,11 @@ def _maintenance(connection: Connection) -> Iterator[Finding]:
 
 def _dead_letters(found: Condition) -> Finding:
     if not found.dead_letters:
-        return ok("dead letters", "there are none")
+        return ok("dead letters", "there are no dead letters")
     what = f"{_at_least(found.dead_letters)} ran out of attempts"
     if found.expiring:
         what += f"; retention drops {_at_least(found.expiring)} of them within a day"
-    return warning("dead letters", what, "see why: orchestrator dead-letters list; then redrive or purge them")
+    return warning("dead letters", what, "to see why: orchestrator dead-letters list; then redrive or purge them")
 
 
 def _at_least(count: int) -> str:
@@ -69,15 +71,15 @@ def _retention(connection: Connection, settings: Settings) -> Iterator[Finding]:
     names = ("CLEANUP_RETENTION_DAYS", "PARTITION_DAYS_AHEAD", "MAX_SCHEDULE_AHEAD_DAYS")
     ours = (settings.retention_days, settings.partition_days_ahead, settings.max_schedule_ahead_days)
     other = [
-        f"{name} is {here} here, {there} there"
+        f"{name} is {here} here and {there} in the database"
         for name, here, there in zip(names, ours, told, strict=True)
         if here != there
     ]
     if other:
         yield warning(
             "retention",
-            f"the database was told otherwise: {', '.join(other)}",
-            "set the same everywhere; what maintains the database tells it when it starts",
+            f"the database has other values: {', '.join(other)}",
+            "set the same values everywhere; the process that maintains the database stores its own when it starts",
         )
     else:
         yield ok("retention", f"events are kept for {counted(told[0], 'day')}; partitions are made by {partitioned_by}")
@@ -91,11 +93,11 @@ def _archive(connection: Connection) -> Iterator[Finding]:
         (_SHOWN,),
     ).fetchall()
     if not rows:
-        yield ok("archive", "no partition has waited for it for more than a day")
+        yield ok("archive", "no partition has waited longer than a day to be archived")
         return
     names = ", ".join(name for name, _ in rows) + (", …" if rows[0][1] > len(rows) else "")
     yield warning(
         "archive",
-        f"{counted(rows[0][1], 'partition')} past retention wait to be archived: {names}",
-        "see the log of what maintains the database; ARCHIVE_DIRECTORY must be set there, and have room",
+        f"{counted(rows[0][1], 'partition')} past retention not archived yet: {names}",
+        "see the log of the process that maintains the database; it needs an ARCHIVE_DIRECTORY with free space",
     )

@@ -1,4 +1,4 @@
-"""Who holds others up: transactions that somebody has left open."""
+"""Checks of open transactions that block other sessions."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def _open_transactions(connection: psycopg.Connection[TupleRow]) -> Iterator[Fin
     ).fetchall()
     for text, remedy, blocks in rows:
         level = problem if blocks else warning
-        waits = f"; {counted(blocks, 'session')} wait for it now" if blocks else ""
+        waits = f"; it blocks {counted(blocks, 'session')} now" if blocks else ""
         yield level(
             "left open",
-            f"{text}{waits}; what it has locked is set aside by all others",
+            f"{text}{waits}; other processes leave out what it has locked",
             f"end it there, or: {remedy}",
         )
     if not rows:
-        yield ok("left open", "no transaction that others wait for, or may")
+        yield ok("left open", "no open transaction blocks other sessions")
 
 
 def _set_aside(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
@@ -47,8 +47,9 @@ def _set_aside(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
     if records or notes:
         yield warning(
             "set aside",
-            f"{counted(records, 'record')} from Kafka and {counted(notes, 'change')} by operators wait for such a one",
-            "they are carried out by themselves when it has ended",
+            f"{counted(records, 'record')} from Kafka and {counted(notes, 'change')} by operators wait for such a "
+            "transaction",
+            "they are carried out when it has ended",
         )
     else:
-        yield ok("set aside", "nothing waits for another session's transaction")
+        yield ok("set aside", "no work waits for the transaction of another session")

@@ -1,4 +1,4 @@
-"""Whether events flow: the backlog, leases that ran out, dead letters, and who is there to deliver."""
+"""Checks of the work: the backlog, leases that ran out, and dispatchers."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ def _dispatchers(connection: BlockingConnection) -> Iterator[Finding]:
     elif live:
         yield warning(
             "dispatchers",
-            f"none is connected, though there is work: {counted(live, 'event')}",
+            f"no dispatcher is connected, but there is work: {counted(live, 'event')}",
             "start one: orchestrator run, or orchestrator dispatch",
         )
     else:
-        yield ok("dispatchers", "none is connected, and there is nothing to deliver")
+        yield ok("dispatchers", "no dispatcher is connected, and there is no event to deliver")
     yield _backlog(statistics, count or connection.pooled)
 
 
 def _backlog(statistics: dict[str, Any], dispatchers: int | bool) -> Finding:
     if not statistics["oldest_due_at"]:
-        return ok("backlog", "nothing due waits to be claimed")
+        return ok("backlog", "no due event waits to be claimed")
     now, oldest = (datetime.fromisoformat(statistics[key]) for key in ("at", "oldest_due_at"))
     late_s = (now - oldest).total_seconds()
     shown = f"{counted(statistics['backlog'], 'event')} due and not claimed, the oldest for {late_s:.0f} s"
     if late_s < _LATE_S:
         return ok("backlog", shown)
     if statistics["paused_at"]:
-        return warning("backlog", shown, "everything is paused; go on: orchestrator resume")
+        return warning("backlog", shown, "everything is paused; to continue: orchestrator resume")
     if statistics["destinations_paused"] or statistics["breakers_open"]:
-        mend = "some destinations are paused, or fail: see orchestrator destinations list"
+        mend = "some destinations are paused or fail; see orchestrator destinations list"
         return warning("backlog", shown, mend)
     mend = (
         "start more dispatchers, or raise SCHEDULER_BATCH_SIZE and HTTP_MAX_CONNECTIONS; slow receivers hold "
@@ -78,8 +78,8 @@ def _leases(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
     if count:
         yield warning(
             "leases",
-            f"{counted(count, 'lease')} ran out over a minute ago and nobody took up the work",
+            f"{counted(count, 'lease')} ran out over a minute ago, and no dispatcher claimed the events again",
             "start a dispatcher: orchestrator run, or orchestrator dispatch",
         )
     else:
-        yield ok("leases", "none has run out unnoticed")
+        yield ok("leases", "no event waits for a new claim after its lease ran out")

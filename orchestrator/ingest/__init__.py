@@ -22,7 +22,7 @@ __all__ = ["Consumer", "consumers", "ingest"]
 async def ingest(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
     """Runs KAFKA_CONSUMER_CONCURRENCY consumers of submissions and one of commands until `stop` is set.
 
-    Then it ends within SHUTDOWN_TIMEOUT_SECONDS: batches under way are written, or read again by whoever comes next.
+    Then it ends within SHUTDOWN_TIMEOUT_SECONDS: batches under way are written, or the next consumer reads them again.
     """
     running = [asyncio.create_task(consumer.run()) for consumer in consumers(settings, metrics)]
     stopping = asyncio.create_task(stop.wait())
@@ -43,7 +43,7 @@ async def ingest(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> N
 
 
 def consumers(settings: Settings, metrics: Metrics, *, stall_s: float = 30.0) -> list[Consumer]:
-    """All consumers of one process, the one of commands last; one that does not move for `stall_s` is built anew."""
+    """All consumers of one process, the one of commands last. One that does not move for `stall_s` is rebuilt."""
     count = settings.kafka_concurrency
     batch_bytes = max(_LEAST_BATCH_BYTES, min(_LARGEST_BATCH_BYTES, _BATCH_BYTES // count // 2))
 

@@ -1,8 +1,8 @@
-"""Reads one topic into the database, each record exactly once, for as long as it is let.
+"""Reads one topic into the database, each record exactly once, until it is cancelled.
 
-Whenever it is not certain where a partition stands (after an assignment, a batch that somebody else was faster
-with, an offset that the log does not have), what is in memory is dropped, and read again from where the database
-stands.
+The database's offset says where to read on. Whenever a partition may stand elsewhere than a consumer believes, the
+consumer drops the records in its memory and reads again from the database's offset: after an assignment, when another
+consumer has written the batch first, and when the log lacks an offset.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 
 _AGAIN_S = 0.1
-_WELL_S = 60.0  # a consumer that has lasted so long has not failed in turn
+_WELL_S = 60.0  # a failure after this long does not count as consecutive
 
 _log = logging.getLogger(__name__)
 
 
 class Consumer:
-    """One member of the group with one connection to the database. Cancel `run` to end it; nothing is lost by that."""
+    """One member of the group with one connection to the database. Cancel `run` to end it; no record is lost."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Consumer:
         self._halt_reports = HaltReports(metrics, topic)
 
     async def run(self) -> None:
-        """Consumes until it is cancelled; Kafka and the database may come and go. Raises SettingsError."""
+        """Consumes until cancelled; waits for Kafka and the database while they are away. Raises SettingsError."""
         failures = 0
         try:
             while True:
@@ -75,7 +75,7 @@ class Consumer:
                     raise
                 except Exception as error:
                     if not isinstance(error, KafkaUnavailable | KafkaError):
-                        _log.exception("reading failed in a way not foreseen", extra={"topic": self._topic})
+                        _log.exception("reading failed unexpectedly", extra={"topic": self._topic})
                     failures = 1 if time.monotonic() > began_s + _WELL_S else failures + 1
                     await self._back_off(failures, error)
         finally:
@@ -83,7 +83,7 @@ class Consumer:
             await self._writer.close()
 
     async def _consume(self) -> None:
-        """Reads, again and again, until the consumer has to be built anew."""
+        """Reads until the consumer has to be rebuilt."""
         opening = Source.open(
             self._settings, self._topic, self._group, share=self._share, fetch_factor=self._fetch_factor
         )
@@ -97,10 +97,15 @@ class Consumer:
                     await reading.run()
                 except OffsetsMovedError as moved:
                     self._metrics.ingest_conflicts_total.inc()
-                    _log.info("somebody else was faster", extra={"topic": self._topic, "stand_at": moved.stand_at})
+                    _log.info(
+                        "another consumer has moved the offsets",
+                        extra={"topic": self._topic, "stand_at": moved.stand_at},
+                    )
                     await asyncio.sleep(_AGAIN_S * random.uniform(0.5, 2.0))
                 except MisplacedError as error:
-                    _log.info("placing partitions anew", extra={"topic": self._topic, "error": str(error)})
+                    _log.info(
+                        "finding the place of each partition again", extra={"topic": self._topic, "error": str(error)}
+                    )
                     await asyncio.sleep(_AGAIN_S)
                 finally:
                     await reading.settle()
@@ -108,5 +113,5 @@ class Consumer:
     async def _back_off(self, failures: int, error: Exception) -> None:
         wait_s = backoff_s(failures)
         about = {"topic": self._topic, "error": str(error) or type(error).__name__, "retry_in_s": round(wait_s, 3)}
-        _log.warning("Kafka does not serve; trying again", extra=about)
+        _log.warning("Kafka is not available; trying again", extra=about)
         await asyncio.sleep(wait_s)

@@ -1,7 +1,7 @@
-"""What a consumer knows of one partition, and when it must not be read on.
+"""What a consumer knows about one partition, and when it must halt.
 
-The database says where to read on. Whether the topic still is the one that was read shows when the log begins no
-later and ends no earlier than that, and when the last record read, the anchor, is still what it was.
+The database says at which offset to read on. The topic counts as the one that was read before if the log begins no
+later and ends no earlier than that offset, and if the last record read, the anchor, is still the same.
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ class Partition:
     anchor: tuple[int, int] | None = None
     """Offset and hash of the last record before `next_offset`; None: unknown."""
     unproved: tuple[int, int] | None = None
-    """The anchor, while the log has not shown yet that it still holds it."""
+    """The anchor, until the log has shown that it still holds it."""
     halt_reason: str | None = None
     """Why it is not read, for the operator; None: it is not halted."""
     may_pass: bool = False
     """Whether the halt may pass by itself."""
     failures: int = 0
-    """How often in turn its next records could not be read."""
+    """How often in a row its next records could not be read."""
 
     def place(self, position: Position | None, begins: int, ends: int) -> int:
-        """Takes over where the database stands, and returns the offset to read from. Raises HaltError.
+        """Takes over the database's position, and returns the offset to read from. Raises HaltError.
 
-        A log that still holds the anchor is read from there, so that its first record proves it to be the same log.
+        If the log may still hold the anchor, it is read from there: its first record proves whether it is the same log.
         """
         self.begun = position is not None
         if position is None:
@@ -85,14 +85,14 @@ class Partition:
             self.anchor = position.anchor_offset, position.anchor_hash
         if ends < position.next_offset:
             raise HaltError(
-                f"the log ends at offset {ends}, before it: the topic was made anew or truncated", may_pass=True
+                f"the log ends at offset {ends}, before it: the topic was recreated or truncated", may_pass=True
             )
         if begins > position.next_offset:
             raise HaltError(f"the log begins at offset {begins}, after it: records were deleted before they were read")
         return self.doubt() if self.anchor is not None and begins <= self.anchor[0] else self.next_offset
 
     def doubt(self) -> int:
-        """Has the anchor proved again; returns the offset to read from."""
+        """Demands that the log proves the anchor again; returns the offset to read from."""
         self.unproved = self.anchor
         return self.next_offset if self.anchor is None else self.anchor[0]
 
@@ -106,7 +106,7 @@ class Partition:
         if self.unproved is not None:
             offset, expected = self.unproved
             if records[0].offset == offset and record_hash(records[0]) != expected:
-                raise HaltError(f"the record at offset {offset} is not the one that was read: the topic was made anew")
+                raise HaltError(f"the record at offset {offset} is not the one that was read: the topic was recreated")
             self.unproved = None  # or compaction has removed it
         if records[0].offset >= self.next_offset:
             return records
@@ -122,7 +122,7 @@ class Partition:
         )
 
     def position(self) -> Position | None:
-        """Where the database should stand."""
+        """The position that the database should have."""
         if not self.begun:
             return None
         return Position(self.next_offset, *(self.anchor or (None, None)))
@@ -143,7 +143,7 @@ class Step:
 
 
 def take(steps: dict[int, Step], partition: Partition, records: Sequence[ConsumedRecord], next_offset: int) -> None:
-    """Moves the partition, and the batch's step for it, past the records to `next_offset`."""
+    """Moves the partition, and its step in the batch, past the records to `next_offset`."""
     step = steps.get(partition.number)
     if step is None:
         expected = partition.next_offset if partition.begun else None

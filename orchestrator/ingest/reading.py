@@ -1,6 +1,6 @@
-"""Reading the partitions of one assignment, from where the database stands until it is not certain any more.
+"""Reads the partitions of one assignment, from the database's offsets until an offset is in doubt.
 
-While a batch is written the next one is fetched and parsed; it is as large as what has come meanwhile, within its
+While one batch is written, the next is fetched and parsed. It holds the records that have come meanwhile, within
 bounds.
 """
 
@@ -20,7 +20,7 @@ from orchestrator.ingest.writer import Writable, Writer
 from orchestrator.metrics import Metrics
 from orchestrator.tasks import end
 
-_SLICE_RECORDS = 250  # parsed at a time; in between, the batch before it gets on
+_SLICE_RECORDS = 250  # parsed at a time; in between, writing the batch before goes on
 _SLICE_BYTES = 256 << 10
 _LINGER_S = 0.01
 _IDLE_S = 0.5
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class Batch(Writable, Protocol):
-    """What becomes of the records: submissions or commands."""
+    """A batch of submissions or of commands."""
 
     size_bytes: int
 
@@ -43,11 +43,11 @@ class Batch(Writable, Protocol):
     def full(self) -> bool: ...
 
     def add(self, records: Sequence[ConsumedRecord]) -> None:
-        """Parses records; whatever they hold, it raises nothing."""
+        """Parses records; never raises, whatever they hold."""
 
 
 class Reading:
-    """`run`, then `settle`, whatever `run` has raised. Drops what is in memory: the database knows where to go on."""
+    """Call `run`, then `settle` even if `run` has raised. Drops records in memory: the database has the offsets."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Reading:
     async def run(self) -> None:
         """Reads until the group assigns other partitions, or a halted one may be read on.
 
-        Raises OffsetsMovedError when somebody else was faster with a batch, and what `Source` and `StallWatch` raise.
+        Raises OffsetsMovedError when another consumer has written a batch first, and what `Source` and `StallWatch` do.
         """
         await self._place()
         while not self._source.moved:
@@ -100,7 +100,7 @@ class Reading:
                 await self._rest()
 
     async def settle(self) -> None:
-        """Lets the batch under way come to an end, whichever that is."""
+        """Waits for the batch under way to end, written or not."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             await asyncio.wait([writing], timeout=_ENDING_S)
@@ -116,7 +116,7 @@ class Reading:
     # Where to read
 
     async def _place(self) -> None:
-        """Reads the assigned partitions from where the database stands, but for those whose log does not fit."""
+        """Places the assigned partitions at the database's offsets, and halts those whose log does not fit."""
         source = self._source
         numbers = source.assignment()
         positions = await self._writer.positions()
@@ -138,7 +138,7 @@ class Reading:
         partition.halt(error)
 
     async def _may_go_on(self) -> bool:
-        """Whether a halted partition can be read: an operator has set its offset, or its log fits again."""
+        """Whether a halted partition can be read on: an operator has set its offset, or its log fits again."""
         if all(p.halt_reason is None for p in self._partitions.values()):
             return False
         await self._wait_for_writing(_TICK_S)
@@ -155,20 +155,20 @@ class Reading:
     # Reading
 
     async def _fetch(self) -> bool:
-        """Adds what has been fetched of each partition, a slice of each in turn. False: there was nothing."""
+        """Adds a slice of the fetched records of each partition in turn. False: there were none."""
         found = False
         for _ in range(len(self._turns)):
             if self._source.moved or self._batch.full:
                 break
             partition = self._partitions[self._turns[0]]
-            self._turns.rotate(-1)  # or a full batch would always be of the first ones
+            self._turns.rotate(-1)  # otherwise a full batch would always hold the first partitions
             if partition.halt_reason is not None:
                 continue
             try:
                 limit = max(1, self._slice >> 2 * partition.failures)
                 fetched = await self._source.read(partition.number, limit)
             except UnreadableError as error:
-                # What stands before it can be read; smaller slices come up to it.
+                # The records before it can be read; smaller slices lead up to it.
                 partition.failures += 1
                 if partition.failures == _UNREADABLE_TRIES:
                     self._halt(partition, HaltError(f"its records cannot be read: {error}"))
@@ -180,7 +180,7 @@ class Reading:
         return found
 
     async def _rest(self) -> None:
-        """Waits for more to do."""
+        """Waits for records, or for the batch under way."""
         if self._polls > 0:
             self._polls -= 1
             await asyncio.sleep(_REFETCH_S)
@@ -188,7 +188,7 @@ class Reading:
             try:
                 fetched = await self._source.wait(_IDLE_S)
             except UnreadableError:
-                self._polls = _POLLS  # `_fetch` meets it again, and knows the partition
+                self._polls = _POLLS  # `_fetch` meets the error again, and knows its partition
             else:
                 if fetched is not None:
                     self._add(fetched)
@@ -238,7 +238,7 @@ class Reading:
             await asyncio.wait([self._writing], timeout=timeout_s)
 
     def _note_written(self) -> None:
-        """Raises OffsetsMovedError when the batch was not written because somebody else had read it."""
+        """Raises OffsetsMovedError when the batch was not written because another consumer had read its records."""
         if self._writing is not None and self._writing.done():
             writing, self._writing = self._writing, None
             writing.result()
@@ -250,5 +250,5 @@ class Reading:
         for partition in partitions:
             end, _ = self._source.ends(partition.number)
             self._lag.labels(self._topic, partition.number).set(max(0, end - partition.next_offset))
-        if not self._batch.full:  # else it is the database that is slow
+        if not self._batch.full:  # otherwise the database is slow, not the consumer
             self._watch.look(self._source, [p for p in partitions if p.halt_reason is None])

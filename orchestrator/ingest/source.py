@@ -1,9 +1,9 @@
 """A consumer of one topic, as the ingester needs it: aiokafka's, without its traps.
 
-It never reads on from where Kafka thinks it is: each partition is read from where it was placed, and what comes
-before that is dropped. What aiokafka does silently (a reset to the log's beginning, a step over a record that is
-too large, a bad batch fetched again for ever, a partition whose records are lost to another's error) is an error
-here. Only its public interface is used.
+It reads each partition from the offset where it was placed, never from the group's offset in Kafka. Some things that
+aiokafka does silently raise an error here: resetting to the log's beginning, skipping a record that is too large,
+fetching a bad batch for ever, losing the records of one partition to another's error. Only aiokafka's public interface
+is used.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from orchestrator.settings import Settings
 _CALL_S = 30.0  # for brokers to answer
 _ENDING_S = 2.0
 _REJOINING_S = 1.0
-_FETCH_BYTES = 8 << 20  # by all consumers of a process at once, as the brokers keep it
+_FETCH_BYTES = 8 << 20  # that all consumers of a process fetch at once; the brokers keep to it
 _PARTITION_FETCH_BYTES = 512 << 10
 _LARGEST_FETCH_BYTES = 256 << 20
 _NEVER_MS = 2**31 - 1
-_LOST_SIGHT_MS = 5000  # after which a topic may have been deleted, made anew and filled again
+_LOST_SIGHT_MS = 5000  # after which a topic may have been deleted, recreated and filled again
 
 _log = logging.getLogger(__name__)
 
 
 class MisplacedError(Exception):
-    """A partition is read where the log holds nothing: its place has to be found anew."""
+    """A partition was placed at an offset that the log does not have; its place has to be found again."""
 
 
 class UnreadableError(Exception):
-    """The next records of `partition`, None when it is not known, cannot be read."""
+    """The next records of `partition` cannot be read; None: which partition is not known."""
 
     def __init__(self, partition: int | None, reason: str) -> None:
         self.partition = partition
@@ -55,12 +55,11 @@ class UnreadableError(Exception):
 
 
 class TooLargeError(Exception):
-    """A record does not fit into a fetch: the consumer must be built anew to fetch more."""
+    """A record does not fit into a fetch: the consumer must be rebuilt with larger fetches."""
 
 
 class Fetched(NamedTuple):
-    """Records of a partition, and the offset that follows them: beyond the last record's where compaction and
-    transactions have left gaps."""
+    """Records of a partition, and the offset to read on from; compaction and transactions may leave a gap before it."""
 
     partition: int
     records: Sequence[ConsumedRecord]
@@ -68,7 +67,7 @@ class Fetched(NamedTuple):
 
 
 class Source:
-    """A started consumer. Methods raise KafkaError or KafkaUnavailable when it has to be built anew."""
+    """A started consumer. Methods raise KafkaError or KafkaUnavailable when it has to be rebuilt."""
 
     def __init__(self, consumer: AIOKafkaConsumer, topic: str) -> None:
         self._consumer = consumer
@@ -105,7 +104,7 @@ class Source:
         source = cls(consumer, topic)
         try:
             with kafka_errors():
-                # Joining may have to wait until the group has given up a member that is gone.
+                # Joining may have to wait until the group has given up a lost member.
                 async with asyncio.timeout(_CALL_S + settings.kafka_session_timeout_s):
                     await consumer.start()
         except UnknownTopicOrPartitionError:
@@ -123,7 +122,7 @@ class Source:
         if self._telling is not None:
             self._telling.cancel()
             await asyncio.wait([self._telling])
-        # It hangs while the broker is away, and needs more than one cancellation to come to an end.
+        # stop() hangs while the broker is away, and needs more than one cancellation to end.
         stopping = asyncio.create_task(self._consumer.stop())
         for _ in range(3):
             _, running = await asyncio.wait([stopping], timeout=_ENDING_S)
@@ -131,7 +130,7 @@ class Source:
                 break
             stopping.cancel()
         if stopping.done() and not stopping.cancelled() and (error := stopping.exception()):
-            _log.debug("a consumer did not end well", extra={"error": str(error)})
+            _log.debug("a consumer ended with an error", extra={"error": str(error)})
 
     @property
     def moved(self) -> bool:
@@ -141,7 +140,7 @@ class Source:
     def assignment(self) -> list[int]:
         """The partitions to read from now on; none is read until it is placed.
 
-        Raises KafkaUnavailable when there are none because the topic is gone.
+        Raises KafkaUnavailable when there are none because the topic does not exist.
         """
         self._assigned = self._consumer.assignment()
         if not self._assigned and not self._consumer.partitions_for_topic(self._topic):
@@ -172,10 +171,10 @@ class Source:
         self._seen_ms.pop(partition, None)
 
     def pause(self, partition: int, offset: int) -> None:
-        """Reads the partition no more."""
+        """Stops reading the partition."""
         tp = self._tps[partition]
         self._consumer.pause(tp)
-        self._consumer.seek(tp, offset)  # one without a place would hold up all others on its broker
+        self._consumer.seek(tp, offset)  # a partition without an offset would hold up all others of its broker
         self._placed.pop(partition, None)
 
     async def wait(self, timeout_s: float) -> Fetched | None:
@@ -185,12 +184,12 @@ class Source:
             await asyncio.sleep(timeout_s)
             return None
         with _errors(None):
-            # Of one record, so that an error of one partition cannot lose records of another.
+            # Takes one record, so that an error of one partition cannot lose records of another.
             found = await self._getmany(*tps, timeout_s=timeout_s, limit=1)
         return next((Fetched(tp.partition, records, records[0].offset + 1) for tp, records in found.items()), None)
 
     async def read(self, partition: int, limit: int) -> Fetched | None:
-        """Up to `limit` records of a partition that have been fetched, none when it has no place any more."""
+        """Up to `limit` fetched records of a partition; None once other partitions are assigned."""
         tp = self._placed[partition]
         with _errors(partition):
             found = await self._getmany(tp, timeout_s=0, limit=limit)
@@ -204,13 +203,13 @@ class Source:
         try:
             async with asyncio.timeout(timeout_s + _REJOINING_S):
                 found = await self._consumer.getmany(*tps, timeout_ms=round(timeout_s * 1000), max_records=limit)
-        except TimeoutError:  # while the group assigns anew
+        except TimeoutError:  # while the group assigns partitions
             return {}
-        # Records of another assignment are not read from where this one was placed.
+        # After another assignment, records may not follow the offset where the partition was placed.
         return {} if self.moved else found
 
     def lost_sight(self, partition: int) -> bool:
-        """Whether the partition was out of sight so long that its topic may be another one. Says so once."""
+        """Whether brokers were silent about the partition for so long that its topic may be another; True only once."""
         polled_ms = self.polled_ms(partition)
         seen_ms = self._seen_ms.setdefault(partition, polled_ms)
         self._seen_ms[partition] = polled_ms
@@ -221,7 +220,7 @@ class Source:
         return 0 if self.moved else self._consumer.last_poll_timestamp(self._tps[partition]) or 0
 
     def ends(self, partition: int) -> tuple[int, int]:
-        """Where the log ends, and where it can be read to while transactions are open, as a broker last said."""
+        """The end of the log, and the offset up to which open transactions let it be read, as a broker last said."""
         if self.moved:
             return 0, 0
         tp = self._tps[partition]
@@ -230,7 +229,7 @@ class Source:
         return end, end if stable is None or stable < 0 else stable
 
     def mirror(self, positions: Mapping[int, int]) -> None:
-        """Tells the brokers what is new of these, for tools that show lag. Nothing depends on it."""
+        """Commits positions that changed to the brokers, for tools that show lag. Nothing else depends on it."""
         news = {self._tps[number]: offset for number, offset in positions.items() if self._told.get(number) != offset}
         if news and not self.moved and (self._telling is None or self._telling.done()):
             self._telling = asyncio.create_task(self._tell(news))
@@ -245,7 +244,7 @@ class Source:
             async with asyncio.timeout(_CALL_S):
                 await self._consumer.commit(news)
         except (KafkaError, TimeoutError) as error:
-            _log.debug("the brokers did not take the mirror of the offsets", extra={"error": str(error)})
+            _log.debug("the brokers did not take the copy of the offsets", extra={"error": str(error)})
         else:
             self._told |= {tp.partition: offset for tp, offset in news.items()}
 
@@ -256,7 +255,7 @@ def _no_topic(topic: str) -> KafkaUnavailable:
 
 @contextmanager
 def _errors(partition: int | None) -> Iterator[None]:
-    """Tells apart what aiokafka raises for the records of a partition, by what has to follow."""
+    """Raises an error of this module, by its remedy, for what aiokafka raises about the records of a partition."""
     try:
         yield
     except RecordTooLargeError as error:

@@ -1,4 +1,4 @@
-"""A consumer's connection to the database: it goes on trying, whatever happens to the database."""
+"""A consumer's connection to the database; tries each call until it succeeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.tasks import within
 
 T = TypeVar("T")
 
-_ANSWER_S = 30.0  # for a call of the database; one that hangs is given up, and the connection with it
+_ANSWER_S = 30.0  # for a call of the database; one that hangs is given up with its connection
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Writable(Protocol):
     """A batch of records of one topic."""
 
     async def write(self, database: Ingestion, topic: str, moves: Sequence[Move]) -> None:
-        """Keeps everything in one transaction. May be called again. Raises as `Ingestion` does."""
+        """Keeps all of it in one transaction. May be called again. Raises as `Ingestion` does."""
 
 
 class Writer:
@@ -50,7 +50,7 @@ class Writer:
         return await self._until_done(lambda database: database.positions(self._topic))
 
     async def write(self, batch: Writable, moves: Sequence[Move]) -> None:
-        """Keeps a batch, however long it takes. Raises OffsetsMovedError when its partitions have been moved."""
+        """Keeps a batch, however long that takes. Raises OffsetsMovedError when another consumer was first."""
         tries = 0
 
         async def once(database: Ingestion) -> None:
@@ -67,7 +67,7 @@ class Writer:
                 raise
 
     async def keep_aside(self) -> None:
-        """Keeps records that batches of this connection have set aside; maintenance does, too."""
+        """Keeps records that this connection set aside earlier, as maintenance does, too."""
         if self._database is not None and self._database.has_aside:
             await self._until_done(lambda database: database.keep_aside())
 
@@ -118,7 +118,7 @@ class Writer:
         away = isinstance(error, DatabaseUnavailable | TimeoutError)
         message = "the database is away" if away else "the database refuses to serve"
         if holders:
-            message = "another session holds a batch up"
+            message = "another session's open transaction holds up a batch"
         extra = {
             "topic": self._topic,
             "error": str(error) or f"no answer within {_ANSWER_S:g} s",

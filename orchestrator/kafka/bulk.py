@@ -1,4 +1,4 @@
-"""A producer for very many records, which stays connected, finds topics, and reports each record's fate."""
+"""A producer for very many records: it stays connected, finds topics, and reports each record's outcome."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from orchestrator.kafka.partitions import partition_of
 from orchestrator.own_faults import own_fault
 from orchestrator.settings import Settings
 
-_LOOKS_S = (0.0, 0.1, 0.2, 0.4, 0.8)  # waits between looks: a topic that is just being made shows up within moments
-_ONE_LOOK = (0.0,)  # at a topic that was not there a while ago
+_LOOKS_S = (0.0, 0.1, 0.2, 0.4, 0.8)  # waits between looks: a topic that is being created appears within moments
+_ONE_LOOK = (0.0,)  # at a topic that did not exist a moment ago
 _METADATA_S = 5.0
-_UNKNOWN_FOR_S = 1.0  # how long a topic that was not found is not looked for again
+_UNKNOWN_FOR_S = 1.0  # a topic that was not found is not looked for again within this time
 _REMEMBERED_S = 60.0
 _KEYLESS_RUN = 64  # records without a key go to one partition in runs, so that batches fill
 _STOPPED = "stopped before the brokers had answered"
@@ -58,10 +58,13 @@ class BulkProducer(Generic[T]):
         self._topics: set[str] = set()
         self._keyless = random.randrange(1 << 16)
         self.away: KafkaUnavailable | None = None
-        """Why no broker can be reached, while that is so."""
+        """Why no broker can be reached; None while one can."""
 
     async def ready(self) -> bool:
-        """Waits until there is a connection, or an answer why not in `away`; False if neither came to be."""
+        """Waits until there is a connection, or the reason for none in `away`.
+
+        False after `stop_waiting`, if there is neither.
+        """
         await self._ready.wait()
         return self._producer is not None or self.away is not None
 
@@ -70,7 +73,7 @@ class BulkProducer(Generic[T]):
         self._ready.set()
 
     def send(self, topic: str, records: list[OutgoingRecord[T]]) -> None:
-        """Takes records for one topic in; `on_result` is told of each, perhaps at once, within a bounded time."""
+        """Takes in records for one topic; calls `on_result` for each within a bounded time, perhaps at once."""
         producer = self._producer
         if producer is None:
             self._on_result([r.item for r in records], self.away or KafkaUnavailable("not connected yet"))
@@ -88,7 +91,7 @@ class BulkProducer(Generic[T]):
                 add(topic, partition_of(record.key, count), record)
 
     def drop(self) -> None:
-        """Gives up on all that is not acknowledged yet."""
+        """Gives up on every record that is not acknowledged yet."""
         stopped = KafkaUnavailable(_STOPPED)
         for task in self._looking:
             task.cancel()
@@ -96,7 +99,7 @@ class BulkProducer(Generic[T]):
         self._fail_parked(stopped)
 
     async def keep_connected(self) -> None:
-        """Connects, and again whenever that broke; never returns."""
+        """Connects, and connects again whenever the connection breaks; never returns."""
         failures = 0
         while True:
             try:
@@ -105,14 +108,14 @@ class BulkProducer(Generic[T]):
                     failures = 0
                     await self._broken.wait()
                     await self._queues.settled()
-                    await producer.abandon()  # what was given up must not be delivered later
+                    await producer.abandon()  # records that were given up must not be delivered later
             except KafkaUnavailable as error:
                 self._disconnected(error)
             except OrchestratorError as error:  # a file that KAFKA_SSL_CA_FILE or the like names
                 fault = OwnFaultError("settings", str(error), "mend it and start again")
                 self._disconnected(KafkaUnavailable(str(error), fault))
             except Exception as error:
-                _log.exception("connecting to Kafka failed in a way not foreseen")
+                _log.exception("connecting to Kafka failed unexpectedly")
                 self._disconnected(KafkaUnavailable(f"internal error: {type(error).__name__}", own_fault(error)))
             if self.away is not None:
                 failures += 1
@@ -143,7 +146,7 @@ class BulkProducer(Generic[T]):
         self._ready.set()
 
     def _park(self, producer: AIOKafkaProducer, topic: str, records: list[OutgoingRecord[T]]) -> None:
-        """Keeps records until it is known whether their topic exists; meanwhile others go on."""
+        """Keeps records until it is known whether their topic exists; records for other topics go on."""
         until_s, unknown = self._unknown.get(topic, (0.0, None))
         if unknown is not None and asyncio.get_running_loop().time() < until_s:
             self._on_result([r.item for r in records], unknown)
@@ -164,7 +167,7 @@ class BulkProducer(Generic[T]):
             await self.ready()
         except TopicUnavailableError as unknown:
             error = unknown
-            # Else the client would ask for it for ever, and names that do not exist would pile up.
+            # Otherwise the client would ask for it for ever, and names that do not exist would pile up.
             self._topics.discard(topic)
             producer.client.set_topics(self._topics)
             now_s = asyncio.get_running_loop().time()
@@ -185,7 +188,7 @@ class BulkProducer(Generic[T]):
 
 
 async def _find(producer: AIOKafkaProducer, topic: str, looks_s: Sequence[float]) -> None:
-    """Returns once the topic's partitions are known. Raises TopicUnavailableError, or what tells of no broker."""
+    """Returns once the topic's partitions are known. Raises TopicUnavailableError, and errors that mean no broker."""
     client = producer.client
     for wait_s in looks_s:
         await asyncio.sleep(wait_s)
@@ -205,10 +208,10 @@ async def _find(producer: AIOKafkaProducer, topic: str, looks_s: Sequence[float]
 async def bulk_producer(
     settings: Settings, role: str, on_result: OnResult[T], *, timeout_s: float, ordered: bool = False
 ) -> AsyncGenerator[BulkProducer[T], None]:
-    """A producer that connects in the background; leaving the block gives up on what is not acknowledged by then.
+    """A producer that connects in the background; leaving the block gives up on records that are not acknowledged.
 
     Every record has `timeout_s` to be acknowledged. With `ordered`, no record of a partition is sent after one that
-    failed until that has been reported.
+    failed until that failure has been reported.
     """
     async with asyncio.TaskGroup() as tasks:
         bulk = BulkProducer(settings, role, tasks, on_result, timeout_s=timeout_s, ordered=ordered)

@@ -1,4 +1,4 @@
-"""How this product connects to Kafka, and what it says when it cannot."""
+"""How this product connects to Kafka, and the errors it raises when it cannot."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _AWAY = (KafkaConnectionError, NoBrokersAvailable, KafkaTimeoutError, ProducerCl
 
 
 def client_arguments(settings: Settings, role: str) -> dict[str, Any]:
-    """Arguments for any client of aiokafka: where the brokers are, who we are, and how to log in.
+    """Arguments for any client of aiokafka: the addresses of the brokers, the client id and the login.
 
     Raises SettingsError when there are no brokers, or a certificate cannot be read.
     """
@@ -103,9 +103,9 @@ def _unreadable(name: str, file: str | None, error: OSError) -> str:
 async def started_producer(settings: Settings, role: str, *, linger_ms: int = 10) -> AsyncIterator[AIOKafkaProducer]:
     """A producer for as long as the context lasts: every record acknowledged by all replicas in sync, in lz4.
 
-    Raises KafkaUnavailable within about ten seconds when no broker can be used. At the end it is given five seconds to
-    deliver what it holds; what it could not deliver then fails with ProducerClosed. (Left alone, aiokafka's
-    producer starts and stops for as long as no broker answers.)
+    Raises KafkaUnavailable within about ten seconds when no broker can be used. At the end it has five seconds to
+    deliver the records it holds; the others fail with ProducerClosed. (aiokafka's own producer would try to start or
+    stop for as long as no broker answers.)
     """
     producer = Producer(
         **client_arguments(settings, role),
@@ -137,13 +137,13 @@ async def started_producer(settings: Settings, role: str, *, linger_ms: int = 10
 
 @contextmanager
 def kafka_errors() -> Iterator[None]:
-    """Turns errors that say that brokers are away, and TimeoutError, into KafkaUnavailable."""
+    """Raises KafkaUnavailable for TimeoutError, and for errors that mean that the brokers are away."""
     try:
         yield
     except TimeoutError as error:
         raise KafkaUnavailable("KAFKA_BOOTSTRAP_SERVERS: the brokers do not answer in time") from error
     except KafkaError as error:
-        # aiokafka marks what may pass by itself; a topic that does not exist, it counts among them.
+        # aiokafka marks errors that may pass by themselves, and counts a topic that does not exist among them.
         passing = isinstance(error, _AWAY) or error.retriable
         if not passing or isinstance(error, UnknownTopicOrPartitionError):
             raise
@@ -174,7 +174,7 @@ async def start_failure(settings: Settings, role: str, error: BaseException) -> 
     if len(reasons) < len(servers):
         shown = str(error) or type(error).__name__
         return KafkaUnavailable(f"KAFKA_BOOTSTRAP_SERVERS: {settings.kafka_servers} cannot be used just now: {shown}")
-    # One that says what is wrong is worth more than one that is only away.
+    # A reason that names a wrong setting is worth more than a broker that is only away.
     return KafkaUnavailable(min(reasons, key=lambda reason: reason.startswith("KAFKA_BOOTSTRAP_SERVERS")))
 
 
@@ -185,7 +185,7 @@ async def _failure(host: str, port: int, arguments: Mapping[str, Any]) -> BaseEx
     try:
         async with asyncio.timeout(_EXPLAIN_TIMEOUT_S):
             await connection.connect()
-            # What needs no login goes well even with brokers that demand one.
+            # Requests that need no login succeed even with brokers that demand one.
             await connection.send(MetadataRequest([]))
     except (KafkaError, OSError) as failure:
         return failure

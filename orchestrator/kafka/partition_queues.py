@@ -1,6 +1,6 @@
 """Batches of records on their way to the brokers: a queue for each partition, with one batch under way.
 
-aiokafka's own `send` makes a future and a task switch for every record; here both are paid once a batch.
+aiokafka's own `send` costs a future and a task switch for each record; here they cost once for each batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 T = TypeVar("T")
 OnResult = Callable[[Sequence[T], OrchestratorError | None], None]
-"""Told what became of records, by the items they were added with: None once the brokers have acknowledged them."""
+"""Called with the items of records, and their error: None once the brokers have acknowledged them."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class RecordRefusedError(OrchestratorError):
 
 
 class TopicUnavailableError(OrchestratorError):
-    """The topic does not exist, or not for us; that may be mended."""
+    """The topic does not exist, or this login may not write to it; an operator may mend that."""
 
 
 class OutgoingRecord(NamedTuple, Generic[T]):
@@ -62,7 +62,7 @@ class _Batch(Generic[T]):
         self.records: list[OutgoingRecord[T]] = []
 
     def add(self, record: OutgoingRecord[T]) -> bool:
-        """Whether there was room; there is for a first record of any size."""
+        """Whether there was room; there always is for the first record, of any size."""
         added = self.builder.append(timestamp=None, key=record.key, value=record.value, headers=record.headers)
         if added is None:
             return False
@@ -83,7 +83,7 @@ class _PartitionQueue(Generic[T]):
         self.task: asyncio.Task[None] | None = None
 
     def take_all(self) -> list[OutgoingRecord[T]]:
-        """Every record it holds, oldest first, and leaves it empty."""
+        """Takes out every record it holds, oldest first."""
         batches = [self.under_way, *self.batches, self.filling]
         self.under_way = self.filling = None
         self.batches.clear()
@@ -93,11 +93,11 @@ class _PartitionQueue(Generic[T]):
 class PartitionQueues(Generic[T]):
     """Fills batches and sends them through the producer it was last given, in order of each partition.
 
-    A batch leaves when it is full, or at once when its queue is idle, but then no sooner than 10 ms after the last
+    A batch leaves when it is full. When its queue is idle it leaves at once, but no sooner than 10 ms after the last
     such departure: a single record does not wait, and many travel together. Each record has `timeout_s` to be
-    acknowledged. When one was not, or so that it is in doubt, the producer is put away and `on_broken` called: what
-    is under way goes on with it, and what waits goes on with the next one. With `ordered`, what waits behind a failure
-    in its queue fails with it, so that nothing overtakes.
+    acknowledged. When the outcome of one is in doubt, the producer is put away and `on_broken` called: batches under
+    way stay with it, and waiting ones go to the next producer. With `ordered`, every record that waits behind a
+    failed one in its queue fails, too, so that none overtakes another.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class PartitionQueues(Generic[T]):
         await self._settled.wait()
 
     def add(self, topic: str, partition: int, record: OutgoingRecord[T]) -> None:
-        """Takes a record in; `use` has been called before."""
+        """Takes a record in; call `use` first."""
         queue = self._queues.get((topic, partition))
         if queue is None:
             queue = self._queues[topic, partition] = _PartitionQueue(topic, partition)
@@ -155,7 +155,7 @@ class PartitionQueues(Generic[T]):
             self._alarm = self._loop.call_at(max(self._departed_s + _LINGER_S, self._loop.time()), self._depart)
 
     def drop(self, error: OrchestratorError) -> None:
-        """Gives up on everything, under way or not."""
+        """Gives up on every record, under way or not."""
         queues, self._queues = self._queues, {}
         self._filling.clear()
         for queue in queues.values():
@@ -229,7 +229,7 @@ class PartitionQueues(Generic[T]):
             return None
         except TimeoutError:
             late = f"{topic}: no acknowledgement within {self._timeout_s:g} s"
-            # aiokafka tries to connect until then, and does not say why it cannot.
+            # aiokafka tries to connect until then, and does not say why that fails.
             error: OrchestratorError = KafkaUnavailable(late, without_descriptors())
         except _TOO_LARGE:
             size = sum(len(record.key or b"") + len(record.value or b"") for record in batch.records)
@@ -244,7 +244,7 @@ class PartitionQueues(Generic[T]):
             said = f"{topic}: {type(failure).__name__}: {str(failure) or 'no answer'}"
             error = KafkaUnavailable(said, without_descriptors())
         except Exception as failure:  # one batch must not end all the others
-            _log.exception("a batch failed in a way not foreseen", extra={"topic": topic})
+            _log.exception("a batch failed unexpectedly", extra={"topic": topic})
             error = KafkaUnavailable(f"{topic}: internal error: {type(failure).__name__}", own_fault(failure))
         if producer is not None and producer is self._producer and isinstance(error, KafkaUnavailable):
             self._producer = None

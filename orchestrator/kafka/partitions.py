@@ -1,4 +1,4 @@
-"""Which partition a key belongs to, as the Java client decides it."""
+"""The partition of a record's key, as the Java client computes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _32_BITS = 0xFFFFFFFF
 def partition_of(key: bytes, partitions: int) -> int:
     """The partition, of 0 to `partitions` - 1, that Java's default partitioner gives to a key.
 
-    So consumers that join topics, and other producers to the same topic, agree with us about every key.
+    Consumers that join topics, and other producers to the same topic, thus agree with us about every key.
     """
     return (murmur2(key) & 0x7FFFFFFF) % partitions
 

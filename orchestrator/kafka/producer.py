@@ -1,4 +1,4 @@
-"""aiokafka's producer (0.14), mended where an idempotent one would stay broken, and an end that never hangs."""
+"""aiokafka's producer (0.14) with two faults mended: an idempotent one stays broken, and stopping may hang."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLOSE_TIMEOUT_S = 2.0
 
 
 class Producer(AIOKafkaProducer):  # type: ignore[misc]  # untyped
-    """Counts on after a batch that the broker refused, and can be abandoned.
+    """Numbers on correctly after a batch that the broker refused, and can be abandoned.
 
     An idempotent producer numbers the records of a partition, and a broker takes only the next number. aiokafka
     counts a batch that was refused (a record too large for its topic) or never sent (its partition had no
@@ -44,7 +44,7 @@ class Producer(AIOKafkaProducer):  # type: ignore[misc]  # untyped
             self._message_accumulator._batch_ttl = math.inf  # waits for a leader, as it does for an answer
 
     async def abandon(self) -> None:
-        """Ends it within seconds, and with it what it still holds, which fails with ProducerClosed.
+        """Ends it within seconds; records that it still holds fail with ProducerClosed.
 
         aiokafka's own `stop` waits for everything to be delivered, for ever while no broker answers.
         """
@@ -67,7 +67,7 @@ class Producer(AIOKafkaProducer):  # type: ignore[misc]  # untyped
 
 
 class _Accumulator(MessageAccumulator):  # type: ignore[misc]  # untyped
-    """Makes batches that may fail when nobody waits for them any more: whoever gave one up has told its sender."""
+    """Makes batches that may fail unobserved: whoever gave one up has told its sender."""
 
     def _append_batch(self, builder: BatchBuilder, tp: TopicPartition) -> MessageBatch:
         batch = super()._append_batch(builder, tp)
@@ -102,10 +102,10 @@ class _CountingSender(Sender):  # type: ignore[misc]  # untyped
 
 
 def _was_refused(batch: MessageBatch) -> bool:
-    """Whether the broker certainly did not append it: it said no, and to the first attempt.
+    """Whether the broker certainly did not append the batch: it refused the first attempt.
 
-    In doubt the number stays taken, and later records fail: with the number given to another record, a broker
-    that did append the first would drop the second as a repetition, and acknowledge it.
+    In doubt the number stays taken, and later records fail. If another record got it, a broker that did append the
+    first would drop the second as a repetition, and acknowledge it.
     """
     if not batch.future.done() or batch.retry_count != 1:
         return False

@@ -1,4 +1,4 @@
-"""The topics of a deployment: what they are, whether they are there, and how they are made."""
+"""The topics of a deployment: their names, whether they exist, and how they are created."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def topic_names(settings: Settings) -> list[str]:
 
 
 async def create_topics(settings: Settings, names: Sequence[str] | None = None) -> list[Created]:
-    """Makes the topics (None: all of `topic_names`) that do not exist, and waits until they can be used.
+    """Creates the topics (None: all of `topic_names`) that do not exist, and waits until they can be used.
 
-    Those that exist are left as they are, whatever their number of partitions. Raises KafkaUnavailable, and
-    OrchestratorError with every reason when brokers refuse to make some.
+    Topics that exist stay as they are, whatever their number of partitions. Raises KafkaUnavailable, and
+    OrchestratorError with every reason when brokers refuse to create some.
     """
     wanted = list(topic_names(settings) if names is None else names)
     replicas = -1 if settings.kafka_replication is None else settings.kafka_replication
     async with _administration(settings) as admin:
-        # The last argument but the configuration is what lets aiokafka take -1, the brokers' own number.
+        # aiokafka takes -1, the brokers' own number, only with an assignment of replicas: the last argument.
         made = [NewTopic(name, settings.kafka_partitions, replicas, {} if replicas == -1 else None) for name in wanted]
         answer = await admin.create_topics(made, timeout_ms=int(_DEADLINE_S * 1000))
         codes = {topic: (code, message) for topic, code, message in answer.topic_errors}
@@ -92,7 +92,7 @@ def _refusal(names: Sequence[str], code: int, message: str | None) -> str:
 
 
 async def log_bounds(settings: Settings, topic: str, partitions: int) -> dict[int, tuple[int, int]]:
-    """Partition → offset of the first record that is still there, and of the next one to come.
+    """Partition → offset of the first record that still exists, and of the next one to come.
 
     Raises KafkaUnavailable.
     """
@@ -118,7 +118,7 @@ async def _usable(admin: Any, names: Sequence[str]) -> dict[str, int]:
 
 
 async def _found(admin: Any) -> dict[str, Any]:
-    # Of all topics: asked for one by name, brokers may be set up to make it.
+    # Asks for all topics: brokers may be set up to create one that is asked for by name.
     return {topic["topic"]: topic for topic in await admin.describe_topics(None)}
 
 
@@ -129,7 +129,7 @@ def _has_leaders(topic: dict[str, Any]) -> bool:
 
 @asynccontextmanager
 async def _administration(settings: Settings) -> AsyncIterator[Any]:
-    """A client that administers, for work of 15 seconds at most."""
+    """An admin client, for work of 15 seconds at most."""
     admin = AIOKafkaAdminClient(**client_arguments(settings, "topics"))
     try:
         try:

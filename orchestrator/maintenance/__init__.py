@@ -1,1 +1,1 @@
-"""The maintaining role: run_maintenance() every minute, and the archive of days that retention ends."""
+"""The role that maintains the database: run_maintenance() every minute, retention, and the archive."""

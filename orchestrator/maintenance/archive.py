@@ -1,7 +1,7 @@
-"""Partitions past retention, written to files before they are dropped: CSV as COPY writes it, compressed, or Parquet.
+"""Writes partitions past retention to files before they are dropped: compressed CSV as COPY writes it, or Parquet.
 
-A file gets its name when all of it is on disk, and only then is the partition given up. A crash at any step leaves at
-most a file that ends in ``.part``, which the next try begins anew; a file that is there already is never overwritten.
+A file gets its name when all of it is on disk; only then is the partition given up. A crash at any step leaves at most
+a file that ends in ``.part``, which the next try starts again. An existing file is never overwritten.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Archived:
-    """Files written, and what failed: its partition stays until another try succeeds."""
+    """The files written, and the problems; a partition that failed stays until another try succeeds."""
 
     files: list[str] = field(default_factory=list)
     problems: list[MaintenanceProblem] = field(default_factory=list)
 
 
 async def archive(settings: Settings) -> Archived:
-    """Archives the partitions that wait for it, in a thread; nothing without ARCHIVE_DIRECTORY, or while another does.
+    """Archives the partitions that wait for it, in a thread.
 
-    Cancelled, it gives up the partition it is at. Raises DatabaseUnavailable.
+    Does nothing without ARCHIVE_DIRECTORY, or while another process archives. When cancelled, it gives up the partition
+    under way. Raises DatabaseUnavailable.
     """
     if settings.archive_directory is None:
         return Archived()
@@ -60,7 +61,7 @@ async def archive(settings: Settings) -> Archived:
 
 
 class _StoppedError(Exception):
-    """The process is to end."""
+    """The process has to end."""
 
 
 class _Work:
@@ -78,7 +79,7 @@ class _Work:
                 self._check()
                 try:
                     file = self._write(retired, name)
-                    # Not before the file is there under its name, whatever happens to this machine.
+                    # Only once the file has its name on disk, where a crash of this machine cannot lose it.
                     retired.archived(name)
                 except OSError as error:
                     reason = error.strerror or str(error)
@@ -88,7 +89,7 @@ class _Work:
                 except _StoppedError:
                     raise
                 except DatabaseUnavailable:
-                    self._check()  # then it was ended by us
+                    self._check()  # raises if `stop` ended the connection
                     raise
                 except (OrchestratorError, psycopg.Error, ValueError) as error:
                     told.problems.append(MaintenanceProblem("archive", f"{name}: {error}"))
@@ -98,7 +99,7 @@ class _Work:
         return told
 
     def stop(self) -> None:
-        """Has `run` end soon; from another thread."""
+        """Makes `run` end soon; call it from another thread."""
         self._stopping.set()
         if self._retired is not None:
             with suppress(psycopg.Error):
@@ -131,9 +132,9 @@ class _Work:
 
 
 def _publish(part: Path, directory: Path, name: str, suffix: str) -> Path:
-    """Gives the file its name, and has that on disk. Another of this name stays, and this one gets a number.
+    """Gives the file its name, durably. A different file of this name stays, and the new one gets a number.
 
-    One that is the same is taken for it: a crash came between.
+    An existing file with the same content is taken for the new one: a crash came before its partition was given up.
     """
     numbered = (f"{name}.{n}.{suffix}" for n in itertools.count(2))
     for file in (directory / each for each in itertools.chain([f"{name}.{suffix}"], numbered)):
@@ -151,7 +152,7 @@ def _publish(part: Path, directory: Path, name: str, suffix: str) -> Path:
 
 
 def _chunks(rows: Iterable[Buffer], least_bytes: int) -> Iterator[bytearray]:
-    """Whole rows, gathered until they have so many bytes."""
+    """Chunks of whole rows, of at least `least_bytes` except the last."""
     chunk = bytearray()
     for row in rows:
         chunk += row
@@ -170,12 +171,12 @@ class _Writer(Protocol):
 
 @contextmanager
 def _writer(form: str, file: BinaryIO, retired: Retired, name: str) -> Iterator[tuple[_Writer, bool]]:
-    """What takes the rows, and whether it wants a line with the names of the columns first."""
+    """The writer of a format, and whether it needs the names of the columns in a first line."""
     if form == "parquet":
         with _parquet(file, retired.columns(name)) as writer:
             yield writer, False
     else:
-        # No time in its head: the same rows make the same file.
+        # No time in the header: the same rows make the same file.
         with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=6, mtime=0) as compressed:
             yield _CsvWriter(compressed), True
 
@@ -210,7 +211,7 @@ def _parquet(file: BinaryIO, columns: list[tuple[str, str]]) -> Iterator[_Writer
         column_types=schema,
         null_values=[""],
         strings_can_be_null=True,
-        quoted_strings_can_be_null=False,  # COPY quotes an empty string, and leaves nothing for a null
+        quoted_strings_can_be_null=False,  # COPY quotes an empty string, and writes nothing for a null
         true_values=["t"],
         false_values=["f"],
     )

@@ -1,4 +1,4 @@
-"""The maintaining role: run_maintenance() every minute, and the archive; safe in every replica at once."""
+"""Runs run_maintenance() every minute, and then the archive; every replica may do so at the same time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.settings import Settings
 from orchestrator.tasks import end, within
 
 _EVERY_S = 60.0
-_RUN_S = 900.0  # one run is bounded; a connection that does not answer must not end all upkeep
+_RUN_S = 900.0  # one run is bounded; a connection that does not answer must not end all maintenance
 _AT_ONCE_S = 0.05
 _ARCHIVE_AGAIN_S = 600.0  # after a failure: a disk that is full would be filled again each minute
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 async def prepare(settings: Settings) -> None:
-    """Tells the database what to keep, and runs maintenance: after a long pause there is no partition for today.
+    """Configures retention, and runs maintenance: after a long pause there is no partition for today.
 
     Raises DatabaseUnavailable, and OrchestratorError when this login may not maintain.
     """
@@ -33,9 +33,9 @@ async def prepare(settings: Settings) -> None:
 
 
 async def maintain_once(settings: Settings, retention: Retention) -> tuple[Upkeep, list[str]]:
-    """Does all that is to be done now; returns that, problems of the archive included, and the files written.
+    """Does all the maintenance that is due; returns what it did, with the archive's problems, and the files written.
 
-    What another session keeps from being configured is a problem, too, and the rest is done. Raises as `prepare`.
+    If another session holds retention up, that is one of the problems, and the rest is done. Raises as `prepare`.
     """
     files: list[str] = []
     refused: Blocked | None = None
@@ -57,9 +57,9 @@ async def maintain_once(settings: Settings, retention: Retention) -> tuple[Upkee
 
 
 async def maintain(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
-    """Runs maintenance once a minute until `stop` is set, and at once again while there is more to do.
+    """Runs maintenance once a minute until `stop` is set, and again at once while there is more work.
 
-    Whatever fails is logged and tried again. What is under way at the stop is given up: it may be, at any step.
+    A failure is logged and tried again. At the stop, work under way is given up, which is safe at any step.
     """
     minutes = asyncio.create_task(_Minutes(settings, metrics).run())
     stopped = asyncio.create_task(stop.wait())
@@ -81,7 +81,7 @@ class _Minutes:
             await asyncio.sleep(_EVERY_S)
 
     async def _once(self) -> None:
-        """Runs maintenance, and the archive, whatever comes of it."""
+        """Runs maintenance, then the archive; logs failures and raises none."""
         try:
             async with Maintenance.open(self._settings) as maintenance:
                 while True:

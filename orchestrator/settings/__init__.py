@@ -1,4 +1,4 @@
-"""Every setting, each defined once; the reference's table and `orchestrator config check` come from here.
+"""Every setting, each defined once; the documented table and `orchestrator config check` are made from here.
 
 Only the environment tells one instance from another, so that one image serves many customers.
 """

@@ -18,9 +18,9 @@ return case
   , '^kafka:', 'kafka.:')
 end;
 comment on function orchestrator.destination_name(text, text) is
-  'What limits, breakers and fairness go by: host and port of a URL in lower case, without a default port, or kafka: '
-  'and the topic (empty: the ready topic). '
-  'A host called kafka is written as the DNS root names it, kafka.:9092.';
+  'What limits, breakers and fairness go by: host and port of a URL in lower case without a default port, or kafka: '
+  'and the topic. '
+  'The ready topic is empty; a host called kafka is written with the dot of the DNS root, kafka.:9092.';
 
 create or replace function orchestrator.is_pattern(p_name text) returns boolean
 language sql immutable parallel safe

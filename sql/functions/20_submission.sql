@@ -143,7 +143,7 @@ begin
   perform orchestrator.check_staging();
   lock table orchestrator.timer in row exclusive mode;
   v_now := orchestrator.now();
-  -- With a transaction id, which settle_lanes() looks at, before lanes are read.
+  -- With a transaction id, which reroute_remaining() looks at, before lanes are read.
   perform pg_current_xact_id();
   v_own_lanes := exists (select from orchestrator.lane l where l.lane > 63 and l.name is not null);
   select min(s.scheduled_at), max(s.scheduled_at)

@@ -1,263 +1,414 @@
--- Claiming: due timers become leased ones. Called by dispatchers, or by hand: select * from orchestrator.claim_due_events(10).
+-- Claiming: due timers become leased ones. Called by dispatchers, or by hand: select * from claim_due_events(10).
+
+-- A claim takes five steps; most claims skip steps 2 and 3:
+--   1 queues_with_work    which lanes have due timers, in random order
+--   2 lock_limits         locks the lanes that have limits, and reads what each may give (31_limits.sql)
+--   3 lock_behind_flood   finds timers of other destinations in a shared lane that one destination has filled
+--   4 rounds              share the batch among the lanes, lock timers with skip locked, and lease them
+--   5 book_slots          books the leases with the limits (31_limits.sql); then the events are joined
+-- Steps without settings of their own run under those of claim_due_events(), their only caller.
 
 create or replace function orchestrator.register_worker(p_name text) returns integer
-language sql security definer set search_path = orchestrator, pg_temp
+language sql security definer
+set search_path = orchestrator, pg_temp
 as $$ insert into orchestrator.worker (name) values (left(p_name, 200)) returning worker $$;
-comment on function orchestrator.register_worker(text) is 'Makes a worker number for one process; never used again by another';
+comment on function orchestrator.register_worker(text) is
+  'Makes a worker number for one process. No other process ever gets the same number';
 
--- Locks limited lanes in order, then timers with skip locked, so it waits for nobody but, for a moment, other claims and finishes of
--- those lanes. Those that it cannot lock, and ordering keys that another session has, are left out, and looked at again ever more rarely.
--- Each round shares what is left of the batch equally among the lanes that gave all they were asked for in the round
--- before (nothing, where the batch is smaller than their number); a lane gives its higher priorities first. Attempt grows with
--- the lease, which fences every earlier holder.
--- Rows are changed by ctid = any (array): a tenth less work than a join with them, and it leaves the planner no choice of plan.
--- Plans are pinned: left alone, the planner hashes a scan of every partition of event for each claim (18,000 events/s against
--- 49,000 with nested loops on the same data), and reads timer by a bitmap, which limit cannot stop early.
--- Events that were overdue when they came are all due at that moment; their ids, which begin with scheduled_at, keep their order.
--- The bounds on scheduled_at let the executor leave out all other partitions when it starts, and the limit makes it look each event
--- up by its key: a join is free to read all events between the bounds, for each one that was leased.
+-- Inlined.
+create or replace function orchestrator.shared_queues(
+  p_priorities smallint[], p_floors timestamptz[], p_until timestamptz, p_skip integer[])
+returns table (lane integer, priority smallint, floor timestamptz, first_due timestamptz)
+language sql stable as $$
+  select l.lane, l.priority, l.floor, t.due_at
+  from (
+    select l.lane, unnest(p_priorities) as priority, p_floors[l.lane + 1] as floor
+    from orchestrator.lane l
+    where l.lane < 64 and l.lane <> all (p_skip)) l
+  cross join lateral (
+    select t.due_at from orchestrator.timer t
+    where t.lane = l.lane and t.priority = l.priority and t.due_at >= l.floor and t.due_at <= p_until
+    order by t.due_at limit 1) t
+$$;
+comment on function orchestrator.shared_queues(smallint[], timestamptz[], timestamptz, integer[]) is
+  'Shared lanes and their priorities with a due timer, leased or not, and when the first was due';
+
+-- Inlined. With p_lanes null it goes round: on from p_after to the last lane, then from the first one to p_after.
+create or replace function orchestrator.dedicated_queues(
+  p_priorities smallint[], p_use_floors boolean, p_now timestamptz, p_until timestamptz, p_skip integer[],
+  p_lanes integer[], p_after integer, p_most integer)
+returns table (
+  lane integer, priority smallint, floor timestamptz, first_due timestamptz, limited boolean, held_until timestamptz)
+language sql stable as $$
+  select l.lane, l.priority, l.usable_floor, t.due_at
+    , l.limited or l.breaker <> 'closed', greatest(l.resumed_at, l.closed_at)
+  from (
+    select l.*, unnest(p_priorities) as priority
+      , case when p_use_floors then l.floor else '-infinity' end as usable_floor
+    from (
+      select l.* from orchestrator.lane l where l.lane = any (p_lanes)
+      union all
+      (select l.* from orchestrator.lane l where p_lanes is null and l.lane > p_after order by l.lane)
+      union all
+      (select l.* from orchestrator.lane l where p_lanes is null and l.lane between 64 and p_after order by l.lane)) l
+    where orchestrator.lane_open(l, p_now) and l.lane <> all (p_skip)) l
+  cross join lateral (
+    select t.due_at from orchestrator.timer t
+    where t.lane = l.lane and t.priority = l.priority and t.due_at >= l.usable_floor and t.due_at <= p_until
+      and orchestrator.is_free(t.lease_until, p_now)
+    order by t.due_at limit 1) t
+  limit p_most
+$$;
+comment on function orchestrator.dedicated_queues(
+  smallint[], boolean, timestamptz, timestamptz, integer[], integer[], integer, integer) is
+  'Up to p_most dedicated lanes and their priorities with a due timer that nobody holds, when the first was due, '
+  'whether limits apply, and until when a pause or breaker held the lane back';
+
+create or replace function orchestrator.queues_with_work(
+  p_control orchestrator.control, p_now timestamptz, p_until timestamptz, p_batch integer, p_skip integer[],
+  p_max_parallel integer,
+  out queues orchestrator.queue[], out lower orchestrator.queue[], out limited integer[], out flooded integer,
+  out more boolean)
+language plpgsql as $$
+#variable_conflict use_column
+declare
+  c_few constant integer := 200;
+  -- A thousand dedicated lanes may have work. Each claim serves some: many rows of few lanes cost far less than one
+  -- row of each of many.
+  v_most constant integer := greatest(20, p_batch / 8);
+  v_after constant integer := coalesce(nullif(current_setting('orchestrator.last_own_lane', true), '')::integer, 63);
+  v_salt constant bigint := (random() * 1e15)::bigint;
+  v_floors constant timestamptz[] := orchestrator.floors(p_control, p_now);
+  v_use_floors constant boolean := orchestrator.floors_valid(p_control, p_now);
+  v_lanes integer[];
+  v_last integer;
+begin
+  -- Where few timers are due in dedicated lanes, they say which lanes to visit. Else this claim goes on where the
+  -- session's last one stopped.
+  v_lanes := array(
+    select t.lane from orchestrator.timer t
+    where t.lane > 63 and t.due_at >= case when v_use_floors then p_control.own_floor else '-infinity' end
+      and t.due_at <= p_until
+    order by t.due_at limit c_few);
+  if cardinality(v_lanes) = c_few then
+    v_lanes := null;
+  end if;
+  -- Lanes come at random, the priorities of a lane together, the highest one first. A shared lane is behind when its
+  -- first timer has been due for long; when most are not, some destination has filled it.
+  select array_agg(row(q.lane, q.priority, q.floor, p_until, null)::orchestrator.queue
+      order by q.place, q.priority desc)
+    , array_agg(q.lane) filter (where q.limited or q.first_due < q.held_until)
+    , case when count(*) filter (where q.behind) <= greatest(2, count(*) / 2)
+        then any_value(q.lane) filter (where q.behind) end
+    , count(*) filter (where q.lane > 63) = v_most
+    , coalesce(max(q.lane) filter (where q.lane between 64 and v_after), max(q.lane) filter (where q.lane > 63))
+  into queues, limited, flooded, more, v_last
+  from (
+    select s.lane, s.priority, s.floor, s.first_due, hashint8extended(s.lane, v_salt) as place
+      , s.first_due < p_now - interval '250 ms' as behind, false as limited, null::timestamptz as held_until
+    from orchestrator.shared_queues(p_control.priorities, v_floors, p_until, p_skip) s
+    union all
+    select d.lane, d.priority, d.floor, d.first_due, hashint8extended(d.lane, v_salt)
+      , false, d.limited or p_max_parallel is not null, d.held_until
+    from orchestrator.dedicated_queues(
+      p_control.priorities, v_use_floors, p_now, p_until, p_skip, v_lanes, v_after, v_most) d) q;
+  -- A lane gives its highest priority first; the others wait.
+  if cardinality(p_control.priorities) > 1 then
+    select array_agg(q.queue order by q.n) filter (where q.is_first), array_agg(q.queue) filter (where not q.is_first)
+    into queues, lower
+    from (
+      select row(u.lane, u.priority, u.floor, u.until, u.cap)::orchestrator.queue as queue, u.n
+        , row_number() over (partition by u.lane order by u.n) = 1 as is_first
+      from unnest(queues) with ordinality as u (lane, priority, floor, until, cap, n)) q;
+  end if;
+  perform set_config('orchestrator.last_own_lane', v_last::text, false);
+end $$;
+comment on function orchestrator.queues_with_work(
+  orchestrator.control, timestamptz, timestamptz, integer, integer[], integer) is
+  'Step 1 of a claim: the lanes with due timers; their lower priorities; lanes with limits, or that were held back; '
+  'a shared lane that one destination has filled; whether there may be more dedicated lanes';
+
+create or replace function orchestrator.lock_behind_flood(
+  p_control orchestrator.control, p_lane integer, p_now timestamptz, p_until timestamptz, p_batch integer,
+  p_paused bigint[], out ready tid[], out unchecked tid[])
+language plpgsql as $$
+declare
+  v_floor constant timestamptz := (orchestrator.floors(p_control, p_now))[p_lane + 1];
+begin
+  select array_agg(t.at) filter (where not t.unchecked), array_agg(t.at) filter (where t.unchecked)
+  into ready, unchecked
+  from (
+    select t.ctid as at, t.ordering is not null or p_control.rerouted_by is not null as unchecked
+    from orchestrator.timer t
+    where t.ctid = any (array(
+        select y.at
+        from (
+          select t.destination from orchestrator.timer t
+          where t.lane = p_lane and t.priority = 0 and t.due_at >= v_floor and t.due_at <= p_until
+          order by t.due_at limit 1) front
+        cross join (
+          select t.ctid as at, t.destination, t.lease_until from orchestrator.timer t
+          where t.lane = p_lane and t.priority = 0 and t.due_at <= p_until
+          order by t.due_at desc limit least(64, 8 + p_batch / 4)) y
+        where y.destination <> front.destination and (p_paused is null or y.destination <> all (p_paused))
+          and orchestrator.is_free(y.lease_until, p_now)
+        limit greatest(1, p_batch / 4)))
+      and orchestrator.is_free(t.lease_until, p_now)
+      and t.attempt < t.max_attempts and t.expires_at > p_now is not false
+    for update skip locked) t;
+end $$;
+comment on function orchestrator.lock_behind_flood(
+  orchestrator.control, integer, timestamptz, timestamptz, integer, bigint[]) is
+  'Step 3 of a claim: locks the youngest due timers of a lane that are not of the destination at its front. '
+  'Answers those that may be leased, and those to check by reroute_or_park() before';
+
+-- Inlined. What the division leaves over goes to the first lanes; when the batch is smaller than their number, the
+-- later ones get nothing.
+create or replace function orchestrator.share_of(p_cap integer, p_place bigint, p_left integer, p_queues integer)
+returns integer
+language sql immutable parallel safe
+return least(p_cap, p_left / p_queues + (p_place <= p_left % p_queues)::integer);
+comment on function orchestrator.share_of(integer, bigint, integer, integer) is
+  'How many timers a round asks of the queue at a place, when p_left are wanted of p_queues queues';
+
+create or replace function orchestrator.next_queues(
+  p_queues orchestrator.queue[], p_lower orchestrator.queue[], p_given bigint[], p_left integer)
+returns orchestrator.queue[]
+language sql stable as $$
+  select coalesce(array_agg(row(q.lane, q.priority, q.floor, q.until, q.cap)::orchestrator.queue
+      order by q.asked, not q.gave_all, q.n), '{}')
+  from (
+    select q.lane, q.floor, q.until, q.n, q.asked, q.gave_all, q.cap - q.given as cap
+      , case when q.gave_all or not q.asked then q.priority
+          else (select max(l.priority) from unnest(p_lower) l where l.lane = q.lane and l.priority < q.priority) end
+          as priority
+    from (
+      select q.*, p_given[q.n] as given, q.n <= p_left as asked
+        , p_given[q.n] = orchestrator.share_of(q.cap, q.n, p_left, cardinality(p_queues)) as gave_all
+      from unnest(p_queues) with ordinality as q (lane, priority, floor, until, cap, n)) q) q
+  where q.priority is not null and q.cap > 0 is not false
+$$;
+comment on function orchestrator.next_queues(orchestrator.queue[], orchestrator.queue[], bigint[], integer) is
+  'Which queues the next round of a claim asks: those not asked yet, those that gave all they were asked for, '
+  'and the next priority of the others';
+
+-- Called at the end of a claim. Each claim in a row that other sessions locked out waits twice as long for the next.
+create or replace function orchestrator.set_claim_again(
+  p_now timestamptz, p_limits_at timestamptz, p_at_once boolean, p_locked_out boolean) returns void
+language plpgsql as $$
+declare
+  v_misses integer := nullif(current_setting('orchestrator.locked_out', true), '')::integer;
+  v_again_at timestamptz;
+begin
+  v_misses := case when p_locked_out then least(7, coalesce(v_misses, 0) + 1) when v_misses > 0 then 0 end;
+  v_again_at := least(p_limits_at
+    , case when p_at_once then p_now end
+    , case when p_locked_out then p_now + interval '10 ms' * power(2, v_misses) end
+    , (select min(l.open_until) from orchestrator.lane l where l.breaker <> 'closed' and l.open_until > p_now));
+  perform set_config('orchestrator.claim_again_at', coalesce(extract(epoch from v_again_at)::text, ''), false);
+  if v_misses is not null then
+    perform set_config('orchestrator.locked_out', v_misses::text, false);
+  end if;
+end $$;
+comment on function orchestrator.set_claim_again(timestamptz, timestamptz, boolean, boolean) is
+  'Says when to claim again: at once, soon after something was locked, or when a limit or breaker allows more';
+
+-- p_skip: lanes to leave out. p_max_parallel: bounds dedicated lanes that have no max_parallel.
+-- lease_until: when the event becomes due again, unless it is finished or released. Expired events end here.
+-- Afterwards current_setting('orchestrator.claim_again_at') says when another claim is worthwhile, in Unix seconds;
+-- empty: nothing is known to wait. 'orchestrator.locked_out': how many claims of this session in a row left something
+-- out that another session has locked, counted up to 7.
+-- Waits for nobody but, for a moment, other claims and finishes of limited lanes: it locks those lanes in order, then
+-- timers with skip locked. What it cannot lock it leaves out, and looks again, less and less often.
+-- The attempt number grows with each lease, which fences every earlier holder.
+-- Plans are pinned: left alone, the planner hashes a scan of every partition of event for each claim (18,000 events/s
+-- against 49,000 with nested loops on the same data), and reads timer by a bitmap, which limit cannot stop early.
+-- Rows are changed by ctid = any (array): a tenth less work than a join with them, and it leaves the planner no choice.
 create or replace function orchestrator.claim_due_events(
   p_batch integer, p_worker integer default 0, p_lease interval default '60 s', p_lookahead interval default '0 s',
   p_skip integer[] default '{}', p_max_parallel integer default null)
-returns table (event_id uuid, attempt smallint, due_at timestamptz, lease_until timestamptz, scheduled_at timestamptz, source text
-  , external_job_id text, delivery_type text, destination text, ordering_key text, headers json, payload json
-  , start_at timestamptz, lane integer, options json, waited json, expires_at timestamptz
-  , correlation_id text, traceparent text)
-language plpgsql security definer set search_path = orchestrator, pg_temp rows 100
-set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off
-set enable_bitmapscan = off set jit = off as $$
+returns table (
+  event_id uuid, attempt smallint, due_at timestamptz, lease_until timestamptz, scheduled_at timestamptz,
+  source text, external_job_id text, delivery_type text, destination text, ordering_key text,
+  headers json, payload json, start_at timestamptz, lane integer, options json, waited json, expires_at timestamptz,
+  correlation_id text, traceparent text)
+language plpgsql security definer rows 100
+set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off
+set jit = off
+as $$
 #variable_conflict use_column
 declare
   v_now constant timestamptz := orchestrator.now();
   v_until constant timestamptz := v_now + p_lookahead;
   v_lease_until constant timestamptz := v_until + p_lease;
-  v_salt constant bigint := (random() * 1e15)::bigint;
-  v_own_at_most constant integer := greatest(20, p_batch / 8);
-  c_few constant integer := 200;
-  v_last constant integer := coalesce(nullif(current_setting('orchestrator.last_own_lane', true), '')::integer, 63);
-  v_own integer[];
-  v_few boolean;
-  v_stopped_at integer;
-  v_more boolean;
   v_control orchestrator.control;
-  v_paused bigint[] := '{}'; v_buckets integer[] := '{}'; v_left_out boolean := false; v_locked_out boolean := false;
-  v_misses integer := nullif(current_setting('orchestrator.locked_out', true), '')::integer;
-  v_wanted integer[];
-  v_floors timestamptz[];
-  v_floors_hold boolean;
-  v_own_floor timestamptz;
-  v_again_at timestamptz;
-  v_lanes integer[]; v_priorities smallint[]; v_lane_floors timestamptz[]; v_caps integer[]; v_untils timestamptz[];
-  v_queues integer[];
-  v_full integer[]; v_asked integer[]; v_given bigint[];
-  v_limited integer[]; v_allowed integer[]; v_kinds text[]; v_bounded integer[]; v_spread integer[]; v_deep integer[];
-  v_left integer := p_batch;
-  v_at tid[] := '{}'; v_odd_at tid[] := '{}'; v_lost_at tid[]; v_changed boolean := false;
-  v_got bigint;
-  v_ids uuid[]; v_all_ids uuid[] := '{}';
-  v_scheduled timestamptz[]; v_all_scheduled timestamptz[] := '{}'; v_first timestamptz; v_last_scheduled timestamptz;
-  v_due timestamptz[]; v_all_due timestamptz[] := '{}';
-  v_attempts smallint[]; v_all_attempts smallint[] := '{}';
-  v_from integer[]; v_all_from integer[] := '{}';
-  v_start timestamptz[]; v_lease timestamptz[]; v_options json[]; v_waited json[];
+  v_paused bigint[];                  -- timer.destination of destinations that only a note pauses so far
+  v_work record;                      -- what queues_with_work() answers
+  v_queues orchestrator.queue[];      -- those the next round asks, in order
+  v_limits orchestrator.lane_limit[]; -- of lanes that this claim has locked; null: no lane with due timers has any
+  v_bounded integer[];                -- lanes where a lease takes a slot of max_parallel
+  v_spread integer[];                 -- lanes whose destination has a spread
+  v_left integer := p_batch;          -- leases still wanted
+  v_ready tid[];                      -- locked timers to lease
+  v_unchecked tid[];                  -- locked timers that may be in a wrong lane, or have to wait
+  v_ending tid[];                     -- locked timers of events that end without another attempt
+  v_given bigint[];                   -- how many timers each queue gave in this round
+  v_got integer;                      -- how many of them may be leased
+  v_leased orchestrator.leased[];
+  v_buckets integer[];                -- of ordering keys that another session has locked
+  v_moved boolean := false;           -- whether timers became due elsewhere
+  v_locked_out boolean := false;      -- whether another session has locked a lane or an ordering key
+  v_again_at timestamptz;             -- when a limit allows more
+  v_first timestamptz;
+  v_last timestamptz;
 begin
   if p_batch is null or p_batch not between 1 and 10000 then
     raise exception 'p_batch: expected 1 to 10000, got %', p_batch using errcode = 'invalid_parameter_value';
   end if;
   if p_lease is null or p_lookahead is null or p_lease <= '0 s' or p_lookahead < '0 s' then
-    raise exception 'p_lease, p_lookahead: expected a positive lease and a lookahead of 0 or more, got % and %', p_lease, p_lookahead using errcode = 'invalid_parameter_value';
+    raise exception 'p_lease, p_lookahead: expected a positive lease and a lookahead of 0 or more, got % and %'
+      , p_lease, p_lookahead using errcode = 'invalid_parameter_value';
   end if;
   select * into v_control from orchestrator.control where not exists (select from orchestrator.control_note);
   if not found then
     perform orchestrator.fold_notes();
     select * into v_control from orchestrator.control_now();
-    select coalesce(array_agg(n.destination) filter (where n.destination is not null), '{}'), p_skip || array_agg(n.lane) filter (where n.lane is not null)
+    select array_agg(n.destination) filter (where n.destination is not null)
+      , p_skip || array_agg(n.lane) filter (where n.lane is not null)
     into v_paused, p_skip from orchestrator.noted_pauses() n;
-    v_left_out := v_paused <> '{}';
   end if;
   if v_control.paused_at is not null then
     perform set_config('orchestrator.claim_again_at', '', false);
     return;
   end if;
 
-  v_floors := orchestrator.floors(v_control, v_now);
-  v_floors_hold := orchestrator.floors_hold(v_control, v_now);
-  v_own_floor := case when v_floors_hold then v_control.own_floor else '-infinity' end;
-  -- Where little is due in own lanes, that says which to look at; else this claim looks on from where the session's last one stopped.
-  v_own := array(select t.lane from orchestrator.timer t where t.lane > 63 and t.due_at >= v_own_floor and t.due_at <= v_until order by t.due_at limit c_few);
-  v_few := cardinality(v_own) < c_few;
-  -- A queue is a lane and a priority. Lanes come at random, the queues of a lane together, the highest priority first.
-  -- Of the own lanes that have work, which may be a thousand, each claim serves some: one row from each of many costs far more than many from each of some.
-  select array_agg(q.lane order by q.place, q.priority desc), array_agg(q.priority order by q.place, q.priority desc), array_agg(q.floor order by q.place, q.priority desc)
-    , array_agg(q.lane) filter (where q.limited or q.first_due < q.held_until)
-    , array_agg(q.lane) filter (where q.lane < 64 and q.first_due < v_now - interval '250 ms'), count(*) filter (where q.lane > 63) = v_own_at_most
-    , coalesce(max(q.lane) filter (where q.lane between 64 and v_last), max(q.lane) filter (where q.lane > 63))
-  into v_lanes, v_priorities, v_lane_floors, v_limited, v_deep, v_more, v_stopped_at
-  from (
-    select l.lane, l.priority, l.place, false as limited, null::timestamptz as held_until, l.floor, t.due_at as first_due
-    from (select l.lane, unnest(v_control.priorities) as priority, hashint8extended(l.lane, v_salt) as place, v_floors[l.lane + 1] as floor
-          from orchestrator.lane l
-          where l.lane < 64 and l.lane <> all (p_skip)) l
-    cross join lateral (
-      select t.due_at from orchestrator.timer t where t.lane = l.lane and t.priority = l.priority and t.due_at >= l.floor and t.due_at <= v_until order by t.due_at limit 1) t
-    union all
-    select own.lane, own.priority, hashint8extended(own.lane, v_salt)
-      , own.limited or own.breaker <> 'closed' or p_max_parallel is not null, greatest(own.resumed_at, own.closed_at), own.usable_floor, own.due_at
-    from (
-      select l.*, t.due_at
-      from (
-        select l.*, unnest(v_control.priorities) as priority, case when v_floors_hold then l.floor else '-infinity' end as usable_floor
-        from (
-          select l.* from orchestrator.lane l where v_few and l.lane = any (v_own)
-          union all
-          (select l.* from orchestrator.lane l where not v_few and l.lane > v_last order by l.lane)
-          union all
-          (select l.* from orchestrator.lane l where not v_few and l.lane between 64 and v_last order by l.lane)) l
-        where orchestrator.lane_open(l, v_now) and l.lane <> all (p_skip)) l
-      cross join lateral (
-        select t.due_at from orchestrator.timer t
-        where t.lane = l.lane and t.priority = l.priority and t.due_at >= l.usable_floor and t.due_at <= v_until and (t.lease_until is null or t.lease_until <= v_now)
-        order by t.due_at limit 1) t
-      limit v_own_at_most) own) q;
-  v_queues := array(select n from generate_subscripts(v_lanes, 1) n where v_lanes[n - 1] is distinct from v_lanes[n]);
-  if v_limited is not null then
-    v_wanted := v_limited;
-    select l.caps, l.untils, l.lanes, l.allowed, l.kinds, l.bounded, l.spread, l.again_at
-    into v_caps, v_untils, v_limited, v_allowed, v_kinds, v_bounded, v_spread, v_again_at
-    from orchestrator.lane_limits(v_lanes, v_limited, v_now, v_until, p_max_parallel) l;
-    v_limited := coalesce(v_limited, '{}');
-    v_locked_out := not v_wanted <@ v_limited;
+  -- Step 1: which lanes have work.
+  v_work := orchestrator.queues_with_work(v_control, v_now, v_until, p_batch, p_skip, p_max_parallel);
+  v_queues := v_work.queues;
+
+  -- Step 2: what lanes with limits may give.
+  if v_work.limited is not null then
+    select l.queues, l.limits, l.bounded, l.spread, l.locked_out, l.again_at
+    into v_queues, v_limits, v_bounded, v_spread, v_locked_out, v_again_at
+    from orchestrator.lock_limits(v_queues, v_work.limited, v_now, v_until, p_max_parallel) l;
   end if;
 
-  -- A lane that is behind while most are not is full of some destination's events. The youngest that are due show who else waits in it.
-  if cardinality(v_deep) <= greatest(2, cardinality(v_lanes) / 2) then
-    v_odd_at := array(
-      select y.at from (select v_deep[1] as lane) d
-      cross join lateral (
-        select t.destination from orchestrator.timer t where t.lane = d.lane and t.priority = 0 and t.due_at >= v_floors[d.lane + 1] and t.due_at <= v_until order by t.due_at limit 1) front
-      cross join lateral (
-        select t.ctid as at, t.destination, t.lease_until from orchestrator.timer t
-        where t.lane = d.lane and t.priority = 0 and t.due_at <= v_until order by t.due_at desc limit least(64, 8 + p_batch / 4)) y
-      where y.destination <> front.destination and y.destination <> all (v_paused) and (y.lease_until is null or y.lease_until <= v_now)
-      limit greatest(1, p_batch / 4));
-    if v_odd_at <> '{}' then
-      select array_agg(t.at) filter (where not t.odd), array_agg(t.at) filter (where t.odd)
-      into v_at, v_odd_at
-      from (
-        select t.ctid as at, t.ordering is not null or v_control.rerouted_by is not null as odd from orchestrator.timer t
-        where t.ctid = any (v_odd_at) and (t.lease_until is null or t.lease_until <= v_now) and t.attempt < t.max_attempts and t.expires_at > v_now is not false
-        for update skip locked) t;
-      v_left := v_left - coalesce(cardinality(v_at), 0) - coalesce(cardinality(v_odd_at), 0);
-    end if;
+  -- Step 3: whoever shares a lane with a flood is served beside it.
+  if v_work.flooded is not null then
+    select f.ready, f.unchecked into v_ready, v_unchecked
+    from orchestrator.lock_behind_flood(v_control, v_work.flooded, v_now, v_until, p_batch, v_paused) f;
+    v_left := v_left - coalesce(cardinality(v_ready), 0) - coalesce(cardinality(v_unchecked), 0);
   end if;
 
+  -- Step 4: rounds. Each splits what is left of the batch evenly among the queues that filled their share before.
   loop
-    if v_odd_at <> '{}' then
-      -- A statement of its own: what it moves, only the next one sees.
-      select v_at || s.ready, v_changed or s.changed or cardinality(s.ready) + s.locked < cardinality(v_odd_at)
-        , v_left + s.locked, v_buckets || s.buckets, v_left_out or s.locked > 0, v_locked_out or s.locked > 0
-      into v_at, v_changed, v_left, v_buckets, v_left_out, v_locked_out
-      from orchestrator.sort_out(v_odd_at, v_control.rerouted_by is not null, p_max_parallel is not null, p_skip) s;
+    if v_unchecked is not null then
+      -- What this moves, only the next statement sees.
+      select v_ready || c.ready, v_left + c.locked, v_buckets || c.buckets, v_moved or c.changed
+        , v_locked_out or c.locked > 0
+      into v_ready, v_left, v_buckets, v_moved, v_locked_out
+      from orchestrator.reroute_or_park(
+        v_unchecked, v_control.rerouted_by is not null, p_max_parallel is not null, p_skip) c;
     end if;
-    if v_at <> '{}' then
+    if cardinality(v_ready) > 0 then
       with leased as (
         update orchestrator.timer t
-        set lease_until = v_lease_until, worker = p_worker, attempt = t.attempt + 1, busy = t.ordering, slot = case when t.lane = any (v_bounded) then t.lane end
-        where t.ctid = any (v_at)
+        set lease_until = v_lease_until, worker = p_worker, attempt = t.attempt + 1, busy = t.ordering
+          , slot = case when t.lane = any (v_bounded) then t.lane end
+        where t.ctid = any (v_ready)
         returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane
       )
-      select array_agg(l.event_id), array_agg(l.scheduled_at), array_agg(l.due_at), array_agg(l.attempt), array_agg(l.lane)
-      into v_ids, v_scheduled, v_due, v_attempts, v_from
+      -- Events that were overdue when they came are all due at that moment; their ids, which begin with scheduled_at,
+      -- keep their order.
+      select v_leased || array_agg(row(l.event_id, l.scheduled_at, l.due_at, l.attempt, l.lane
+          , l.due_at, v_lease_until, null, null)::orchestrator.leased)
+      into v_leased
       from (select * from leased order by due_at, event_id) l;
-      v_all_ids := v_all_ids || v_ids; v_all_scheduled := v_all_scheduled || v_scheduled; v_all_due := v_all_due || v_due;
-      v_all_attempts := v_all_attempts || v_attempts; v_all_from := v_all_from || v_from;
-      v_at := '{}';
     end if;
-    exit when v_left <= 0 or v_queues = '{}';
+    exit when v_left <= 0 or cardinality(v_queues) > 0 is not true;
+
+    -- Locks the share of each queue, and sorts out what may be leased at once.
     with picked as materialized (
-      select q.n, q.share, t.at, t.lost, t.odd
-      from (select u.n, v_lanes[u.n] as lane, v_priorities[u.n] as priority, v_lane_floors[u.n] as floor, coalesce(v_untils[u.n], v_until) as until
-              , least(v_caps[u.n], v_left / cardinality(v_queues) + (u.place <= v_left % cardinality(v_queues))::integer) as share
-            from unnest(v_queues) with ordinality as u (n, place)) q
-      cross join lateral (
-        select t.ctid as at, t.attempt >= t.max_attempts + orchestrator.lost_leases_borne() or t.expires_at <= v_now is true as lost
-          , t.ordering is not null or v_control.rerouted_by is not null or t.lane = any (v_spread) is true as odd
+      select q.n, t.at, t.ends, t.unchecked
+      from unnest(v_queues) with ordinality as q (lane, priority, floor, until, cap, n)
+      left join lateral (
+        select t.ctid as at
+          , t.attempt >= t.max_attempts + orchestrator.max_lost_leases() or t.expires_at <= v_now is true as ends
+          , t.ordering is not null or v_control.rerouted_by is not null or t.lane = any (v_spread) is true
+              as unchecked
         from orchestrator.timer t
-        where t.lane = q.lane and t.priority = q.priority and t.due_at >= q.floor and t.due_at <= q.until and (t.lease_until is null or t.lease_until <= v_now)
-          and (not v_left_out or not (t.destination = any (v_paused) or t.ordering is not null and orchestrator.ordering_bucket(t.ordering) = any (v_buckets)))
+        where t.lane = q.lane and t.priority = q.priority and t.due_at >= q.floor and t.due_at <= q.until
+          and orchestrator.is_free(t.lease_until, v_now)
+          and (v_paused is null or t.destination <> all (v_paused))
+          and (v_buckets is null or t.ordering is null or orchestrator.ordering_bucket(t.ordering) <> all (v_buckets))
         order by t.due_at
-        limit q.share
-        for update skip locked) t
-    ), leased as (
-      update orchestrator.timer t
-      set lease_until = v_lease_until, worker = p_worker, attempt = t.attempt + 1, slot = case when t.lane = any (v_bounded) then t.lane end
-      where t.ctid = any (array(select p.at from picked p where not p.odd and not p.lost))
-      returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane
-    ), asked as (
-      select p.n, count(*) as given, count(*) = p.share as gave_all from picked p group by p.n, p.share
+        limit orchestrator.share_of(q.cap, q.n, v_left, cardinality(v_queues))
+        for update skip locked) t on true
     )
-    select array_agg(l.event_id), array_agg(l.scheduled_at), array_agg(l.due_at), array_agg(l.attempt), array_agg(l.lane)
-      , array(select p.at from picked p where p.odd and not p.lost), array(select p.at from picked p where p.lost), (select count(*) from picked p where not p.lost)
-      , array(select a.n from asked a where a.gave_all)
-      , case when v_limited is not null then array(select a.n from asked a order by a.n) end
-      , case when v_limited is not null then array(select a.given from asked a order by a.n) end
-    into v_ids, v_scheduled, v_due, v_attempts, v_from, v_odd_at, v_lost_at, v_got, v_full, v_asked, v_given
-    from (select * from leased order by due_at, event_id) l;
-    v_all_ids := v_all_ids || v_ids; v_all_scheduled := v_all_scheduled || v_scheduled; v_all_due := v_all_due || v_due;
-    v_all_attempts := v_all_attempts || v_attempts; v_all_from := v_all_from || v_from;
-    if v_lost_at <> '{}' and orchestrator.bury(v_lost_at) < cardinality(v_lost_at) then
-      -- Those whose ordering key another has stay, and would be met again.
-      v_buckets := v_buckets || array(select orchestrator.ordering_bucket(t.ordering) from orchestrator.timer t where t.ctid = any (v_lost_at));
-      v_left_out := true;
+    select array_agg(p.at) filter (where not p.ends and not p.unchecked)
+      , array_agg(p.at) filter (where not p.ends and p.unchecked)
+      , array_agg(p.at) filter (where p.ends)
+      , count(*) filter (where not p.ends)
+      , (select array_agg(g.given order by g.n) from (select p.n, count(p.at) as given from picked p group by p.n) g)
+    into v_ready, v_unchecked, v_ending, v_got, v_given
+    from picked p;
+    -- Events whose ordering key another session has locked do not end yet; no later round may meet them again.
+    if v_ending is not null and orchestrator.end_without_attempt(v_ending) < cardinality(v_ending) then
+      v_buckets := v_buckets || array(
+        select orchestrator.ordering_bucket(t.ordering) from orchestrator.timer t where t.ctid = any (v_ending));
     end if;
-    -- Those that were not asked, those that gave all they were asked for, and the next priority of those that did not.
-    v_queues := v_queues[v_left + 1:] || v_full || case when cardinality(v_control.priorities) > 1 then array(
-      select n + 1 from unnest(v_queues[:v_left]) n where v_lanes[n + 1] = v_lanes[n] and n <> all (v_full)) end;
+    if v_got < v_left or v_unchecked is not null then
+      v_queues := orchestrator.next_queues(v_queues, v_work.lower, v_given, v_left);
+    end if;
     v_left := v_left - v_got;
-    if v_limited is not null and v_left > 0 then
-      v_caps := orchestrator.caps_left(v_lanes, v_caps, v_asked, v_given);
-      v_queues := array(select n from unnest(v_queues) n where v_caps[n] > 0 is not false);
-    end if;
   end loop;
 
-  if v_limited is not null then
-    select s.start_at, s.lease_until, s.options, s.waited into v_start, v_lease, v_options, v_waited
-    from orchestrator.take_slots(v_all_ids, v_all_due, v_all_from, v_limited, v_allowed, v_kinds, v_bounded, v_now, v_lease_until, p_lease) s;
+  -- Step 5: slots of rates, longer leases, what held the events back, and when to claim again.
+  if v_limits is not null then
+    v_leased := orchestrator.book_slots(v_leased, v_limits, v_now, p_lease);
   end if;
-  -- What went elsewhere, a lane that was not looked at, a limit that has more to give, a breaker that lets its next try through, or what another session has locked.
-  v_again_at := least(case when v_locked_out then v_now + interval '10 ms' * power(2, least(7, coalesce(v_misses, 0) + 1)) end, case when v_changed or v_more and v_left > 0 then v_now end, v_again_at
-    , (select min(l.open_until) from orchestrator.lane l where l.breaker <> 'closed' and l.open_until > v_now));
-  perform set_config('orchestrator.claim_again_at', coalesce(extract(epoch from v_again_at)::text, ''), false)
-    , set_config('orchestrator.last_own_lane', v_stopped_at::text, false);
-  if v_locked_out or v_misses > 0 then
-    perform set_config('orchestrator.locked_out', (case when v_locked_out then least(7, coalesce(v_misses, 0) + 1) else 0 end)::text, false);
-  end if;
-  select min(s), max(s) into v_first, v_last_scheduled from unnest(v_all_scheduled) s;
+  perform orchestrator.set_claim_again(v_now, v_again_at, v_moved or v_work.more and v_left > 0, v_locked_out);
+
+  -- The bounds on scheduled_at let the executor leave out all other partitions when it starts. The limit makes it look
+  -- up each event by its key: a join may read all events between the bounds for each lease.
+  select min(l.scheduled_at), max(l.scheduled_at) into v_first, v_last from unnest(v_leased) l;
   return query
-  select e.id, l.attempt, l.due_at, coalesce(l.lease_until, v_lease_until), e.scheduled_at, e.source, e.external_job_id, e.delivery_type, e.destination
-    , e.ordering_key, e.headers, e.payload, coalesce(l.start_at, l.due_at), l.lane
-    , l.options, case when l.waited is not null then l.waited
-           when l.due_at < v_control.resumed_at then orchestrator.waits(l.due_at, v_now, v_control.last_paused_at, v_control.resumed_at, null, null, null) end
+  select e.id, l.attempt, l.due_at, l.lease_until, e.scheduled_at
+    , e.source, e.external_job_id, e.delivery_type, e.destination, e.ordering_key
+    , e.headers, e.payload, l.start_at, l.lane, l.options
+    , case when l.waited is not null then l.waited
+        when l.due_at < v_control.resumed_at then orchestrator.wait_causes(
+          l.due_at, v_now, v_control.last_paused_at, v_control.resumed_at, null, null, null) end
     , e.expires_at, e.correlation_id, e.traceparent
-  from unnest(v_all_ids, v_all_scheduled, v_all_due, v_all_attempts, v_all_from, v_start, v_lease, v_options, v_waited)
-    as l (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited)
+  from unnest(v_leased) l
   cross join lateral (
     select e.* from orchestrator.event e
     where e.id = l.event_id and e.scheduled_at = l.scheduled_at
-      and e.scheduled_at >= v_first and e.scheduled_at <= v_last_scheduled
+      and e.scheduled_at >= v_first and e.scheduled_at <= v_last
     limit 1) e;
 end $$;
 comment on function orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer) is
-  'Leases up to p_batch events that are due within p_lookahead to p_worker, shared fairly among lanes, as far as limits, breakers and pauses allow; none of the lanes in p_skip; p_max_parallel bounds own lanes that have no max_parallel. lease_until is when they become due again unless finished or released; what has expired by now ends. Finish each with its attempt number; begin none before its start_at, nor from its expires_at on. Afterwards current_setting(''orchestrator.claim_again_at'') says when a limit lets more through, in Unix seconds; empty: nothing waits for one';
+  'Leases up to p_batch events due within p_lookahead, fairly among lanes, as limits, breakers and pauses allow. '
+  'Finish each with its attempt number; begin none before its start_at, nor from its expires_at on';
 
 create or replace function orchestrator.next_due_at() returns timestamptz
-language sql volatile security definer set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off as $$
-  select min(t.due_at) from orchestrator.control_now() c cross join unnest(c.priorities) as p (priority) cross join orchestrator.lane l
+language sql volatile security definer
+set search_path = orchestrator, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off
+as $$
+  select min(t.due_at)
+  from orchestrator.control_now() c
+  cross join unnest(c.priorities) as p (priority)
+  cross join orchestrator.lane l
   cross join lateral (
     select t.due_at from orchestrator.timer t
-    where t.lane = l.lane and t.priority = p.priority and t.due_at >= coalesce((orchestrator.floors(c, orchestrator.now()))[l.lane + 1], '-infinity') and (t.lease_until is null or t.lease_until <= orchestrator.now())
+    where t.lane = l.lane and t.priority = p.priority
+      and t.due_at >= coalesce((orchestrator.floors(c, orchestrator.now()))[l.lane + 1], '-infinity')
+      and orchestrator.is_free(t.lease_until, orchestrator.now())
     order by t.due_at limit 1) t
   where c.paused_at is null and orchestrator.lane_open(l, orchestrator.now())
 $$;
-comment on function orchestrator.next_due_at() is 'When the next event is due that nobody holds and no pause or open breaker holds back; null when none is waiting';
+comment on function orchestrator.next_due_at() is
+  'When the next event is due that nobody holds and no pause or open breaker holds back; null: none is waiting';

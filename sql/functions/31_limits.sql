@@ -1,175 +1,243 @@
--- Limits. A claim locks the lanes that have any, reads what they allow, leases, and books what it took, all in one transaction:
--- any number of claims obey a limit together. What is under way is counted from the timers themselves, so no counter can go wrong.
+-- Limits: rates (GCRA), bounds on attempts under way, and one attempt at a time past an open breaker.
+-- A claim locks the lanes that have any, reads what they allow, leases, and books what it took, in one transaction:
+-- all claims together obey a limit. Attempts under way are counted from the timers, so no counter can go wrong.
 
 create or replace function orchestrator.limited_ahead() returns interval
 language sql immutable parallel safe
 return interval '50 ms';
-comment on function orchestrator.limited_ahead() is 'How long before they are due events are claimed that take a slot of a bound or a rate: a slot is not to be spent on one while another could have it sooner';
+comment on function orchestrator.limited_ahead() is
+  'How long before they are due events that take a slot are claimed. A slot held longer keeps another event waiting';
 
-create or replace function orchestrator.next_slot(p_next_slot_at timestamptz, p_now timestamptz, p_gap interval, p_burst integer) returns timestamptz
+create or replace function orchestrator.next_slot(
+  p_next_slot_at timestamptz, p_now timestamptz, p_gap interval, p_burst integer) returns timestamptz
 language sql immutable parallel safe
 return case when p_next_slot_at <= p_now + interval '11 s' + (p_burst + 1) * p_gap then p_next_slot_at end;
 comment on function orchestrator.next_slot(timestamptz, timestamptz, interval, integer) is
-  'lane.next_slot_at, if claims can have booked as far as that; null, and so anew, when the clock was set back since';
+  'lane.next_slot_at, if claims can have booked that far ahead. '
+  'Null after the clock was set back: the rate starts afresh';
 
--- Locks in order of lane; what it then reads, it reads in a new snapshot. A lane that an open transaction has gives nothing: another claim
--- has it for milliseconds, which are waited for, but not any more once three claims of this session in turn have failed to get it.
-create or replace function orchestrator.lane_limits(
-  p_queues integer[], p_limited integer[], p_now timestamptz, p_until timestamptz, p_max_parallel integer,
-  out caps integer[], out untils timestamptz[], out lanes integer[], out allowed integer[], out kinds text[], out bounded integer[], out spread integer[], out again_at timestamptz)
-language plpgsql security definer set search_path = orchestrator, pg_temp set enable_hashjoin = on set enable_seqscan = off set enable_bitmapscan = off as $$
+-- Locks in order of lane, and then reads in a new snapshot. A lane that an open transaction has gives nothing. Another
+-- claim has it for milliseconds, and is waited for; after three claims of this session in a row have waited in vain,
+-- the next ones do not wait.
+create or replace function orchestrator.lock_limits(
+  p_queues orchestrator.queue[], p_limited integer[], p_now timestamptz, p_until timestamptz, p_max_parallel integer,
+  out queues orchestrator.queue[], out limits orchestrator.lane_limit[], out bounded integer[], out spread integer[],
+  out locked_out boolean, out again_at timestamptz)
+language plpgsql security definer
+set search_path = orchestrator, pg_temp
+set enable_hashjoin = on set enable_seqscan = off set enable_bitmapscan = off
+as $$
 declare
   v_patience constant text := current_setting('lock_timeout');
-  v_locked integer[] := array(select l.lane from orchestrator.lane l where l.lane = any (p_limited) order by l.lane for update skip locked);
+  v_locked integer[] := array(
+    select l.lane from orchestrator.lane l where l.lane = any (p_limited) order by l.lane for update skip locked);
 begin
-  if not p_limited <@ v_locked and coalesce(current_setting('orchestrator.locked_out', true), '') in ('', '0', '1', '2') then
+  if not p_limited <@ v_locked
+    and coalesce(current_setting('orchestrator.locked_out', true), '') in ('', '0', '1', '2') then
     begin
       perform set_config('lock_timeout', '50ms', true);
-      perform from orchestrator.lane l where l.lane = any (p_limited) and l.lane <> all (v_locked) order by l.lane for update;
+      perform from orchestrator.lane l
+      where l.lane = any (p_limited) and l.lane <> all (v_locked)
+      order by l.lane for update;
       v_locked := p_limited;
       perform set_config('lock_timeout', v_patience, true);
     exception when lock_not_available then null;
     end;
   end if;
+
+  -- How many attempts each lane may have under way.
   with bound as (
     select l.*, d.rate_per_second, d.burst, d.spread, orchestrator.lane_open(l, p_now) as is_open
-      , case when l.name is not null then least(coalesce(d.max_parallel, p_max_parallel), floor(l.parallel_now))::integer end as bound
+      , case when l.name is not null
+          then least(coalesce(d.max_parallel, p_max_parallel), floor(l.parallel_now))::integer end as bound
       , make_interval(secs => 1 / d.rate_per_second) as gap
     from orchestrator.lane l left join orchestrator.destination d on d.name = l.name
     where l.lane = any (v_locked)
   ), free as (
+    -- How many more of those, and from when until when the claim may book slots of its rate.
     select b.*
-      , least(p_until, p_now + case when b.bound is null then interval '10 s' else orchestrator.limited_ahead() end) as slots_until
-      , case when b.bound is not null then greatest(0, b.bound
-          - (select count(*) from orchestrator.timer t where t.slot = b.lane and t.lease_until > p_now))::integer end as free
-      , greatest(p_now, orchestrator.next_slot(b.next_slot_at, p_now, b.gap, b.burst)) - (b.burst - 1) * b.gap as first_slot_at
+      , least(p_until, p_now + case when b.bound is null then interval '10 s' else orchestrator.limited_ahead() end)
+          as slots_until
+      , case when b.bound is not null then greatest(0, b.bound - (
+          select count(*) from orchestrator.timer t where t.slot = b.lane and t.lease_until > p_now))::integer end
+          as free
+      , greatest(p_now, orchestrator.next_slot(b.next_slot_at, p_now, b.gap, b.burst)) - (b.burst - 1) * b.gap
+          as first_slot_at
     from bound b
   ), slots as (
-    select f.*, greatest(0, least(1000000, 1 + floor((extract(epoch from f.slots_until - f.first_slot_at) + 1e-6) / extract(epoch from f.gap))))::integer as slots
+    -- How many slots of its rate that makes.
+    select f.*
+      , greatest(0, least(1000000, 1 + floor(
+          (extract(epoch from f.slots_until - f.first_slot_at) + 1e-6) / extract(epoch from f.gap))))::integer as slots
     from free f
   ), limits as materialized (
+    -- What all of it allows. A lane whose breaker is not closed gives one event, as a try.
     select s.lane, s.bound, s.spread, s.slots_until, s.first_slot_at + s.slots * s.gap as next_slot_at
-      , case when s.bound is null and s.gap is null then p_until else least(p_until, p_now + orchestrator.limited_ahead()) end as until
-      , case when s.is_open then least(case when s.breaker <> 'closed' then 1 end, s.free, s.slots) else 0 end as allowed
-      , case when s.slots < coalesce(s.free, s.slots + 1) then 'rate' when s.free is not null then 'parallel' end as kind
+      , case when s.bound is null and s.gap is null then p_until
+          else least(p_until, p_now + orchestrator.limited_ahead()) end as until
+      , case when s.is_open then least(case when s.breaker <> 'closed' then 1 end, s.free, s.slots) else 0 end
+          as allowed
+      , case when s.slots < coalesce(s.free, s.slots + 1) then 'rate' when s.free is not null then 'parallel' end
+          as kind
     from slots s
   )
-  select array_agg(case when l.lane is not null then l.allowed when q.lane = any (p_limited) then 0 end order by q.n), array_agg(coalesce(l.until, p_until) order by q.n)
-    , array_agg(l.lane order by q.n) filter (where l.lane is not null and q.first), array_agg(l.allowed order by q.n) filter (where l.lane is not null and q.first)
-    , array_agg(l.kind order by q.n) filter (where l.lane is not null and q.first), array_agg(l.lane) filter (where l.bound is not null and q.first)
-    , array_agg(l.lane) filter (where l.spread is not null and q.first)
+  -- again_at: when a rate has more to give, or when the next event of a bounded lane is due.
+  select array_agg(row(q.lane, q.priority, q.floor, coalesce(l.until, q.until)
+        , case when l.lane is not null then l.allowed when q.lane = any (p_limited) then 0 end)::orchestrator.queue
+      order by q.n)
+    , coalesce(array_agg(row(l.lane, l.allowed, l.kind, l.bound is not null)::orchestrator.lane_limit order by q.n)
+        filter (where l.lane is not null), '{}')
+    , array_agg(l.lane) filter (where l.bound is not null)
+    , array_agg(l.lane) filter (where l.spread is not null)
+    , count(l.lane) < (select count(distinct p) from unnest(p_limited) p)
     , min(least(
         case when l.kind = 'rate' then greatest(p_now, l.next_slot_at - (l.slots_until - p_now) / 2) end
       , case when l.until < p_until then (
-          select t.due_at - orchestrator.limited_ahead() from orchestrator.control_now() c cross join unnest(c.priorities) as p (priority)
+          select t.due_at - orchestrator.limited_ahead()
+          from orchestrator.control_now() c
+          cross join unnest(c.priorities) as p (priority)
           cross join lateral (
             select t.due_at from orchestrator.timer t
-            where t.lane = l.lane and t.priority = p.priority and t.due_at > l.until and t.due_at <= p_until order by t.due_at limit 1) t
+            where t.lane = l.lane and t.priority = p.priority and t.due_at > l.until and t.due_at <= p_until
+            order by t.due_at limit 1) t
           order by 1 limit 1) end))
-  into caps, untils, lanes, allowed, kinds, bounded, spread, again_at
-  from (select u.lane, u.n, row_number() over (partition by u.lane order by u.n) = 1 as first from unnest(p_queues) with ordinality as u (lane, n)) q
+  into queues, limits, bounded, spread, locked_out, again_at
+  from unnest(p_queues) with ordinality as q (lane, priority, floor, until, cap, n)
   left join limits l on l.lane = q.lane;
 end $$;
-comment on function orchestrator.lane_limits(integer[], integer[], timestamptz, timestamptz, integer) is
-  'Locks limited lanes and says how many events a claim may take and due until when, for each queue given (caps, untils; null: any number), and for each limited lane that no other session has locked: allowed, the limit that decides (rate or parallel), and which give slots of a bound or are spread; again_at: when a rate has more to give, or events of a bound become due';
+comment on function orchestrator.lock_limits(
+  orchestrator.queue[], integer[], timestamptz, timestamptz, integer) is
+  'Step 2 of a claim: locks limited lanes, and gives the queues the caps and ends that their limits set. '
+  'Answers what each lane allows, and when more is to be had; lanes that another session has locked get cap 0';
 
 create or replace function orchestrator.is_limited(p_destination orchestrator.destination) returns boolean
 language sql immutable
-return num_nonnulls(p_destination.rate_per_second, p_destination.max_parallel, p_destination.spread, p_destination.timeout
-  , p_destination.signing_secret, p_destination.secret_headers) > 0;
-comment on function orchestrator.is_limited(orchestrator.destination) is 'Whether claims must look at a destination''s row, not at its lane alone';
+return num_nonnulls(p_destination.rate_per_second, p_destination.max_parallel, p_destination.spread
+  , p_destination.timeout, p_destination.signing_secret, p_destination.secret_headers) > 0;
+comment on function orchestrator.is_limited(orchestrator.destination) is
+  'Whether claims must look at a destination''s row, not at its lane alone';
 
 create or replace function orchestrator.lane_open(p_lane orchestrator.lane, p_now timestamptz) returns boolean
 language sql immutable
 -- A time in the future: the clock was set back.
-return p_lane.paused_at is null and (p_lane.open_until <= p_now or coalesce(greatest(p_lane.opened_at, p_lane.tried_at) > p_now, false));
-comment on function orchestrator.lane_open(orchestrator.lane, timestamptz) is 'Whether claims may take from a lane: not paused, and its breaker lets at least a try through';
+return p_lane.paused_at is null
+  and (p_lane.open_until <= p_now or coalesce(greatest(p_lane.opened_at, p_lane.tried_at) > p_now, false));
+comment on function orchestrator.lane_open(orchestrator.lane, timestamptz) is
+  'Whether claims may take from a lane: it is not paused, and its breaker lets at least a try through';
 
--- GCRA in closed form: the i-th theoretical arrival time is i·T + max(TAT, max over j ≤ i of (x_j - (j-1)·T)), x being when each may start at the earliest.
-create or replace function orchestrator.take_slots(
-  p_ids uuid[], p_due_at timestamptz[], p_lanes integer[], p_limited integer[], p_allowed integer[], p_kinds text[],
-  p_bounded integer[], p_now timestamptz, p_lease_until timestamptz, p_lease interval,
-  out start_at timestamptz[], out lease_until timestamptz[], out options json[], out waited json[])
-language plpgsql security definer set search_path = orchestrator, pg_temp set enable_hashjoin = on set enable_seqscan = off set enable_bitmapscan = off as $$
+-- The rate is GCRA in closed form: the i-th theoretical arrival time is
+-- i·T + max(TAT, max over j ≤ i of (x_j - (j-1)·T)), where x_j is when the j-th attempt may start at the earliest.
+create or replace function orchestrator.book_slots(
+  p_leased orchestrator.leased[], p_limits orchestrator.lane_limit[], p_now timestamptz, p_lease interval)
+returns orchestrator.leased[]
+language plpgsql security definer
+set search_path = orchestrator, pg_temp
+set enable_hashjoin = on set enable_seqscan = off set enable_bitmapscan = off
+as $$
+declare
+  v_leased orchestrator.leased[];
 begin
+  -- What a dispatcher must know: rate and bound (true: a start and a result count at once), and what it sends along.
   with option as materialized (
-    select l.lane, json_strip_nulls(json_build_object('rate', nullif(d.rate_per_second is not null, false), 'bound', nullif(b.lane is not null, false)
-      , 'timeout_s', extract(epoch from d.timeout), 'signing_secret', d.signing_secret, 'secret_headers', d.secret_headers)) as options
-    from unnest(p_limited) as u (lane)
-    join orchestrator.lane l on l.lane = u.lane
+    select l.lane
+      , json_strip_nulls(json_build_object(
+          'rate', nullif(d.rate_per_second is not null, false), 'bound', nullif(k.bounded, false)
+        , 'timeout_s', extract(epoch from d.timeout)
+        , 'signing_secret', d.signing_secret, 'secret_headers', d.secret_headers)) as options
+    from unnest(p_limits) k
+    join orchestrator.lane l on l.lane = k.lane
     join orchestrator.destination d on d.name = l.name
-    left join unnest(p_bounded) as b (lane) on b.lane = l.lane
-    where b.lane is not null or d.rate_per_second is not null or d.timeout is not null or d.signing_secret is not null or d.secret_headers is not null
+    where k.bounded or num_nonnulls(d.rate_per_second, d.timeout, d.signing_secret, d.secret_headers) > 0
   ), leased as materialized (
-    select c.n, c.id, c.due_at, c.lane, l.next_slot_at, l.held_by, l.last_paused_at, l.resumed_at, l.opened_at, l.closed_at, l.breaker, d.timeout, o.options
+    -- The leases of limited lanes, numbered within each lane (i).
+    select c.n, c.event_id, c.due_at, c.lane, c.lease_until, l.next_slot_at, l.held_by, l.last_paused_at, l.resumed_at
+      , l.opened_at, l.closed_at, l.breaker, d.timeout, o.options
       , make_interval(secs => 1 / d.rate_per_second) as gap, d.burst, greatest(c.due_at, p_now) as earliest
       , row_number() over (partition by c.lane order by c.n) as i
-    from unnest(p_ids, p_due_at, p_lanes) with ordinality as c (id, due_at, lane, n)
-    join orchestrator.lane l on l.lane = c.lane and l.lane = any (p_limited)
+    from unnest(p_leased) with ordinality
+      as c (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited, n)
+    join orchestrator.lane l on l.lane = c.lane and l.lane in (select k.lane from unnest(p_limits) k)
     left join orchestrator.destination d on d.name = l.name
     left join option o on o.lane = c.lane
   ), arrival as (
-    select c.*, c.i * c.gap + greatest(
-        orchestrator.next_slot(c.next_slot_at, p_now, c.gap, c.burst)
-      , max(c.earliest - (c.i - 1) * c.gap) over (partition by c.lane order by c.i)) as tat
+    -- Their theoretical arrival times.
+    select c.*
+      , c.i * c.gap + greatest(
+          orchestrator.next_slot(c.next_slot_at, p_now, c.gap, c.burst)
+        , max(c.earliest - (c.i - 1) * c.gap) over (partition by c.lane order by c.i)) as tat
     from leased c
   ), slot as materialized (
-    select a.*, s.start_at, greatest(p_lease_until, s.start_at + greatest(p_lease, a.timeout + interval '5 s')) as lease_until
+    -- When each may start, and for how long it is then leased.
+    select a.*, s.start_at
+      , greatest(a.lease_until, s.start_at + greatest(p_lease, a.timeout + interval '5 s')) as held_until
     from arrival a
-    cross join lateral (select case when a.gap is null then a.due_at else greatest(a.earliest, a.tat - a.burst * a.gap) end as start_at) s
+    cross join lateral (
+      select case when a.gap is null then a.due_at else greatest(a.earliest, a.tat - a.burst * a.gap) end as start_at) s
   ), booked as (
+    -- The next slot of the rate; the limit that holds the lane back; a try, when the breaker is not closed.
     update orchestrator.lane l
     set next_slot_at = coalesce(s.tat, l.next_slot_at)
       , held_by = case when coalesce(s.leases, 0) >= k.allowed then k.kind end
       , breaker = case when l.breaker <> 'closed' and s.leases > 0 then 'half_open' else l.breaker end
       , tried_at = case when l.breaker <> 'closed' and s.leases > 0 then p_now else l.tried_at end
-      , open_until = case when l.breaker <> 'closed' and s.leases > 0 then s.lease_until else l.open_until end
-    from unnest(p_limited, p_allowed, p_kinds) as k (lane, allowed, kind)
-    left join (select s.lane, max(s.tat) as tat, max(s.lease_until) as lease_until, count(*) as leases from slot s group by s.lane) s on s.lane = k.lane
+      , open_until = case when l.breaker <> 'closed' and s.leases > 0 then s.held_until else l.open_until end
+    from unnest(p_limits) k
+    left join (
+      select s.lane, max(s.tat) as tat, max(s.held_until) as held_until, count(*) as leases
+      from slot s group by s.lane) s on s.lane = k.lane
     where l.lane = k.lane
       and (s.leases > 0 and (s.tat is not null or l.breaker <> 'closed')
            or l.held_by is distinct from case when coalesce(s.leases, 0) >= k.allowed then k.kind end)
   ), prolonged as (
     update orchestrator.timer t
-    set lease_until = (select s.lease_until from slot s where s.id = t.event_id)
-    where t.event_id = any (array(select s.id from slot s where s.lease_until > p_lease_until))
+    set lease_until = (select s.held_until from slot s where s.event_id = t.event_id)
+    where t.event_id = any (array(select s.event_id from slot s where s.held_until > s.lease_until))
   ), why as (
-    select s.n, orchestrator.waits(s.due_at, greatest(s.start_at, p_now)
-      , s.last_paused_at, s.resumed_at, s.opened_at, case when s.closed_at >= s.opened_at then s.closed_at else p_now end
-      , case when s.gap is not null and (s.start_at > p_now or s.held_by = 'rate') then 'rate' else s.held_by end) as waited
+    -- What held back those that start late.
+    select s.n
+      , orchestrator.wait_causes(s.due_at, greatest(s.start_at, p_now), s.last_paused_at, s.resumed_at
+        , s.opened_at, case when s.closed_at >= s.opened_at then s.closed_at else p_now end
+        , case when s.gap is not null and (s.start_at > p_now or s.held_by = 'rate') then 'rate' else s.held_by end)
+          as waited
     from slot s
     where greatest(s.start_at, p_now) >= s.due_at + interval '1 ms'
-      and (s.held_by is not null or s.start_at > p_now or s.resumed_at > s.due_at or s.closed_at > s.due_at or s.breaker <> 'closed')
+      and (s.held_by is not null or s.start_at > p_now or s.resumed_at > s.due_at or s.closed_at > s.due_at
+           or s.breaker <> 'closed')
   )
-  select array_agg(s.start_at order by n), array_agg(s.lease_until order by n), array_agg(s.options order by n), array_agg(w.waited order by n)
-  into start_at, lease_until, options, waited
-  from generate_subscripts(p_ids, 1) n left join slot s using (n) left join why w using (n);
+  select array_agg(row(c.event_id, c.scheduled_at, c.due_at, c.attempt, c.lane, coalesce(s.start_at, c.start_at)
+    , coalesce(s.held_until, c.lease_until), s.options, w.waited)::orchestrator.leased order by c.n)
+  into v_leased
+  from unnest(p_leased) with ordinality
+    as c (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited, n)
+  left join slot s using (n)
+  left join why w using (n);
+  return v_leased;
 end $$;
-comment on function orchestrator.take_slots(uuid[], timestamptz[], integer[], integer[], integer[], text[], integer[], timestamptz, timestamptz, interval) is
-  'Books leases, one array element each, with the lanes they came from; answers nulls for those not of limited lanes: when each may start under its rate, until when it is leased, why it waited, and what a dispatcher must know to deliver it: rate and bound (true: its start and its result count at once), timeout_s, signing_secret, secret_headers; null: nothing special';
+comment on function orchestrator.book_slots(
+  orchestrator.leased[], orchestrator.lane_limit[], timestamptz, interval) is
+  'Step 5 of a claim: books leases with the limits of the lanes they came from. '
+  'Answers all leases, with start_at, lease_until, options and waited of those that limits apply to';
 
-create or replace function orchestrator.caps_left(p_lanes integer[], p_caps integer[], p_asked integer[], p_given bigint[]) returns integer[]
-language sql stable set search_path = orchestrator, pg_temp set enable_hashjoin = on as $$
-  select array_agg((q.cap - coalesce(g.given, 0))::integer order by q.n)
-  from unnest(p_lanes, p_caps) with ordinality as q (lane, cap, n)
-  left join (select p_lanes[a.n] as lane, sum(a.given) as given from unnest(p_asked, p_given) as a (n, given) group by 1) g on g.lane = q.lane
-$$;
-comment on function orchestrator.caps_left(integer[], integer[], integer[], bigint[]) is 'What each queue may still give after those asked have given; queues of one lane share its cap';
-
-create or replace function orchestrator.waits(
-  p_due_at timestamptz, p_begins_at timestamptz, p_paused_at timestamptz, p_resumed_at timestamptz, p_opened_at timestamptz, p_closed_at timestamptz, p_held_by text)
+create or replace function orchestrator.wait_causes(
+  p_due_at timestamptz, p_begins_at timestamptz, p_paused_at timestamptz, p_resumed_at timestamptz,
+  p_opened_at timestamptz, p_closed_at timestamptz, p_held_by text)
 returns json
 language sql immutable parallel safe as $$
   select case when pause + breaker + rest > 0 then json_strip_nulls(json_build_object(
-      'rate', case when p_held_by = 'rate' then nullif(rest, 0) end, 'parallel', case when p_held_by = 'parallel' then nullif(rest, 0) end
+      'rate', case when p_held_by = 'rate' then nullif(rest, 0) end
+    , 'parallel', case when p_held_by = 'parallel' then nullif(rest, 0) end
     , 'breaker', nullif(breaker, 0), 'pause', nullif(pause, 0))) end
   from (
     select pause, breaker, case when p_held_by is null then 0 else greatest(0, total - pause - breaker) end as rest
     from (values (
       (extract(epoch from p_begins_at - p_due_at) * 1000)::integer
-    , greatest(0, (extract(epoch from least(p_begins_at, p_resumed_at) - greatest(p_due_at, p_paused_at)) * 1000)::integer) * (p_paused_at is not null)::integer
-    , greatest(0, (extract(epoch from least(p_begins_at, p_closed_at) - greatest(p_due_at, p_opened_at)) * 1000)::integer) * (p_opened_at is not null)::integer
+    , (p_paused_at is not null)::integer * greatest(0
+        , (extract(epoch from least(p_begins_at, p_resumed_at) - greatest(p_due_at, p_paused_at)) * 1000)::integer)
+    , (p_opened_at is not null)::integer * greatest(0
+        , (extract(epoch from least(p_begins_at, p_closed_at) - greatest(p_due_at, p_opened_at)) * 1000)::integer)
     )) as t (total, pause, breaker)) parts
 $$;
-comment on function orchestrator.waits(timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, text) is
-  'Milliseconds that an event waited from due to begin, by cause: the last pause and the last opening of the breaker as far as they overlap, the rest by the limit that held its lane back; null: by none';
+comment on function orchestrator.wait_causes(
+  timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, text) is
+  'Milliseconds from due to begin, by cause: the last pause, the last opening of the breaker, '
+  'and the rest for the limit that held the lane back. Null: nothing did';

@@ -1,7 +1,8 @@
--- Destinations as operators see them: their settings, pauses and breakers. Called from psql, the CLI and the
--- API. Each function locks the name and the row of the destination first, then its lane, as
--- 28_dedicated_lanes.sql says: two sessions that configure one destination wait for one another, and do not
--- deadlock. A change holds from the next claim on; attempts under way are left alone.
+-- Destinations as operators see them: their settings, pauses and breakers. Called from psql, the CLI and the API.
+-- A change holds from the next claim on; attempts under way are left alone.
+--
+-- Each function locks the name and the row of the destination first, then its lane, as 28_dedicated_lanes.sql says:
+-- two sessions that configure one destination wait for one another, and do not deadlock.
 
 -- Scans timer once, and looks up one event for each host in it. A scan of all events would cost a hundred
 -- times as much.
@@ -129,6 +130,25 @@ end $$;
 comment on function orchestrator.destination_defaults() is
   'The settings of a new destination: the defaults of the columns of its table.';
 
+create or replace function orchestrator.with_settings(
+  p_destination orchestrator.destination, p_given jsonb, p_clear text[])
+returns orchestrator.destination
+language plpgsql stable
+set search_path = orchestrator, pg_temp as $$
+begin
+  p_destination := jsonb_populate_record(p_destination, (
+      select coalesce(jsonb_object_agg(d.key, d.value), '{}')
+      from jsonb_each(to_jsonb(orchestrator.destination_defaults())) d
+      where d.key = any (p_clear)) || p_given);
+  p_destination.breaker_failures := nullif(p_destination.breaker_failures, 0);
+  p_destination.breaker_ratio := nullif(p_destination.breaker_ratio, 0);
+  p_destination.secret_headers := (
+    select jsonb_object_agg(lower(h.key collate "C"), h.value) from jsonb_each(p_destination.secret_headers) h);
+  return p_destination;
+end $$;
+comment on function orchestrator.with_settings(orchestrator.destination, jsonb, text[]) is
+  'A destination with the given settings, and with defaults for those that p_clear names.';
+
 create or replace function orchestrator.store_destination(p_destination orchestrator.destination) returns void
 language plpgsql security definer
 set search_path = orchestrator, pg_temp as $$
@@ -142,6 +162,32 @@ begin
 end $$;
 comment on function orchestrator.store_destination(orchestrator.destination) is
   'Replaces the settings of a destination, which the caller has locked.';
+
+create or replace function orchestrator.configuration_note(
+  p_name text, p_destination orchestrator.destination, p_lane orchestrator.lane, p_waiting bigint)
+returns text
+language sql stable
+set search_path = orchestrator, pg_temp as $$
+  select concat_ws('; '
+  , 'it holds from the next claim on, and attempts under way are left alone'
+  , case when lower(p_name collate "C") ~ '^https?://[^/?#]+[/?#].'
+      then 'it holds for all of the host: paths have no limits of their own' end
+  , case when p_waiting = 0 then 'no event waits that it would hold for at present' end
+  , case when d.burst > 1 and d.rate_per_second is null then 'burst does nothing without rate_per_second' end
+  , case when u.under_way > d.max_parallel
+      then format('%s attempts are under way: the next starts when fewer than %s are', u.under_way, d.max_parallel) end
+  , case when l.paused_at is not null then 'it is paused' end
+  , case when l.breaker <> 'closed' then format('its breaker is %s', replace(l.breaker, '_', ' ')) end
+  , case when (select c.paused_at from orchestrator.control_now() c) is not null then 'everything is paused' end)
+  from (select p_destination.*) d
+  cross join (select p_lane.*) l
+  cross join lateral (
+    select count(*) as under_way from orchestrator.timer t
+    where t.slot = l.lane and t.lease_until > orchestrator.now()) u
+$$;
+comment on function orchestrator.configuration_note(
+  text, orchestrator.destination, orchestrator.lane, bigint) is
+  'What configure_destination() says of the settings that are now in force.';
 
 create or replace function orchestrator.configure_destination(
   p_name text,
@@ -205,7 +251,6 @@ declare
   v_after orchestrator.destination;
   v_state orchestrator.lane;
   v_waiting bigint;
-  v_under_way bigint;
   v_problem text;
 begin
   -- What can be refused without a look at the destination, before it is made or locked.
@@ -229,15 +274,7 @@ begin
       select * into v_before from orchestrator.destination d where d.name = v_name for update;
       exit when found;
     end loop;
-    -- The row before, with defaults for what p_clear names, and with what is given.
-    v_after := jsonb_populate_record(v_before, (
-        select coalesce(jsonb_object_agg(d.key, d.value), '{}')
-        from jsonb_each(to_jsonb(orchestrator.destination_defaults())) d
-        where d.key = any (p_clear)) || v_given);
-    v_after.breaker_failures := nullif(v_after.breaker_failures, 0);
-    v_after.breaker_ratio := nullif(v_after.breaker_ratio, 0);
-    v_after.secret_headers := (
-      select jsonb_object_agg(lower(h.key collate "C"), h.value) from jsonb_each(v_after.secret_headers) h);
+    v_after := orchestrator.with_settings(v_before, v_given, p_clear);
     v_after.changed_at := v_now;
     v_problem := orchestrator.check_together(v_after);
   end if;
@@ -262,7 +299,6 @@ begin
   perform orchestrator.tell_due(v_now);
 
   v_waiting := orchestrator.count_waiting(v_name);
-  v_under_way := (select count(*) from orchestrator.timer t where t.slot = v_lane and t.lease_until > v_now);
   return query
   select v_name, v_lane
     , v_after.rate_per_second, v_after.burst, v_after.max_parallel, v_after.adaptive, v_after.timeout
@@ -271,19 +307,7 @@ begin
     , v_after.breaker_window, v_after.breaker_cooldown, v_after.breaker_max_cooldown
     , v_waiting
     , orchestrator.overlapping_destinations(v_name)
-    , concat_ws('; '
-      , 'it holds from the next claim on, and attempts under way are left alone'
-      , case when lower(p_name collate "C") ~ '^https?://[^/?#]+[/?#].'
-          then 'it holds for all of the host: paths have no limits of their own' end
-      , case when v_waiting = 0 then 'no event waits that it would hold for at present' end
-      , case when v_after.burst > 1 and v_after.rate_per_second is null
-          then 'burst does nothing without rate_per_second' end
-      , case when v_under_way > v_after.max_parallel
-          then format('%s attempts are under way: the next starts when fewer than %s are'
-            , v_under_way, v_after.max_parallel) end
-      , case when v_state.paused_at is not null then 'it is paused' end
-      , case when v_state.breaker <> 'closed' then format('its breaker is %s', replace(v_state.breaker, '_', ' ')) end
-      , case when (select c.paused_at from orchestrator.control_now() c) is not null then 'everything is paused' end);
+    , orchestrator.configuration_note(p_name, v_after, v_state, v_waiting);
 end $$;
 comment on function orchestrator.configure_destination(
   text, double precision, integer, integer, boolean, interval, text, text, jsonb, interval, integer, double precision

@@ -37,11 +37,176 @@ $$;
 comment on function orchestrator.stale_results(uuid[], integer[], integer) is
   'Events whose result is not in the log. The lease was lost before the result came.';
 
--- A result counts only while its (event_id, attempt) names the present lease. All others are stale, but for
--- those that are in the log already, because the reply to an earlier call was lost. Locks timers in the order
--- of event_id, as cancel_event() does; then what 28_dedicated_lanes.sql lists. The pinned plan searches the
--- primary key for p_event_ids, and hashes the timers with the arrays. A nested loop is as fast. But once a
--- vacuum has found the table empty, the planner expects one timer, and each call reads the whole index.
+-- One step of finish_events(), with its settings: all were delivered, without a remark in p_errors.
+create or replace function orchestrator.record_delivered(
+  p_event_ids uuid[],
+  p_attempts integer[],
+  p_status_codes integer[],
+  p_started_at double precision[],
+  p_finished_at double precision[],
+  p_worker integer,
+  p_claimed_at double precision[],
+  p_waited text[],
+  p_now timestamptz,
+  p_announced boolean,
+  out count bigint,
+  out finished orchestrator.finished_event[],
+  out orderings bigint[],
+  out lane_results orchestrator.lane_result[],
+  out failed_in_shared_lane boolean)
+language plpgsql as $$
+#variable_conflict use_column
+begin
+  with finished as (
+    -- The timers whose present lease the result names.
+    delete from orchestrator.timer t
+    using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_claimed_at, p_waited)
+      as r (event_id, attempt, status_code, started_at, finished_at, claimed_at, waited)
+    where t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt
+      and t.lease_until is not null
+    returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane, t.ordering, t.source, t.destination, t.retrying
+      , r.status_code, r.started_at, r.finished_at, r.claimed_at, r.waited
+  ), logged as (
+    insert into orchestrator.outcome
+      (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result, claimed_at
+      , waited)
+    select f.event_id, f.scheduled_at, f.due_at, to_timestamp(f.started_at)
+      , coalesce(to_timestamp(f.finished_at), p_now), p_worker, f.attempt, f.status_code, 'delivered'
+      , to_timestamp(f.claimed_at), f.waited::json
+    from finished f
+  ), delivered_counts as (
+    insert into orchestrator.statistic (minute, name, source, destination, value)
+    select date_trunc('minute', p_now), 'delivered', f.source
+      , case when f.source is not null then f.destination end, count(*)
+    from finished f
+    group by 3, 4
+  ), retrying_counts as (
+    insert into orchestrator.statistic (minute, name, source, destination, value)
+    select date_trunc('minute', p_now), 'retrying', f.source
+      , case when f.source is not null then f.destination end, -count(*)
+    from finished f
+    where f.retrying
+    group by 3, 4
+  )
+  select count(*)
+    , array_agg(row(f.event_id, f.scheduled_at, 'delivered', null, f.claimed_at)::orchestrator.finished_event)
+      filter (where p_announced)
+    , array_agg(f.ordering) filter (where f.ordering is not null)
+    , array_agg(row(f.lane, f.event_id, true, f.status_code, f.started_at, f.finished_at)::orchestrator.lane_result)
+      filter (where f.lane > 63)
+  into count, finished, orderings, lane_results
+  from finished f;
+end $$;
+comment on function orchestrator.record_delivered(
+  uuid[], integer[], integer[], double precision[], double precision[], integer, double precision[], text[]
+, timestamptz, boolean) is
+  'Deletes the timers of delivered events, logs and counts them. '
+  'Answers how many they are, and what is to be done about them: messages if p_announced, ordering keys, breakers.';
+
+-- One step of finish_events(), with its settings: any results.
+create or replace function orchestrator.record_results(
+  p_event_ids uuid[],
+  p_attempts integer[],
+  p_results text[],
+  p_status_codes integer[],
+  p_started_at double precision[],
+  p_finished_at double precision[],
+  p_errors text[],
+  p_responses text[],
+  p_retry_after double precision[],
+  p_worker integer,
+  p_claimed_at double precision[],
+  p_waited text[],
+  p_now timestamptz,
+  out count bigint,
+  out finished orchestrator.finished_event[],
+  out orderings bigint[],
+  out lane_results orchestrator.lane_result[],
+  out failed_in_shared_lane boolean)
+language plpgsql as $$
+#variable_conflict use_column
+begin
+  with given as materialized (
+    -- In the order of the ids; of a result that is given twice, one.
+    select distinct on (r.event_id, r.attempt) r.*
+    from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses
+        , p_retry_after, p_claimed_at, p_waited)
+      as r (event_id, attempt, verdict, status_code, started_at, finished_at, error, response
+        , retry_after, claimed_at, waited)
+    order by r.event_id, r.attempt
+  ), finished as materialized (
+    -- One merge, not a delete and an update: it locks all timers in the order of the ids, whatever their
+    -- results.
+    merge into orchestrator.timer t
+    using given r
+    on t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt
+      and t.lease_until is not null
+    when matched and r.verdict = 'retry' and t.attempt < t.max_attempts then
+      update set worker = null, lease_until = null, slot = null, busy = null, retrying = true
+        , due_at = greatest(t.scheduled_at, p_now + orchestrator.next_delay(
+            t.event_id, t.scheduled_at, t.lane, t.max_attempts - t.attempt
+          , case when r.retry_after > 0 then make_interval(secs => least(r.retry_after, 1e9)) end))
+    when matched then delete
+    returning r.event_id, old.scheduled_at, old.due_at, r.attempt, old.lane, old.ordering, old.source, old.destination
+      , old.retrying, r.status_code, r.started_at, r.finished_at, r.error, r.response, r.claimed_at, r.waited
+      , r.verdict
+      , case
+          when new.event_id is not null then 'retried'
+          when r.verdict = 'delivered' then 'delivered'
+          else 'dead'
+        end as result
+      , new.due_at as next_due_at
+  ), logged as (
+    insert into orchestrator.outcome
+      (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result, error, response
+      , claimed_at, waited)
+    select f.event_id, f.scheduled_at, f.due_at, to_timestamp(f.started_at)
+      , coalesce(to_timestamp(f.finished_at), p_now), p_worker, f.attempt, f.status_code, f.result, f.error
+      , f.response, to_timestamp(f.claimed_at), f.waited::json
+    from finished f
+  ), dead_letters as (
+    insert into orchestrator.dead_letter (event_id, scheduled_at, died_at, attempts, reason, blocks)
+    select f.event_id, f.scheduled_at, p_now, f.attempt, coalesce(f.error, 'failed')
+      , orchestrator.blocked_by_death(f.event_id, f.scheduled_at, f.lane, f.ordering)
+    from finished f
+    where f.result = 'dead'
+  ), result_counts as (
+    insert into orchestrator.statistic (minute, name, source, destination, value)
+    select date_trunc('minute', p_now), f.result, f.source
+      , case when f.source is not null then f.destination end, count(*)
+    from finished f
+    group by 2, 3, 4
+  ), retrying_counts as (
+    -- Those that are retrying from now on, less those that no longer are.
+    insert into orchestrator.statistic (minute, name, source, destination, value)
+    select date_trunc('minute', p_now), 'retrying', f.source
+      , case when f.source is not null then f.destination end, sum(case f.result when 'retried' then 1 else -1 end)
+    from finished f
+    where (f.result = 'retried') = (f.retrying is null)
+    group by 3, 4
+  )
+  select count(*)
+    , array_agg(row(f.event_id, f.scheduled_at, f.result, f.next_due_at, f.claimed_at)::orchestrator.finished_event)
+    , array_agg(f.ordering) filter (where f.ordering is not null)
+    -- Of the shared lanes only failures: they give a destination a dedicated lane, with a breaker.
+    , array_agg(row(f.lane, f.event_id, f.verdict <> 'retry', f.status_code, f.started_at, f.finished_at)
+        ::orchestrator.lane_result) filter (where f.lane > 63 or f.verdict = 'retry')
+    , bool_or(f.lane < 64 and f.verdict = 'retry')
+  into count, finished, orderings, lane_results, failed_in_shared_lane
+  from finished f;
+end $$;
+comment on function orchestrator.record_results(
+  uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[]
+, integer, double precision[], text[], timestamptz) is
+  'Ends or delays timers by the results of their attempts, logs and counts them, and writes dead letters. '
+  'Answers how many they are, and what is to be done about them.';
+
+-- A result counts only while its (event_id, attempt) names the present lease. All others are stale, except those
+-- that are in the log already, because the reply to an earlier call was lost.
+-- Locks timers in the order of event_id, as cancel_event() does; then what 28_dedicated_lanes.sql lists.
+-- The pinned plan searches the primary key for p_event_ids, and hashes the timers with the arrays. A nested loop
+-- is as fast; but once a vacuum has found the table empty, the planner expects one timer, and each call reads the
+-- whole index.
 create or replace function orchestrator.finish_events(
   p_event_ids uuid[],
   p_attempts integer[],
@@ -67,11 +232,7 @@ set jit = off as $$
 #variable_conflict use_column
 declare
   v_now timestamptz;
-  v_count bigint;
-  v_finished orchestrator.finished_event[];
-  v_orderings bigint[];
-  v_lane_results orchestrator.lane_result[];
-  v_failed_in_shared_lane boolean := false;
+  v_done record;
   v_announced constant boolean := exists (
     select from orchestrator.outbox_kind where kind = 'timestamp' or not p_results <@ array['delivered']);
 begin
@@ -82,134 +243,34 @@ begin
   v_now := orchestrator.now();
 
   if p_results <@ array['delivered'] and array_remove(p_errors, null) = '{}' is not false then
-    -- All were delivered, without a remark in p_errors, which only the other branch logs.
-    with finished as (
-      delete from orchestrator.timer t
-      using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_claimed_at, p_waited)
-        as r (event_id, attempt, status_code, started_at, finished_at, claimed_at, waited)
-      where t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt
-        and t.lease_until is not null
-      returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane, t.ordering, t.source, t.destination, t.retrying
-        , r.status_code, r.started_at, r.finished_at, r.claimed_at, r.waited
-    ), logged as (
-      insert into orchestrator.outcome
-        (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result, claimed_at
-        , waited)
-      select f.event_id, f.scheduled_at, f.due_at, to_timestamp(f.started_at)
-        , coalesce(to_timestamp(f.finished_at), v_now), p_worker, f.attempt, f.status_code, 'delivered'
-        , to_timestamp(f.claimed_at), f.waited::json
-      from finished f
-    ), delivered_counts as (
-      insert into orchestrator.statistic (minute, name, source, destination, value)
-      select date_trunc('minute', v_now), 'delivered', f.source
-        , case when f.source is not null then f.destination end, count(*)
-      from finished f
-      group by 3, 4
-    ), retrying_counts as (
-      insert into orchestrator.statistic (minute, name, source, destination, value)
-      select date_trunc('minute', v_now), 'retrying', f.source
-        , case when f.source is not null then f.destination end, -count(*)
-      from finished f
-      where f.retrying
-      group by 3, 4
-    )
-    select count(*)
-      , array_agg(row(f.event_id, f.scheduled_at, 'delivered', null, f.claimed_at)::orchestrator.finished_event)
-        filter (where v_announced)
-      , array_agg(f.ordering) filter (where f.ordering is not null)
-      , array_agg(row(f.lane, f.event_id, true, f.status_code, f.started_at, f.finished_at)::orchestrator.lane_result)
-        filter (where f.lane > 63)
-    into v_count, v_finished, v_orderings, v_lane_results
-    from finished f;
+    v_done := orchestrator.record_delivered(
+      p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_worker, p_claimed_at, p_waited, v_now
+    , v_announced);
   else
-    with given as materialized (
-      select distinct on (r.event_id, r.attempt) r.*
-      from unnest(p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses
-          , p_retry_after, p_claimed_at, p_waited)
-        as r (event_id, attempt, verdict, status_code, started_at, finished_at, error, response
-          , retry_after, claimed_at, waited)
-      order by r.event_id, r.attempt
-    ), finished as materialized (
-      -- One merge, not a delete and an update: it locks all timers in the order of the ids, whatever their
-      -- results.
-      merge into orchestrator.timer t
-      using given r
-      on t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt
-        and t.lease_until is not null
-      when matched and r.verdict = 'retry' and t.attempt < t.max_attempts then
-        update set worker = null, lease_until = null, slot = null, busy = null, retrying = true
-          , due_at = greatest(t.scheduled_at, v_now + orchestrator.next_delay(
-              t.event_id, t.scheduled_at, t.lane, t.max_attempts - t.attempt
-            , case when r.retry_after > 0 then make_interval(secs => least(r.retry_after, 1e9)) end))
-      when matched then delete
-      returning r.event_id, old.scheduled_at, old.due_at, r.attempt, old.lane, old.ordering, old.source, old.destination
-        , old.retrying, r.status_code, r.started_at, r.finished_at, r.error, r.response, r.claimed_at, r.waited
-        , r.verdict
-        , case
-            when new.event_id is not null then 'retried'
-            when r.verdict = 'delivered' then 'delivered'
-            else 'dead'
-          end as result
-        , new.due_at as next_due_at
-    ), logged as (
-      insert into orchestrator.outcome
-        (event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result, error, response
-        , claimed_at, waited)
-      select f.event_id, f.scheduled_at, f.due_at, to_timestamp(f.started_at)
-        , coalesce(to_timestamp(f.finished_at), v_now), p_worker, f.attempt, f.status_code, f.result, f.error
-        , f.response, to_timestamp(f.claimed_at), f.waited::json
-      from finished f
-    ), dead_letters as (
-      insert into orchestrator.dead_letter (event_id, scheduled_at, died_at, attempts, reason, blocks)
-      select f.event_id, f.scheduled_at, v_now, f.attempt, coalesce(f.error, 'failed')
-        , orchestrator.blocked_by_death(f.event_id, f.scheduled_at, f.lane, f.ordering)
-      from finished f
-      where f.result = 'dead'
-    ), result_counts as (
-      insert into orchestrator.statistic (minute, name, source, destination, value)
-      select date_trunc('minute', v_now), f.result, f.source
-        , case when f.source is not null then f.destination end, count(*)
-      from finished f
-      group by 2, 3, 4
-    ), retrying_counts as (
-      -- Those that are retrying from now on, less those that no longer are.
-      insert into orchestrator.statistic (minute, name, source, destination, value)
-      select date_trunc('minute', v_now), 'retrying', f.source
-        , case when f.source is not null then f.destination end, sum(case f.result when 'retried' then 1 else -1 end)
-      from finished f
-      where (f.result = 'retried') = (f.retrying is null)
-      group by 3, 4
-    )
-    select count(*)
-      , array_agg(row(f.event_id, f.scheduled_at, f.result, f.next_due_at, f.claimed_at)::orchestrator.finished_event)
-      , array_agg(f.ordering) filter (where f.ordering is not null)
-      -- Of the shared lanes only failures: they give a destination a lane of its own, with a breaker.
-      , array_agg(row(f.lane, f.event_id, f.verdict <> 'retry', f.status_code, f.started_at, f.finished_at)
-          ::orchestrator.lane_result) filter (where f.lane > 63 or f.verdict = 'retry')
-      , bool_or(f.lane < 64 and f.verdict = 'retry')
-    into v_count, v_finished, v_orderings, v_lane_results, v_failed_in_shared_lane
-    from finished f;
+    v_done := orchestrator.record_results(
+      p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses
+    , p_retry_after, p_worker, p_claimed_at, p_waited, v_now);
     return query
-    select f.event_id, f.result, f.due_at from unnest(v_finished) f where f.result <> 'delivered';
+    select f.event_id, f.result, f.due_at from unnest(v_done.finished) f where f.result <> 'delivered';
   end if;
 
   if v_announced then
     perform orchestrator.announce_finished(
       array_agg(f.event_id), array_agg(f.scheduled_at), array_agg(f.claimed_at))
-    from unnest(v_finished) f
+    from unnest(v_done.finished) f
     where f.result <> 'retried';
   end if;
-  if v_orderings is not null then
-    perform orchestrator.advance_ordering(v_orderings);
+  if v_done.orderings is not null then
+    perform orchestrator.advance_ordering(v_done.orderings);
   end if;
-  if v_failed_in_shared_lane then
-    v_lane_results := orchestrator.ensure_lanes_for_failures(v_lane_results);
+  if v_done.failed_in_shared_lane then
+    v_done.lane_results := orchestrator.ensure_lanes_for_failures(v_done.lane_results);
   end if;
-  if v_lane_results is not null then
-    perform orchestrator.update_breakers(v_lane_results);
+  if v_done.lane_results is not null then
+    perform orchestrator.update_breakers(v_done.lane_results);
   end if;
   -- Fewer than given: some leases were lost, or the call is repeated.
-  if v_count < cardinality(p_event_ids) then
+  if v_done.count < cardinality(p_event_ids) then
     return query
     select s.event_id, 'stale', null::timestamptz
     from orchestrator.stale_results(p_event_ids, p_attempts, p_worker) s;

@@ -9,6 +9,44 @@ return p_lane.failures > 0 or p_lane.window_at is not null or p_lane.breaker <> 
 comment on function orchestrator.counts_successes(orchestrator.lane) is
   'Whether a success changes the state of a lane. It does not where all has gone well.';
 
+-- One step of update_breakers(), with its settings. Successes of a healthy destination write nothing.
+create or replace function orchestrator.lock_breakers(p_results orchestrator.lane_result[]) returns integer[]
+language plpgsql as $$
+declare
+  v_lanes integer[];
+  v_failed boolean;
+begin
+  select array_agg(distinct r.lane), bool_or(not r.delivered) into v_lanes, v_failed from unnest(p_results) r;
+  if current_setting('orchestrator.wait', true) = 'off' then
+    return array(
+      select l.lane from orchestrator.lane l
+      where l.lane = any (v_lanes) and l.name is not null and (v_failed or orchestrator.counts_successes(l))
+      order by l.lane
+      for update skip locked);
+  end if;
+  return array(
+    select l.lane from orchestrator.lane l
+    where l.lane = any (v_lanes) and l.name is not null and (v_failed or orchestrator.counts_successes(l))
+    order by l.lane
+    for update);
+end $$;
+comment on function orchestrator.lock_breakers(orchestrator.lane_result[]) is
+  'Locks, in order, the lanes whose state the results may change, and answers them. '
+  'With orchestrator.wait = off it leaves out those that another session has locked.';
+
+-- Inlined by the planner.
+create or replace function orchestrator.aimd_bound(
+  p_bound double precision, p_max_parallel integer, p_throttled boolean, p_delivered integer)
+returns double precision
+language sql immutable
+return case
+  when p_throttled then greatest(1, 0.7 * coalesce(p_bound, p_max_parallel))
+  else nullif(least(p_max_parallel, p_bound + p_delivered / p_bound), p_max_parallel)
+end;
+comment on function orchestrator.aimd_bound(double precision, integer, boolean, integer) is
+  'The next bound of an adaptive destination: times 0.7 when throttled, plus one for each round of successes. '
+  'Null: p_max_parallel.';
+
 create or replace function orchestrator.update_breakers(p_results orchestrator.lane_result[]) returns void
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
@@ -19,28 +57,10 @@ set enable_seqscan = off
 set enable_bitmapscan = off as $$
 declare
   v_now constant timestamptz := orchestrator.now();
-  v_lanes integer[];
-  v_failed boolean;
-  v_locked integer[];
+  v_locked constant integer[] := orchestrator.lock_breakers(p_results);
   v_opened integer[];
   v_closed boolean;
 begin
-  select array_agg(distinct r.lane), bool_or(not r.delivered) into v_lanes, v_failed from unnest(p_results) r;
-
-  -- Lock, in order, the lanes whose state may change: successes of a healthy destination write nothing.
-  if current_setting('orchestrator.wait', true) = 'off' then
-    v_locked := array(
-      select l.lane from orchestrator.lane l
-      where l.lane = any (v_lanes) and l.name is not null and (v_failed or orchestrator.counts_successes(l))
-      order by l.lane
-      for update skip locked);
-  else
-    v_locked := array(
-      select l.lane from orchestrator.lane l
-      where l.lane = any (v_lanes) and l.name is not null and (v_failed or orchestrator.counts_successes(l))
-      order by l.lane
-      for update);
-  end if;
   if v_locked = '{}' then
     return;
   end if;
@@ -68,7 +88,8 @@ begin
     group by a.lane
   ), counters as (
     -- The counters of the lane with the batch added; a window that is over, or of the future, begins again.
-    select l.lane, l.breaker, l.openings, l.parallel_now, l.throttled_at, b.throttled
+    select l.lane, l.breaker, l.openings, l.parallel_now, b.throttled
+      , (l.throttled_at > v_now - interval '1 s' and l.throttled_at <= v_now) is true as is_lowered
       , b.attempts - b.failed as delivered, b.failed
       , d.adaptive, d.max_parallel
       , d.breaker_failures, d.breaker_ratio, d.breaker_minimum, d.breaker_cooldown, d.breaker_max_cooldown
@@ -86,6 +107,8 @@ begin
     cross join lateral (
       select l.window_at is null or l.window_at not between v_now - d.breaker_window and v_now as is_new) w
   ), decision as (
+    -- A success closes a half-open breaker. A batch without one opens it again, as failures in a row, or
+    -- their share of the window, open a closed one.
     select c.*
       , c.breaker = 'half_open' and c.delivered > 0 as closes
       , c.failed > 0 and case c.breaker
@@ -96,6 +119,7 @@ begin
         end as opens
     from counters c
   ), updated as (
+    -- Counters begin again when a breaker opens or closes; each opening doubles the cooldown.
     update orchestrator.lane l
     set failures = case when d.opens or d.closes then 0 else d.failures end
       , failed_at = case when d.failed > 0 then v_now else l.failed_at end
@@ -111,18 +135,13 @@ begin
         end
       , opened_at = case when d.opens and d.breaker = 'closed' then v_now else l.opened_at end
       , closed_at = case when d.closes then v_now else l.closed_at end
-      -- AIMD: times 0.7 once a second at most, and plus one for each round of successes.
+      -- The bound is lowered once a second at most.
       , parallel_now = case
           when not d.adaptive then null
-          when d.throttled and d.throttled_at > v_now - interval '1 s' and d.throttled_at <= v_now then d.parallel_now
-          when d.throttled then greatest(1, 0.7 * coalesce(d.parallel_now, d.max_parallel))
-          else nullif(least(d.max_parallel, d.parallel_now + d.delivered / d.parallel_now), d.max_parallel)
+          when d.throttled and d.is_lowered then d.parallel_now
+          else orchestrator.aimd_bound(d.parallel_now, d.max_parallel, d.throttled, d.delivered)
         end
-      , throttled_at = case
-          when d.adaptive and d.throttled
-            and (d.throttled_at > v_now - interval '1 s' and d.throttled_at <= v_now) is not true then v_now
-          else l.throttled_at
-        end
+      , throttled_at = case when d.adaptive and d.throttled and not d.is_lowered then v_now else l.throttled_at end
     from decision d
     where l.lane = d.lane
     returning l.lane, l.hash, d.opens, d.closes
@@ -140,8 +159,7 @@ begin
   end if;
 end $$;
 comment on function orchestrator.update_breakers(orchestrator.lane_result[]) is
-  'Counts results of dedicated lanes, opens and closes their breakers, and lowers and raises adaptive bounds. '
-  'With orchestrator.wait = off it leaves out lanes that another session has locked.';
+  'Counts results of dedicated lanes, opens and closes their breakers, and lowers and raises adaptive bounds.';
 
 create or replace function orchestrator.ensure_lanes_for_failures(p_results orchestrator.lane_result[])
 returns orchestrator.lane_result[]

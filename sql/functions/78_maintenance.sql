@@ -112,8 +112,8 @@ begin
     -- finish_events() and the others do this at once: here is a safety net.
     when 'orderings_advanced' then orchestrator.advance_all_orderings()
     -- Before this run gives up lanes, which others see only when it has committed.
-    when 'timers_moved' then orchestrator.settle_lanes()
-    when 'destinations_forgotten' then orchestrator.forget_well_destinations()
+    when 'timers_moved' then orchestrator.reroute_remaining()
+    when 'destinations_forgotten' then orchestrator.forget_recovered_destinations()
     when 'floors_lowered' then orchestrator.lower_floors()
     when 'partitions_dropped' then orchestrator.drop_partitions(p_now)
     when 'horizon_moved' then orchestrator.move_horizon()

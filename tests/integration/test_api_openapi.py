@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,29 @@ def test_the_document_asks_for_keys_just_when_the_api_does(settings: MakeSetting
     url = "postgresql://localhost/none"
     assert {} in document(settings(DATABASE_URL=url))["security"]
     assert {} not in document(settings(DATABASE_URL=url, ENVIRONMENT="production"))["security"]
+
+
+def undescribed(schema: object, path: str) -> Iterator[str]:
+    """The properties in a part of the document that have no description."""
+    if isinstance(schema, dict):
+        for name, inner in schema.items():
+            if name == "properties":
+                yield from (f"{path}.{field}" for field, of in inner.items() if not of.get("description"))
+            yield from undescribed(inner, f"{path}.{name}")
+    elif isinstance(schema, list):
+        for number, inner in enumerate(schema):
+            yield from undescribed(inner, f"{path}[{number}]")
+
+
+def test_the_document_describes_every_schema_property_and_parameter(settings: MakeSettings) -> None:
+    described = document(settings(DATABASE_URL="postgresql://localhost/none"))
+    schemas = described["components"]["schemas"]
+    parameters = [
+        (f"{method} {path}", parameter)
+        for path, operations in described["paths"].items()
+        for method, operation in operations.items()
+        for parameter in operation.get("parameters", ())
+    ]
+    assert list(undescribed(schemas, "")) == []
+    assert [name for name, schema in schemas.items() if not schema.get("description")] == []
+    assert [(where, of["name"]) for where, of in parameters if not of.get("description")] == []

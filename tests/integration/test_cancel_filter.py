@@ -201,7 +201,7 @@ def test_the_command_fails_when_events_were_left_in_flight(call: Call, client: C
         (["--external-id", "x", "--yes"], "for many events, without ID"),
         (["--external-id", "x", "--source", "s"], "for many events, without ID"),
         (["--source", ""], "--source: expected a text; leave the option out to mean all"),
-        (["--source", "s", "--json"], "--json: nobody can be asked; say --yes, or --dry-run"),
+        (["--source", "s", "--json"], "--json: cannot ask for confirmation; add --yes or --dry-run"),
         (["--from", "now", "--until", "-1h"], "--until: expected a time after --from"),
         (["--from", "monday"], "--from': expected an RFC 3339 time with a zone"),
         (["--until", "2030-01-31"], "--until': expected an RFC 3339 time with a zone"),

@@ -189,7 +189,7 @@ def test_submitting_the_same_event_again_is_a_duplicate_with_the_same_id(cli: Cl
     event = ("submit", "--destination", HOOK, "--payload", "1", "--external-id", "x", "--at")
     kept = document(cli(*event, "+1h", "--json"))
     again = cli(*event, kept["scheduled_at"])
-    assert again.stdout == f"{kept['id']}  was kept before, and is unchanged\n"
+    assert again.stdout == f"{kept['id']}  was accepted before and is unchanged\n"
 
 
 def test_files_of_submit_hold_times_in_every_accepted_form(cli: Cli, client: Client, tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_stats_by_counts_outcomes_in_a_range_of_time(cli: Cli) -> None:
     assert re.search(r"minute +source +accepted\n", shown)
     assert re.search(r"\d\d:\d\d +a +2\n", shown)
     assert "\x1b" not in shown
-    assert "Nothing happened then." in cli("stats", "--until", "-1d").stdout
+    assert "There are no counts in this range." in cli("stats", "--until", "-1d").stdout
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_stats_by_counts_outcomes_in_a_range_of_time(cli: Cli) -> None:
     [
         (["--by", "hour"], 2, "expected some of minute,source,destination, got 'hour'"),
         (["--by", ""], 2, "expected some of minute,source,destination, got ''"),
-        (["--by", "minute", "--watch"], 2, "--watch: shows states; leave --by and the filter out"),
+        (["--by", "minute", "--watch"], 2, "--watch: shows only states; leave --by and the filter out"),
         (["--from", "+1h"], 1, "--from: expected a time before until"),
         (["--from", "now", "--until", "-1h"], 2, "--until: expected a time after --from"),
     ],

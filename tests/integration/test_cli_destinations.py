@@ -66,7 +66,7 @@ def test_every_setting_is_set_by_an_option_and_shown(call: Call) -> None:
     cleared += [f"breaker-{name}" for name in ("failures", "ratio", "minimum", "window", "cooldown", "max-cooldown")]
     told(call("destinations", "set", "api.example", *[part for name in cleared for part in ("--clear", name)]))
     shown = told(call("destinations", "show", "api.example"))
-    for text in ("no limit", "no bound of its own", "10 failures in a row, or 50% of at least 20 attempts in 30.0 s"):
+    for text in ("no limit", "no bound", "10 failures in a row, or 50% of at least 20 attempts in 30.0 s"):
         assert text in shown
 
 
@@ -111,7 +111,7 @@ def test_an_unknown_destination_is_named_with_the_pattern_that_holds_instead(cal
         call("destinations", command, "api.example")
     )
     told(call("destinations", "set", "*.example"))
-    assert "there is no destination 'api.example' of its own; *.example holds for it" in refused(
+    assert "there is no destination 'api.example'; the limits of *.example hold for it" in refused(
         call("destinations", command, "api.example")
     )
     assert "pauses everything" in refused(call("destinations", command, "*"))
@@ -129,7 +129,7 @@ def test_destinations_are_listed_by_page(call: Call, client: Client) -> None:
     assert "There are more: --after b.example" in shown
     shown = told(call("destinations", "list", "--after", "b.example"))
     assert "a.example" not in shown
-    assert re.search(r"d\.example +ok +0 +0 +watched: attempts failed", shown)
+    assert re.search(r"d\.example +ok +0 +0 +not configured: attempts failed", shown)
 
 
 def test_a_paused_destination_waits_until_it_is_resumed(call: Call, client: Client) -> None:
@@ -167,8 +167,8 @@ def open_breaker(client: Client) -> None:
 def test_a_breaker_is_shown_and_closed(call: Call, client: Client) -> None:
     open_breaker(client)
     shown = told(call("destinations", "show", "api.example"))
-    assert re.search(r"breaker +open since .*, next try .* \(in", shown)
-    assert "for its breaker, since attempts failed" in shown
+    assert re.search(r"breaker +open since .*, next trial .* \(in", shown)
+    assert "for its breaker, because attempts failed" in shown
     assert re.search(r"breakers open +1 ", told(call("stats")))
     assert "api.example has its breaker closed" in told(call("destinations", "close-breaker", "api.example"))
     assert answer(call("destinations", "close-breaker", "api.example", "--json"))["closed"] is False
@@ -227,13 +227,13 @@ def test_the_forecast_names_destinations_that_stand_still(call: Call, client: Cl
     told(call("destinations", "pause", "api.example"))
     shown = told(call("forecast"))
     assert "5 will be late." in shown
-    assert "they do until it is resumed" in shown
+    assert "wait until it is resumed" in shown
     told(call("pause"))
-    assert "Everything is paused: nothing begins until orchestrator resume." in told(call("forecast"))
+    assert "Everything is paused: no delivery begins until orchestrator resume." in told(call("forecast"))
 
 
 def test_an_empty_forecast_is_one_line(call: Call) -> None:
-    assert told(call("forecast", "--hours", "2.5")) == "Nothing is due within 2.5 h.\n"
+    assert told(call("forecast", "--hours", "2.5")) == "No event is due within 2.5 h.\n"
 
 
 @pytest.mark.parametrize("hours", ["0.01", "1", "24", "168"])
@@ -358,10 +358,10 @@ def test_doctor_names_destinations_that_stand_still(
     found = diagnosed()
     assert "1 destination paused: other.example since" in found["pauses"][1]
     assert "orchestrator destinations resume NAME" in found["pauses"][1]
-    assert "open for 1 destination, which fail: api.example since" in found["breakers"][1]
+    assert "open for 1 destination, because attempts fail: api.example since" in found["breakers"][1]
     assert "slow.example (49 events at 0.01 a second)" in found["rates"][1]
     told(call("pause"))
     client.rows("update orchestrator.timer set due_at = due_at - interval '1 hour'")
     found = diagnosed()
     assert found["backlog"][0] == "warning"
-    assert "everything is paused; go on: orchestrator resume" in found["backlog"][1]
+    assert "everything is paused; to continue: orchestrator resume" in found["backlog"][1]

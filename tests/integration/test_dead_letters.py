@@ -224,7 +224,7 @@ def test_dead_letters_are_listed_by_filter_and_shown_one_by_one(
     shown = told(call("dead-letters", "list", "--limit", "3"))
     assert "timeout: no answer" in shown
     assert "There are more: --limit 15" in shown
-    assert "There are none such." in told(call("dead-letters", "list", "--source", "nobody"))
+    assert "No dead letter matches the filter." in told(call("dead-letters", "list", "--source", "nobody"))
     event_id = dead["topic"][0]
     story = told(call("dead-letters", "show", event_id))
     assert all(text in story for text in (event_id, "attempt 1 dead", "no such TOPIC"))
@@ -240,7 +240,7 @@ def test_a_redrive_by_command_asks_first_and_goes_on_until_all_events_are_done(
     which = ("dead-letters", "redrive", "--source", "tests")
     assert "6 would be redriven" in told(call(*which, "--dry-run"))
     no = call(*which, typed="n\n")
-    assert (no.exit_code, "Have 6 dead events tried again? [y/N]" in no.stdout) == (1, True)
+    assert (no.exit_code, "Redrive 6 dead events? [y/N]" in no.stdout) == (1, True)
     assert len(listed(client)) == 8
     assert "looked at 8: 6 matched, 6 redriven" in told(call(*which, "--rate", "0.5", "--yes"))
     assert listed(client) == ids(dead, {"other"})
@@ -273,7 +273,7 @@ def test_a_dead_event_is_redriven_by_its_id(call: Call, client: Client, dead: di
 def test_a_purge_by_command_asks_first(call: Call, client: Client, dead: dict[str, list[str]]) -> None:
     which = ("dead-letters", "purge", "--until", "-30m")
     no = call(*which, typed="\n")
-    assert (no.exit_code, "Forget 4 dead letters? [y/N]" in no.stdout) == (1, True)
+    assert (no.exit_code, "Purge 4 dead letters? [y/N]" in no.stdout) == (1, True)
     assert len(listed(client)) == 8
     assert answer(call(*which, "--yes", "--json"))["purged"] == 4
     assert "4 matched, 4 purged" in call("dead-letters", "purge", "--until", "now", typed="y\n").stdout
@@ -291,7 +291,7 @@ def test_a_purge_by_command_asks_first(call: Call, client: Client, dead: dict[st
         (["redrive", "--rate", "0"], "--rate: expected more than 0 and at most 100,000 a second, got 0.0"),
         (["redrive", "--rate", "nan"], "--rate: expected more than 0"),
         (["redrive", "--limit", "0"], "0 is not in the range"),
-        (["redrive", "--json"], "--json: nobody can be asked"),
+        (["redrive", "--json"], "--json: cannot ask for confirmation"),
         (["redrive", UNKNOWN, "--rate", "5"], "ID: names one event"),
         (["redrive", UNKNOWN, "--source", "s"], "ID: names one event"),
         (["purge"], "expected a filter: --source, --destination, --from, --until or --reason; for all, --until now"),

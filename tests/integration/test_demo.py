@@ -89,7 +89,7 @@ async def test_the_demo_refuses_a_database_in_which_events_wait_for_delivery(spa
         connection.execute(SUBMISSION)
     process = spawn("demo", "--events", "10", "--database-url", database_url)
     assert await process.wait(40) == 1
-    assert "Error: --database-url: the demo would deliver what waits" in process.log()
+    assert "Error: --database-url: the demo would deliver the events that wait" in process.log()
 
 
 def test_the_result_counts_lost_repeated_and_early_deliveries() -> None:

@@ -521,7 +521,7 @@ async def test_a_sender_that_fails_costs_one_attempt_and_not_the_dispatcher(
         await finished(client, [event_id])
     assert client.outcomes(event_id) == [(1, "retried"), (2, "delivered")]
     assert outcomes(client, event_id)[0]["error"] == "internal error: RuntimeError"
-    (line,) = [record for record in caplog.records if "not foreseen" in record.message]
+    (line,) = [record for record in caplog.records if "unexpectedly" in record.message]
     assert cast(Any, line).event_id == event_id
 
 

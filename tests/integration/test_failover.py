@@ -90,7 +90,7 @@ async def test_commands_that_must_write_say_that_they_cannot(client: Client, set
         migrate.migrate(url)
     doctor = invoke("doctor", env={"DATABASE_URL": url, "COLUMNS": "200"})
     assert doctor.exit_code == 1
-    assert "it takes none: default_transaction_read_only is on" in doctor.output
+    assert "the database takes no writes: default_transaction_read_only is on" in doctor.output
 
 
 async def test_a_standby_is_not_ready_until_it_is_promoted(

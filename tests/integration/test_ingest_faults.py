@@ -259,7 +259,7 @@ async def test_a_topic_recreated_while_it_is_read_halts(
         await topic.delete()
         await topic.create()
         await feed(topic, [submission(n) for n in range(400, 440)])
-        await halted(running, client, caplog, 4, "the topic was made anew or truncated")
+        await halted(running, client, caplog, 4, "the topic was recreated or truncated")
     assert_exact(client, accepted=400)
 
 

@@ -223,9 +223,9 @@ def test_doctor_sees_that_no_process_maintains_the_database(
     client: Client, findings: Callable[..., dict[str, Any]]
 ) -> None:
     client.rows("update orchestrator.maintenance_run set started_at = started_at - interval '3 hours'")
-    assert findings()["maintenance"] == ["it last ran 3 hours ago"]
+    assert findings()["maintenance"] == ["maintenance last ran 3 hours ago"]
     client.rows("delete from orchestrator.maintenance_run")
-    assert findings()["maintenance"] == ["it has never run"]
+    assert findings()["maintenance"] == ["maintenance has never run"]
 
 
 def test_doctor_names_failing_steps_and_a_retention_that_differs(
@@ -238,8 +238,10 @@ def test_doctor_names_failing_steps_and_a_retention_that_differs(
     client.rows("select orchestrator.configure_retention(p_retention_days => 30)")
     found = findings(CLEANUP_RETENTION_DAYS="14")
     [step] = found["maintenance"]
-    assert step.startswith("step partitions_detached failed then: ")
-    assert found["retention"] == ["the database was told otherwise: CLEANUP_RETENTION_DAYS is 14 here, 30 there"]
+    assert step.startswith("step partitions_detached failed in that run: ")
+    assert found["retention"] == [
+        "the database has other values: CLEANUP_RETENTION_DAYS is 14 here and 30 in the database"
+    ]
 
 
 def test_doctor_names_partitions_that_no_process_archives_and_dead_letters_that_are_about_to_go(
@@ -261,7 +263,7 @@ def test_doctor_names_partitions_that_no_process_archives_and_dead_letters_that_
         )
     found = findings()
     names = f"event_p{OLD:%Y%m%d}, outcome_p{OLD:%Y%m%d}"
-    assert found["archive"] == [f"2 partitions past retention wait to be archived: {names}"]
+    assert found["archive"] == [f"2 partitions past retention not archived yet: {names}"]
     assert found["dead letters"] == ["2 events ran out of attempts; retention drops 1 event of them within a day"]
 
 

@@ -78,7 +78,7 @@ def test_migrate_restores_rights_that_a_dump_left_behind(
     assert check(empty_database_url) == ["roles.sql"]
     assert invoke("migrate", "--check", env=env).exit_code == 1
     told = invoke("doctor", env=env).stdout
-    assert "rights are not as migrate left them, as after pg_restore --no-acl" in told
+    assert "rights differ from those that migrate gave, as after pg_restore --no-acl" in told
     assert "public EXECUTE" in told
     with pytest.raises(psycopg.errors.InsufficientPrivilege), Client(_as(clerk, empty_database_url)) as client:
         client.schedule()

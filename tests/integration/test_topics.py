@@ -135,13 +135,13 @@ async def test_doctor_sees_records_that_no_ingester_reads_and_partitions_that_ar
         await producer.send_and_wait(topic, b"one", partition=0)
     (finding,) = (await in_thread(diagnosed))["ingestion"]
     assert finding.level == "warning"
-    assert f"1 record of {topic} to be read, and none has been read yet" in finding.what
+    assert f"1 record of {topic} unread, and none has been read yet" in finding.what
     with psycopg.connect(ours.database_url, autocommit=True) as connection:
         connection.execute("select orchestrator.set_ingest_offset(%s, 0, 7)", (topic,))
         (finding,) = (await in_thread(diagnosed))["ingestion"]
         assert finding.level == "problem"
         assert f"partition 0 of {topic} is halted at offset 7" in finding.what
-        assert "made anew or truncated" in finding.what
+        assert "recreated or truncated" in finding.what
         connection.execute(finding.mend.partition(": ")[2])
         connection.execute("update orchestrator.ingest_offset set moved_at = now() - interval '5 minutes'")
         (finding,) = (await in_thread(diagnosed))["ingestion"]

@@ -365,7 +365,7 @@ _BATCH: LiteralString = "from orchestrator.outbox_batch(50000)"
 BULKS: dict[str, tuple[LiteralString, LiteralString, LiteralString]] = {
     "settle lanes": (
         _TIMERS,
-        "select orchestrator.settle_lanes()",
+        "select orchestrator.reroute_remaining()",
         "select orchestrator.configure_destination('big.example', p_max_parallel => 5)",
     ),
     "expire": (_TIMERS, "select orchestrator.expire_events(50000)", "select 1"),

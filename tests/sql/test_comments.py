@@ -48,10 +48,10 @@ def test_every_table_and_view_has_a_comment(client: Client) -> None:
     assert missing == []
 
 
-def test_every_column_of_a_table_has_a_comment(client: Client) -> None:
+def test_every_column_of_a_table_or_a_type_has_a_comment(client: Client) -> None:
     missing = client.column(
         """select c.relname || '.' || a.attname from pg_attribute a join pg_class c on c.oid = a.attrelid
-        where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'p') and a.attnum > 0
+        where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'p', 'c') and a.attnum > 0
           and not c.relispartition and not a.attisdropped and col_description(c.oid, a.attnum) is null"""
     )
     assert missing == []

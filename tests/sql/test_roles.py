@@ -44,7 +44,7 @@ READING = {
     "first_day_kept", "first_id",
 }  # fmt: skip
 OPERATING = {
-    "run_maintenance", "settle_lanes", "create_partitions", "pass_dead_letter", "configure_destination",
+    "run_maintenance", "reroute_remaining", "create_partitions", "pass_dead_letter", "configure_destination",
     "delete_destination", "pause_destination", "resume_destination", "pause_all", "resume_all", "close_breaker",
     "destination_json", "create_api_key", "revoke_api_key",
     "set_ingest_offset", "get_reject", "resubmitted_reject", "redrive_event", "retry_outbox_failures",

@@ -53,14 +53,26 @@ _KEYS = f"An API key, `orch_…`. Its scopes are of {', '.join(SCOPES)}; admin i
 
 
 _LOCATION = {"Location": header("The path of the event.", {"type": "string", "format": "uri-reference"})}
-_ID: Schema = {"name": "id", "in": "path", "required": True, "schema": UUID}
-_JOB: Schema = {"name": "external_job_id", "in": "path", "required": True, "schema": NAME}
+_ID: Schema = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "description": "The id of the event.",
+    "schema": UUID,
+}
+_JOB: Schema = {
+    "name": "external_job_id",
+    "in": "path",
+    "required": True,
+    "description": "The client's own id for the event.",
+    "schema": NAME,
+}
 
 _PATHS: dict[str, Any] = {
     "/api/v1/events/statistics": {
         "get": operation(
             "statistics",
-            "Count events by state; or, with any parameter, what happened in a range of time: an hour, unless said",
+            "Count events by state; or, with any parameter, what happened in a range of time, by default an hour",
             {"200": answer("The counts.", "StatisticsOrCounts")},
             (*READ_PROBLEMS, 409, 422),
             parameters=parameters(COUNTS),
@@ -88,7 +100,7 @@ _PATHS: dict[str, Any] = {
     "/api/v1/events/{id}/reschedule": {
         "post": operation(
             "rescheduleEvent",
-            "Have an event delivered at another time: it is cancelled and submitted anew, both or neither",
+            "Deliver an event at another time: another event replaces it, in one step",
             {"200": answer("Another event has taken its place, now or before.", "Rescheduled")},
             (*BODY_PROBLEMS, 404, 409),
             parameters=(_ID,),
@@ -99,7 +111,7 @@ _PATHS: dict[str, Any] = {
     "/api/v1/events/cancel": {
         "post": operation(
             "cancelMany",
-            "Cancel the events that a filter names, in bounded calls: repeat it with `after` until there is no next",
+            "Cancel the events that a filter names. A call is bounded; repeat it with `after` until there is no next",
             {"200": answer("What this call did.", "ManyCancelled")},
             (*BODY_PROBLEMS, 409),
             body="CancelFilter",
@@ -109,7 +121,7 @@ _PATHS: dict[str, Any] = {
     "/api/v1/events/external/{external_job_id}/reschedule": {
         "post": operation(
             "rescheduleNamedEvent",
-            "The same for the only live event of an external id",
+            "Deliver the only live event of an external id at another time",
             {"200": answer("Another event has taken its place, now or before.", "Rescheduled")},
             (*BODY_PROBLEMS, 404, 409),
             parameters=(_JOB,),
@@ -138,7 +150,7 @@ _PATHS: dict[str, Any] = {
     "/api/v1/events/external/{external_job_id}/all": {
         "get": operation(
             "eventsOfJob",
-            "Every event of an external id, the one scheduled last first",
+            "Every event of an external id; the one scheduled last comes first",
             {"200": answer("A page of events, which may be empty.", "EventPage")},
             (*READ_PROBLEMS, 400, 422),
             parameters=(_JOB, *page_parameters("events", CURSOR_PATTERN)),

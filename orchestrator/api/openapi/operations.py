@@ -10,6 +10,7 @@ from orchestrator.api.requests.queries import DEFAULT_LIMIT, MAX_LIMIT
 
 READ_PROBLEMS = (401, 403, 500, 503)
 BODY_PROBLEMS = (400, 401, 403, 408, 413, 415, 422, 500, 503)
+NEXT: Schema = {"type": ["string", "null"], "description": "The `cursor` of the next page; null on the last."}
 
 
 def operation(

@@ -11,15 +11,19 @@ from orchestrator.settings import Settings
 
 def submission_schemas(settings: Settings) -> dict[str, Schema]:
     return {
-        "Submission": {"anyOf": [ref("HttpSubmission"), ref("KafkaSubmission")], "examples": _EXAMPLES},
-        "HttpSubmission": _submission(settings, _TO_URL, "delivery_type"),
-        "KafkaSubmission": _submission(settings, _TO_TOPIC, "destination"),
+        "Submission": {
+            "description": "An event to deliver.",
+            "anyOf": [ref("HttpSubmission"), ref("KafkaSubmission")],
+            "examples": _EXAMPLES,
+        },
+        "HttpSubmission": _submission(settings, _TO_URL, "delivery_type") | {"description": "An event for a URL."},
+        "KafkaSubmission": _submission(settings, _TO_TOPIC, "destination") | {"description": "An event for a topic."},
         "JsonValue": _JSON_VALUE,
     }
 
 
 _TO_URL: dict[str, Schema] = {
-    "delivery_type": {"enum": ["HTTP", None], "default": "HTTP"},
+    "delivery_type": {"enum": ["HTTP", None], "default": "HTTP", "description": "Null is `HTTP`."},
     "destination": {
         "type": "string",
         "maxLength": MAX_URL_CHARS,
@@ -28,7 +32,7 @@ _TO_URL: dict[str, Schema] = {
     },
 }
 _TO_TOPIC: dict[str, Schema] = {
-    "delivery_type": {"const": "KAFKA"},
+    "delivery_type": {"const": "KAFKA", "description": "Send it to a topic."},
     "destination": {
         "type": ["string", "null"],
         "pattern": TOPIC_PATTERN,

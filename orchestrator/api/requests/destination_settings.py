@@ -1,6 +1,7 @@
-"""What the settings of a destination may be in a request: one table for the check and for the OpenAPI document.
+"""The settings of a destination in a request: one table for the check and for the OpenAPI document.
 
-Rules that need the database, or two settings at once, are left to it.
+They set its rate limit (GCRA), its circuit breaker and the like. The database checks rules that concern two settings,
+or that need its data.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _HOST_AND_PORT = f"{HOST_PATTERN}(?::{PORT_PATTERN})?"
 _STARRED = (
     rf"(?!\*+(?::|$))(?:[A-Za-z0-9_-]+\.)*[A-Za-z0-9_-]*\*[A-Za-z0-9_*-]*(?:\.[A-Za-z0-9_*-]+)*(?::{PORT_PATTERN})?"
 )
-# A host and port as URLs have them, or kafka: and a topic; with * a pattern. SQL's as_destination() takes no less.
+# A host and port as in a URL, or kafka: and a topic; with * a pattern. SQL's as_destination() accepts all of these.
 NAME_PATTERN = rf"^(?:kafka:(?!\.{{1,2}}$)[A-Za-z0-9._*-]{{0,249}}|{_HOST_AND_PORT}|{_STARRED})$"
 EXACT_NAME_PATTERN = rf"^(?:kafka:(?!\.{{1,2}}$)[A-Za-z0-9._-]{{0,249}}|{_HOST_AND_PORT})$"
 FILE_PATTERN = r"^(?!whsec_)[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -36,11 +37,13 @@ _A_NAME = "the name of a secret, a file of SECRETS_DIRECTORY: 1 to 100 letters, 
 DESTINATION_SETTINGS: dict[str, Field] = {
     "rate_per_second": number(
         "rate_per_second",
-        "Attempts a second, by all dispatchers together. Without it there is no limit.",
+        "Rate limit: attempts a second, by all dispatchers together. Without it there is none.",
         0.000001,
         100_000,
     ),
-    "burst": whole("burst", "Attempts that may start at once after a pause, under the rate. Else 1.", 1, 1_000_000),
+    "burst": whole(
+        "burst", "Attempts that may start at once under the rate limit, after a quiet time. Default 1.", 1, 1_000_000
+    ),
     "max_parallel": whole("max_parallel", "Attempts under way at once, by all dispatchers together.", 1, 100_000),
     "adaptive": Field(
         "adaptive",
@@ -51,7 +54,7 @@ DESTINATION_SETTINGS: dict[str, Field] = {
         },
         bool,
     ),
-    "timeout_seconds": number("timeout", "Longest that an attempt may take.", 0.1, 600),
+    "timeout_seconds": number("timeout", "Longest time that an attempt may take.", 0.1, 600),
     "retry_policy": Field(
         "retry_policy",
         "a name of 1 to 63 characters from a-z, 0-9, _ and -",
@@ -83,20 +86,29 @@ DESTINATION_SETTINGS: dict[str, Field] = {
     ),
     "spread_seconds": number("spread", "Window over which its events are spread.", 0.001, 604_800),
     "breaker_failures": whole(
-        "breaker_failures", "Its breaker opens after so many failures in a row; 0: not by that. Else 10.", 0, 1_000_000
+        "breaker_failures",
+        "Its circuit breaker opens after this many failures in a row; 0: never for that. Default 10.",
+        0,
+        1_000_000,
     ),
     "breaker_ratio": number(
-        "breaker_ratio", "It opens when this share of attempts in its window failed; 0: not by that. Else 0.5.", 0, 1
+        "breaker_ratio",
+        "It opens when this share of the attempts in its window failed; 0: never for that. Default 0.5.",
+        0,
+        1,
     ),
     "breaker_minimum": whole(
-        "breaker_minimum", "Attempts in the window before the ratio counts. Else 20.", 1, 1_000_000
+        "breaker_minimum", "Attempts in the window before the ratio counts. Default 20.", 1, 1_000_000
     ),
-    "breaker_window_seconds": number("breaker_window", "The window of the ratio. Else 30.", 1, 3600),
+    "breaker_window_seconds": number("breaker_window", "Length of the window of the ratio. Default 30.", 1, 3600),
     "breaker_cooldown_seconds": number(
-        "breaker_cooldown", "How long it stays open at first; doubles with each failed try. Else 5.", 0.1, 3600
+        "breaker_cooldown", "How long it stays open at first; doubles with each failed probe. Default 5.", 0.1, 3600
     ),
     "breaker_max_cooldown_seconds": number(
-        "breaker_max_cooldown", "Longest that it stays open; at least breaker_cooldown_seconds. Else 300.", 0.1, 86_400
+        "breaker_max_cooldown",
+        "Longest time that it stays open; at least breaker_cooldown_seconds. Default 300.",
+        0.1,
+        86_400,
     ),
 }
 """The settings by their names in JSON. Null is the same as absent."""
@@ -137,7 +149,7 @@ def settings_of(fields: Mapping[str, msgspec.Raw]) -> tuple[dict[str, Any], list
 
 
 def _shown(name: str, raw: msgspec.Raw) -> str:
-    """A secret may stand where its name belongs."""
+    """The value for an error text, but only its type where somebody may have put a secret in place of its name."""
     return kind_of(raw) if "secret" in name else shown(raw)
 
 

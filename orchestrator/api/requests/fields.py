@@ -1,4 +1,4 @@
-"""What a field of a request may hold, said once: for the check and for the OpenAPI document."""
+"""The fields of requests, defined once for the check and for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.events.times import with_usual_time
 
 
 class Field(NamedTuple):
-    """`column` is what the database calls it; `schema` is what OpenAPI says, `wire` what is checked."""
+    """`column` is its name in the database, `schema` its OpenAPI schema, `wire` the type that is checked."""
 
     column: str
     expected: str
@@ -46,7 +46,7 @@ def whole(column: str, about: str, least: int, most: int) -> Field:
 
 
 async def read_fields(request: Request, max_bytes: int) -> dict[str, msgspec.Raw]:
-    """The fields of the body of a request that is no event: a small JSON object. Raises a 4xx problem."""
+    """The fields of a body other than an event: a small JSON object. Raises a 4xx problem."""
     return fields_of(await read_json(request.scope, request.receive, min(max_bytes, MAX_FIELDS_BYTES)))
 
 
@@ -67,17 +67,17 @@ def _malformed(reason: str) -> Problem:
 
 
 def unprocessable(faults: list[tuple[str, str]]) -> Problem:
-    """The 422 problem of these rules that were broken, as (field, reason)."""
+    """The 422 problem that names the broken rules, given as (field, reason)."""
     return Problem("validation", "; ".join(": ".join(fault) for fault in faults[:3]), errors=faults[:MAX_FAULTS])
 
 
 async def body_values(request: Request, table: Mapping[str, Field], max_bytes: int, *required: str) -> dict[str, Any]:
-    """The values of a JSON body, by columns. Raises a problem that names every rule it breaks."""
+    """The values of a JSON body, by column. Raises a problem that names every rule that it breaks."""
     return _values(await read_fields(request, max_bytes), table, required)
 
 
 def query_values(request: Request, table: Mapping[str, Field]) -> dict[str, Any]:
-    """The values of those parameters of the query that the table has, by columns. Raises a 422 problem."""
+    """The values of the query parameters that are in the table, by column. Raises a 422 problem."""
     given = {name: text for name, text in request.query_params.items() if name in table}
     return _values({name: msgspec.Raw(msgspec.json.encode(text)) for name, text in given.items()}, table, ())
 

@@ -1,4 +1,4 @@
-"""How requests name many events at once, and how much of that one call may do."""
+"""Filters by which requests select many events, and the bounds of what one call does with them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _time(column: str, about: str) -> Field:
 
 
 def _or_null(field: Field) -> Field:
-    """What an answer says with null may be sent back as it is."""
+    """The field, or null: a client may send back the null of an answer."""
     return Field(field.column, f"{field.expected}, or null", nullable(field.schema), field.wire | None)
 
 
@@ -66,11 +66,11 @@ def _narrowing(what: str, time: str) -> dict[str, Field]:
 
 
 _EVENTS = _narrowing("Events", "scheduled for")
-_REASON = {"reason": _text("reason", "Those whose reason holds this text, in upper or lower case.", MAX_REASON_CHARS)}
+_REASON = {"reason": _text("reason", "Those whose reason contains this text, in any case.", MAX_REASON_CHARS)}
 _DRY_RUN = Field(
     "dry_run",
     "true or false",
-    {"type": "boolean", "default": False, "description": "Change nothing, and say what would be changed."},
+    {"type": "boolean", "default": False, "description": "Change nothing, and report what would be changed."},
     bool,
 )
 _UUID = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")]
@@ -96,7 +96,7 @@ COUNTS = {
     "by": Field(
         "by",
         f"some of {', '.join(GROUPS)}, with commas between them",
-        {"type": "string", "pattern": _BY_PATTERN, "description": "What to count apart, with commas between."},
+        {"type": "string", "pattern": _BY_PATTERN, "description": "By what to group the counts, separated by commas."},
         Annotated[str, msgspec.Meta(pattern=_anchored(_BY_PATTERN))],
     )
 } | _narrowing("Counts", "of")
@@ -104,7 +104,7 @@ COUNTS["destination"] = _destination("Counts of this host, or of `kafka:` and th
 
 
 def filter_of(values: Mapping[str, Any]) -> Filter:
-    """The filter among the values of a request. Raises a 409 problem for a range of times that holds none."""
+    """The filter among the values of a request. Raises a 409 problem for an empty range of times."""
     since, until = values.get("since"), values.get("until")
     if since is not None and until is not None and since >= until:
         reason = f"expected a time after from, {since.isoformat()}, got {until.isoformat()}"
@@ -113,7 +113,7 @@ def filter_of(values: Mapping[str, Any]) -> Filter:
 
 
 def times_of(values: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The times of a reschedule. Raises a 409 problem for one that is never kept."""
+    """The times of a reschedule. Raises a 409 problem for a time at which no event may be scheduled."""
     scheduled_at, expires_at = values["scheduled_at"], values.get("expires_at")
     for name, at in (("scheduled_at", scheduled_at), ("expires_at", expires_at)):
         if at is not None and (fault := scheduled_at_fault(at)):
@@ -122,19 +122,19 @@ def times_of(values: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def require_some(values: Mapping[str, Any], table: Mapping[str, Field], names: tuple[str, ...]) -> None:
-    """Refuses a request that would mean everything. Raises a 422 problem."""
+    """Raises a 422 problem for a request that would select everything."""
     if not any(table[name].column in values for name in names):
         raise unprocessable([("body", f"expected at least one of {', '.join(names)}: this is never done to all")])
 
 
 def call_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What else bounds a call, as arguments."""
+    """The other bounds of a call, as arguments."""
     call = {name: _as_text(values[name]) for name in ("dry_run", "after", "rate", "start_at") if name in values}
     return call | {"limit": int(values.get("limit", MAX_LOOKED_AT))}
 
 
 def answer_of(swept: Swept, **more: int | str | None) -> Response:
-    """What one call did, and where the next one goes on."""
+    """The answer: what one call did, and where the next one goes on."""
     told = {"seen": swept.seen, "matched": swept.matched, **more}
     return as_json(msgspec.json.encode({**told, "examples": swept.examples, "next_after": swept.next_after}))
 
@@ -152,13 +152,19 @@ def swept_schema(**more: Schema) -> Schema:
     return closed(
         {
             "seen": {**COUNT, "description": "How many this call has looked at."},
-            "matched": {**COUNT, "description": "How many of them the filter names."},
+            "matched": {**COUNT, "description": "How many of them match the filter."},
             **more,
-            "examples": {"type": "array", "items": UUID, "description": "Some of those that the filter names."},
+            "examples": {"type": "array", "items": UUID, "description": "Some of those that match the filter."},
             "next_after": {**nullable(UUID), "description": "The `after` of the next call; null: this was the last."},
         }
     )
 
 
 def parameters(table: Mapping[str, Field]) -> tuple[Schema, ...]:
-    return tuple({"name": name, "in": "query", "schema": field.schema} for name, field in table.items())
+    return tuple(_parameter(name, field.schema) for name, field in table.items())
+
+
+def _parameter(name: str, schema: Schema) -> Schema:
+    """OpenAPI tools show the description of a parameter, not that of its schema."""
+    bare = {key: value for key, value in schema.items() if key != "description"}
+    return {"name": name, "in": "query", "description": schema["description"], "schema": bare}

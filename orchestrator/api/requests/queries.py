@@ -16,7 +16,7 @@ from orchestrator.events.json_text import pruned
 from orchestrator.events.quoting import shown
 from orchestrator.events.times import EARLIEST
 
-# A place in a list: a microsecond and the id of an event. Opaque to clients, and no string of this form is wrong.
+# A place in a list: a microsecond and the id of an event. Opaque to clients; every string of this form is accepted.
 CURSOR_PATTERN = "^[0-9a-f]{46}$"
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
@@ -49,7 +49,7 @@ def page_limit(request: Request) -> int:
 
 
 def page_place(request: Request) -> tuple[int, tuple[str, str] | None]:
-    """How many a page is to have, and the time and id that it starts after. Raises a 400 or 422 problem."""
+    """The size of a page, and the time and id after which it starts. Raises a 400 or 422 problem."""
     limit = page_limit(request)
     cursor = request.query_params.get("cursor")
     if cursor is None:
@@ -62,7 +62,7 @@ def page_place(request: Request) -> tuple[int, tuple[str, str] | None]:
 
 
 def page_of(name: str, found: Sequence[bytes], limit: int, time_field: str) -> bytes:
-    """A page of what was found in order of a time and an id, of which there is one more if there is a next page."""
+    """A page of items in order of a time and an id. `found` has one more than `limit` if there is a next page."""
     following = b'"%b"' % _cursor(found[limit - 1], time_field) if len(found) > limit else b"null"
     return b'{"%b":[%b],"next":%b}' % (name.encode(), b",".join(found[:limit]), following)
 
@@ -70,7 +70,7 @@ def page_of(name: str, found: Sequence[bytes], limit: int, time_field: str) -> b
 def _cursor(item: bytes, time_field: str) -> bytes:
     try:
         fields = msgspec.json.decode(item, type=dict[str, msgspec.Raw])
-    except RecursionError:  # PostgreSQL takes deeper payloads than the API does
+    except RecursionError:  # PostgreSQL accepts deeper payloads than the API does
         fields = msgspec.json.decode(pruned(item) or b"{}", type=dict[str, msgspec.Raw])
     micros = (msgspec.json.decode(fields[time_field], type=datetime) - EARLIEST) // _MICROSECOND
     return b"%014x%b" % (micros, msgspec.json.decode(fields["id"], type=str).replace("-", "").encode())

@@ -1,4 +1,4 @@
-"""Dead letters: listing them, having them tried again, and forgetting them."""
+"""Dead letters: list them, redrive them, purge them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from orchestrator.errors import ValidationError
 from orchestrator.events.quoting import shown
 from orchestrator.settings import Settings
 
-# The last name of a page, in UTF-8. Opaque to clients, and no string of this form is wrong.
+# The last name of a page, in UTF-8. Opaque to clients; every string of this form is accepted.
 CURSOR_PATTERN = "^([2-9a-f][0-9a-f]){1,1200}$"
 MAX_BUCKET_S = 86_400
 MAX_UNTIL_S = 604_800

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class Health:
-    """Tells whether this process lives and whether it can serve; the second by asking the database."""
+    """Says whether this process is alive, and whether it can serve, for which it asks the database."""
 
     def __init__(self, database: Database, metrics: Metrics, deliverer: Deliverer | None = None) -> None:
         self._database = database
@@ -75,40 +75,40 @@ class Health:
         await self._read_condition()
         await self._read_holders()
         theirs = {} if self._deliverer is None else await self._deliverer.samples()
-        if theirs is None:  # without its samples counters would seem to start again at zero
+        if theirs is None:  # without its samples, counters would seem to restart at zero
             return Response(f"{_SILENT}\n", HTTPStatus.SERVICE_UNAVAILABLE, media_type="text/plain")
         text, content_type = self._metrics.exposition(theirs)
         return Response(text, headers={"content-type": content_type})
 
     async def _read_standstills(self) -> None:
-        """Asks the database what stands still, at most once in STANDSTILLS_CACHE_S, and never for long."""
+        """Asks the database what is paused or held by a circuit breaker, at most once in STANDSTILLS_CACHE_S."""
         if time.monotonic() - self._standstills_at < STANDSTILLS_CACHE_S:
             return
         self._standstills_at = time.monotonic()
         try:
             found = await within(CHECK_TIMEOUT_S, self._destinations.standstills())
         except (TimeoutError, OrchestratorError) as error:
-            _log.debug("metrics: what stands still is unknown", extra={"error": str(error)})
+            _log.debug("metrics: pauses and circuit breakers are unknown", extra={"error": str(error)})
             self._metrics.set_standstills(math.nan, math.nan, math.nan)
         else:
             paused = found.paused_at is not None
             self._metrics.set_standstills(float(paused), found.destinations_paused, found.breakers_open)
 
     async def _read_condition(self) -> None:
-        """Asks the database how its maintenance fares, at most once in CONDITION_CACHE_S, and never for long."""
+        """Asks the database for the condition of its maintenance, at most once in CONDITION_CACHE_S."""
         if time.monotonic() - self._condition_at < CONDITION_CACHE_S:
             return
         self._condition_at = time.monotonic()
         try:
             found = await within(CHECK_TIMEOUT_S, condition(self._database))
         except (TimeoutError, OrchestratorError) as error:
-            _log.debug("metrics: how maintenance fares is unknown", extra={"error": str(error)})
+            _log.debug("metrics: the condition of maintenance is unknown", extra={"error": str(error)})
             self._metrics.set_condition(None)
         else:
             self._metrics.set_condition(found)
 
     async def _read_holders(self) -> None:
-        """Asks the database who holds others up, at most once in CONDITION_CACHE_S, and never for long."""
+        """Asks the database which sessions hold others up, at most once in CONDITION_CACHE_S."""
         if time.monotonic() - self._holders_at < CONDITION_CACHE_S:
             return
         self._holders_at = time.monotonic()
@@ -116,12 +116,12 @@ class Health:
             asked = self._database.value("select count(*) from orchestrator.lock_holders()")
             count = await within(CHECK_TIMEOUT_S, asked)
         except (TimeoutError, OrchestratorError) as error:
-            _log.debug("metrics: who holds others up is unknown", extra={"error": str(error)})
+            _log.debug("metrics: the sessions that hold others up are unknown", extra={"error": str(error)})
             count = math.nan
         self._metrics.lock_holders.set(count)
 
     async def _database_fault(self) -> str | None:
-        """Why the database cannot be used, or None. Asks it at most once in CACHE_S, however many ask."""
+        """Why the database cannot be used, or None. Asks it at most once in CACHE_S, however many requests come."""
         async with self._lock:
             if time.monotonic() - self._checked_at >= CACHE_S:
                 try:

@@ -1,8 +1,8 @@
-"""The API in a process of its own, beside the one that delivers: nothing that clients do makes an event late.
+"""Runs the API in a process of its own, beside the one that delivers, so that no client makes an event late.
 
-A thread would not do. What an expensive request computes holds the interpreter's lock, memory that it takes is
-missing everywhere, and descriptors are shared. This process listens, and hands its sockets on; it answers what the
-other asks, starts it again when it has died, and tells it to stop.
+A thread would not be enough: an expensive request would hold the interpreter's lock, and share memory and descriptors
+with deliveries. The delivering process opens the sockets and passes them on. It answers the API's process, starts it
+again when it has died, and tells it to stop.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 
 _ENDING_S = 1.0
-_VICTIM = "500"  # of 1000: when memory runs out, the kernel ends the API rather than what delivers
+_VICTIM = "500"  # of 1000: when memory runs out, the kernel kills the API rather than the delivering process
 
 _log = logging.getLogger(__name__)
 
 
 async def serve_apart(settings: Settings, role: str, metrics: Metrics, *, stop: asyncio.Event) -> None:
-    """Serves the API until `stop` is set. Raises OrchestratorError as `serve` does, when it cannot begin to.
+    """Serves the API until `stop` is set. Raises OrchestratorError as `serve` does when it cannot start.
 
-    Raises it, too, when the other process does not stop in order.
+    Raises it also when the API's process does not stop in order.
     """
     with listening(settings) as listeners:
         failures, has_served = 0, False
         while not stop.is_set():
             try:
                 failure, served = await _serve_once(settings, role, metrics, listeners, stop)
-            except OSError as error:  # what a process takes is lacking
+            except OSError as error:  # this machine lacks what a new process needs
                 failure, served = Message("failed", f"its process cannot be started: {error}"), False
             has_served |= served
             if stop.is_set():
@@ -59,9 +59,9 @@ async def serve_apart(settings: Settings, role: str, metrics: Metrics, *, stop: 
 async def _serve_once(
     settings: Settings, role: str, metrics: Metrics, listeners: Listeners, stop: asyncio.Event
 ) -> tuple[Message, bool]:
-    """Runs one process until it has ended; why it did, and whether it had begun to serve.
+    """Runs one process until it has ended; returns why it ended, and whether it had begun to serve.
 
-    Raises OrchestratorError when it had to be killed at a stop, or failed there.
+    Raises OrchestratorError when it had to be killed at a stop, or failed while it stopped.
     """
     failure, served = None, False
     async with _process(settings, role, listeners) as (process, link):
@@ -92,21 +92,21 @@ async def _serve_once(
 async def _process(
     settings: Settings, role: str, listeners: Listeners
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, Link]]:
-    """Starts it; it has ended when the block does."""
+    """Starts the API's process; it has ended when the block does."""
     ours, theirs = socket.socketpair()
     with theirs:
         descriptors = [theirs.fileno(), *(each.fileno() for each in listeners if each is not None)]
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                "-P",  # finds modules where this process does, and not in the current directory before all others
+                "-P",  # it must find modules where this process does, not first in the current directory
                 "-m",
                 __name__,
                 *map(str, descriptors),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=descriptors,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # Ctrl-C is for this process, which then ends the other in order
+                start_new_session=True,  # Ctrl-C is for this process, which then stops the other in order
             )
         except BaseException:
             ours.close()
@@ -116,12 +116,12 @@ async def _process(
         link.send_raw(pickle.dumps((settings, role)))
         yield process, link
     finally:
-        await link.close()  # of which it dies at once if it has not ended
+        await link.close()  # then it ends at once if it has not yet
         await _ended(process)
 
 
 async def _ended(process: asyncio.subprocess.Process) -> int:
-    """Its exit status, for which it is given a moment."""
+    """Its exit status; kills it if it has not ended within a second."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_ENDING_S):
             return await process.wait()
@@ -141,15 +141,15 @@ async def _stop(
         process.kill()
 
 
-# What follows runs in the other process.
+# The code below runs in the API's process.
 
 
 def main() -> None:
-    """Serves over the sockets whose descriptors it is given: the link, the API's, and that of health if it is apart."""
+    """Serves on the sockets whose descriptors it is given: the link, the API's, and perhaps one for health alone."""
     import uvloop
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # whoever sends them to both means the other, which tells us to stop
+        signal.signal(number, signal.SIG_IGN)  # the delivering process gets them, too, and tells this one to stop
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_VICTIM)
     link, *listeners = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[1:])
@@ -169,7 +169,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
     given = await link.receive_raw()
     if given is None:
         return 1
-    settings, role = pickle.loads(given)  # noqa: S301  # of our own parent, over a socket that only it has
+    settings, role = pickle.loads(given)  # noqa: S301  # from our own parent, over a socket that only it has
     logs.configure(settings, role)
     stop = asyncio.Event()
     deliverer = Deliverer(link, stop)
@@ -190,7 +190,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
         status = 1
         cause = _cause(error)
         if not isinstance(cause, OrchestratorError):
-            _log.exception("the API ended by an error that was not foreseen")
+            _log.exception("the API ended with an unexpected error")
         text = str(cause) or type(cause).__name__
         link.send(Message("failed", text, passing=isinstance(cause, DatabaseUnavailable)))
     finally:

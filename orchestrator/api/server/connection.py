@@ -1,8 +1,8 @@
-"""One connection of a client: uvicorn's, within bounds on all that it may send before, while and after it asks.
+"""One connection of a client: uvicorn's, with bounds on all that the client may send.
 
-uvicorn and the parser below it take request lines and headers of any size, and time only idle connections. So
-what arrives is counted on its way to the parser, in pieces, and each stage of a request has its deadline, which
-one sweep a second looks at: no request pays for a timer.
+uvicorn and its parser accept request lines and headers of any size, and time out only idle connections. So incoming
+bytes are counted in pieces before the parser gets them, and each stage of a request has a deadline. One sweep a second
+checks the deadlines, so that no request pays for a timer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 _PIECE = 16_384
 _MAX_PIPELINED = 64
-_MAX_DISCARDED = 2**28  # of what was on its way when it was refused
-_SMALL_BODY = 65_536  # is taken even when memory is short
+_MAX_DISCARDED = 2**28  # of bytes that were on their way when the request was refused
+_SMALL_BODY = 65_536  # is accepted even when memory is short
 
 
 NEW, HEAD, BODY, ANSWER, IDLE, CLOSING = range(6)
-"""What is waited for, by the client but for ANSWER. Plain numbers, as each request looks at several."""
+"""Stages of a connection. In ANSWER the client waits, in the others the server does. Plain numbers, for speed."""
 
 
 _ABOUT_BODY = (b"content-length", b"transfer-encoding")
@@ -38,7 +38,7 @@ class _StopError(Exception):
 
 
 class _Body:
-    """Passes on what a parser tells of a body, and nothing else."""
+    """Passes on a parser's calls about the body, and no others."""
 
     def __init__(self, connection: Connection) -> None:
         self.on_body = connection.on_body
@@ -55,16 +55,16 @@ class Connection(HttpToolsProtocol):
         self.since = 0.0
         self.deadline = 0.0
         self.address = ""
-        self.body_bytes = 0  # that it holds in memory
+        self.body_bytes = 0  # bytes of bodies that it holds in memory
         self.unread_since: float | None = None
-        self._begun = False  # a request, since data came last
+        self._begun = False  # whether a request has begun since data last came
         self._broken: Refusal | None = None
         self._refusal: Refusal | None = None
         self._unanswered = 0
         self._head = 0  # bytes of the target, the headers and the trailers
         self._body = 0
-        self._silent = 0  # bytes since the parser last told of anything
-        self._around = 0  # bytes of a body that are not in it
+        self._silent = 0  # bytes since the parser last called back
+        self._around = 0  # bytes that frame the chunks of a body
         self._discarded = 0
 
     # The transport
@@ -95,7 +95,7 @@ class Connection(HttpToolsProtocol):
         if stage == ANSWER:
             self.deadline = math.inf
         elif stage != CLOSING and (begun or stage != before or stage in (NEW, IDLE)):
-            # Nothing told of it may be empty lines, or the start of a method.
+            # Bytes without a call of the parser may be empty lines, or the start of a method.
             self._enter(HEAD if stage in (NEW, IDLE) else stage, keep_deadline=before == NEW and stage != BODY)
 
     def _feed(self, piece: bytes | memoryview) -> None:
@@ -104,7 +104,7 @@ class Connection(HttpToolsProtocol):
         if self.stage == BODY:
             self._around += size
             if self.cycle.response_complete:
-                self._discard(size)  # of a body that nobody wants
+                self._discard(size)  # of a body that no handler reads
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
@@ -119,9 +119,9 @@ class Connection(HttpToolsProtocol):
                 self._refuse(refusals.HEADERS)
 
     def _decline(self, rest: bytes | memoryview) -> None:
-        """Takes a request that offers another protocol, as clients of HTTP/2 do, for what it is besides.
+        """Treats a request that offers another protocol, as clients of HTTP/2 do, as a plain one.
 
-        The parser does not read its body; one that knows of nothing else does.
+        The parser does not read the body of such a request; a second parser, which sees no offer, does.
         """
         self.cycle.keep_alive = False
         self.parser = httptools.HttpRequestParser(_Body(self))
@@ -186,7 +186,7 @@ class Connection(HttpToolsProtocol):
             self.complete()
 
     def complete(self) -> None:
-        """The whole request is here."""
+        """Notes that the whole request has arrived."""
         super().on_message_complete()
         self.stage = ANSWER if self._unanswered else IDLE
 
@@ -197,7 +197,7 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:
             super().on_response_complete()
             return
-        # As uvicorn does it, without a timer: that is one of the deadlines.
+        # As uvicorn does it, but without its timer: the deadline of IDLE replaces that.
         self.server_state.total_requests += 1
         self._front.give_back(self)
         if self.transport.is_closing():
@@ -212,7 +212,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(refusals.MALFORMED)
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Takes no more from it, and says why once all before it is answered."""
+        """Stops reading requests, and sends the refusal once all earlier requests are answered."""
         if self.stage == CLOSING:
             return
         self._front.note(refusal)
@@ -227,7 +227,7 @@ class Connection(HttpToolsProtocol):
             self._send_refusal(refusal)
 
     def _give_up(self) -> bool:
-        """Ends the request whose body is arriving, as if its client had gone; False if its answer has begun."""
+        """Ends the request whose body is arriving, as if its client had left; False if its answer has begun."""
         self._unanswered -= 1
         if self.pipeline and self.pipeline[0][0] is self.cycle:
             self.pipeline.popleft()
@@ -237,7 +237,7 @@ class Connection(HttpToolsProtocol):
         return not self.cycle.response_started
 
     def _send_refusal(self, refusal: Refusal) -> None:
-        """Sends it and half closes: closing at once would reset a client that is still sending, unread."""
+        """Sends the refusal and half-closes: closing would reset a client that still sends and has not read it."""
         if not self.transport.is_closing():
             self._front.give_back(self)
             self._enter(CLOSING)
@@ -248,19 +248,19 @@ class Connection(HttpToolsProtocol):
 
     @property
     def waits(self) -> bool:
-        """Whether it waits for its client, and for nothing that the client waits for."""
+        """Whether it waits for its client, while the client waits for no answer."""
         if self.stage == ANSWER or self.transport.is_closing():
             return False
         return self._unanswered == (self.stage == BODY)
 
     def refuse(self, refusal: Refusal, *, linger: bool = True) -> None:
-        """Refuses what it is about to ask. Without `linger` its descriptor is free at once."""
+        """Refuses the next request. Without `linger` the descriptor is free at once."""
         self._refuse(refusal)
         if not linger and not self._unanswered:
             self.transport.close()
 
     def overdue(self) -> None:
-        """Its deadline is over."""
+        """Ends the connection, whose deadline is over."""
         if self.stage in (NEW, HEAD):
             self._refuse(refusals.NO_HEAD)
         elif self.stage == BODY and not self.cycle.response_complete:

@@ -1,4 +1,4 @@
-"""What the API takes from all of its clients together: how many connections, for how long, and how much memory."""
+"""Bounds what all clients of the API may use together: connections, time and memory."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 
 _SWEEP_S = 1.0
-_CLOSING_S = 5.0  # for a client that was refused to stop sending and read why
+_CLOSING_S = 5.0  # that a refused client has to stop sending and read why
 _LOG_EVERY_S = 10.0
-_BODIES_BYTES = 2**26  # that may be held besides one of every size
-_LOOK_S = 0.1  # between looks for connections to close, when there were none
-_LATE = 8  # one eighth more connections than are served stay for a moment, to read why not
+_BODIES_BYTES = 2**26  # of bodies in memory, besides a few of the largest size
+_LOOK_S = 0.1  # before looking for connections to close again, when there were none
+_LATE = 8  # up to an eighth more connections stay for a moment, to read why they are refused
 
 _log = logging.getLogger(__name__)
 
 
 class Front:
-    """Makes the connections of one server, and bounds them; `sweep_for_ever` keeps their deadlines.
+    """Makes the connections of one server, and bounds them; `sweep_for_ever` enforces their deadlines.
 
-    When all are taken, those that wait for their clients give way, oldest first, of the address that has most: a
-    flood from one address displaces itself. Behind a load balancer all come from one address, which is why the
-    bound per address is off unless it is set. `most`: connections, for a server that takes fewer than the API may.
+    When all are taken, connections that wait for their clients are closed: first the oldest of the address that has
+    most, so that a flood from one address displaces itself. Behind a load balancer all come from one address, so the
+    bound per address is off unless it is set. `most` bounds the connections of a server that takes fewer than the API.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics, most: int | None = None) -> None:
@@ -54,7 +54,7 @@ class Front:
         self._unsaid: Counter[str] = Counter()
 
     def connection(self, **given: Any) -> Connection:
-        """What uvicorn makes for each connection."""
+        """Makes the protocol of a connection, for uvicorn."""
         return Connection(self, **given)
 
     def admit(self, connection: Connection) -> None:
@@ -69,7 +69,7 @@ class Front:
             self._turn_away(connection, refusals.CONNECTIONS)
 
     def forget(self, connection: Connection) -> None:
-        """The connection is closed."""
+        """Forgets a closed connection."""
         self.give_back(connection)
         del self._connections[connection]
         self._metrics.http_connections.dec()
@@ -78,18 +78,18 @@ class Front:
             del self._addresses[connection.address]
 
     def takes_body(self, size: int) -> bool:
-        """Counts what is held of bodies; whether there is room for more."""
+        """Counts bytes of a body as held in memory; whether they are within the bound."""
         self._bodies_bytes += size
         return self._bodies_bytes <= self._max_bodies_bytes
 
     def give_back(self, connection: Connection) -> None:
-        """It holds no body any more."""
+        """Notes that the connection holds no body any more."""
         if connection.body_bytes:
             self._bodies_bytes -= connection.body_bytes
             connection.body_bytes = 0
 
     def note(self, refusal: Refusal) -> None:
-        """Counts a refusal; the log tells of all in one line each ten seconds."""
+        """Counts a refusal; every ten seconds one line of the log reports them all."""
         self._metrics.http_refusals_total(refusal.reason).inc()
         self._unsaid[refusal.reason] += 1
 
@@ -98,7 +98,7 @@ class Front:
         connection.refuse(refusal, linger=late <= self._max_connections // _LATE)
 
     def _make_room(self, newest: Connection) -> bool:
-        """Closes some that wait for their clients; whether there were any."""
+        """Closes some connections that wait for their clients; whether there were any."""
         if newest.since < self._full_until_s:
             return False
         waiting = [connection for connection in self._connections if connection.waits and connection is not newest]
@@ -116,7 +116,7 @@ class Front:
         return True
 
     async def sweep_for_ever(self) -> None:
-        """Ends what takes too long."""
+        """Ends connections whose deadline is over; never returns."""
         loop = asyncio.get_running_loop()
         every_s = min(_SWEEP_S, *(timeout_s / 4 for timeout_s in (*self.timeouts_s, self._write_timeout_s)))
         said_s = -math.inf
@@ -143,5 +143,5 @@ class Front:
 
 
 def _network(host: str) -> str:
-    """One address as a client has it: of IPv6 a whole /64 network."""
+    """The network of one client: an IPv4 address, or an IPv6 /64."""
     return str(IPv6Network((host.partition("%")[0], 64), strict=False)) if ":" in host else host

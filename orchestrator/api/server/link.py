@@ -1,4 +1,4 @@
-"""What the API's process and the one that delivers tell each other: messages over a pair of sockets."""
+"""The link between the API's process and the delivering one: messages over a pair of sockets."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MAX_BYTES = 2**26
 
 
 class Message(msgspec.Struct, omit_defaults=True):
-    """`kind`: ``serving``, ``failed`` with `text`, or ``ask`` from the API; ``stop``, or ``samples`` to it.
+    """`kind` is ``serving``, ``failed`` with `text`, or ``ask`` from the API, and ``stop`` or ``samples`` to it.
 
-    A failure that is `passing` is worth another try.
+    After a failure that is `passing`, another try may succeed.
     """
 
     kind: str
@@ -34,7 +34,7 @@ _decode = msgspec.msgpack.Decoder(Message).decode
 
 
 class Link:
-    """One end. Bytes arrive whole and in order, or the other process is gone."""
+    """One end of the link. Messages arrive whole and in order, until the other process ends."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -51,7 +51,7 @@ class Link:
         self._writer.write(len(data).to_bytes(4, "big") + data)
 
     async def receive(self) -> Message | None:
-        """The next message; None: the other process is gone."""
+        """The next message; None: the other process has ended."""
         data = await self.receive_raw()
         return None if data is None else _decode(data)
 
@@ -63,7 +63,7 @@ class Link:
             return None
 
     async def close(self) -> None:
-        """Sends what is left, unless the other process is gone."""
+        """Sends what is left, unless the other process has ended."""
         with suppress(OSError):
             await self._writer.drain()
         self._writer.close()
@@ -72,7 +72,7 @@ class Link:
 
 
 class Deliverer:
-    """The process that delivers, as the API's process sees it."""
+    """The delivering process, as the API's process sees it."""
 
     def __init__(self, link: Link, stop: asyncio.Event) -> None:
         self._link = link
@@ -83,7 +83,7 @@ class Deliverer:
         self._samples: Samples = {}
 
     async def listen(self) -> None:
-        """Sets `stop` when told to; when the other process dies, so does this one."""
+        """Sets `stop` when the delivering process says so; ends this process when that one has ended."""
         while (message := await self._link.receive()) is not None:
             if message.kind == "stop":
                 self._stop.set()
@@ -92,12 +92,12 @@ class Deliverer:
                 self._answered_s = time.monotonic()
                 self._asked = False
                 self._answered.set()
-        os._exit(1)  # nobody would ever end it
+        os._exit(1)  # otherwise nothing would ever end this process
 
     async def samples(self) -> Samples | None:
-        """What it measures, no older than a second; None when its event loop does not answer.
+        """Its metrics, no older than a second; None when its event loop does not answer.
 
-        It is asked once however many want to know.
+        Concurrent callers share one question.
         """
         if time.monotonic() - self._answered_s >= _FRESH_S:
             if not self._asked:

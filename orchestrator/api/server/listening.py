@@ -1,4 +1,4 @@
-"""The sockets that the API, and health and metrics, are reached at."""
+"""The listening sockets of the API, and of health and metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BACKLOG = 2048
 
 
 class Listeners(NamedTuple):
-    """`management` is that of health and metrics, if they have one of their own."""
+    """`management` is the socket of health and metrics, if they have one to themselves."""
 
     api: socket.socket
     management: socket.socket | None = None
@@ -28,7 +28,7 @@ class Listeners(NamedTuple):
 
 @contextmanager
 def listening(settings: Settings) -> Iterator[Listeners]:
-    """Opens them. Raises OrchestratorError, naming the setting, when a port is taken."""
+    """Opens the sockets. Raises OrchestratorError, naming the setting, when a port is taken."""
     with ExitStack() as sockets:
         api = sockets.enter_context(listen("SERVER_PORT", settings.server_host, settings.server_port))
         management = None
@@ -39,7 +39,7 @@ def listening(settings: Settings) -> Iterator[Listeners]:
 
 
 def listen(setting: str, host: str, port: int) -> socket.socket:
-    """A listening socket; opened here since uvicorn would end the process when the port is taken."""
+    """A listening socket; opened here, because uvicorn would end the process when the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -49,7 +49,7 @@ def listen(setting: str, host: str, port: int) -> socket.socket:
             errno.EACCES: "not permitted; choose a port above 1023",
         }.get(error.errno or 0, error.strerror or str(error))
         raise OrchestratorError(f"{setting}: cannot listen on {host}:{port}: {why}") from error
-    # Connections inherit it. uvicorn writes head and body apart; without it the body of each answer waits 40 ms
-    # for the client's acknowledgement of the head.
+    # Connections inherit this option. uvicorn writes head and body separately; without the option each body waits
+    # 40 ms for the client to acknowledge the head.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

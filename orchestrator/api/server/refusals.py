@@ -1,4 +1,4 @@
-"""What a connection is told that breaks a bound before a handler sees its request: problem documents, ready to send."""
+"""Answers to requests that break a bound before a handler sees them: problem documents, ready to send."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orchestrator.api.problems import MEDIA_TYPE, Problem
 
 
 class Refusal(NamedTuple):
-    """`reason` is its label in the metrics."""
+    """`reason` is the label in the metrics."""
 
     reason: str
     response: bytes
@@ -31,26 +31,37 @@ MAX_HEADERS = 100
 MALFORMED = _refusal("malformed", "malformed-request", "Expected a request of HTTP/1.1.")
 TARGET = _refusal("target", "target-too-long", f"Expected a path and query of at most {MAX_TARGET_BYTES} bytes.")
 HEADERS = _refusal(
-    "headers", "head-too-large", f"Expected at most {MAX_HEADERS} headers, and MAX_HEAD_BYTES with the request line."
+    "headers",
+    "head-too-large",
+    f"Expected at most {MAX_HEADERS} headers, and at most MAX_HEAD_BYTES with the request line.",
 )
-CHUNKS = _refusal("chunks", "head-too-large", "Expected chunks with more in them than around them.")
-PIPELINED = _refusal("pipelined", "too-many-requests", "Wait for answers before sending more.", retry_after_s=1)
+CHUNKS = _refusal("chunks", "head-too-large", "Expected chunks that hold more data than framing.")
+PIPELINED = _refusal(
+    "pipelined", "too-many-requests", "Wait for answers before sending more requests.", retry_after_s=1
+)
 ADDRESS = _refusal(
     "address",
     "too-many-requests",
-    "This address has as many connections as it may (API_MAX_CONNECTIONS_PER_ADDRESS). Use those, or try again.",
+    "This address has the maximum number of connections (API_MAX_CONNECTIONS_PER_ADDRESS). Reuse them.",
     retry_after_s=1,
 )
 CONNECTIONS = _refusal(
     "connections",
     "too-many-connections",
-    "There are as many connections as can be served (API_MAX_CONNECTIONS). Try again shortly.",
+    "The API has the maximum number of connections (API_MAX_CONNECTIONS). Try again shortly.",
     retry_after_s=1,
 )
 MEMORY = _refusal(
-    "memory", "too-many-connections", "More is being sent than can be held. Try again shortly.", retry_after_s=1
+    "memory",
+    "too-many-connections",
+    "Clients send more data at once than the API can hold in memory. Try again shortly.",
+    retry_after_s=1,
 )
-NO_HEAD = _refusal("head_timeout", "timeout", "The head was not complete in time (API_HEAD_TIMEOUT_SECONDS).")
-NO_BODY = _refusal("body_timeout", "timeout", "The body was not complete in time (API_BODY_TIMEOUT_SECONDS).")
-# Where nothing can be sent any more.
+NO_HEAD = _refusal(
+    "head_timeout", "timeout", "The head of the request was not complete in time (API_HEAD_TIMEOUT_SECONDS)."
+)
+NO_BODY = _refusal(
+    "body_timeout", "timeout", "The body of the request was not complete in time (API_BODY_TIMEOUT_SECONDS)."
+)
+# The client reads nothing, so that no answer can be sent.
 UNREAD = Refusal("unread_answer", b"")

@@ -1,4 +1,4 @@
-"""Runs the applications on uvicorn, on the caller's event loop and under the caller's signal handlers."""
+"""Runs the applications on uvicorn, in the caller's event loop and with the caller's signal handlers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        yield  # signals are the caller's
+        yield  # the caller handles signals
 
 
 async def serve(
@@ -40,10 +40,10 @@ async def serve(
     deliverer: Deliverer | None = None,
     on_serving: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve the API until `stop` is set, then finish what is running, within `shutdown_timeout_s`.
+    """Serves the API until `stop` is set, then finishes running requests, within `shutdown_timeout_s`.
 
-    Health and metrics are on the same port, or on `management_port` if it is set; there they answer until the API
-    has stopped, not ready from the moment of `stop`. They speak for the `deliverer` too, if that is another process.
+    Health and metrics are on the same port, or on `management_port` if it is set; there they answer until the API has
+    stopped, and are not ready from `stop` on. They include the `deliverer`, if that is another process.
     Raises OrchestratorError when a port is taken.
     """
     health = Health(database, metrics, deliverer)
@@ -65,7 +65,7 @@ async def serve(
 
 
 async def serve_management(settings: Settings, database: Database, metrics: Metrics, *, stop: asyncio.Event) -> None:
-    """Serve health and metrics alone until `stop` is set: for a process without an API.
+    """Serves health and metrics alone until `stop` is set: for a process without an API.
 
     On `management_port`, or on `server_port` when that is not set.
     """
@@ -108,7 +108,7 @@ async def _run(
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        timeout_keep_alive=3600,  # the front's to decide, and sooner
+        timeout_keep_alive=3600,  # `Front` closes idle connections sooner
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout_s)),
     )
     server = _Server(config)

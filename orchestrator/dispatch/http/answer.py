@@ -1,8 +1,8 @@
-"""What a receiver has said so far, read off the bytes themselves.
+"""The answer of a receiver so far, read from the bytes of its connection.
 
-A complete status line decides an attempt, whatever follows: a receiver that has said 200 has the event. aiohttp answers
-with an error when the rest of an answer breaks a rule, or stays away, and the status is lost with it; so connections
-keep the start of what came. Interim answers (1xx, but for 101) are taken out before either sees them.
+A complete status line decides an attempt: a receiver that has sent 200 has the event. When the rest of an answer breaks
+a rule or never comes, aiohttp raises an error without the status, so connections keep the start of each answer. Interim
+answers (1xx, except 101) are removed before aiohttp or the kept start sees them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import BadStatusLine
 
 KEPT_BYTES = 16_384
-_INTERIM_BYTES = 2**20  # of interim answers; reading on without an end would take the time of other deliveries
-# A connection that has been used again before, and answered just now, is not asked for: that is a system call each.
+_INTERIM_BYTES = 2**20  # of interim answers; reading them without end would delay other deliveries
+# Checking an idle connection costs a system call; one that was reused before and has just answered is not checked.
 _JUST_NOW_S = 0.05
 _STATUS_LINE = re.compile(rb"[\r\n]*HTTP/[0-9](?:\.[0-9])?[ \t]+([0-9]{3})(?:[ \t][^\n]*)?\r?\n", re.IGNORECASE)
 _LINE_BEGUN = re.compile(rb"[\r\n]*(?:H(?:T(?:T(?:P(?:/[^\n]*)?)?)?)?)?\Z", re.IGNORECASE)  # it may become one
@@ -28,7 +28,7 @@ _FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[ \t]*([^\r\n]*)\r?\n", re.MULTILINE)
 
 
 class Head(NamedTuple):
-    """The status of a final answer, and what there is of its header lines."""
+    """The status of a final answer, and the header lines received so far."""
 
     status: int
     lines: bytes
@@ -41,7 +41,7 @@ class Head(NamedTuple):
 
 
 def head_of(received: bytes) -> Head | None:
-    """The head of the final answer, of which this much was received; None: no complete status line."""
+    """The head of the final answer, as far as it was received; None: no complete status line."""
     line = _STATUS_LINE.match(received)
     if line is None:
         return None
@@ -60,7 +60,7 @@ class AnswerProtocol(ResponseHandler):
     idle = False
     _final = False  # whether the final answer has begun
     _in_interim = False
-    _held = b""  # what is not known to belong to it yet
+    _held = b""  # bytes that may or may not belong to it
     _interim_bytes = 0
     _uses = 0
     _rested_s = 0.0
@@ -88,7 +88,7 @@ class AnswerProtocol(ResponseHandler):
         super().data_received(data)
 
     def _without_interim(self, data: bytes) -> bytes:
-        """What of it belongs to the final answer; b"": nothing that is known to."""
+        """The part of `data` that belongs to the final answer; b"": none that is known to."""
         data = self._held + data
         at = 0
         while True:
@@ -116,7 +116,7 @@ class AnswerProtocol(ResponseHandler):
             self.transport.abort()
 
     def rest(self) -> None:
-        """The answer is complete, and the connection is kept: what comes now, nobody has asked for."""
+        """Notes that the answer is complete and the connection kept; no data is expected on it now."""
         self.idle = True
         self.received = b""
         self._final = self._in_interim = False
@@ -124,7 +124,7 @@ class AnswerProtocol(ResponseHandler):
         self._rested_s = time.monotonic()
 
     def is_connected(self) -> bool:
-        """Whether it can be used: an idle one must not have ended, nor said anything."""
+        """Whether it can be used: an idle one must be open, and must not have sent anything."""
         return super().is_connected() and (not self.idle or self._is_quiet())
 
     def _is_quiet(self) -> bool:
@@ -139,4 +139,4 @@ class AnswerProtocol(ResponseHandler):
 
 
 answering: ContextVar[AnswerProtocol | None] = ContextVar("answering", default=None)
-"""The connection that the delivery of this context has sent its request over; to be set to None before it begins."""
+"""The connection over which the delivery of this context sent its request; set it to None before the delivery."""

@@ -1,4 +1,4 @@
-"""How deliveries get their connections: guarded addresses, a deadline, and a bound on idle ones."""
+"""Connections of deliveries: the SSRF guard checks each address, and there are bounds on time and idle ones."""
 
 from __future__ import annotations
 
@@ -30,12 +30,9 @@ _RESOLVER_THREADS = 32
 
 
 class GuardedResolver(AbstractResolver):
-    """Resolves names to the addresses that the guard lets through.
+    """Resolves names to the addresses that the SSRF guard lets through; AddressRefusedError if it refuses them all.
 
-    AddressRefusedError if it refuses them all.
-
-    It has threads of its own: a few names with dead name servers would block the handful that the event loop
-    shares among everybody.
+    It has its own threads: a few names with dead name servers would block those that the event loop shares with others.
     """
 
     def __init__(self, guard: SsrfGuard) -> None:
@@ -79,19 +76,19 @@ def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[tuple
     try:
         return [*socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)]
     except socket.gaierror as error:
-        if fault := own_fault(error):  # asked at once: descriptors come and go
+        if fault := own_fault(error):  # checked at once: descriptors come and go
             raise fault from error
         raise
 
 
 class GuardedConnector(TCPConnector):
-    """aiohttp's connector, with the guard on the very address of every socket.
+    """aiohttp's connector; the SSRF guard checks the address of every socket.
 
-    Raises OwnFaultError when it is this machine that cannot connect.
+    Raises OwnFaultError when this machine cannot connect to anything.
 
     Resolving, connecting and the TLS handshake share one deadline, however many addresses a name has.
-    aiohttp bounds the connections in use but not the idle ones; here those are bounded by the same number, so
-    that deliveries to very many hosts do not run out of file descriptors.
+    aiohttp bounds the connections in use but not the idle ones. Here the same bound holds for both, so that deliveries
+    to very many hosts do not run out of file descriptors.
     """
 
     def __init__(self, guard: SsrfGuard, *, limit: int, connect_timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Deliveries over HTTP: as many loops as connections, each with one attempt under way."""
+"""Deliveries over HTTP: one loop for each connection, each with one attempt under way."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ _log = logging.getLogger(__name__)
 
 
 class Sender(Protocol):
-    """What delivers: `HttpSender`, or nothing at all in a benchmark of the rest."""
+    """What makes an attempt: `HttpSender`, or a stand-in in benchmarks of the rest."""
 
     async def send(self, delivery: Delivery) -> Attempted: ...
 
 
 class HttpDeliveries:
-    """Attempts events as they fall due. `on_taken` is called whenever one has left the queue, `on_room` when there
-    is room for more events of a destination that was stalled.
+    """Attempts events when they are due.
+
+    `on_taken` is called whenever an event has left the queue, `on_room` when a stalled destination has room again.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class HttpDeliveries:
         self._postponing = Postponing(metrics)
 
     async def run(self) -> None:
-        """Works until closed and done; cancelled, it records what it cut short."""
+        """Works until closed and done; when cancelled, it records the attempts that it cut short."""
         async with asyncio.TaskGroup() as watching:
             watch = watching.create_task(self.stalls.watch())
             async with asyncio.TaskGroup() as attempts:
@@ -94,7 +95,7 @@ class HttpDeliveries:
             options = NO_OPTIONS if event.options is None else options_of(event.options)
             started_at, latest = self._clock.now(), self._clock.latest()
             timeout_s = options.timeout_s or self._settings.http_timeout_s
-            # It might end after somebody else had begun.
+            # Its attempt might end after another dispatcher has begun one.
             too_late = latest + timeout_s + RECORDING_S > event.lease_until or has_expired(event, latest)
             if too_late or (options.rate and slot_missed(event, started_at, self._metrics)):
                 due.ended(event)
@@ -110,9 +111,9 @@ class HttpDeliveries:
                 attempted = Attempted(FAIL, error=f"headers: cannot be read: {error}")
             except OwnFaultError as fault:
                 attempted = None
-                await self._postponing.pause(fault)  # in its place: all others would fare alike
+                await self._postponing.pause(fault)  # within this loop: every other event would fail alike
             except Exception as error:  # one event must not end all the others
-                _log.exception("an attempt failed in a way not foreseen", extra=_followed(event))
+                _log.exception("an attempt failed unexpectedly", extra=_followed(event))
                 attempted = Attempted(RETRY, error=f"internal error: {type(error).__name__}")
             finally:
                 self.in_flight -= 1

@@ -1,6 +1,6 @@
-"""What a receiver says of a failure is kept and shown; credentials that it repeats are not.
+"""Removes credentials from what a receiver says about a failure, which is kept and shown.
 
-Many answer an error with the request they got, headers and address included.
+Many receivers answer an error with the request they got, headers and address included.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ _SHORTEST = 4
 
 
 def without_credentials(text: str, headers: Mapping[str, str], secret_headers: Collection[str], query: str) -> str:
-    """The text with ``***`` for the credentials of the request that it answers, as sent and as JSON and URLs have them.
+    """The text with ``***`` in place of the credentials of its request, in plain form and as JSON or a URL writes them.
 
-    Those are the values of `secret_headers` and of whatever is called a token, a key and so on, in `headers` and
-    `query`.
+    Credentials are the values of `secret_headers`, and of headers and query parameters called token, key and the like.
     """
     names = {name.lower() for name in secret_headers}
     secrets = {secret for secret in _credentials(headers, names, query) if len(secret) >= _SHORTEST}

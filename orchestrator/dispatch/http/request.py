@@ -1,6 +1,6 @@
-"""What a delivery takes from its event as the client gave it: the URL and extra headers, checked once more.
+"""The URL and extra headers of an event, as its client gave them, checked again for the delivery.
 
-The API has checked both already, but events also come in through SQL.
+The API has checked both, but events also come in through SQL.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from orchestrator.events.headers import is_field_value, is_header_name, is_reser
 
 _QUOTED_CHARS = 200
 
-# Characters that may stand in a URL as they are (RFC 3986), so that it is sent exactly as it was given.
+# The characters of a URL that needs no encoding (RFC 3986); such a URL is sent exactly as it was given.
 _PLAIN_URL = re.compile(r"https?://[!$&-;=?-Z\[\]_a-z~%]+", re.IGNORECASE)
 
 
@@ -28,7 +28,7 @@ def destination_url(destination: str) -> URL:
     except ValueError:
         valid = False
     if valid and destination.endswith("?") and destination.count("?") == 1:
-        # A query that is empty: only as a part of the path is its ? sent.
+        # An empty query: yarl sends its ? only as a part of the path.
         url = URL.build(scheme=url.scheme, authority=url.raw_authority, path=f"{url.raw_path}?", encoded=True)
     if not valid:
         raise ValueError("destination: expected an http or https URL with a host and without credentials")
@@ -36,7 +36,7 @@ def destination_url(destination: str) -> URL:
 
 
 def custom_headers(headers: Mapping[str, object]) -> dict[str, str]:
-    """An event's own headers in lower case, without those that are the sender's to set.
+    """An event's own headers in lower case, without those that the sender sets itself.
 
     Raises ValueError naming a malformed one, but not its value, which may be a secret.
     """

@@ -1,4 +1,4 @@
-"""``Retry-After``: how long a receiver asks us to stay away (RFC 9110, section 10.2.3)."""
+"""``Retry-After``: how long a receiver asks to be left alone (RFC 9110, section 10.2.3)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _DELAY_SECONDS = re.compile(r"[0-9]+")
 def parse_retry_after(value: str | None, now_s: float) -> float | None:
     """Seconds to wait from `now_s` (since 1970), from either form of the header, 0 to `MAX_RETRY_AFTER_S`.
 
-    A date that has passed asks for no wait: 0. Whatever is neither whole seconds nor an HTTP date, a negative
-    number included, is as good as no header: None.
+    A date that has passed means 0. Text that is neither whole seconds nor an HTTP date, such as a negative number,
+    counts as no header: None.
     """
     if value is None:
         return None

@@ -1,6 +1,6 @@
 """Secrets that destinations name: files in SECRETS_DIRECTORY, as Kubernetes and Docker mount them.
 
-They may be replaced at any time, which is seen within a second.
+Files may be replaced at any time; a change is noticed within a second.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orchestrator.events.headers import is_field_value
 from orchestrator.own_faults import own_fault
 
 SECRET_WAIT_S = 60.0
-"""How long an attempt waits at least that lacked a secret: an operator has to put it there."""
+"""The least wait of an attempt whose secret is missing: an operator has to provide it."""
 _LOOK_S = 1.0
 _MAX_BYTES = 65_536
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -29,7 +29,7 @@ Version = tuple[int, int, int]
 
 
 class SecretError(OrchestratorError):
-    """A secret cannot be used. Says which, and why, and never what is in it."""
+    """A secret cannot be used. The text says which one and why, never its content."""
 
 
 @dataclass(slots=True)
@@ -41,7 +41,10 @@ class _Kept:
 
 
 class Secrets:
-    """Reads each file when it is first named, and again when it has changed. OwnFaultError when no file can be."""
+    """Reads each file when it is first named, and again when it has changed.
+
+    Raises OwnFaultError when this machine cannot open files.
+    """
 
     def __init__(self, directory: str | None, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._directory = None if directory is None else Path(directory)
@@ -70,7 +73,7 @@ class Secrets:
 
     def _read(self, name: str) -> _Kept:
         if not _NAME.fullmatch(name):
-            # It may be the secret itself.
+            # It may be the secret itself: the text must not quote it.
             raise SecretError("a secret of this destination: not the name of a file in SECRETS_DIRECTORY")
         if self._directory is None:
             raise SecretError(f"secret {name}: SECRETS_DIRECTORY is not set for this dispatcher")
@@ -97,7 +100,7 @@ def _version(status: os.stat_result) -> Version:
 
 
 def _contents(path: Path) -> tuple[Version, str]:
-    """Raises OSError or ValueError; neither repeats what is in the file."""
+    """Raises OSError or ValueError; neither quotes the file."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("not a file")
     with path.open("rb") as file:

@@ -1,10 +1,10 @@
-"""Delivers events over HTTP: one signed POST an attempt, as Standard Webhooks describes it.
+"""Delivers events over HTTP: each attempt is one signed POST, as Standard Webhooks describes it.
 
-The status line decides an attempt: a receiver that has sent 2xx has the event, whatever becomes of the rest
-of its answer. Bodies are read only to reuse the connection and to quote failures, both within bounds.
+The status line decides an attempt: a receiver that has sent 2xx has the event, even if the rest of its answer is lost.
+Bodies are read only to reuse the connection and to quote failures, both within bounds.
 
-An attempt sends its request once. Over a kept connection that ends before it is answered, the receiver may have read
-it; that is a failed attempt like any other, and the retry policy says when the next one is.
+An attempt sends its request once. When a kept connection ends before the answer, the receiver may have read the
+request; that is a failed attempt like any other, and the retry policy says when the next one is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 EXCERPT_CHARS = 1024
 _EXCERPT_BYTES = 4 * EXCERPT_CHARS  # holds the excerpt in any UTF-8
 _USER_AGENT = "scheduled-event-orchestrator/1"
-_BODY_WAIT_S = 1.0  # for the rest of a body whose status has decided already
+_BODY_WAIT_S = 1.0  # for the rest of a body, after its status has decided the attempt
 _RETRIED_4XX = frozenset((408, 425, 429))
 _QUOTES = re.compile(r":?\n.*|: b?['\"].*", re.DOTALL)  # what aiohttp quotes, cut anywhere, of an answer that is wrong
 
@@ -146,7 +146,7 @@ class HttpSender:
         return await session.post(url, data=payload, headers=headers, allow_redirects=False, timeout=timeout)
 
     def _unanswered(self, error: Exception, url: URL, timeout_s: float, event_id: str) -> Attempted:
-        """What comes of an attempt that got no status line. Raises OwnFaultError for what this machine lacks."""
+        """The outcome of an attempt that got no status line. Raises OwnFaultError when this machine is at fault."""
         place = url.host_port_subcomponent
         match error:
             case aiohttp.ClientConnectorError():
@@ -168,7 +168,7 @@ class HttpSender:
                 return Attempted(RETRY, error=f"connection closed by {place} before it answered")
         if own := own_fault(error):
             raise own from error
-        _log.error("a delivery failed in a way not foreseen", extra={"event_id": event_id}, exc_info=error)
+        _log.error("a delivery failed unexpectedly", extra={"event_id": event_id}, exc_info=error)
         return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
 
     async def _judge(self, response: aiohttp.ClientResponse, discreet: _Discreet) -> Attempted:
@@ -220,12 +220,12 @@ class HttpSender:
 
 
 def _place(url: str) -> str:
-    """A foreign URL without what may hold secrets: what stands before an @, its query and its fragment."""
+    """A foreign URL without the parts that may hold secrets: before an @, the query and the fragment."""
     return re.sub(r"(?<![^/\\])[^/\\]*@", "…@", re.sub(r"([?#]).*", r"\1…", url, flags=re.DOTALL))
 
 
 def _total(seconds: float) -> aiohttp.ClientTimeout:
-    # Above its threshold aiohttp rounds deadlines up, by as much as a second; leases count on this one.
+    # Above its threshold aiohttp rounds deadlines up, by as much as a second; leases rely on exact ones.
     return aiohttp.ClientTimeout(total=seconds, ceil_threshold=float("inf"))
 
 
@@ -246,7 +246,7 @@ def _decided(
     excerpt: str | None = None,
     odd: str | None = None,
 ) -> Attempted:
-    """What a status means. `odd`: what was wrong with the rest of the answer, which is noted."""
+    """The outcome that a status means. `odd`: what was wrong with the rest of the answer."""
     note = "" if odd is None else f"; {odd}"
     error = _described(status) + note
     if 200 <= status < 300:

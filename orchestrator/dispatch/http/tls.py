@@ -1,4 +1,4 @@
-"""Why a TLS connection with a receiver came to nothing, in words that say what to mend, and where."""
+"""Why a TLS connection with a receiver failed, in words that say what to mend and where."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _HANDSHAKE = {
 
 
 def tls_context() -> ssl.SSLContext:
-    """What receivers are spoken to with. Some builds of Python, such as Debian's, would take TLS 1.0 by default."""
+    """The TLS context of deliveries. Some builds of Python, such as Debian's, accept TLS 1.0 by default."""
     context = ssl.create_default_context()
     context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
     return context
 
 
 def tls_fault(error: BaseException) -> str | None:
-    """What TLS says of an error, or of what it came from; None: nothing, it is no error of TLS."""
+    """The TLS fault behind an error or its causes, in words; None: it is no TLS error."""
     seen: BaseException | None = error
     while seen is not None:
         cause = getattr(seen, "certificate_error", None) or getattr(seen, "os_error", None) or seen

@@ -1,1 +1,1 @@
-"""Claimed events in memory, by destination, until they are due."""
+"""Claimed events in memory: a queue for each destination, in which they wait until they are due."""

@@ -1,4 +1,4 @@
-"""What waits in memory for one destination, and the window of its attempts under way."""
+"""The events that wait in memory for one destination, and the window that bounds its attempts under way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNBOUNDED = Windows(sys.maxsize, sys.maxsize)
 
 
 def http_windows(settings: Settings) -> Windows:
-    """A tenth of the connections at first; all but a tenth at most, so that one destination never has them all."""
+    """A tenth of the connections at first; all but a tenth at most, so that no destination takes them all."""
     connections = settings.http_max_connections
     most = max(1, connections - max(1, connections // 10))
     if settings.customer_max_parallel is not None:
@@ -33,11 +33,12 @@ def http_windows(settings: Settings) -> Windows:
 
 
 class DestinationQueue:
-    """One destination's events in the order they are to start, and how its attempts fare. Times are monotonic.
+    """One destination's events, in the order in which they may start, and how its attempts fare.
 
-    `wakes_at`: when the first event may start, `NOW` once it may, `NEVER` while there is none. `last_at`: when the last
-    may. `limited_s`: since
-    when its window has been full without a quick attempt. `lane`: its own, as far as it is known; else 0.
+    `wakes_at` is when the first event may start: `NOW` once it may, `NEVER` while there is none. `last_at` is when the
+    last event may start. Both are the database's times; those that end in ``_s`` are monotonic. `limited_s` says since
+    when the window has been full without a quick attempt. `lane` is the destination's dedicated lane, 0 while none is
+    known.
     """
 
     __slots__ = (
@@ -64,16 +65,16 @@ class DestinationQueue:
         self.wakes_at = NEVER
         self.running = 0
         self.window = window
-        self.slow = False  # the last attempt was
-        self.slow_s = NOW  # when the last slow one ended
+        self.slow = False  # whether the last attempt was slow
+        self.slow_s = NOW  # when the last slow attempt ended
         self.limited_s = NOW
         self.idle_s = NOW
         self.lane = 0
-        self.asked_s = NOW  # when it was asked for
+        self.asked_s = NOW  # when a dedicated lane was last asked for
 
     @property
     def has_room(self) -> bool:
-        """Whether its window is larger than what it has."""
+        """Whether its window has room for another event."""
         return self.running + len(self.events) < self.window
 
     @property

@@ -1,4 +1,4 @@
-"""Claimed events that wait in memory until they may start; destinations take turns."""
+"""The queue of all claimed events that wait in memory until they may start; destinations take turns."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from orchestrator.database import Claimed
 from orchestrator.dispatch.queue.destination_queue import NEVER, NOW, UNBOUNDED, DestinationQueue, Windows
 from orchestrator.events.destination_name import destination_name
 
-_MAX_REMEMBERED = 10_000  # destinations as they are written; beyond that the idle ones are forgotten
-_FORGOTTEN_S = 10.0  # how an idle destination fared before that says little
+_MAX_REMEMBERED = 10_000  # spellings of destinations; beyond that the idle ones are forgotten
+_FORGOTTEN_S = 10.0  # after which it says little how an idle destination fared
 
 
 class DueQueue:
     """Hands out events, none before its `start_at` by the clock it is given.
 
-    Destinations with events that may start take turns, so that none waits for the backlog of another. Those of one
-    go by `start_at`; what came late goes as it came, which is how the claim wants it. A destination whose window of
-    attempts is full is passed over until `ended` makes room; `on_room` is called when one that was stalled has some.
+    Destinations with events that may start take turns, so that none waits for the backlog of another. The events of one
+    destination go by `start_at`; those that were late when they came go in the order of the claim. A destination whose
+    window of attempts is full is passed over until `ended` makes room. `on_room` is called when a stalled one has room.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class DueQueue:
         self._monotonic = monotonic
         self._queues: dict[str, DestinationQueue] = {}
         self._by_destination: dict[str | None, DestinationQueue] = {}
-        # Each queue with events is in one of these three; an entry of the heap counts while it is the queue's wakes_at.
+        # Each queue with events is in one of these three. An entry of the heap `_later` counts only while it equals the
+        # wakes_at of its queue.
         self._ready: deque[DestinationQueue] = deque()
         self._later: list[tuple[float, int, DestinationQueue]] = []
         self.full: dict[DestinationQueue, None] = {}
@@ -55,11 +56,11 @@ class DueQueue:
 
     @property
     def queues(self) -> list[DestinationQueue]:
-        """The destinations it knows, whether events of them wait or not."""
+        """The queues of all destinations it knows, empty ones included."""
         return list(self._queues.values())
 
     def put(self, events: Sequence[Claimed]) -> None:
-        """Takes events in, and looks at the clock again: a step of it moves what waits already, too."""
+        """Takes events in, and reads the clock again: when it was set, events that already wait move, too."""
         find = self._by_destination.get
         now_s = self._now() if events else NOW
         unsorted: set[DestinationQueue] = set()
@@ -82,7 +83,7 @@ class DueQueue:
         self._wake()
 
     async def get(self) -> Claimed | None:
-        """The next event, as soon as it may start; None once the queue is closed. It is under way until `ended`."""
+        """The next event, once it may start; None once the queue is closed. It counts as under way until `ended`."""
         ready, later = self._ready, self._later
         while not self._closed:
             now_s = self._now() if self._held else NOW  # the clock may not have been read yet
@@ -110,12 +111,12 @@ class DueQueue:
             try:
                 await waiter
             except asyncio.CancelledError:
-                self._wake()  # it may have been woken already, and nobody else was
+                self._wake()  # it may have been woken, and then no other waiter was
                 raise
         return None
 
     async def take(self, limit: int) -> list[Claimed]:
-        """Waits for one event, and takes with it all others that may start, up to `limit`; none once closed.
+        """Waits for one event, and takes it with all others that may start, up to `limit`; none once closed.
 
         For queues without windows: what it takes does not count as under way.
         """
@@ -137,10 +138,10 @@ class DueQueue:
         return taken
 
     def ended(self, event: Claimed, quick: bool | None = None) -> None:
-        """Gives the room of an event back; the caller calls `get` next, and wakes nobody else for it.
+        """Ends an event's time under way. The caller calls `get` next, so that no other waiter is woken.
 
-        `quick`: whether its attempt was; None: there was none. A window that is full grows with each quick attempt,
-        and after a slow one is what it was at first.
+        `quick` says whether the attempt was quick; None: there was none. A full window grows with each quick attempt,
+        and goes back to its first size after a slow one.
         """
         queue = self._by_destination.get(event.destination) or self._queue_of(event)
         queue.running -= 1
@@ -163,7 +164,7 @@ class DueQueue:
                 self._on_room()
 
     def stall(self, queue: DestinationQueue, window: int, keep: int) -> list[Claimed]:
-        """Narrows the window of a destination, and takes out all of its events but the first `keep`."""
+        """Narrows the window of a destination, and takes out all of its events except the first `keep`."""
         self.stalled.add(queue)
         queue.window, queue.idle_s = window, self._monotonic()
         taken = [queue.events.pop() for _ in range(len(queue.events) - keep)]
@@ -181,7 +182,7 @@ class DueQueue:
         self._on_room()
 
     def remove(self, lane: int | None) -> list[Claimed]:
-        """Takes out all events of a lane, or with None all there are."""
+        """Takes out all events of a lane, or of all lanes with None."""
         taken = []
         changed = []
         for queue in self._queues.values():
@@ -195,7 +196,7 @@ class DueQueue:
         return taken
 
     def close(self) -> list[Claimed]:
-        """Ends every `get`, and returns what was still held."""
+        """Ends every `get`, and returns the events that were still held."""
         self._closed = True
         held = self.remove(None)
         if self._alarm:
@@ -221,7 +222,7 @@ class DueQueue:
         return queue
 
     def _rouse(self, queue: DestinationQueue, start_at: float) -> None:
-        """Readies an empty queue for an event; how it fared long ago is forgotten."""
+        """Readies an empty queue for an event; forgets how its attempts fared if that was long ago."""
         if not queue.running and self._monotonic() - queue.idle_s > _FORGOTTEN_S:
             queue.slow, queue.window = False, self._windows.first
             queue.lane = 0
@@ -234,7 +235,7 @@ class DueQueue:
         heapq.heappush(self._later, (start_at, self._entries, queue))
 
     def _promote(self, now_s: float) -> None:
-        """Gives their turn to the queues whose first event may start by now."""
+        """Places each queue whose first event may start by now."""
         later = self._later
         while later and later[0][0] <= now_s:
             start_at, _, queue = heapq.heappop(later)
@@ -242,7 +243,7 @@ class DueQueue:
                 self._place(queue, now_s)
 
     def _place(self, queue: DestinationQueue, now_s: float) -> None:
-        """Puts a queue that is nowhere where it belongs."""
+        """Puts a queue that is in none of the three where it belongs."""
         events = queue.events
         if not events:
             queue.wakes_at = NEVER
@@ -260,7 +261,7 @@ class DueQueue:
             self.full[queue] = None
 
     def _replace(self, queues: Sequence[DestinationQueue]) -> None:
-        """Puts queues that have changed where they belong now."""
+        """Moves queues that have changed to where they belong now."""
         if not queues:
             return
         changed = set(queues)
@@ -274,7 +275,7 @@ class DueQueue:
             self._place(queue, now_s)
 
     def _wake(self) -> None:
-        """Wakes one waiter if an event may start; having taken it, that one wakes the next."""
+        """Wakes one waiter if an event may start; that waiter wakes the next when it has taken its event."""
         if self._later:
             self._promote(self._now())
         if not self._waiting:
@@ -289,7 +290,7 @@ class DueQueue:
             self._set_alarm()
 
     def _set_alarm(self) -> None:
-        """Sets the timer to when the next queue has an event to start, if anybody waits for it."""
+        """Sets the timer to when the next event may start, if there is a waiter."""
         at = self._later[0][0] if self._later and self._waiting else NEVER
         if at == self._alarm_at:
             return

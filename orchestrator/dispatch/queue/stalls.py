@@ -1,6 +1,6 @@
-"""Destinations that stall: what waits for them is handed back, and claims leave their lanes out.
+"""Destinations that stall: their waiting events are handed back, and claims leave their lanes out.
 
-Else their events would fill the memory, and nobody else's would be claimed.
+Otherwise their events would fill the memory, and none of other destinations would be claimed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from orchestrator.dispatch.queue.destination_queue import FIRST_DEDICATED_LANE, 
 from orchestrator.dispatch.queue.due_queue import DueQueue
 
 QUICK_S = 1.0
-"""An attempt that takes longer is slow; a destination whose window is full for so long without a quick one stalls."""
+"""An attempt that takes longer is slow; a destination stalls when its window is full this long without a quick one."""
 _LOOK_S = 0.25
 _ASKED_S = 5.0
 
 
 class Stalls:
-    """Watches a queue. A destination recovers with its first quick attempt.
+    """Watches a queue for destinations that stall. A destination recovers with its first quick attempt.
 
-    While it stalls, up to `keep` events wait for it, and none when no attempt has ended for a second.
+    While it stalls, up to `keep` of its events stay in memory, and none when no attempt has ended for a second.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class Stalls:
                 self._stall(queue)
 
     def sweep(self) -> None:
-        """Hands back at once what was on its way from another lane when its destination got its own."""
+        """Hands back events that were claimed from a shared lane before their destination got a dedicated one."""
         for queue in list(self._due.stalled):
             if queue.lane and queue.running >= queue.window:
                 self._stall(queue)
 
     def stall_all(self) -> None:
-        """All stall that have events: what they share does not answer."""
+        """Marks every destination with events as stalled: the brokers that they share do not answer."""
         for queue in self._due.queues:
             if queue.events:
                 self._stall(queue)
@@ -73,7 +73,7 @@ class Stalls:
             self._due.recover(queue)
 
     def without_dedicated_lane(self) -> list[DestinationQueue]:
-        """Stalled destinations that may share their lane with others, each named every few seconds at most."""
+        """Stalled destinations that may be in a shared lane; each is returned once in five seconds at most."""
         now_s = self._monotonic()
         queues = [queue for queue in self._due.stalled if not queue.lane and now_s - queue.asked_s >= _ASKED_S]
         for queue in queues:
@@ -88,12 +88,12 @@ class Stalls:
             if lane >= FIRST_DEDICATED_LANE:
                 queue.lane = lane
             elif now_s - queue.asked_s >= _ASKED_S:
-                queue.lane = 0  # it has been taken away, or the events would have moved by now
+                queue.lane = 0  # it was taken away, or the events would be in it by now
             self._release(events)
             self._on_taken()
 
     def lanes(self, most: int) -> set[int]:
-        """Lanes that claims had better leave out: of what is stalled, or has more than `most` events here."""
+        """Dedicated lanes that claims should leave out: stalled ones, and those with more than `most` events here."""
         lanes = {queue.lane for queue in self._due.stalled if queue.lane and not queue.has_room}
         if len(self._due) > most:
             held: Counter[int] = Counter()
