@@ -61,8 +61,8 @@ language sql stable as $$
 $$;
 comment on function orchestrator.dedicated_queues(
   smallint[], boolean, timestamptz, timestamptz, integer[], integer[], integer, integer) is
-  'Up to p_most dedicated lanes and their priorities with a due timer that nobody holds, when the first was due, '
-  'whether limits apply, and until when a pause or breaker held the lane back';
+  'Up to p_most dedicated lanes and their priorities with a due timer that nobody holds, and when the first was due. '
+  'limited: whether limits apply; held_until: when a pause or breaker last let the lane go';
 
 create or replace function orchestrator.queues_with_work(
   p_control orchestrator.control, p_now timestamptz, p_until timestamptz, p_batch integer, p_skip integer[],
@@ -125,8 +125,8 @@ begin
 end $$;
 comment on function orchestrator.queues_with_work(
   orchestrator.control, timestamptz, timestamptz, integer, integer[], integer) is
-  'Step 1 of a claim: the lanes with due timers; their lower priorities; lanes with limits, or that were held back; '
-  'a shared lane that one destination has filled; whether there may be more dedicated lanes';
+  'Step 1 of a claim: which lanes have due timers at which priorities, and which have limits or were held back. '
+  'flooded: a shared lane that one destination has filled; more: whether dedicated lanes may be left';
 
 create or replace function orchestrator.lock_behind_flood(
   p_control orchestrator.control, p_lane integer, p_now timestamptz, p_until timestamptz, p_batch integer,
@@ -189,8 +189,8 @@ language sql stable as $$
   where q.priority is not null and q.cap > 0 is not false
 $$;
 comment on function orchestrator.next_queues(orchestrator.queue[], orchestrator.queue[], bigint[], integer) is
-  'Which queues the next round of a claim asks: those not asked yet, those that gave all they were asked for, '
-  'and the next priority of the others';
+  'Which queues the next round of a claim asks. First those not asked yet, then those that gave their whole share, '
+  'then the next priority of the others';
 
 -- Called at the end of a claim. Each claim in a row that other sessions locked out waits twice as long for the next.
 create or replace function orchestrator.set_claim_again(

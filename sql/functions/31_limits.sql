@@ -239,5 +239,5 @@ language sql immutable parallel safe as $$
 $$;
 comment on function orchestrator.wait_causes(
   timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, text) is
-  'Milliseconds from due to begin, by cause: the last pause, the last opening of the breaker, '
-  'and the rest for the limit that held the lane back. Null: nothing did';
+  'Milliseconds from due to begin, by cause: the last pause, the last opening of the breaker, and a limit. '
+  'The limit that held the lane back counts for the rest; null: nothing did';
