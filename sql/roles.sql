@@ -35,10 +35,10 @@ begin
     select format('alter %s orchestrator.%s owner to %I', o.kind, o.name, pg_get_userbyid(n.nspowner))
     from pg_namespace n
     cross join lateral (
-      select case c.relkind when 'v' then 'view' else 'table' end as kind, quote_ident(c.relname) as name
-        , c.relowner as owner
+      select case c.relkind when 'v' then 'view' when 'c' then 'type' else 'table' end as kind
+        , quote_ident(c.relname) as name, c.relowner as owner
       from pg_class c
-      where c.relnamespace = n.oid and c.relkind in ('r', 'p', 'v')
+      where c.relnamespace = n.oid and c.relkind in ('r', 'p', 'v', 'c')
       union all
       -- Sequences of identity columns follow their tables.
       select 'sequence', quote_ident(c.relname), c.relowner

@@ -9,6 +9,7 @@ import msgspec
 from orchestrator.events.submission import Submission
 
 _encode = msgspec.json.Encoder().encode
+_NULLS = "\\N\t\\N"
 
 
 def encode_submission(s: Submission) -> bytes:
@@ -23,24 +24,24 @@ def encode_submission(s: Submission) -> bytes:
 def copy_row(s: Submission, n: int) -> bytes:
     """One line of COPY text, with its end: n, then the fields of the submission in their order."""
     headers = rb"\N" if s.headers is None else _escaped(s.headers)
+    job = r"\N" if s.external_job_id is None else _escaped_text(s.external_job_id)
+    destination = r"\N" if s.destination is None else _escaped_text(s.destination)
     first = (
-        f"{n}\t{s.id}\t{_time(s.scheduled_at)}\t{_escaped_text(s.source)}\t{_optional(s.external_job_id)}"
-        f"\t{s.delivery_type}\t{_optional(s.destination)}\t"
+        f"{n}\t{s.id}\t{_time(s.scheduled_at)}\t{_escaped_text(s.source)}\t{job}\t{s.delivery_type}\t{destination}\t"
     ).encode()
     priority = s.priority or r"\N"
     # Not str(): that of a small number has an exponent.
     spread = r"\N" if s.spread_seconds is None else f"{s.spread_seconds:.6f} seconds"
     expires_at = r"\N" if s.expires_at is None else _time(s.expires_at)
-    # Together, since most events have neither.
-    tracing = (
-        "\t\\N\t\\N"
+    policy = r"\N" if s.retry_policy is None else _escaped_text(s.retry_policy)
+    key = r"\N" if s.ordering_key is None else _escaped_text(s.ordering_key)
+    # Most events have neither.
+    followed = (
+        _NULLS
         if s.correlation_id is None and s.traceparent is None
-        else f"\t{_optional(s.correlation_id)}\t{_optional(s.traceparent)}"
+        else f"{_optional(s.correlation_id)}\t{_optional(s.traceparent)}"
     )
-    last = (
-        f"\t{s.max_retries}\t{_optional(s.retry_policy)}\t{_optional(s.ordering_key)}\t{priority}\t{spread}"
-        f"\t{expires_at}{tracing}\n"
-    ).encode()
+    last = f"\t{s.max_retries}\t{policy}\t{key}\t{priority}\t{spread}\t{expires_at}\t{followed}\n".encode()
     return b"%b%b\t%b%b" % (first, _escaped(s.payload), headers, last)
 
 

@@ -56,12 +56,6 @@ def bucket(identity: str) -> int:
     return int(identity[15:18], 16)
 
 
-def id_of(source: str, external_job_id: str | None, at: datetime, ordering_key: str | None) -> str:
-    if external_job_id is not None:
-        return event_id(source, external_job_id, at, ordering_key)
-    return random_event_id(at, None if ordering_key is None else bucket_of_key(ordering_key))
-
-
 def given_id_fault(given_id: str, submission: Submission) -> str | None:
     if submission.external_job_id is not None:
         return "expected no such header on an event with an external_job_id: its id is computed"

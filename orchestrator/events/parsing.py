@@ -14,7 +14,7 @@ from orchestrator.errors import ValidationError
 from orchestrator.events.encoding import copy_row
 from orchestrator.events.faults import MAX_FAULTS, Envelope, envelope_faults, faults_of, with_usual_times
 from orchestrator.events.headers import headers_fault
-from orchestrator.events.ids import EVENT_ID_HEADER, given_id_fault, id_of
+from orchestrator.events.ids import EVENT_ID_HEADER, bucket_of_key, event_id, given_id_fault, random_event_id
 from orchestrator.events.json_text import MAX_DEPTH, pruned, utf8_fault, with_nul_for_surrogates
 from orchestrator.events.rules import (
     DOTS,
@@ -261,7 +261,9 @@ def _valid(
     if topics is not None and (fault := topics.fault(kind, wire.destination)):
         raise SubmissionError([("destination", fault)])
     return Submission(
-        id_of(wire.source, job, at, key),
+        event_id(wire.source, job, at, key)
+        if job is not None
+        else random_event_id(at, None if key is None else bucket_of_key(key)),
         at,
         wire.source,
         job,

@@ -301,8 +301,8 @@ set lock_timeout = '250 ms' as $$
   select * from orchestrator.insert_staged(null)
 $$;
 comment on function orchestrator.try_submit_staged() is
-  'submit_staged() for a batch of many clients: fails after waiting 250 ms for another session, as for one with an '
-  'uncommitted event of the same id. The rest can then go without that one';
+  'submit_staged() for a batch of many clients. Fails after waiting 250 ms for another session, as one with an '
+  'uncommitted event of the same id';
 
 create or replace function orchestrator.try_submit_staged_with_status()
 returns table (n integer, id uuid, result text, field text, reason text, status text)
@@ -369,22 +369,22 @@ begin
       end as field) k
   ),
   fresh as materialized (
-    select c.n, c.beyond, e as event
+    select c.*
     from checked c
-    cross join lateral orchestrator.as_event(
-      c.id, c.scheduled_at, p_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination
-    , c.retry_policy, c.headers, c.payload, c.ordering_key, c.priority, c.spread, c.expires_at, p_predecessor
-    , c.correlation_id, c.traceparent) e
     where c.field is null and c.copy = 1
       -- A count cannot be made into a join.
       and 0 = (select count(*) from orchestrator.horizon h where h.id = c.id and h.scheduled_at = c.scheduled_at)
   ),
   kept as (
     insert into orchestrator.event
-    select (f.event).*
-    from fresh f
-    where not f.beyond
-    order by (f.event).id
+    select e.*
+    from fresh c
+    cross join lateral orchestrator.as_event(
+      c.id, c.scheduled_at, p_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination
+    , c.retry_policy, c.headers, c.payload, c.ordering_key, c.priority, c.spread, c.expires_at, p_predecessor
+    , c.correlation_id, c.traceparent) e
+    where not c.beyond
+    order by c.id
     on conflict do nothing
     returning id, scheduled_at
   ),
@@ -393,25 +393,27 @@ begin
     insert into orchestrator.horizon
       (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy
       , headers, payload, ordering_key, priority, spread, expires_at, predecessor, correlation_id, traceparent)
-    select (f.event).*
-    from fresh f
-    where f.beyond
-    order by (f.event).id
+    select e.*
+    from fresh c
+    cross join lateral orchestrator.as_event(
+      c.id, c.scheduled_at, p_now, c.max_retries, c.source, c.external_job_id, c.delivery_type, c.destination
+    , c.retry_policy, c.headers, c.payload, c.ordering_key, c.priority, c.spread, c.expires_at, p_predecessor
+    , c.correlation_id, c.traceparent) e
+    where c.beyond
+    order by c.id
     on conflict do nothing
     returning id, scheduled_at
   ),
   accepted as materialized (
-    select f.event
+    select f.*
     from fresh f
-    join (select k.id from kept k union all select w.id from waiting w) a on a.id = (f.event).id
+    join (select k.id from kept k union all select w.id from waiting w) a on a.id = f.id
   ),
   told as (
     insert into orchestrator.outbox (created_at, event_id, kind, key, value)
-    select p_now, (a.event).id, 'scheduled'
-      , orchestrator.record_key((a.event).ordering_key, (a.event).external_job_id, (a.event).id)
+    select p_now, a.id, 'scheduled', orchestrator.record_key(a.ordering_key, a.external_job_id, a.id)
       , orchestrator.scheduled_message(
-          (a.event).id, (a.event).source, (a.event).external_job_id, (a.event).scheduled_at, (a.event).delivery_type
-        , (a.event).destination, p_now)
+          a.id, a.source, a.external_job_id, a.scheduled_at, a.delivery_type, a.destination, p_now)
     from accepted a
     where p_told
   ),
@@ -419,7 +421,7 @@ begin
     select c.n, c.id, case when c.field is null then 'duplicate' else 'refused' end as result, c.field, c.reason
       , c.source, c.delivery_type, c.destination
     from checked c
-    where c.field is not null or c.copy > 1 or c.id not in (select (a.event).id from accepted a)
+    where c.field is not null or c.copy > 1 or c.id not in (select a.id from accepted a)
   ),
   counted as (
     insert into orchestrator.statistic
@@ -427,7 +429,7 @@ begin
     select date_trunc('minute', p_now), r.name, hashtextextended(r.source, 0), hashtextextended(d.name, 0)
       , r.source, d.name, count(*)
     from (
-      select 'accepted' as name, (a.event).source, (a.event).delivery_type, (a.event).destination from accepted a
+      select 'accepted' as name, a.source, a.delivery_type, a.destination from accepted a
       union all
       select r.result, r.source, r.delivery_type, r.destination from answer r where r.result = 'duplicate') r
     cross join lateral (select orchestrator.destination_name(r.delivery_type, r.destination) as name) d

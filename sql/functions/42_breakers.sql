@@ -12,21 +12,19 @@ comment on function orchestrator.counts_successes(orchestrator.lane) is
 -- One step of update_breakers(), with its settings. Successes of a healthy destination write nothing.
 create or replace function orchestrator.lock_breakers(p_results orchestrator.lane_result[]) returns integer[]
 language plpgsql as $$
-declare
-  v_lanes integer[];
-  v_failed boolean;
 begin
-  select array_agg(distinct r.lane), bool_or(not r.delivered) into v_lanes, v_failed from unnest(p_results) r;
   if current_setting('orchestrator.wait', true) = 'off' then
     return array(
       select l.lane from orchestrator.lane l
-      where l.lane = any (v_lanes) and l.name is not null and (v_failed or orchestrator.counts_successes(l))
+      where l.lane = any (array(select r.lane from unnest(p_results) r)) and l.name is not null
+        and (orchestrator.counts_successes(l) or exists (select from unnest(p_results) r where not r.delivered))
       order by l.lane
       for update skip locked);
   end if;
   return array(
     select l.lane from orchestrator.lane l
-    where l.lane = any (v_lanes) and l.name is not null and (v_failed or orchestrator.counts_successes(l))
+    where l.lane = any (array(select r.lane from unnest(p_results) r)) and l.name is not null
+      and (orchestrator.counts_successes(l) or exists (select from unnest(p_results) r where not r.delivered))
     order by l.lane
     for update);
 end $$;

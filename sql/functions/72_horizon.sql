@@ -56,8 +56,8 @@ begin
   return v_moved;
 end $$;
 comment on function orchestrator.move_horizon(integer) is
-  'Moves up to p_limit events of days that have a partition by now from horizon to event, the earliest first, with '
-  'their timers, or with what ended them. Returns how many';
+  'Moves up to p_limit events, the earliest first, from horizon to event, once their day has a partition. '
+  'Creates their timers, or the outcomes that ended them; returns how many it moved';
 
 -- Whoever attaches a day's partition has waited for those that were putting events of that day into the horizon.
 create or replace function orchestrator.update_horizon_start() returns timestamptz

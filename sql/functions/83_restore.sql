@@ -29,6 +29,10 @@ as $$
     where c.relnamespace = 'orchestrator'::regnamespace and c.relkind = 'r'
       and c.relname ~ '^(event|outcome)_p[0-9]{8}$' and c.relacl is not null
     union all
+    select 'type ' || c.relname, c.relowner, null
+    from pg_class c
+    where c.relnamespace = 'orchestrator'::regnamespace and c.relkind = 'c'
+    union all
     select format('column %s.%s', c.relname, a.attname), c.relowner, a.attacl
     from pg_class c join pg_attribute a on a.attrelid = c.oid
     where c.relnamespace = 'orchestrator'::regnamespace and a.attacl is not null and not a.attisdropped

@@ -28,3 +28,9 @@ comment on column orchestrator.lock_holder.since is
 comment on column orchestrator.lock_holder.query is
   'Its last query, without its literals and cut to 200 characters, or the name of a prepared transaction';
 comment on column orchestrator.lock_holder.blocks is 'How many sessions wait for it';
+
+comment on column orchestrator.submitted.n is 'Number of the submission: n of pg_temp.submission';
+comment on column orchestrator.submitted.id is 'event.id: for a refused submission the id that it was submitted with';
+comment on column orchestrator.submitted.result is 'duplicate or refused';
+comment on column orchestrator.submitted.field is 'refused: the field that breaks a rule; null: none';
+comment on column orchestrator.submitted.reason is 'refused: the rule that it breaks; null: none';

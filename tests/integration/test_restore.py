@@ -136,6 +136,13 @@ def test_objects_that_another_user_owns_are_named_and_given_back(database_url: s
     assert check(database_url) == []
 
 
+def test_a_row_type_that_another_user_owns_is_given_back(database_url: str, client: Client, clerk: str) -> None:
+    client.connection.execute(sql.SQL("alter type orchestrator.lock_holder owner to {}").format(sql.Identifier(clerk)))
+    assert check(database_url) == ["roles.sql"]
+    assert migrate(database_url).applied == ["roles.sql"]
+    assert check(database_url) == []
+
+
 _SPEND: LiteralString = """
 do $$ begin
   create temp table spent (n integer);

@@ -215,7 +215,7 @@ def test_a_submitter_submits_in_every_way(connect: Connect, role: str) -> None:
     with client.transaction():
         with client.connection.cursor().copy("copy pg_temp.submission from stdin") as copy:
             copy.write_row(
-                (0, answer.id, NOON, "tests", "a", "HTTP", "https://receiver.example", "1", None, 3, *[None] * 5)
+                (0, answer.id, NOON, "tests", "a", "HTTP", "https://receiver.example", "1", None, 3, *[None] * 7)
             )
         assert client.rows("select n, result from orchestrator.submit_staged()") == [(0, "duplicate")]
 
@@ -234,7 +234,7 @@ def test_a_user_who_is_only_a_member_of_a_role_submits_by_copy(connect: Connect,
                 with client.connection.cursor().copy("copy pg_temp.submission from stdin") as copy:
                     uid = owner.value("select orchestrator.random_event_id(%s)", NOON)
                     copy.write_row(
-                        (0, uid, NOON, "tests", None, "HTTP", "https://receiver.example", "1", None, 3, *[None] * 5)
+                        (0, uid, NOON, "tests", None, "HTTP", "https://receiver.example", "1", None, 3, *[None] * 7)
                     )
                 assert client.rows("select * from orchestrator.submit_staged()") == []
             with pytest.raises(psycopg.errors.InsufficientPrivilege):

@@ -93,6 +93,8 @@ def test_the_history_of_an_event_is_complete_and_in_order(client: Client) -> Non
         "max_retries": 3,
         "retry_policy": "default",
         "expires_at": None,
+        "correlation_id": None,
+        "traceparent": None,
         "predecessor": None,
         "successor": None,
         "created_at": NOON.isoformat(),
