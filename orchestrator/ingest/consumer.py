@@ -19,7 +19,7 @@ from orchestrator.backoff import backoff_s
 from orchestrator.database.ingestion import OffsetsMovedError
 from orchestrator.errors import KafkaUnavailable, SettingsError
 from orchestrator.ingest.health import HaltReports, StalledError, StallWatch
-from orchestrator.ingest.reading import Batch, Reading
+from orchestrator.ingest.partition_reader import Batch, Reading
 from orchestrator.ingest.source import MisplacedError, Source, TooLargeError
 from orchestrator.ingest.writer import Writer
 from orchestrator.metrics import Metrics

@@ -23,8 +23,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from orchestrator.cli import COMMANDS, main
+from orchestrator.dev.operating_system import free_port
 from orchestrator.dev.postgres import EmbeddedPostgres
-from orchestrator.dev.system import free_port
 from tests.conftest import Spawn
 from tests.integration.api_support import status, until
 from tests.support.receiver import HANG, Receiver

@@ -33,7 +33,7 @@ from aiokafka.errors import for_code
 from orchestrator.dev import kafka_maven, kafka_wheel
 from orchestrator.dev.kafka import Broker, available_kind, temporary_broker
 from orchestrator.dev.kafka_broker import BrokerProcess
-from orchestrator.dev.system import exclusive, until
+from orchestrator.dev.operating_system import exclusive, until
 from orchestrator.errors import OrchestratorError
 from tests.support.databases import scratch_directory
 from tests.support.waiting import eventually
