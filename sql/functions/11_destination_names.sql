@@ -20,19 +20,19 @@ end;
 comment on function orchestrator.destination_name(text, text) is
   'What limits, breakers and fairness go by: host and port of a URL in lower case without a default port, or kafka: '
   'and the topic. '
-  'The ready topic is empty; a host called kafka is written with the dot of the DNS root, kafka.:9092.';
+  'The ready topic is empty; a host called kafka is written with the dot of the DNS root, kafka.:9092';
 
 create or replace function orchestrator.is_pattern(p_name text) returns boolean
 language sql immutable parallel safe
 return strpos(p_name, '*') > 0;
 comment on function orchestrator.is_pattern(text) is
-  'Whether the name of a destination stands for all names that match it.';
+  'Whether the name of a destination stands for all names that match it';
 
 create or replace function orchestrator.matches(p_name text, p_pattern text) returns boolean
 language sql immutable parallel safe
 return p_name like replace(replace(replace(replace(p_pattern, '\', '\\'), '%', '\%'), '_', '\_'), '*', '%');
 comment on function orchestrator.matches(text, text) is
-  'Whether a name matches a pattern, in which * stands for any characters.';
+  'Whether a name matches a pattern, in which * stands for any characters';
 
 create or replace function orchestrator.pattern_lane(p_name text) returns integer
 language sql stable security definer
@@ -44,7 +44,7 @@ set search_path = orchestrator, pg_temp as $$
 $$;
 comment on function orchestrator.pattern_lane(text) is
   'Lane of the pattern that a name belongs to; null: none. '
-  'Of several it is the one with most characters besides *, then the first by name.';
+  'Of several it is the one with most characters besides *, then the first by name';
 
 create or replace function orchestrator.lane_for(p_name text) returns integer
 language sql stable security definer
@@ -55,7 +55,7 @@ set search_path = orchestrator, pg_temp as $$
   , (hashtextextended(p_name, 0) & 63)::integer)
 $$;
 comment on function orchestrator.lane_for(text) is
-  'Lane of a destination by its name: its dedicated lane, that of a pattern, or a shared lane.';
+  'Lane of a destination by its name: its dedicated lane, that of a pattern, or a shared lane';
 
 create or replace function orchestrator.as_destination(p_name text) returns text
 language plpgsql stable security definer
@@ -118,7 +118,7 @@ begin
 end $$;
 comment on function orchestrator.as_destination(text) is
   'The name of the destination that an operator means: a URL without its path, in lower case, without a default port. '
-  'Refuses what cannot be a name.';
+  'Refuses what cannot be a name';
 
 create or replace function orchestrator.destination_for(p_name text) returns text
 language sql stable security definer
@@ -127,7 +127,7 @@ set search_path = orchestrator, pg_temp as $$
   where l.lane = orchestrator.lane_for(orchestrator.as_destination(p_name))
 $$;
 comment on function orchestrator.destination_for(text) is
-  'The destination whose limits hold for a host, URL or topic: itself, or the pattern it belongs to; null: none.';
+  'The destination whose limits hold for a host, URL or topic: itself, or the pattern it belongs to; null: none';
 
 -- Without settings of its own, so that the planner inlines it. The limit makes it look each event up by its
 -- key.
@@ -139,7 +139,7 @@ language sql stable as $$
     and e.scheduled_at < uuid_extract_timestamp(p_event_id) + interval '1 ms'
   limit 1
 $$;
-comment on function orchestrator.destination_of(uuid) is 'The destination_name() of an event.';
+comment on function orchestrator.destination_of(uuid) is 'The destination_name() of an event';
 
 create or replace function orchestrator.overlapping_destinations(p_name text) returns text[]
 language sql stable security definer
@@ -178,4 +178,4 @@ set search_path = orchestrator, pg_temp as $$
 $$;
 comment on function orchestrator.overlapping_destinations(text) is
   'Other configured destinations that match the same names, and which goes first. '
-  'An exact name goes before patterns, then the pattern with most characters besides *, then by name.';
+  'An exact name goes before patterns, then the pattern with most characters besides *, then by name';

@@ -5,7 +5,13 @@ create or replace function orchestrator.is_free(p_lease_until timestamptz, p_now
 language sql immutable parallel safe
 return p_lease_until is null or p_lease_until <= p_now;
 comment on function orchestrator.is_free(timestamptz, timestamptz) is
-  'Whether nobody holds a timer: it was never leased, or its lease has run out';
+  'Whether a timer is not leased: it never was, or its lease has run out';
+
+create or replace function orchestrator.is_dedicated(p_lane integer) returns boolean
+language sql immutable parallel safe
+return p_lane > 63;
+comment on function orchestrator.is_dedicated(integer) is
+  'Whether a lane is the dedicated lane of one destination; 0 to 63 are shared, and those below 0 hold parked timers';
 
 -- Stable, as adding an interval is; the bounds let the executor leave out all other partitions.
 create or replace function orchestrator.in_millisecond_of(p_id uuid, p_scheduled_at timestamptz) returns boolean

@@ -12,7 +12,7 @@ as $$
 $$;
 comment on function orchestrator.configure_topics(text, text[], text[]) is
   'Sets the ready topic, the deployment''s own topics, and the patterns (with *) of topics that events may be '
-  'delivered to. Dispatchers call it when they start.';
+  'delivered to. Dispatchers call it when they start';
 
 create or replace function orchestrator.topic_fault(p_delivery_type text, p_destination text) returns text
 language sql stable security definer

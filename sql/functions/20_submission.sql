@@ -475,7 +475,7 @@ declare
   v_now constant timestamptz := orchestrator.now();
 begin
   if p_due_at < least(
-    v_now + orchestrator.notify_horizon()
+    v_now + orchestrator.notify_within()
   , to_timestamp(nullif(current_setting('orchestrator.told', true), '')::double precision))
   then
     perform set_config('orchestrator.told', extract(epoch from greatest(p_due_at, v_now))::text, true);
@@ -483,10 +483,10 @@ begin
   end if;
 end $$;
 comment on function orchestrator.tell_due(timestamptz) is
-  'Notifies the dispatchers of an event due within notify_horizon(), as Unix seconds. A hint: they also poll';
+  'Notifies the dispatchers of an event due within notify_within(), as Unix seconds. A hint: they also poll';
 
-create or replace function orchestrator.notify_horizon() returns interval
+create or replace function orchestrator.notify_within() returns interval
 language sql immutable parallel safe
 return interval '10 s';
-comment on function orchestrator.notify_horizon() is
+comment on function orchestrator.notify_within() is
   'Submissions due within this time wake the dispatchers; the longest poll interval a dispatcher may have';

@@ -67,7 +67,7 @@ begin
 end $$;
 comment on function orchestrator.advance_offsets(text, integer[], bigint[], bigint[], bigint[], bigint[]) is
   'Moves each partition from p_expected (null: not begun) to p_next, and remembers the last record read. '
-  'Returns partitions that another reader has moved, with their offsets: the caller must roll back.';
+  'Returns partitions that another reader has moved, with their offsets: the caller must roll back';
 
 create or replace function orchestrator.set_ingest_offset(
   p_topic text, p_partition integer, p_next_offset bigint) returns bigint
@@ -82,7 +82,7 @@ as $$
 $$;
 comment on function orchestrator.set_ingest_offset(text, integer, bigint) is
   'Makes ingesters read a partition from this offset on. The remedy when ingestion halts because a topic was '
-  'recreated or truncated.';
+  'recreated or truncated';
 
 -- Records whose event another session is writing in an open transaction are set aside, so that the rest
 -- of their partition goes on.
@@ -112,7 +112,7 @@ begin
   order by r.partition, r."offset";
 end $$;
 comment on function orchestrator.set_aside_staged(text, integer[], integer[], bigint[], bytea[], bytea[]) is
-  'Sets the rows of pg_temp.submission aside. Their numbers n tell which record each came from.';
+  'Sets the rows of pg_temp.submission aside. Their numbers n tell which record each came from';
 
 -- One row at a time, as each may have to wait, and in random order, so that rows that wait for long keep
 -- nobody behind them. Rows that another call has locked are left to it.
@@ -157,4 +157,4 @@ begin
 end $$;
 comment on function orchestrator.submit_set_aside(integer) is
   'Submits up to p_limit records that were set aside, and stops once ten still wait for another session. '
-  'Says how many became events, duplicates or rejects, and how many waited.';
+  'Says how many became events, duplicates or rejects, and how many waited';

@@ -35,7 +35,7 @@ begin
 end $$;
 comment on function orchestrator.keep_rejects(text, integer[], bigint[], bytea[], bytea[], text[], text[]) is
   'Keeps records that could not become events, one for each array element, with what is wrong. '
-  'Sends them to the DLQ topic if it is on.';
+  'Sends them to the DLQ topic if it is on';
 
 create or replace function orchestrator.list_rejects(
   p_limit integer default 100, p_before bigint default null) returns setof json
@@ -43,7 +43,8 @@ language sql stable security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
 set plan_cache_mode = force_custom_plan
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
   select json_build_object(
       'reject', r.reject
@@ -64,7 +65,8 @@ returns table (
   field text, reason text, event_id uuid, resubmitted_at timestamptz)
 language sql stable security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
   select r.topic, r.partition, r."offset", r.received_at, r.key, r.value
     , r.field, r.reason, r.event_id, r.resubmitted_at
@@ -77,7 +79,8 @@ comment on function orchestrator.get_reject(bigint) is
 create or replace function orchestrator.resubmitted_reject(p_reject bigint, p_event_id uuid) returns boolean
 language sql security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
   with noted as (
     update orchestrator.reject r

@@ -32,7 +32,7 @@ begin
   return p_control;
 end $$;
 comment on function orchestrator.with_notes(orchestrator.control, orchestrator.control_note[]) is
-  'The row of control with notes carried over, in their order.';
+  'The row of control with notes carried over, in their order';
 
 create or replace function orchestrator.control_now() returns setof orchestrator.control
 language sql stable security definer rows 1
@@ -43,7 +43,7 @@ set search_path = orchestrator, pg_temp as $$
     select n from orchestrator.control_note n where n.name is null order by n.note)) w
 $$;
 comment on function orchestrator.control_now() is
-  'The row of control as it holds, including changes that are only noted so far.';
+  'The row of control as it holds, including changes that are only noted so far';
 
 create or replace function orchestrator.note_control(p_kind text, p_priorities smallint[] default null) returns void
 language plpgsql security definer
@@ -57,7 +57,7 @@ begin
 end $$;
 comment on function orchestrator.note_control(text, smallint[]) is
   'Notes pause, resume, reroute or priorities, which holds from then on. '
-  'Carries it over at once, unless another session has locked the row of control.';
+  'Carries it over at once, unless another session has locked the row of control';
 
 -- Never waits. Only the session that has locked the row of control deletes its notes.
 create or replace function orchestrator.fold_control() returns boolean
@@ -88,7 +88,7 @@ begin
   return true;
 end $$;
 comment on function orchestrator.fold_control() is
-  'Carries notes over to the row of control, and keeps it locked. False: another session has locked it.';
+  'Carries notes over to the row of control, and keeps it locked. False: another session has locked it';
 
 -- Never waits.
 create or replace function orchestrator.try_destination(p_name text) returns boolean
@@ -107,7 +107,7 @@ begin
 end $$;
 comment on function orchestrator.try_destination(text) is
   'Locks a destination, whether it exists or not, and its lane. '
-  'False: another session has locked it, or is making or deleting it.';
+  'False: another session has locked it, or is making or deleting it';
 
 -- Claims and finishes keep a lane locked for milliseconds.
 create or replace function orchestrator.await_destination(p_name text) returns boolean
@@ -127,7 +127,7 @@ begin
 exception when lock_not_available then
   return false;
 end $$;
-comment on function orchestrator.await_destination(text) is 'try_destination() that waits up to 100 ms for each lock.';
+comment on function orchestrator.await_destination(text) is 'try_destination() that waits up to 100 ms for each lock';
 
 create or replace function orchestrator.note_destination(p_name text, p_kind text) returns text
 language plpgsql security definer
@@ -138,7 +138,7 @@ begin
   , 'another session''s open transaction holds the destination', orchestrator.holders_text('0 s'));
 end $$;
 comment on function orchestrator.note_destination(text, text) is
-  'Notes pause, resume or close_breaker of a destination that another session has locked. Answers which session.';
+  'Notes pause, resume or close_breaker of a destination that another session has locked. Returns which session';
 
 create or replace function orchestrator.noted_pauses()
 returns table (name text, paused_at timestamptz, lane integer, destination bigint)
@@ -154,7 +154,7 @@ set search_path = orchestrator, pg_temp as $$
   where n.kind = 'pause'
 $$;
 comment on function orchestrator.noted_pauses() is
-  'Destinations that only a note pauses. The dedicated lane is null where there is none, the hash for a pattern.';
+  'Destinations that only a note pauses. The dedicated lane is null where there is none, the hash for a pattern';
 
 -- The caller has locked the destination by try_destination() or await_destination(). The functions called
 -- here call this one again, which finds no notes any more.
@@ -183,7 +183,7 @@ begin
   perform set_config('orchestrator.folding', '', true);
 end $$;
 comment on function orchestrator.fold_destination(text) is
-  'Carries the notes about a destination over, if there are any, in their order.';
+  'Carries the notes about a destination over, if there are any, in their order';
 
 -- Never waits. Called by claims and by maintenance while there are notes.
 create or replace function orchestrator.fold_notes() returns void
@@ -196,4 +196,4 @@ begin
   where orchestrator.try_destination(n.name);
 end $$;
 comment on function orchestrator.fold_notes() is
-  'Carries over all notes whose rows no other session has locked.';
+  'Carries over all notes whose rows no other session has locked';

@@ -11,7 +11,7 @@ set search_path = orchestrator, pg_temp as $$
 $$;
 comment on function orchestrator.recall_lane(integer) is
   'Tells dispatchers to release the events of a lane (null: of all lanes) that they have claimed but not started. '
-  'It is a hint: their next claim shows it, too.';
+  'It is a hint: their next claim shows it, too';
 
 create or replace function orchestrator.ensure_dedicated_lanes(p_names text[], p_configured boolean)
 returns table (name text, lane integer)
@@ -76,7 +76,7 @@ begin
 end $$;
 comment on function orchestrator.ensure_dedicated_lanes(text[], boolean) is
   'Gives destinations dedicated lanes, unless they have them; null where too many unconfigured destinations have one. '
-  'Unconfigured names that another session is making or deleting are left out.';
+  'Unconfigured names that another session is making or deleting are left out';
 
 create or replace function orchestrator.ensure_dedicated_lane(p_name text, p_configured boolean) returns integer
 language sql security definer
@@ -84,7 +84,7 @@ set search_path = orchestrator, pg_temp as $$
   select l.lane from orchestrator.ensure_dedicated_lanes(array[p_name], p_configured) l
 $$;
 comment on function orchestrator.ensure_dedicated_lane(text, boolean) is
-  'Gives a destination a dedicated lane, unless it has one. Null: too many unconfigured destinations have one already.';
+  'Gives a destination a dedicated lane, unless it has one. Null: too many unconfigured destinations have one already';
 
 create or replace function orchestrator.forget_destination(p_name text) returns boolean
 language plpgsql security definer
@@ -121,4 +121,4 @@ begin
 end $$;
 comment on function orchestrator.forget_destination(text) is
   'Deletes a destination with its limits; claims then move its timers to the lanes where they belong. '
-  'False: there is no such destination.';
+  'False: there is no such destination';

@@ -8,11 +8,11 @@ return interval '50 ms';
 comment on function orchestrator.limited_ahead() is
   'How long before they are due events that take a slot are claimed. A slot held longer keeps another event waiting';
 
-create or replace function orchestrator.next_slot(
+create or replace function orchestrator.plausible_next_slot(
   p_next_slot_at timestamptz, p_now timestamptz, p_gap interval, p_burst integer) returns timestamptz
 language sql immutable parallel safe
 return case when p_next_slot_at <= p_now + interval '11 s' + (p_burst + 1) * p_gap then p_next_slot_at end;
-comment on function orchestrator.next_slot(timestamptz, timestamptz, interval, integer) is
+comment on function orchestrator.plausible_next_slot(timestamptz, timestamptz, interval, integer) is
   'lane.next_slot_at, if claims can have booked that far ahead. '
   'Null after the clock was set back: the rate starts afresh';
 
@@ -25,7 +25,9 @@ create or replace function orchestrator.lock_limits(
   out locked_out boolean, out again_at timestamptz)
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_hashjoin = on set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = on
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_patience constant text := current_setting('lock_timeout');
@@ -47,7 +49,7 @@ begin
 
   -- How many attempts each lane may have under way.
   with bound as (
-    select l.*, d.rate_per_second, d.burst, d.spread, orchestrator.lane_open(l, p_now) as is_open
+    select l.*, d.rate_per_second, d.burst, d.spread, orchestrator.lane_may_give(l, p_now) as is_open
       , case when l.name is not null
           then least(coalesce(d.max_parallel, p_max_parallel), floor(l.parallel_now))::integer end as bound
       , make_interval(secs => 1 / d.rate_per_second) as gap
@@ -61,7 +63,7 @@ begin
       , case when b.bound is not null then greatest(0, b.bound - (
           select count(*) from orchestrator.timer t where t.slot = b.lane and t.lease_until > p_now))::integer end
           as free
-      , greatest(p_now, orchestrator.next_slot(b.next_slot_at, p_now, b.gap, b.burst)) - (b.burst - 1) * b.gap
+      , greatest(p_now, orchestrator.plausible_next_slot(b.next_slot_at, p_now, b.gap, b.burst)) - (b.burst - 1) * b.gap
           as first_slot_at
     from bound b
   ), slots as (
@@ -108,21 +110,21 @@ end $$;
 comment on function orchestrator.lock_limits(
   orchestrator.queue[], integer[], timestamptz, timestamptz, integer) is
   'Step 2 of a claim: locks limited lanes, and gives the queues the caps and ends that their limits set. '
-  'Answers what each lane allows, and when more is to be had; lanes that another session has locked get cap 0';
+  'Returns what each lane allows, and when more is to be had; lanes that another session has locked get cap 0';
 
-create or replace function orchestrator.is_limited(p_destination orchestrator.destination) returns boolean
+create or replace function orchestrator.needs_destination_row(p_destination orchestrator.destination) returns boolean
 language sql immutable
 return num_nonnulls(p_destination.rate_per_second, p_destination.max_parallel, p_destination.spread
   , p_destination.timeout, p_destination.signing_secret, p_destination.secret_headers) > 0;
-comment on function orchestrator.is_limited(orchestrator.destination) is
+comment on function orchestrator.needs_destination_row(orchestrator.destination) is
   'Whether claims must look at a destination''s row, not at its lane alone';
 
-create or replace function orchestrator.lane_open(p_lane orchestrator.lane, p_now timestamptz) returns boolean
+create or replace function orchestrator.lane_may_give(p_lane orchestrator.lane, p_now timestamptz) returns boolean
 language sql immutable
 -- A time in the future: the clock was set back.
 return p_lane.paused_at is null
   and (p_lane.open_until <= p_now or coalesce(greatest(p_lane.opened_at, p_lane.tried_at) > p_now, false));
-comment on function orchestrator.lane_open(orchestrator.lane, timestamptz) is
+comment on function orchestrator.lane_may_give(orchestrator.lane, timestamptz) is
   'Whether claims may take from a lane: it is not paused, and its breaker lets at least a try through';
 
 -- The rate is GCRA in closed form: the i-th theoretical arrival time is
@@ -132,7 +134,9 @@ create or replace function orchestrator.book_slots(
 returns orchestrator.leased[]
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_hashjoin = on set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = on
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_leased orchestrator.leased[];
@@ -163,7 +167,7 @@ begin
     -- Their theoretical arrival times.
     select c.*
       , c.i * c.gap + greatest(
-          orchestrator.next_slot(c.next_slot_at, p_now, c.gap, c.burst)
+          orchestrator.plausible_next_slot(c.next_slot_at, p_now, c.gap, c.burst)
         , max(c.earliest - (c.i - 1) * c.gap) over (partition by c.lane order by c.i)) as tat
     from leased c
   ), slot as materialized (
@@ -216,7 +220,7 @@ end $$;
 comment on function orchestrator.book_slots(
   orchestrator.leased[], orchestrator.lane_limit[], timestamptz, interval) is
   'Step 5 of a claim: books leases with the limits of the lanes they came from. '
-  'Answers all leases, with start_at, lease_until, options and waited of those that limits apply to';
+  'Returns all leases, with start_at, lease_until, options and waited of those that limits apply to';
 
 create or replace function orchestrator.wait_causes(
   p_due_at timestamptz, p_begins_at timestamptz, p_paused_at timestamptz, p_resumed_at timestamptz,

@@ -6,7 +6,8 @@
 create or replace function orchestrator.reroute_remaining(p_limit integer default 50000) returns bigint
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_nestloop = off set enable_mergejoin = off
+set enable_nestloop = off
+set enable_mergejoin = off
 as $$
 declare
   v_rerouted_by xid8;
@@ -86,7 +87,10 @@ comment on function orchestrator.reroute_remaining(integer) is
 create or replace function orchestrator.move_timers(p_at tid[], p_lanes integer[]) returns bigint
 language sql security definer
 set search_path = orchestrator, pg_temp
-set enable_nestloop = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off
+set enable_nestloop = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
   with moved as (
     update orchestrator.timer t set lane = m.lane
@@ -101,7 +105,8 @@ comment on function orchestrator.move_timers(tid[], integer[]) is
 create or replace function orchestrator.forget_recovered_destinations() returns bigint
 language sql security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
   select count(*)
   from orchestrator.destination d
@@ -123,10 +128,13 @@ comment on function orchestrator.forget_recovered_destinations() is
 -- The caller has the rows locked. Waits for nobody: keys that another session has locked are left to the next claim.
 create or replace function orchestrator.reroute_or_park(
   p_at tid[], p_rerouted boolean, p_bounded boolean, p_skip integer[],
-  out ready tid[], out changed boolean, out locked bigint, out buckets integer[])
+  out ready tid[], out changed boolean, out locked bigint, out lock_numbers integer[])
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_now constant timestamptz := orchestrator.now();
@@ -187,14 +195,14 @@ begin
   with keyed as materialized (
     select t.ctid as at, t.ordering from orchestrator.timer t where t.ctid = any (ready)
   ), tried as materialized (
-    select k.at, b.bucket, pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), b.bucket) as is_ours
-    from keyed k cross join lateral (select orchestrator.ordering_bucket(k.ordering) as bucket) b
+    select k.at, b.lock_number, pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), b.lock_number) as is_ours
+    from keyed k cross join lateral (select orchestrator.ordering_lock_number(k.ordering) as lock_number) b
     where k.ordering is not null
   )
   select array(select k.at from keyed k where k.ordering is null), array(select t.at from tried t where t.is_ours)
     , (select count(*) from tried t where not t.is_ours)
-    , (select array_agg(distinct t.bucket) from tried t where not t.is_ours)
-  into ready, v_ordered, locked, buckets;
+    , (select array_agg(distinct t.lock_number) from tried t where not t.is_ours)
+  into ready, v_ordered, locked, lock_numbers;
 
   -- Parks those that wait for an earlier event of their key. A new statement, and so a new snapshot: it sees what those
   -- did who had the locks before.
@@ -216,4 +224,4 @@ begin
 end $$;
 comment on function orchestrator.reroute_or_park(tid[], boolean, boolean, integer[]) is
   'Moves locked timers in a wrong lane, puts off those spread since, and parks those that wait for their ordering key. '
-  'Answers which are ready to lease, whether others became due elsewhere, and the ordering keys that were locked';
+  'Returns which are ready to lease, whether others became due elsewhere, and the ordering keys that were locked';

@@ -33,7 +33,7 @@ begin
       and (select l.name from orchestrator.lane l where l.lane = orchestrator.lane_for(e.name)) = p_name);
 end $$;
 comment on function orchestrator.count_waiting(text) is
-  'Events that wait for a destination, due or not, and that no dispatcher holds. Null within fold_destination().';
+  'Events that wait for a destination, due or not, and that no dispatcher holds. Null within fold_destination()';
 
 -- Messages never quote the values: a secret may stand there by mistake.
 create or replace function orchestrator.check_secrets(p_name text, p_signing_secret text, p_secret_headers jsonb)
@@ -58,7 +58,7 @@ language sql immutable parallel safe as $$
   end
 $$;
 comment on function orchestrator.check_secrets(text, text, jsonb) is
-  'Why these cannot be the secrets of a destination; null: they can.';
+  'Why these cannot be the secrets of a destination; null: they can';
 
 -- A row that has only what is asked for. Zero turns a breaker's rule off.
 create or replace function orchestrator.check_settings(p_asked orchestrator.destination) returns text
@@ -95,7 +95,7 @@ set search_path = orchestrator, pg_temp as $$
   from (select p_asked.*) a
 $$;
 comment on function orchestrator.check_settings(orchestrator.destination) is
-  'Which of these settings of a destination is out of its range, and what was expected; null: none is.';
+  'Which of these settings of a destination is out of its range, and what was expected; null: none is';
 
 create or replace function orchestrator.check_together(p_wanted orchestrator.destination) returns text
 language sql stable
@@ -111,7 +111,7 @@ set search_path = orchestrator, pg_temp as $$
   from (select p_wanted.*) w
 $$;
 comment on function orchestrator.check_together(orchestrator.destination) is
-  'Which settings of a destination contradict each other; null: none do.';
+  'Which settings of a destination contradict each other; null: none do';
 
 create or replace function orchestrator.destination_defaults() returns orchestrator.destination
 language plpgsql stable
@@ -128,7 +128,7 @@ begin
   return v_defaults;
 end $$;
 comment on function orchestrator.destination_defaults() is
-  'The settings of a new destination: the defaults of the columns of its table.';
+  'The settings of a new destination: the defaults of the columns of its table';
 
 create or replace function orchestrator.with_settings(
   p_destination orchestrator.destination, p_given jsonb, p_clear text[])
@@ -147,7 +147,7 @@ begin
   return p_destination;
 end $$;
 comment on function orchestrator.with_settings(orchestrator.destination, jsonb, text[]) is
-  'A destination with the given settings, and with defaults for those that p_clear names.';
+  'A destination with the given settings, and with defaults for those that p_clear names';
 
 create or replace function orchestrator.store_destination(p_destination orchestrator.destination) returns void
 language plpgsql security definer
@@ -161,7 +161,7 @@ begin
   where d.name = p_destination.name;
 end $$;
 comment on function orchestrator.store_destination(orchestrator.destination) is
-  'Replaces the settings of a destination, which the caller has locked.';
+  'Replaces the settings of a destination, which the caller has locked';
 
 create or replace function orchestrator.configuration_note(
   p_name text, p_destination orchestrator.destination, p_lane orchestrator.lane, p_waiting bigint)
@@ -187,7 +187,7 @@ set search_path = orchestrator, pg_temp as $$
 $$;
 comment on function orchestrator.configuration_note(
   text, orchestrator.destination, orchestrator.lane, bigint) is
-  'What configure_destination() says of the settings that are now in force.';
+  'What configure_destination() says of the settings that are now in force';
 
 create or replace function orchestrator.configure_destination(
   p_name text,
@@ -285,7 +285,7 @@ begin
   perform orchestrator.store_destination(v_after);
   -- The state of a limit that has changed begins again.
   update orchestrator.lane l
-  set limited = orchestrator.is_limited(v_after)
+  set limited = orchestrator.needs_destination_row(v_after)
     , next_slot_at = case when c.rate_stays then l.next_slot_at end
     , parallel_now = case when c.bound_stays then l.parallel_now end
     , held_by = case when c.rate_stays and c.bound_stays then l.held_by end
@@ -314,7 +314,7 @@ comment on function orchestrator.configure_destination(
 , integer, interval, interval, interval, text[]) is
   'Sets the given settings of a host, URL, kafka:topic, or of all names that match a pattern with *; p_clear names '
   'those to reset. '
-  'Answers the settings in force, the number of waiting events, and other destinations that overlap.';
+  'Returns the settings in force, the number of waiting events, and other destinations that overlap';
 
 create or replace function orchestrator.delete_destination(p_name text)
 returns table (name text, waiting bigint, note text)
@@ -345,7 +345,7 @@ end $$;
 comment on function orchestrator.delete_destination(text) is
   'Deletes the settings of a destination, its pause and the state of its breaker; events that wait for it are '
   'delivered all the same. '
-  'No row: it was not configured.';
+  'No row: it was not configured';
 
 create or replace function orchestrator.standstills()
 returns table (paused_at timestamptz, destinations_paused bigint, breakers_open bigint)
@@ -363,7 +363,7 @@ set search_path = orchestrator, pg_temp as $$
 $$;
 comment on function orchestrator.standstills() is
   'Since when everything is paused (null: it is not), how many destinations are paused, and how many have a breaker '
-  'that is not closed.';
+  'that is not closed';
 
 create or replace function orchestrator.destination_json(p_name text) returns json
 language sql volatile security definer
@@ -404,7 +404,7 @@ set enable_bitmapscan = off as $$
   where d.name = p_name
 $$;
 comment on function orchestrator.destination_json(text) is
-  'A destination by its exact name, with its settings and its present state; times are in seconds.';
+  'A destination by its exact name, with its settings and its present state; times are in seconds';
 
 create or replace function orchestrator.get_destination(p_name text) returns json
 language sql volatile security definer
@@ -412,7 +412,7 @@ set search_path = orchestrator, pg_temp as $$
   select orchestrator.destination_json(orchestrator.as_destination(p_name))
 $$;
 comment on function orchestrator.get_destination(text) is
-  'A destination by any name that as_destination() takes; null: there is no such destination.';
+  'A destination by any name that as_destination() takes; null: there is no such destination';
 
 create or replace function orchestrator.list_destinations(p_limit integer default 100, p_after_name text default null)
 returns setof json
@@ -426,4 +426,4 @@ set search_path = orchestrator, pg_temp as $$
     limit p_limit) d
 $$;
 comment on function orchestrator.list_destinations(integer, text) is
-  'Destinations by name. The next page starts after the last name seen.';
+  'Destinations by name. The next page starts after the last name seen';

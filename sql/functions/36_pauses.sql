@@ -54,7 +54,7 @@ begin
   end if;
   update orchestrator.lane l
   set paused_at = coalesce(l.paused_at, v_now)
-    , limited = (select orchestrator.is_limited(d) from orchestrator.destination d where d.name = v_name)
+    , limited = (select orchestrator.needs_destination_row(d) from orchestrator.destination d where d.name = v_name)
   where l.lane = v_lane
   returning l.paused_at into v_since;
 
@@ -76,7 +76,7 @@ end $$;
 comment on function orchestrator.pause_destination(text) is
   'Stops attempts to a destination until resume_destination(), through restarts too; dispatchers release what they '
   'hold. '
-  'While another session has it locked the pause is noted, or refused for a pattern without a lane.';
+  'While another session has it locked the pause is noted, or refused for a pattern without a lane';
 
 create or replace function orchestrator.resume_destination(p_name text)
 returns table (name text, paused_at timestamptz, resumed boolean, waiting bigint, note text)
@@ -120,7 +120,7 @@ begin
           then 'everything is paused, and so is it' end);
 end $$;
 comment on function orchestrator.resume_destination(text) is
-  'Ends the pause of a destination; due events go at once, under its limits. No row: there is no such destination.';
+  'Ends the pause of a destination; due events go at once, under its limits. No row: there is no such destination';
 
 create or replace function orchestrator.pause_all()
 returns table (paused_at timestamptz, in_flight bigint, note text)
@@ -141,7 +141,7 @@ begin
       , case when v_since < v_now then 'it was paused before' end);
 end $$;
 comment on function orchestrator.pause_all() is
-  'Stops all attempts until resume_all(), through restarts too. Events are accepted all the same.';
+  'Stops all attempts until resume_all(), through restarts too. Events are accepted all the same';
 
 create or replace function orchestrator.resume_all()
 returns table (paused_at timestamptz, resumed boolean, destinations_paused bigint, breakers_open bigint, note text)
@@ -164,4 +164,4 @@ begin
   from orchestrator.standstills() s;
 end $$;
 comment on function orchestrator.resume_all() is
-  'Ends the pause of everything. Destinations that were paused by themselves stay paused.';
+  'Ends the pause of everything. Destinations that were paused by themselves stay paused';

@@ -35,7 +35,7 @@ language sql stable as $$
       and o.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms')
 $$;
 comment on function orchestrator.stale_results(uuid[], integer[], integer) is
-  'Events whose result is not in the log. The lease was lost before the result came.';
+  'Events whose result is not in the log. The lease was lost before the result came';
 
 -- One step of finish_events(), with its settings: all were delivered, without a remark in p_errors.
 create or replace function orchestrator.record_delivered(
@@ -101,7 +101,7 @@ comment on function orchestrator.record_delivered(
   uuid[], integer[], integer[], double precision[], double precision[], integer, double precision[], text[]
 , timestamptz, boolean) is
   'Deletes the timers of delivered events, logs and counts them. '
-  'Answers how many they are, and what is to be done about them: messages if p_announced, ordering keys, breakers.';
+  'Returns how many they are, and what is to be done about them: messages if p_announced, ordering keys, breakers';
 
 -- One step of finish_events(), with its settings: any results.
 create or replace function orchestrator.record_results(
@@ -199,7 +199,7 @@ comment on function orchestrator.record_results(
   uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[]
 , integer, double precision[], text[], timestamptz) is
   'Ends or delays timers by the results of their attempts, logs and counts them, and writes dead letters. '
-  'Answers how many they are, and what is to be done about them.';
+  'Returns how many they are, and what is to be done about them';
 
 -- A result counts only while its (event_id, attempt) names the present lease. All others are stale, except those
 -- that are in the log already, because the reply to an earlier call was lost.
@@ -281,8 +281,8 @@ comment on function orchestrator.finish_events(
 , integer, double precision[], text[]) is
   'Records results of leased attempts, one array element each: delivered, retry (try again if attempts are left), or '
   'fail (for good); times are Unix seconds. '
-  'Answers those not delivered: retried with the next due_at, dead, or stale, when the lease was lost and nothing was '
-  'recorded.';
+  'Returns those not delivered: retried with the next due_at, dead, or stale, when the lease was lost and nothing was '
+  'recorded';
 
 create or replace function orchestrator.release_events(p_event_ids uuid[], p_attempts integer[]) returns integer
 language plpgsql security definer
@@ -330,7 +330,7 @@ begin
 end $$;
 comment on function orchestrator.release_events(uuid[], integer[]) is
   'Gives leases back unused, without spending an attempt, and wakes the dispatchers if an event is due soon. '
-  'Returns how many leases were still held.';
+  'Returns how many leases were still held';
 
 -- What follows never waits for another session. The caller asked finish_events() first, and got no lock in
 -- time.
@@ -354,13 +354,13 @@ begin
   select array_agg(f.event_id) into v_locked
   from free f
   where f.ordering is null
-    or pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(f.ordering));
+    or pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_lock_number(f.ordering));
   return array(
     select t.event_id from orchestrator.timer t
     where t.event_id = any (p_event_ids) and t.event_id <> all (coalesce(v_locked, '{}')));
 end $$;
 comment on function orchestrator.lock_free(uuid[]) is
-  'Locks the timers and ordering keys of events, except those that another session has locked. Answers these.';
+  'Locks the timers and ordering keys of events, except those that another session has locked. Returns these';
 
 create or replace function orchestrator.finish_free_events(
   p_event_ids uuid[],
@@ -416,7 +416,7 @@ comment on function orchestrator.finish_free_events(
   uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[], double precision[]
 , integer, double precision[], text[]) is
   'finish_events() that does not wait for other sessions. '
-  'Answers blocked, and records nothing, for events whose timer or ordering key another session has locked; try again.';
+  'Returns blocked, and records nothing, for events whose timer or ordering key another session has locked; try again';
 
 create or replace function orchestrator.release_free_events(p_event_ids uuid[], p_attempts integer[])
 returns table (released integer, blocked uuid[])
@@ -432,4 +432,4 @@ begin
 end $$;
 comment on function orchestrator.release_free_events(uuid[], integer[]) is
   'release_events() that does not wait for other sessions. '
-  'Answers how many leases it gave back, and which events others have locked.';
+  'Returns how many leases it gave back, and which events others have locked';

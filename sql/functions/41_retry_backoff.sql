@@ -12,7 +12,7 @@ set search_path = orchestrator, pg_temp as $$
      where d.name = (select l.name from orchestrator.lane l where l.lane = p_lane and p_lane > 63)))
 $$;
 comment on function orchestrator.retry_policy_of(uuid, timestamptz, integer) is
-  'Retry policy that the event names, or else its destination; null: neither names one.';
+  'Retry policy that the event names, or else its destination; null: neither names one';
 
 create or replace function orchestrator.retry_delay(
   p_policy text, p_attempt integer, p_at_least interval default null)
@@ -35,7 +35,7 @@ $$;
 comment on function orchestrator.retry_delay(text, integer, interval) is
   'Wait after failed attempt p_attempt: exponential with full jitter unless the policy says otherwise, and at least '
   'p_at_least, up to max_delay. '
-  'A policy that does not exist counts as ''default''.';
+  'A policy that does not exist counts as ''default''';
 
 -- Attempt numbers only grow, through hand-backs and redrives. The attempts that are left say how many have
 -- failed since the last redrive, which is where the policy begins again.
@@ -55,4 +55,4 @@ set search_path = orchestrator, pg_temp as $$
 $$;
 comment on function orchestrator.next_delay(uuid, timestamptz, integer, integer, interval) is
   'Wait after a failed attempt that leaves p_attempts_left more. '
-  'The retry policy is that of the event, else of its destination, else ''default''.';
+  'The retry policy is that of the event, else of its destination, else ''default''';

@@ -7,7 +7,7 @@ language sql immutable
 return p_lane.failures > 0 or p_lane.window_at is not null or p_lane.breaker <> 'closed'
   or p_lane.parallel_now is not null;
 comment on function orchestrator.counts_successes(orchestrator.lane) is
-  'Whether a success changes the state of a lane. It does not where all has gone well.';
+  'Whether a success changes the state of a lane. It does not where all has gone well';
 
 -- One step of update_breakers(), with its settings. Successes of a healthy destination write nothing.
 create or replace function orchestrator.lock_breakers(p_results orchestrator.lane_result[]) returns integer[]
@@ -30,7 +30,7 @@ begin
 end $$;
 comment on function orchestrator.lock_breakers(orchestrator.lane_result[]) is
   'Locks, in order, the lanes whose state the results may change, and answers them. '
-  'With orchestrator.wait = off it leaves out those that another session has locked.';
+  'With orchestrator.wait = off it leaves out those that another session has locked';
 
 -- Inlined by the planner.
 create or replace function orchestrator.aimd_bound(
@@ -43,7 +43,7 @@ return case
 end;
 comment on function orchestrator.aimd_bound(double precision, integer, boolean, integer) is
   'The next bound of an adaptive destination: times 0.7 when throttled, plus one for each round of successes. '
-  'Null: p_max_parallel.';
+  'Null: p_max_parallel';
 
 create or replace function orchestrator.update_breakers(p_results orchestrator.lane_result[]) returns void
 language plpgsql security definer
@@ -157,7 +157,7 @@ begin
   end if;
 end $$;
 comment on function orchestrator.update_breakers(orchestrator.lane_result[]) is
-  'Counts results of dedicated lanes, opens and closes their breakers, and lowers and raises adaptive bounds.';
+  'Counts results of dedicated lanes, opens and closes their breakers, and lowers and raises adaptive bounds';
 
 create or replace function orchestrator.ensure_lanes_for_failures(p_results orchestrator.lane_result[])
 returns orchestrator.lane_result[]
@@ -182,13 +182,13 @@ begin
 end $$;
 comment on function orchestrator.ensure_lanes_for_failures(orchestrator.lane_result[]) is
   'Gives the destinations of events that failed in shared lanes dedicated lanes, for their breakers. '
-  'Answers the results with the lanes in which to count them.';
+  'Returns the results with the lanes in which to count them';
 
 create or replace function orchestrator.max_unconfigured_destinations() returns integer
 language sql immutable parallel safe
 return 1000;
 comment on function orchestrator.max_unconfigured_destinations() is
-  'Most unconfigured destinations that may get a dedicated lane because they failed. Every claim checks each of them.';
+  'Most unconfigured destinations that may get a dedicated lane because they failed. Every claim checks each of them';
 
 create or replace function orchestrator.close_breaker(p_name text)
 returns table (name text, closed boolean, waiting bigint, note text)
@@ -229,4 +229,4 @@ begin
       , case when v_paused then 'the destination is paused' end);
 end $$;
 comment on function orchestrator.close_breaker(text) is
-  'Closes the breaker of a destination without waiting for its next try. No row: there is no such destination.';
+  'Closes the breaker of a destination without waiting for its next try. No row: there is no such destination';

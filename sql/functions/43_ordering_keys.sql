@@ -3,11 +3,11 @@
 -- it waits. Whoever ends or delays the first event lets the next one in. Called by claims, finishes and
 -- maintenance.
 
-create or replace function orchestrator.ordering_bucket(p_ordering bigint) returns integer
+create or replace function orchestrator.ordering_lock_number(p_ordering bigint) returns integer
 language sql immutable parallel safe
 return (p_ordering & 255)::integer;
-comment on function orchestrator.ordering_bucket(bigint) is
-  'Number of the advisory lock of an ordering key. A batch takes few locks, however many keys it has.';
+comment on function orchestrator.ordering_lock_number(bigint) is
+  'Number of the advisory lock of an ordering key. A batch takes few locks, however many keys it has';
 
 create or replace function orchestrator.ordering_held(
   p_ordering bigint, p_event_id uuid, p_scheduled_at timestamptz, p_now timestamptz)
@@ -21,7 +21,7 @@ return exists (
     where b.busy = p_ordering and b.lease_until > p_now and b.event_id <> p_event_id)
   or exists (select from orchestrator.dead_letter d where d.blocks = p_ordering);
 comment on function orchestrator.ordering_held(bigint, uuid, timestamptz, timestamptz) is
-  'Whether an event must wait: for an earlier live event of its key, for one under way, or for a dead one that blocks.';
+  'Whether an event must wait: for an earlier live event of its key, for one under way, or for a dead one that blocks';
 
 create or replace function orchestrator.advance_ordering(p_orderings bigint[]) returns void
 language plpgsql security definer
@@ -35,9 +35,9 @@ declare
   v_heads tid[];
   v_first timestamptz;
 begin
-  perform pg_advisory_xact_lock(hashtext('orchestrator.ordering'), b.bucket)
+  perform pg_advisory_xact_lock(hashtext('orchestrator.ordering'), b.lock_number)
   from (
-    select distinct orchestrator.ordering_bucket(o) as bucket from unnest(p_orderings) o
+    select distinct orchestrator.ordering_lock_number(o) as lock_number from unnest(p_orderings) o
     where o is not null order by 1) b;
 
   -- The first event of each key, where it waits and nothing holds it any more.
@@ -68,7 +68,7 @@ begin
   perform orchestrator.tell_due(v_first);
 end $$;
 comment on function orchestrator.advance_ordering(bigint[]) is
-  'Makes the first waiting event of each ordering key claimable, where nothing holds it any more.';
+  'Makes the first waiting event of each ordering key claimable, where nothing holds it any more';
 
 create or replace function orchestrator.advance_all_orderings() returns bigint
 language plpgsql security definer
@@ -78,7 +78,7 @@ set enable_bitmapscan = off as $$
 declare
   v_orderings constant bigint[] := array(
     select o.ordering from (select distinct t.ordering from orchestrator.timer t where t.lane < 0) o
-    where pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(o.ordering)));
+    where pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_lock_number(o.ordering)));
   v_others constant bigint[] := array(
     select distinct t.ordering from orchestrator.timer t where t.lane < 0 and t.ordering <> all (v_orderings));
 begin
@@ -95,7 +95,7 @@ begin
 end $$;
 comment on function orchestrator.advance_all_orderings() is
   'advance_ordering() of all keys, except those that another session has locked. '
-  'Returns how many keys have events that wait.';
+  'Returns how many keys have events that wait';
 
 create or replace function orchestrator.blocked_by_death(
   p_event_id uuid, p_scheduled_at timestamptz, p_lane integer, p_ordering bigint)
@@ -110,7 +110,7 @@ set search_path = orchestrator, pg_temp as $$
     limit 1)
 $$;
 comment on function orchestrator.blocked_by_death(uuid, timestamptz, integer, bigint) is
-  'The ordering key that an event blocks once it is dead, if its retry policy says so; else null.';
+  'The ordering key that an event blocks once it is dead, if its retry policy says so; else null';
 
 create or replace function orchestrator.blocking_event(p_ordering bigint, p_event_id uuid, p_scheduled_at timestamptz)
 returns uuid
@@ -135,4 +135,4 @@ $$;
 comment on function orchestrator.blocking_event(bigint, uuid, timestamptz) is
   'The event that another of its ordering key waits for: a dead one that blocks, else the first live one, else one '
   'under way. '
-  'Null: none.';
+  'Null: none';

@@ -6,7 +6,10 @@ create or replace function orchestrator.end_without_attempt(p_at tid[]) returns 
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_now constant timestamptz := orchestrator.now();
@@ -18,7 +21,7 @@ begin
     delete from orchestrator.timer t
     where t.ctid = any (p_at)
       and (t.ordering is null
-           or pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_bucket(t.ordering)))
+           or pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_lock_number(t.ordering)))
     returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.worker, t.lane, t.ordering, t.source, t.destination
       , t.retrying, case when t.expires_at <= v_now then 'expired' else 'dead' end as result
   ), outcomes as (
@@ -57,7 +60,9 @@ comment on function orchestrator.end_without_attempt(tid[]) is
 create or replace function orchestrator.expire_events(p_limit integer default 10000) returns bigint
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_sort = off
 as $$
 declare
   v_now constant timestamptz := orchestrator.now();

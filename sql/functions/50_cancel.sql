@@ -6,8 +6,10 @@
 create or replace function orchestrator.lock_events(p_ids uuid[]) returns void
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 begin
   perform from orchestrator.horizon h where h.id = any (p_ids) order by h.id for update;
@@ -21,7 +23,8 @@ comment on function orchestrator.lock_events(uuid[]) is
 create or replace function orchestrator.lock_available_events(p_ids uuid[]) returns uuid[]
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 set enable_seqscan = off
 as $$
 declare
@@ -42,7 +45,7 @@ exception when lock_not_available then
 end $$;
 comment on function orchestrator.lock_available_events(uuid[]) is
   'As lock_events(), but leaves out events that another session''s open transaction has locked. '
-  'Returns those that it has locked.';
+  'Returns those that it has locked';
 
 -- The caller has locked the events.
 create or replace function orchestrator.end_events(
@@ -50,8 +53,10 @@ create or replace function orchestrator.end_events(
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
-set enable_hashjoin = off set enable_mergejoin = off
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_now constant timestamptz := orchestrator.now();
@@ -120,8 +125,10 @@ create or replace function orchestrator.cancel_event(
 returns table (event_id uuid, result text, status text)
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 #variable_conflict use_column
 declare
@@ -156,14 +163,16 @@ begin
 end $$;
 comment on function orchestrator.cancel_event(uuid, text) is
   'Cancels one event, or all with an external_job_id; no row: there is none. A row for each, with its status: '
-  'cancelled, already_cancelled, finished, or in_flight (a claimed attempt goes on).';
+  'cancelled, already_cancelled, finished, or in_flight (a claimed attempt goes on)';
 
 create or replace function orchestrator.find_events(p_event_id uuid, p_external_job_id text)
 returns table (id uuid, scheduled_at timestamptz)
 language plpgsql stable security definer
 set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_at constant timestamptz := uuid_extract_timestamp(p_event_id);
@@ -207,8 +216,10 @@ returns table (
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan
-set enable_hashjoin = off set enable_mergejoin = off
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_now constant timestamptz := orchestrator.now();
@@ -270,4 +281,4 @@ end $$;
 comment on function orchestrator.cancel_events(
   text, text, timestamptz, timestamptz, boolean, integer, uuid) is
   'Cancels live events by source, destination (* for any characters) and scheduled time, from p_from to before '
-  'p_until. Looks at p_limit events after p_after; next_after null: there are no more.';
+  'p_until. Looks at p_limit events after p_after; next_after null: there are no more';

@@ -12,8 +12,11 @@ language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
 set plan_cache_mode = force_generic_plan
-set enable_hashjoin = off set enable_mergejoin = off set enable_memoize = off
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_memoize = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_now constant timestamptz := orchestrator.now();
@@ -80,4 +83,4 @@ begin
 end $$;
 comment on function orchestrator.execute_commands(text, jsonb) is
   'Carries out commands read from p_topic, in order, and writes an answer to each into the outbox; returns how many. '
-  'A command that has a problem is answered with it.';
+  'A command that has a problem is answered with it';

@@ -8,8 +8,10 @@ create or replace function orchestrator.redrive(p_ids uuid[], p_due_at timestamp
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan
-set enable_nestloop = off set enable_mergejoin = off
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_nestloop = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_now constant timestamptz := orchestrator.now();
@@ -57,14 +59,16 @@ begin
 end $$;
 comment on function orchestrator.redrive(uuid[], timestamptz[]) is
   'Makes dead events due at p_due_at, one for each id, with as many attempts as at first. '
-  'Events that will have expired, or whose topic is not allowed, stay dead; returns the others.';
+  'Events that will have expired, or whose topic is not allowed, stay dead; returns the others';
 
 create or replace function orchestrator.redrive_event(p_event_id uuid)
 returns table (event_id uuid, result text, status text)
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_hashjoin = off set enable_mergejoin = off
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_id constant uuid := (select e.id from orchestrator.find_events(p_event_id, null) e);
@@ -90,12 +94,13 @@ begin
 end $$;
 comment on function orchestrator.redrive_event(uuid) is
   'Makes a dead event due now, with as many attempts as at first; no row: there is no such event. '
-  'Result: redriven, not_dead, expired, refused (its topic is not allowed) or purged.';
+  'Result: redriven, not_dead, expired, refused (its topic is not allowed) or purged';
 
 create or replace function orchestrator.pass_dead_letter(p_event_id uuid) returns boolean
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_ordering bigint;
@@ -117,8 +122,10 @@ create or replace function orchestrator.find_dead_letters(
 language plpgsql stable security definer
 set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan
-set enable_hashjoin = off set enable_mergejoin = off
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_name constant text := case when p_destination is not null then orchestrator.as_destination(p_destination) end;
@@ -152,7 +159,7 @@ begin
 end $$;
 comment on function orchestrator.find_dead_letters(text, text, timestamptz, timestamptz, text, integer, uuid) is
   'Dead letters that match a filter, among the next p_limit after p_after. '
-  'next_after: where the next call begins; null: there are no more.';
+  'next_after: where the next call begins; null: there are no more';
 
 create or replace function orchestrator.list_dead_letters(
   p_limit integer default 100, p_before_died_at timestamptz default null, p_before_id uuid default null,
@@ -163,9 +170,12 @@ language plpgsql stable security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
 set plan_cache_mode = force_custom_plan
-set enable_hashjoin = off set enable_mergejoin = off
-set enable_seqscan = off set enable_bitmapscan = off
-set enable_sort = off set enable_incremental_sort = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_sort = off
+set enable_incremental_sort = off
 as $$
 declare
   v_name constant text := case when p_destination is not null then orchestrator.as_destination(p_destination) end;
@@ -186,7 +196,7 @@ end $$;
 comment on function orchestrator.list_dead_letters(
   integer, timestamptz, uuid, text, text, timestamptz, timestamptz, text) is
   'Dead letters that match, newest first; the next page starts after the last (died_at, id) seen. '
-  'p_reason is a part of the reason; upper and lower case are the same.';
+  'p_reason is a part of the reason; upper and lower case are the same';
 
 create or replace function orchestrator.redrive_dead_letters(
   p_source text default null, p_destination text default null,
@@ -197,7 +207,8 @@ returns table (
   seen bigint, matched bigint, redriven bigint, examples uuid[], next_after uuid, next_start_at timestamptz)
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_start_at constant timestamptz := greatest(p_start_at, orchestrator.now());
@@ -235,7 +246,7 @@ end $$;
 comment on function orchestrator.redrive_dead_letters(
   text, text, timestamptz, timestamptz, text, double precision, boolean, integer, uuid, timestamptz) is
   'Makes matching dead events (without a filter: all) due again, p_rate a second from p_start_at on. '
-  'Looks at p_limit after p_after; pass next_after and next_start_at to the next call.';
+  'Looks at p_limit after p_after; pass next_after and next_start_at to the next call';
 
 create or replace function orchestrator.purge_dead_letters(
   p_source text default null, p_destination text default null,
@@ -245,8 +256,10 @@ returns table (seen bigint, matched bigint, purged bigint, examples uuid[], next
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan
-set enable_hashjoin = off set enable_mergejoin = off
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_found record;
@@ -287,4 +300,4 @@ end $$;
 comment on function orchestrator.purge_dead_letters(
   text, text, timestamptz, timestamptz, text, boolean, integer, uuid) is
   'Deletes matching dead letters; their events stay dead and cannot be redriven. '
-  'Looks at p_limit after p_after; next_after null: there are no more.';
+  'Looks at p_limit after p_after; next_after null: there are no more';

@@ -92,7 +92,7 @@ as $$
   group by 1, 2
 $$;
 comment on function orchestrator.due_by_bucket(timestamptz, timestamptz, timestamptz, interval, text) is
-  'Unclaimed events due before p_end, by destination and bucket. The bucket at p_first has what is overdue.';
+  'Unclaimed events due before p_end, by destination and bucket. The bucket at p_first has what is overdue';
 
 -- The columns: events due in the bucket; how many of them and of the backlog start in it; how many its
 -- rate allows (null: it has no rate; max_parallel may limit it all the same); the backlog at its end;
@@ -201,7 +201,7 @@ begin
 end $$;
 comment on function orchestrator.backlog_forecast(interval, interval, text) is
   'What falls due, starts and waits in each of the next buckets, by destination; a pattern counts as one. '
-  'The first has what is overdue; buckets in which nothing is due or starts are left out.';
+  'The first has what is overdue; buckets in which nothing is due or starts are left out';
 
 create or replace function orchestrator.forecast(
   p_bucket interval default '1 min', p_until interval default '1 hour', p_destination text default null,
@@ -264,4 +264,4 @@ as $$
 $$;
 comment on function orchestrator.forecast(interval, interval, text, integer) is
   'backlog_forecast() with its sums, for the p_limit destinations that have most late events; others: how many more '
-  'there are. It tells when most is due, and when each backlog will have drained.';
+  'there are. It tells when most is due, and when each backlog will have drained';

@@ -99,7 +99,7 @@ as $$
 $$;
 comment on function orchestrator.lock_holders(interval, interval) is
   'Sessions and prepared transactions that have held locks for longer than p_older, with how many sessions '
-  'wait for each. Those that have only read: longer than p_readers; null: only while somebody waits.';
+  'wait for each. Those that have only read: longer than p_readers; null: only while somebody waits';
 
 create or replace function orchestrator.lock_holders(p_older interval default '2 s')
 returns setof orchestrator.lock_holder

@@ -31,7 +31,7 @@ as $$
 $$;
 comment on function orchestrator.first_day_kept(timestamptz) is
   'The first day that retention keeps (7 days until configured). Events of earlier days are refused; existing ones are '
-  'dropped once they have ended.';
+  'dropped once they have ended';
 
 create or replace function orchestrator.partition_name(p_parent text, p_day date) returns text
 language sql immutable parallel safe
@@ -56,7 +56,7 @@ begin
 end $$;
 comment on function orchestrator.refuse_open_transaction(text, text, interval) is
   'Fails if the transaction began more than p_most before this statement: '
-  'locks that others wait for would last until its end.';
+  'locks that others wait for would last until its end';
 
 -- Attaching takes a share update exclusive lock on the parent, which lets reads and writes go on; create
 -- table … partition of does not. The lock of the horizon lasts until the end of the transaction, and
@@ -121,7 +121,7 @@ begin
 end $$;
 comment on function orchestrator.create_partitions(date, date) is
   'Creates the missing daily partitions of event and outcome; returns how many. Refused in a transaction that goes on, '
-  'since submissions beyond the last day wait for its end.';
+  'since submissions beyond the last day wait for its end';
 
 create or replace function orchestrator.attach_partition(p_parent text, p_day date) returns void
 language plpgsql security definer
@@ -156,13 +156,14 @@ as $$
 $$;
 comment on function orchestrator.open_days(date[], timestamptz) is
   'Creates missing partitions of those days that are kept and begin by tomorrow. '
-  'So events that are due can be submitted even if maintenance did not run.';
+  'So events that are due can be submitted even if maintenance did not run';
 
 create or replace function orchestrator.attach_partitions(p_now timestamptz) returns integer
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_parent text;
@@ -195,7 +196,7 @@ begin
 end $$;
 comment on function orchestrator.attach_partitions(timestamptz) is
   'Attaches detached partitions that are needed: their day is kept, or they have live events and were not retired. '
-  'Returns how many.';
+  'Returns how many';
 
 create or replace function orchestrator.hand_partitions_to(p_whom text) returns void
 language plpgsql security definer
@@ -210,4 +211,4 @@ begin
 end $$;
 comment on function orchestrator.hand_partitions_to(text) is
   'Sets who creates partitions ahead: maintenance, or pg_partman (ops/pg_partman.sql). '
-  'Either way run_maintenance() retires and drops them: only it knows which have live events.';
+  'Either way run_maintenance() retires and drops them: only it knows which have live events';

@@ -51,13 +51,14 @@ begin
 end $$;
 comment on function orchestrator.configure_retention(integer, integer, integer, boolean) is
   'Sets how long events are kept, how far ahead partitions are created and events can be scheduled, and whether '
-  'partitions are archived before dropping. Null keeps a setting.';
+  'partitions are archived before dropping. Null keeps a setting';
 
 create or replace function orchestrator.has_live_events(p_day date) returns boolean
 language sql stable security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
   select exists (select from orchestrator.timer t where t.event_id >= d.first_id and t.event_id < d.end_id)
     or exists (select from orchestrator.horizon h where h.id >= d.first_id and h.id < d.end_id)
@@ -76,7 +77,8 @@ language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
 set lock_timeout = '40 ms'
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_day date;
@@ -106,13 +108,14 @@ begin
 end $$;
 comment on function orchestrator.retire_partition(timestamptz) is
   'Detaches the oldest day past retention that has no live event, with its dead letters; says how many. '
-  'It waits for locks no longer than 40 ms.';
+  'It waits for locks no longer than 40 ms';
 
 create or replace function orchestrator.drop_dead_letters(p_day date) returns bigint
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_first constant uuid := orchestrator.first_id(p_day::timestamptz);
@@ -178,7 +181,7 @@ begin
 end $$;
 comment on function orchestrator.drop_partitions(timestamptz) is
   'Drops up to four partitions that were retired an hour ago, and archived if that is configured. '
-  'Within that hour, alter table … attach partition brings a day back.';
+  'Within that hour, alter table … attach partition brings a day back';
 
 create or replace function orchestrator.partitions_to_archive() returns table (name text)
 language sql stable security definer
@@ -190,7 +193,7 @@ as $$
   order by r.name
 $$;
 comment on function orchestrator.partitions_to_archive() is
-  'Tables of retired partitions that are not archived yet. Copy each somewhere, then call archived_partition().';
+  'Tables of retired partitions that are not archived yet. Copy each somewhere, then call archived_partition()';
 
 create or replace function orchestrator.archived_partition(p_name text) returns boolean
 language sql security definer

@@ -11,7 +11,10 @@ create or replace function orchestrator.raise_floors() returns integer
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_control orchestrator.control;
@@ -126,7 +129,10 @@ create or replace function orchestrator.lower_floors() returns integer
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan
-set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_lower integer;

@@ -6,12 +6,14 @@ language sql immutable parallel safe
 return 1000;
 comment on function orchestrator.max_statistic_pairs() is
   'Pairs of source and destination that statistic_folded tells apart in a minute or hour. '
-  'Others are summed by source, under destination *.';
+  'Others are summed by source, under destination *';
 
 create or replace function orchestrator.add_statistics(p_counts orchestrator.statistic_folded[]) returns void
 language sql security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_nestloop = off
 as $$
   with given as (
     select g.*
@@ -47,13 +49,15 @@ as $$
 $$;
 comment on function orchestrator.add_statistics(orchestrator.statistic_folded[]) is
   'Adds counts to statistic_folded. Once a minute and name has max_statistic_pairs() pairs, new pairs are counted '
-  'under destination *.';
+  'under destination *';
 
 create or replace function orchestrator.fold_statistics(p_now timestamptz) returns bigint
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
-set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_nestloop = off
 as $$
 declare
   v_folded bigint;
@@ -102,7 +106,9 @@ create or replace function orchestrator.coarsen_statistics(
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
-set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_nestloop = off
 as $$
 declare
   v_counts orchestrator.statistic_folded[];
@@ -135,7 +141,9 @@ create or replace function orchestrator.statistics_by(
 returns table (minute timestamptz, name text, source text, destination text, value bigint)
 language plpgsql stable security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_nestloop = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_nestloop = off
 as $$
 #variable_conflict use_column
 declare
@@ -187,13 +195,14 @@ begin
 end $$;
 comment on function orchestrator.statistics_by(timestamptz, timestamptz, text[], text, text) is
   'What happened from p_from (default: an hour earlier) until p_until (default: now), by any of minute, source and '
-  'destination. Columns that p_by does not name are null.';
+  'destination. Columns that p_by does not name are null';
 
 create or replace function orchestrator.first_timers(p_until timestamptz)
 returns table (due_at timestamptz, lease_until timestamptz, retrying boolean)
 language sql volatile security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
   select t.due_at, t.lease_until, t.retrying
   from orchestrator.control_now() c
@@ -214,7 +223,7 @@ as $$
 $$;
 comment on function orchestrator.first_timers(timestamptz) is
   'Timers due until then, the first 10,000 of each lane and priority. '
-  'Timers that wait for their ordering key are among them.';
+  'Timers that wait for their ordering key are among them';
 
 create or replace function orchestrator.backlog() returns bigint
 language sql volatile security definer
@@ -228,13 +237,14 @@ $$;
 comment on function orchestrator.backlog() is
   'Events that are due and not claimed, for whatever reason, counted up to 10,000 a lane and priority';
 
--- Leased timers are due within the longest lookahead of any dispatcher, which is notify_horizon(), and
+-- Leased timers are due within the longest lookahead of any dispatcher, which is notify_within(), and
 -- are the first that each lane has.
 create or replace function orchestrator.statistics() returns json
 language sql volatile security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
   with total as materialized (
     select n.name, coalesce(sum(c.value), 0)::bigint as value
@@ -284,8 +294,8 @@ as $$
       , count(*) filter (where t.due_at <= n.now and (t.lease_until is null or t.lease_until <= n.now)) as backlog
       , min(t.due_at) filter (
           where t.due_at <= n.now and (t.lease_until is null or t.lease_until <= n.now)) as oldest_due_at
-    from orchestrator.first_timers(n.now + orchestrator.notify_horizon()) t) f
+    from orchestrator.first_timers(n.now + orchestrator.notify_within()) t) f
 $$;
 comment on function orchestrator.statistics() is
   'Live events by state, the backlog, dead letters, pauses, open breakers, and totals since installation. '
-  'The counts include what is not folded yet; the backlog is that of backlog().';
+  'The counts include what is not folded yet; the backlog is that of backlog()';

@@ -98,7 +98,7 @@ begin
 end $$;
 comment on function orchestrator.run_maintenance(integer, integer) is
   'Runs the periodic upkeep, and repairs inconsistencies that should not occur; call it outside of a transaction. '
-  'It is bounded: if the answer says more, call it again.';
+  'It is bounded: if the answer says more, call it again';
 
 create or replace function orchestrator.run_step(p_step text, p_now timestamptz) returns bigint
 language plpgsql security definer
@@ -164,7 +164,8 @@ create or replace function orchestrator.prepare_partitions(p_now timestamptz) re
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 declare
   v_control orchestrator.control;
@@ -204,4 +205,4 @@ begin
 end $$;
 comment on function orchestrator.prepare_partitions(timestamptz) is
   'Creates the partitions of the days ahead, and missing ones of the last week and of days with live events. '
-  'Notes from when on events wait in horizon; returns how many it created.';
+  'Notes from when on events wait in horizon; returns how many it created';

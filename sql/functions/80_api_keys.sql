@@ -33,4 +33,4 @@ as $$
   select exists (select from gone)
 $$;
 comment on function orchestrator.revoke_api_key(text) is
-  'Deletes a key; running APIs notice within seconds. False: there is no such key.';
+  'Deletes a key; running APIs notice within seconds. False: there is no such key';

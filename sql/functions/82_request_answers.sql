@@ -12,7 +12,7 @@ as $$
 $$;
 comment on function orchestrator.keep_answer(uuid, json) is
   'Stores the answer of a call, in the transaction of its changes; null: no rows. '
-  'Fails with unique_violation if this p_request has an answer already.';
+  'Fails with unique_violation if this p_request has an answer already';
 
 create or replace function orchestrator.kept_answer(p_request uuid) returns json
 language sql stable security definer
@@ -26,7 +26,8 @@ comment on function orchestrator.kept_answer(uuid) is
 create or replace function orchestrator.forget_requests(p_now timestamptz) returns bigint
 language sql security definer
 set search_path = orchestrator, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
   with gone as (
     delete from orchestrator.request r

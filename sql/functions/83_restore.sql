@@ -54,7 +54,7 @@ as $$
 $$;
 comment on function orchestrator.rights() is
   'What everybody, and each role of this product, may do with each object of the schema. '
-  'It names the owner of an object that is not the schema''s.';
+  'It names the owner of an object that is not the schema''s';
 
 create or replace function orchestrator.changed_rights()
 returns table (object text, lacking text[], foreign_rights text[])
@@ -71,7 +71,7 @@ as $$
 $$;
 comment on function orchestrator.changed_rights() is
   'Objects whose rights differ from what roles.sql granted, with the rights that are missing and those that were '
-  'added. migrate restores them.';
+  'added. migrate restores them';
 
 create or replace function orchestrator.staging_problem() returns text
 language sql stable security definer
@@ -130,4 +130,4 @@ begin
 end $$;
 comment on function orchestrator.repair_after_restore() is
   'In a database restored from another cluster: replaces transaction numbers that mean nothing here. '
-  'Returns how many outbox messages it changed; maintenance and the outbox''s publisher call it.';
+  'Returns how many outbox messages it changed; maintenance and the outbox''s publisher call it';

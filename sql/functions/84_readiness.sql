@@ -15,4 +15,4 @@ begin
 end $$;
 comment on function orchestrator.prove_writing() is
   'Fails unless this session may write and the server can commit, and says why. '
-  'A standby, a read-only session, or no room for WAL make it fail.';
+  'A standby, a read-only session, or no room for WAL make it fail';

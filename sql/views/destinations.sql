@@ -50,20 +50,20 @@ cross join lateral (
     where t.lane = l.lane and t.due_at <= n.now + interval '10 s'
     limit 10000) t) w;
 comment on view orchestrator.destinations is
-  'Destinations that are configured, or have a dedicated lane because an attempt failed, with their present state.';
+  'Destinations that are configured, or have a dedicated lane because an attempt failed, with their present state';
 comment on column orchestrator.destinations.state is
-  'paused, breaker_open, breaker_half_open, held_by_rate, held_by_parallel or ok.';
+  'paused, breaker_open, breaker_half_open, held_by_rate, held_by_parallel or ok';
 comment on column orchestrator.destinations.breaker_failures is
-  'Its breaker opens after this many failures in a row; 0: not by that.';
+  'Its breaker opens after this many failures in a row; 0: not by that';
 comment on column orchestrator.destinations.breaker_ratio is
-  'Its breaker opens when this share of the attempts in breaker_window failed; 0: not by that.';
+  'Its breaker opens when this share of the attempts in breaker_window failed; 0: not by that';
 comment on column orchestrator.destinations.paused_at is
-  'Since when it is paused by itself; null: it is not.';
+  'Since when it is paused by itself; null: it is not';
 comment on column orchestrator.destinations.opened_at is
-  'Since when its breaker is open; null: it is closed.';
+  'Since when its breaker is open; null: it is closed';
 comment on column orchestrator.destinations.next_try_at is
-  'When an open breaker lets the next try through; null: it is closed, or the try is under way.';
+  'When an open breaker lets the next try through; null: it is closed, or the try is under way';
 comment on column orchestrator.destinations.in_flight is
-  'Events that dispatchers hold for it.';
+  'Events that dispatchers hold for it';
 comment on column orchestrator.destinations.due is
-  'Events of its lane that are due and not claimed, counted up to 10,000.';
+  'Events of its lane that are due and not claimed, counted up to 10,000';
