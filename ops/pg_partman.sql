@@ -4,7 +4,7 @@
 --
 --   psql -d DATABASE -f ops/pg_partman.sql
 --   psql -d DATABASE -v back=1 -f ops/pg_partman.sql  # takes them back
---   select orchestrator.run_pg_partman();              # then every few minutes, by pg_cron or cron: see below
+--   select orchestrator.run_pg_partman();              # then every few minutes, by pg_cron or cron: below
 --
 -- Both directions are safe at any time: both name and bound partitions alike, so each goes on where the
 -- other stopped. The script locks the parents for a moment. It waits for them no longer than two

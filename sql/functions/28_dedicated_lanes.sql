@@ -1,8 +1,8 @@
 -- Dedicated lanes: a destination gets a lane of its own when it is configured, or when its attempts fail.
 --
--- Locks are taken in this order everywhere: timers by event id, ordering keys by bucket, the names of destinations
--- that are made or deleted (advisory locks), rows of destinations, lanes by number. Nobody waits for the row of
--- control, see 27_control_notes.sql. A claim waits a moment for lanes, and for nothing else.
+-- Locks are taken in this order everywhere: timers by event id, ordering keys by lock number, the names of
+-- destinations that are made or deleted (advisory locks), rows of destinations, lanes by number. Nobody waits
+-- for the row of control, see 27_control_notes.sql. A claim waits a moment for lanes, and for nothing else.
 
 create or replace function orchestrator.recall_lane(p_lane integer) returns void
 language sql security definer

@@ -63,8 +63,8 @@ language sql stable as $$
 $$;
 comment on function orchestrator.dedicated_queues(
   smallint[], boolean, timestamptz, timestamptz, integer[], integer[], integer, integer) is
-  'Up to p_most dedicated lanes and their priorities with a due timer that is not leased, and when the first was due. '
-  'limited: limits apply; delayed_until: when its last pause or open breaker ended';
+  'Up to p_most dedicated lanes and their priorities with a due timer that is not leased, and when the first was '
+  'due. limited: limits apply; delayed_until: when its last pause or open breaker ended';
 
 create or replace function orchestrator.queues_with_work(
   p_control orchestrator.control, p_now timestamptz, p_until timestamptz, p_batch integer, p_skip integer[],
@@ -75,8 +75,8 @@ language plpgsql as $$
 #variable_conflict use_column
 declare
   c_few constant integer := 200;
-  -- A thousand dedicated lanes may have work. Each claim serves some: many rows of few lanes cost far less than
-  -- one row of each of many.
+  -- A thousand dedicated lanes may have work. Each claim serves some: many rows of few lanes cost far less
+  -- than one row of each of many.
   v_most constant integer := greatest(20, p_batch / 8);
   v_after constant integer := coalesce(nullif(current_setting('orchestrator.last_own_lane', true), '')::integer, 63);
   v_salt constant bigint := (random() * 1e15)::bigint;
@@ -89,14 +89,14 @@ begin
   -- the session's last one stopped.
   v_lanes := array(
     select t.lane from orchestrator.timer t
-    where orchestrator.is_dedicated(t.lane) and t.due_at >= case when v_use_floors then p_control.own_floor else '-infinity' end
-      and t.due_at <= p_until
+    where orchestrator.is_dedicated(t.lane)
+      and t.due_at >= case when v_use_floors then p_control.own_floor else '-infinity' end and t.due_at <= p_until
     order by t.due_at limit c_few);
   if cardinality(v_lanes) = c_few then
     v_lanes := null;
   end if;
-  -- Lanes come at random, the priorities of a lane together, the highest one first. A shared lane is behind when
-  -- its first timer has been due for long. While most shared lanes are not, one destination has filled it.
+  -- Lanes come at random, the priorities of a lane together, the highest one first. A shared lane is behind
+  -- when its first timer has been due for long. While most shared lanes are not, one destination fills it.
   select array_agg(row(q.lane, q.priority, q.floor, p_until, null)::orchestrator.queue
       order by q.place, q.priority desc)
     , array_agg(q.lane) filter (where q.limited or q.first_due < q.delayed_until)
@@ -128,10 +128,10 @@ begin
 end $$;
 comment on function orchestrator.queues_with_work(
   orchestrator.control, timestamptz, timestamptz, integer, integer[], integer) is
-  'Step 1 of a claim: the queues with due timers, and the lower priorities of their lanes. Also: lanes to lock, a shared '
-  'lane that one destination has filled, and whether more dedicated lanes may have work';
+  'Step 1 of a claim: the queues with due timers, and the lower priorities of their lanes. Also: lanes to lock, a '
+  'shared lane that one destination has filled, and whether more dedicated lanes may have work';
 
--- Only priority 0: one destination seldom fills a lane at another, and a second scan would cost each such claim.
+-- It serves priority 0, the default, alone: at another priority nobody is served beside a flood.
 create or replace function orchestrator.lock_behind_flood(
   p_control orchestrator.control, p_lane integer, p_now timestamptz, p_until timestamptz, p_batch integer,
   p_paused bigint[], out ready tid[], out unchecked tid[])
@@ -167,8 +167,8 @@ comment on function orchestrator.lock_behind_flood(
   'Step 3 of a claim: locks the youngest due timers of a lane that are not of the destination at its front. '
   'Returns those to lease (ready), and those that reroute_or_park() must check before (unchecked)';
 
--- Inlined. What the division leaves over goes to the first queues; when the batch is smaller than their number,
--- the later ones get nothing.
+-- Inlined. What the division leaves over goes to the first queues; when the batch is smaller than their
+-- number, the later ones get nothing.
 create or replace function orchestrator.share_of(p_cap integer, p_place bigint, p_left integer, p_queues integer)
 returns integer
 language sql immutable parallel safe
@@ -241,8 +241,8 @@ begin
 end $$;
 comment on function orchestrator.pick_due_timers(
   orchestrator.queue[], integer, timestamptz, boolean, bigint[], integer[], integer[]) is
-  'Step 4 of a claim: locks the share of each queue, and ends expired events. Returns timers ready to lease, those that '
-  'reroute_or_park() must check before, and how many each queue gave';
+  'Step 4 of a claim: locks the share of each queue, and ends expired events. Returns timers ready to lease, those '
+  'that reroute_or_park() must check before, and how many each queue gave';
 
 create or replace function orchestrator.lease_timers(
   p_ready tid[], p_lease_until timestamptz, p_worker integer, p_bounded integer[])
@@ -269,8 +269,8 @@ end $$;
 comment on function orchestrator.lease_timers(tid[], timestamptz, integer, integer[]) is
   'Step 4 of a claim: leases locked timers to a worker. Leases of the lanes p_bounded take a slot of max_parallel';
 
--- Called at the end of a claim. Each claim in a row that other sessions locked out waits twice as long for the
--- next.
+-- Called at the end of a claim. Each claim in a row that other sessions locked out waits twice as long for
+-- the next.
 create or replace function orchestrator.set_claim_again(
   p_now timestamptz, p_limits_at timestamptz, p_at_once boolean, p_locked_out boolean) returns void
 language plpgsql as $$
@@ -309,15 +309,17 @@ comment on function orchestrator.check_claim(integer, interval, interval) is
 -- p_skip: lanes to leave out. p_max_parallel: bounds dedicated lanes that have no max_parallel.
 -- lease_until: when the event becomes due again, unless it is finished or released. Expired events end here.
 -- Afterwards current_setting('orchestrator.claim_again_at') says when another claim is worthwhile, in Unix
--- seconds; empty: nothing is known to wait. 'orchestrator.locked_out': how many claims of this session in a row
--- left something out that another session has locked, counted up to 7.
+-- seconds; empty: nothing is known to wait. 'orchestrator.locked_out': how many claims of this session in a
+-- row left something out that another session has locked, counted up to 7.
+--
 -- It waits for nobody but, for a moment, other claims and finishes of limited lanes: it locks those lanes in
--- order, then timers with skip locked. What it cannot lock it leaves out, and looks again, less and less often.
--- The attempt number grows with each lease, which fences off every earlier worker.
+-- order, then timers with skip locked. What it cannot lock it leaves out, and looks again, less and less
+-- often. The attempt number grows with each lease, which is the fence against every earlier worker.
+--
 -- Plans are pinned: left alone, the planner hashes a scan of every partition of event for each claim (18,000
--- events/s against 49,000 with nested loops on the same data), and reads timer by a bitmap, which limit cannot
--- stop early. Rows are changed by ctid = any (array): a tenth less work than a join with them, and it leaves the
--- planner no choice.
+-- events/s against 49,000 with nested loops on the same data), and reads timer by a bitmap, which limit
+-- cannot stop early. Rows are changed by ctid = any (array): a tenth less work than a join with them, and it
+-- leaves the planner no choice.
 create or replace function orchestrator.claim_due_events(
   p_batch integer, p_worker integer default 0, p_lease interval default '60 s', p_lookahead interval default '0 s',
   p_skip integer[] default '{}', p_max_parallel integer default null)
@@ -343,7 +345,7 @@ declare
   v_paused bigint[];                  -- timer.destination of destinations that only a note pauses so far
   v_work record;                      -- what queues_with_work() returns
   v_queues orchestrator.queue[];      -- those the next round asks, in order
-  v_limits orchestrator.lane_limit[]; -- of lanes that this claim has locked; null: no lane with due timers has any
+  v_limits orchestrator.lane_limit[]; -- of the lanes that it has locked; null: none with due timers has any
   v_bounded integer[];                -- lanes where a lease takes a slot of max_parallel
   v_spread integer[];                 -- lanes whose destination has a spread
   v_left integer := p_batch;          -- leases still wanted
@@ -421,8 +423,8 @@ begin
   end if;
   perform orchestrator.set_claim_again(v_now, v_again_at, v_moved or v_work.more and v_left > 0, v_locked_out);
 
-  -- The bounds on scheduled_at let the executor leave out all other partitions when it starts. The limit makes it
-  -- look up each event by its key: a join may read all events between the bounds for each lease.
+  -- The bounds on scheduled_at let the executor leave out all other partitions when it starts. The limit
+  -- makes it look up each event by its key: a join may read all events between the bounds for each lease.
   select min(l.scheduled_at), max(l.scheduled_at) into v_first, v_last from unnest(v_leased) l;
   return query
   select e.id, l.attempt, l.due_at, l.lease_until, e.scheduled_at

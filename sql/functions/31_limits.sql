@@ -1,6 +1,11 @@
--- Limits: rates (GCRA), bounds on attempts under way, and one attempt at a time past an open breaker.
--- A claim locks the lanes that have any, reads what they allow, leases, and books what it took, in one transaction:
--- all claims together obey a limit. Attempts under way are counted from the timers, so no counter can go wrong.
+-- Limits: rates (GCRA), bounds on attempts under way, and one attempt at a time past an open breaker. A claim
+-- locks the lanes that have any, reads what they allow, leases, and books what it took, in one transaction:
+-- all claims together obey a limit. Attempts under way are counted from the timers, so no counter can go
+-- wrong.
+--
+-- A lane's bound is how many attempts it may have under way: max_parallel, or the lower number that AIMD has
+-- reached (lane.parallel_now). Its rate gives slots: the times at which one attempt each may start. What a
+-- claim may take under both is allowed. It becomes the cap of the lane's queue.
 
 create or replace function orchestrator.limited_ahead() returns interval
 language sql immutable parallel safe
@@ -8,6 +13,8 @@ return interval '50 ms';
 comment on function orchestrator.limited_ahead() is
   'How long before they are due events that take a slot are claimed. A slot held longer keeps another event waiting';
 
+-- A claim books slots at most 10 s ahead (slots_until in lock_limits()), and the arrival time that it stores
+-- is up to a burst of gaps later. One second is tolerance.
 create or replace function orchestrator.plausible_next_slot(
   p_next_slot_at timestamptz, p_now timestamptz, p_gap interval, p_burst integer) returns timestamptz
 language sql immutable parallel safe
@@ -16,9 +23,16 @@ comment on function orchestrator.plausible_next_slot(timestamptz, timestamptz, i
   'lane.next_slot_at, if claims can have booked that far ahead. '
   'Null after the clock was set back: the rate starts afresh';
 
--- Locks in order of lane, and then reads in a new snapshot. A lane that an open transaction has gives nothing. Another
--- claim has it for milliseconds, and is waited for; after three claims of this session in a row have waited in vain,
--- the next ones do not wait.
+-- Locks in order of lane, and then reads in a new snapshot. A lane that an open transaction has gives
+-- nothing. Another claim has it for milliseconds, and is waited for; after three claims of this session in a
+-- row have waited in vain, the next ones do not wait.
+--
+-- One statement works out the limits:
+--   bound   how many attempts each lane may have under way
+--   free    how many of these are left; and the time span in which the claim may book slots of the rate
+--   slots   how many slots of the rate that time span has
+--   limits  what the lane allows: the least of these; and which of them it is
+-- Its last select gives them to the queues of the claim, and finds when a lane will allow more.
 create or replace function orchestrator.lock_limits(
   p_queues orchestrator.queue[], p_limited integer[], p_now timestamptz, p_until timestamptz, p_max_parallel integer,
   out queues orchestrator.queue[], out limits orchestrator.lane_limit[], out bounded integer[], out spread integer[],
@@ -47,16 +61,16 @@ begin
     end;
   end if;
 
-  -- How many attempts each lane may have under way.
   with bound as (
-    select l.*, d.rate_per_second, d.burst, d.spread, orchestrator.lane_may_give(l, p_now) as is_open
+    -- gap: the time between two slots of the rate.
+    select l.*, d.rate_per_second, d.burst, d.spread, orchestrator.lane_may_give(l, p_now) as may_give
       , case when l.name is not null
           then least(coalesce(d.max_parallel, p_max_parallel), floor(l.parallel_now))::integer end as bound
       , make_interval(secs => 1 / d.rate_per_second) as gap
     from orchestrator.lane l left join orchestrator.destination d on d.name = l.name
     where l.lane = any (v_locked)
   ), free as (
-    -- How many more of those, and from when until when the claim may book slots of its rate.
+    -- Slots are booked up to 10 s ahead; under a bound less, as each booking takes a place that others need.
     select b.*
       , least(p_until, p_now + case when b.bound is null then interval '10 s' else orchestrator.limited_ahead() end)
           as slots_until
@@ -67,17 +81,17 @@ begin
           as first_slot_at
     from bound b
   ), slots as (
-    -- How many slots of its rate that makes.
+    -- 1e-6: seconds are floating point here; a slot that is due exactly at slots_until counts.
     select f.*
       , greatest(0, least(1000000, 1 + floor(
           (extract(epoch from f.slots_until - f.first_slot_at) + 1e-6) / extract(epoch from f.gap))))::integer as slots
     from free f
   ), limits as materialized (
-    -- What all of it allows. A lane whose breaker is not closed gives one event, as a try.
+    -- A lane whose breaker is not closed gives one event, as a try. Nulls do not limit.
     select s.lane, s.bound, s.spread, s.slots_until, s.first_slot_at + s.slots * s.gap as next_slot_at
       , case when s.bound is null and s.gap is null then p_until
           else least(p_until, p_now + orchestrator.limited_ahead()) end as until
-      , case when s.is_open then least(case when s.breaker <> 'closed' then 1 end, s.free, s.slots) else 0 end
+      , case when s.may_give then least(case when s.breaker <> 'closed' then 1 end, s.free, s.slots) else 0 end
           as allowed
       , case when s.slots < coalesce(s.free, s.slots + 1) then 'rate' when s.free is not null then 'parallel' end
           as kind
@@ -110,7 +124,7 @@ end $$;
 comment on function orchestrator.lock_limits(
   orchestrator.queue[], integer[], timestamptz, timestamptz, integer) is
   'Step 2 of a claim: locks limited lanes, and gives the queues the caps and ends that their limits set. '
-  'Returns what each lane allows, and when more is to be had; lanes that another session has locked get cap 0';
+  'Returns what each lane allows, and when it allows more; lanes that another session has locked get cap 0';
 
 create or replace function orchestrator.needs_destination_row(p_destination orchestrator.destination) returns boolean
 language sql immutable
@@ -121,14 +135,15 @@ comment on function orchestrator.needs_destination_row(orchestrator.destination)
 
 create or replace function orchestrator.lane_may_give(p_lane orchestrator.lane, p_now timestamptz) returns boolean
 language sql immutable
--- A time in the future: the clock was set back.
+-- opened_at or tried_at in the future: the clock was set back, so open_until means nothing.
 return p_lane.paused_at is null
   and (p_lane.open_until <= p_now or coalesce(greatest(p_lane.opened_at, p_lane.tried_at) > p_now, false));
 comment on function orchestrator.lane_may_give(orchestrator.lane, timestamptz) is
   'Whether claims may take from a lane: it is not paused, and its breaker lets at least a try through';
 
 -- The rate is GCRA in closed form: the i-th theoretical arrival time is
--- i·T + max(TAT, max over j ≤ i of (x_j - (j-1)·T)), where x_j is when the j-th attempt may start at the earliest.
+-- i·T + max(TAT, max over j ≤ i of (x_j - (j-1)·T)), where x_j is when the j-th attempt may start at the
+-- earliest.
 create or replace function orchestrator.book_slots(
   p_leased orchestrator.leased[], p_limits orchestrator.lane_limit[], p_now timestamptz, p_lease interval)
 returns orchestrator.leased[]
@@ -141,8 +156,9 @@ as $$
 declare
   v_leased orchestrator.leased[];
 begin
-  -- What a dispatcher must know: rate and bound (true: a start and a result count at once), and what it sends along.
   with option as materialized (
+    -- What a dispatcher must know: rate and bound (true: a start and a result count at once), and what it
+    -- sends along.
     select l.lane
       , json_strip_nulls(json_build_object(
           'rate', nullif(d.rate_per_second is not null, false), 'bound', nullif(k.bounded, false)
@@ -154,8 +170,8 @@ begin
     where k.bounded or num_nonnulls(d.rate_per_second, d.timeout, d.signing_secret, d.secret_headers) > 0
   ), leased as materialized (
     -- The leases of limited lanes, numbered within each lane (i).
-    select c.n, c.event_id, c.due_at, c.lane, c.lease_until, l.next_slot_at, l.held_by, l.last_paused_at, l.resumed_at
-      , l.opened_at, l.closed_at, l.breaker, d.timeout, o.options
+    select c.n, c.event_id, c.due_at, c.lane, c.lease_until as leased_until, l.next_slot_at, l.held_by
+      , l.last_paused_at, l.resumed_at, l.opened_at, l.closed_at, l.breaker, d.timeout, o.options
       , make_interval(secs => 1 / d.rate_per_second) as gap, d.burst, greatest(c.due_at, p_now) as earliest
       , row_number() over (partition by c.lane order by c.n) as i
     from unnest(p_leased) with ordinality
@@ -173,31 +189,31 @@ begin
   ), slot as materialized (
     -- When each may start, and for how long it is then leased.
     select a.*, s.start_at
-      , greatest(a.lease_until, s.start_at + greatest(p_lease, a.timeout + interval '5 s')) as held_until
+      , greatest(a.leased_until, s.start_at + greatest(p_lease, a.timeout + interval '5 s')) as lease_until
     from arrival a
     cross join lateral (
       select case when a.gap is null then a.due_at else greatest(a.earliest, a.tat - a.burst * a.gap) end as start_at) s
   ), booked as (
-    -- The next slot of the rate; the limit that holds the lane back; a try, when the breaker is not closed.
+    -- The next slot of the rate; the limit that delays the lane; a try, when the breaker is not closed.
     update orchestrator.lane l
     set next_slot_at = coalesce(s.tat, l.next_slot_at)
       , held_by = case when coalesce(s.leases, 0) >= k.allowed then k.kind end
       , breaker = case when l.breaker <> 'closed' and s.leases > 0 then 'half_open' else l.breaker end
       , tried_at = case when l.breaker <> 'closed' and s.leases > 0 then p_now else l.tried_at end
-      , open_until = case when l.breaker <> 'closed' and s.leases > 0 then s.held_until else l.open_until end
+      , open_until = case when l.breaker <> 'closed' and s.leases > 0 then s.lease_until else l.open_until end
     from unnest(p_limits) k
     left join (
-      select s.lane, max(s.tat) as tat, max(s.held_until) as held_until, count(*) as leases
+      select s.lane, max(s.tat) as tat, max(s.lease_until) as lease_until, count(*) as leases
       from slot s group by s.lane) s on s.lane = k.lane
     where l.lane = k.lane
       and (s.leases > 0 and (s.tat is not null or l.breaker <> 'closed')
            or l.held_by is distinct from case when coalesce(s.leases, 0) >= k.allowed then k.kind end)
   ), prolonged as (
     update orchestrator.timer t
-    set lease_until = (select s.held_until from slot s where s.event_id = t.event_id)
-    where t.event_id = any (array(select s.event_id from slot s where s.held_until > s.lease_until))
+    set lease_until = (select s.lease_until from slot s where s.event_id = t.event_id)
+    where t.event_id = any (array(select s.event_id from slot s where s.lease_until > s.leased_until))
   ), why as (
-    -- What held back those that start late.
+    -- Why those start late that do.
     select s.n
       , orchestrator.wait_causes(s.due_at, greatest(s.start_at, p_now), s.last_paused_at, s.resumed_at
         , s.opened_at, case when s.closed_at >= s.opened_at then s.closed_at else p_now end
@@ -209,7 +225,7 @@ begin
            or s.breaker <> 'closed')
   )
   select array_agg(row(c.event_id, c.scheduled_at, c.due_at, c.attempt, c.lane, coalesce(s.start_at, c.start_at)
-    , coalesce(s.held_until, c.lease_until), s.options, w.waited)::orchestrator.leased order by c.n)
+    , coalesce(s.lease_until, c.lease_until), s.options, w.waited)::orchestrator.leased order by c.n)
   into v_leased
   from unnest(p_leased) with ordinality
     as c (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited, n)
@@ -243,5 +259,5 @@ language sql immutable parallel safe as $$
 $$;
 comment on function orchestrator.wait_causes(
   timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, timestamptz, text) is
-  'Milliseconds from due to begin, by cause: the last pause, the last opening of the breaker, and a limit. '
-  'The limit that held the lane back counts for the rest; null: nothing did';
+  'Milliseconds from due to begin, by cause: the last pause, the last opening of the breaker, and for the rest '
+  'p_held_by, the limit. Null: there was no cause';

@@ -1,8 +1,9 @@
--- Rerouting: a timer waits in a wrong lane when its destination was given a lane, or lost one, after it was submitted.
+-- Rerouting: a timer waits in a wrong lane when its destination was given a lane, or lost one, after it was
+-- submitted.
 -- Claims move the timers that they meet, run_maintenance() moves the rest.
 
--- After the last timer is moved, claims need not look any more. Whoever was submitting when the lanes changed must have
--- ended by then.
+-- After the last timer is moved, claims need not look any more. Whoever was submitting when the lanes changed
+-- must have ended by then.
 create or replace function orchestrator.reroute_remaining(p_limit integer default 50000) returns bigint
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
@@ -27,8 +28,8 @@ begin
   if v_rerouted_by is null then
     return 0;
   end if;
-  -- Read after this has seen that lanes changed: whoever begins to write later sees it, too. Virtual transactions are
-  -- compared, not processes: prepared transactions have none.
+  -- Read after this has seen that lanes changed: whoever begins to write later sees it, too. Virtual
+  -- transactions are compared, not processes: prepared transactions have none.
   v_writers := array(
     select l.virtualtransaction from pg_locks l
     where l.relation = 'orchestrator.timer'::regclass and l.locktype = 'relation'
@@ -69,7 +70,7 @@ begin
       perform orchestrator.reset_floors();
       -- Nobody can put a timer into a lane that lost its name before the oldest open transaction began.
       delete from orchestrator.lane l
-      where l.lane > 63 and l.name is null
+      where orchestrator.is_dedicated(l.lane) and l.name is null
         and not exists (select from orchestrator.timer t where t.lane in (l.lane, -1 - l.lane));
       update orchestrator.control c set rerouted_by = null where c.rerouted_by = v_rerouted_by;
     exception when lock_not_available then
@@ -83,7 +84,8 @@ comment on function orchestrator.reroute_remaining(integer) is
   'Moves up to p_limit timers to the lanes where they belong, and returns how many. '
   'When none are left, claims stop looking for them, and lanes of deleted destinations are deleted';
 
--- A function of its own: reroute_remaining() reads the whole table, this finds rows by their places, whatever its size.
+-- A function of its own: reroute_remaining() reads the whole table, this finds rows by their places, whatever
+-- its size.
 create or replace function orchestrator.move_timers(p_at tid[], p_lanes integer[]) returns bigint
 language sql security definer
 set search_path = orchestrator, pg_temp
@@ -125,7 +127,8 @@ comment on function orchestrator.forget_recovered_destinations() is
   'Takes their lanes from destinations that were never configured and have not failed for ten minutes. '
   'Returns how many';
 
--- The caller has the rows locked. Waits for nobody: keys that another session has locked are left to the next claim.
+-- The caller has the rows locked. Waits for nobody: keys that another session has locked are left to the next
+-- claim.
 create or replace function orchestrator.reroute_or_park(
   p_at tid[], p_rerouted boolean, p_bounded boolean, p_skip integer[],
   out ready tid[], out changed boolean, out locked bigint, out lock_numbers integer[])
@@ -164,7 +167,7 @@ begin
       -- Of those, the ones in lanes that give any number now.
       select m.at from moved m
       left join lateral (select l.* from orchestrator.lane l where l.lane = m.lane limit 1) l on true
-      where m.lane < 64
+      where not orchestrator.is_dedicated(m.lane)
         or m.lane <> all (p_skip) and not l.limited and not p_bounded and l.breaker = 'closed' and l.paused_at is null
     )
     select array(select p.at from placed p where p.lane = p.right_lane) || array(select f.at from free f) into ready;
@@ -190,8 +193,8 @@ begin
   )
   select array(select r from unnest(ready) r where r <> all (array(select e.at from early e))) into ready;
 
-  -- Locks ordering keys. Materialized first: where a stale statistic says that the index of ordering keys is empty, the
-  -- planner would read all of it.
+  -- Locks ordering keys. Materialized first: where a stale statistic says that the index of ordering keys is
+  -- empty, the planner would read all of it.
   with keyed as materialized (
     select t.ctid as at, t.ordering from orchestrator.timer t where t.ctid = any (ready)
   ), tried as materialized (
@@ -204,8 +207,8 @@ begin
     , (select array_agg(distinct t.lock_number) from tried t where not t.is_ours)
   into ready, v_ordered, locked, lock_numbers;
 
-  -- Parks those that wait for an earlier event of their key. A new statement, and so a new snapshot: it sees what those
-  -- did who had the locks before.
+  -- Parks those that wait for an earlier event of their key. A new statement, and so a new snapshot: it sees
+  -- what those did who had the locks before.
   if v_ordered <> '{}' then
     with parked as (
       update orchestrator.timer t

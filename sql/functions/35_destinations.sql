@@ -1,8 +1,8 @@
--- Destinations as operators see them: their settings, pauses and breakers. Called from psql, the CLI and the API.
--- A change holds from the next claim on; attempts under way are left alone.
+-- Destinations as operators see them: their settings, pauses and breakers. Called from psql, the CLI and the
+-- API. A change holds from the next claim on; attempts under way are left alone.
 --
--- Each function locks the name and the row of the destination first, then its lane, as 28_dedicated_lanes.sql says:
--- two sessions that configure one destination wait for one another, and do not deadlock.
+-- Each function locks the name and the row of the destination first, then its lane, as 28_dedicated_lanes.sql
+-- says: two sessions that configure one destination wait for one another, and do not deadlock.
 
 -- Scans timer once, and looks up one event for each host in it. A scan of all events would cost a hundred
 -- times as much.

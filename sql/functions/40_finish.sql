@@ -1,5 +1,9 @@
 -- Finishing: the result of an attempt goes into the log, and its timer is deleted or waits for the next
--- attempt. Called by whoever claimed the event.
+-- attempt. Called by whoever claimed the event. The fence: a result counts only with the attempt number of
+-- the event's last claim.
+--
+-- finish_events() takes an array for each column of its results, as clients pass them; the steps that follow
+-- return rows.
 
 create or replace function orchestrator.check_results(p_event_ids uuid[], p_attempts integer[], p_results text[])
 returns void
@@ -26,7 +30,7 @@ returns table (event_id uuid)
 language sql stable as $$
   select r.event_id
   from unnest(p_event_ids, p_attempts) as r (event_id, attempt)
-  -- The planner cannot turn a count into a join, as it could an exists.
+  -- Deliberately a count: the planner would join an exists, which is slower.
   where 0 = (
     select count(*) from orchestrator.outcome o
     where o.event_id = r.event_id and o.attempt = r.attempt and o.worker is not distinct from p_worker
@@ -35,7 +39,7 @@ language sql stable as $$
       and o.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms')
 $$;
 comment on function orchestrator.stale_results(uuid[], integer[], integer) is
-  'Events whose result is not in the log. The lease was lost before the result came';
+  'Events whose result is not in the log: another claim took them before it came';
 
 -- One step of finish_events(), with its settings: all were delivered, without a remark in p_errors.
 create or replace function orchestrator.record_delivered(
@@ -58,7 +62,7 @@ language plpgsql as $$
 #variable_conflict use_column
 begin
   with finished as (
-    -- The timers whose present lease the result names.
+    -- The fence is t.attempt = r.attempt: the timers that nobody has claimed since.
     delete from orchestrator.timer t
     using unnest(p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_claimed_at, p_waited)
       as r (event_id, attempt, status_code, started_at, finished_at, claimed_at, waited)
@@ -93,7 +97,7 @@ begin
       filter (where p_announced)
     , array_agg(f.ordering) filter (where f.ordering is not null)
     , array_agg(row(f.lane, f.event_id, true, f.status_code, f.started_at, f.finished_at)::orchestrator.lane_result)
-      filter (where f.lane > 63)
+      filter (where orchestrator.is_dedicated(f.lane))
   into count, finished, orderings, lane_results
   from finished f;
 end $$;
@@ -136,7 +140,7 @@ begin
     order by r.event_id, r.attempt
   ), finished as materialized (
     -- One merge, not a delete and an update: it locks all timers in the order of the ids, whatever their
-    -- results.
+    -- results. The fence is t.attempt = r.attempt.
     merge into orchestrator.timer t
     using given r
     on t.event_id = any (p_event_ids) and t.event_id = r.event_id and t.attempt = r.attempt
@@ -188,10 +192,11 @@ begin
   select count(*)
     , array_agg(row(f.event_id, f.scheduled_at, f.result, f.next_due_at, f.claimed_at)::orchestrator.finished_event)
     , array_agg(f.ordering) filter (where f.ordering is not null)
-    -- Of the shared lanes only failures: they give a destination a dedicated lane, with a breaker.
+    -- Of the shared lanes only failures: they give a destination a dedicated lane, with a breaker. For the
+    -- breaker fail is a success: the destination works, and refuses this event.
     , array_agg(row(f.lane, f.event_id, f.verdict <> 'retry', f.status_code, f.started_at, f.finished_at)
-        ::orchestrator.lane_result) filter (where f.lane > 63 or f.verdict = 'retry')
-    , bool_or(f.lane < 64 and f.verdict = 'retry')
+        ::orchestrator.lane_result) filter (where orchestrator.is_dedicated(f.lane) or f.verdict = 'retry')
+    , bool_or(not orchestrator.is_dedicated(f.lane) and f.verdict = 'retry')
   into count, finished, orderings, lane_results, failed_in_shared_lane
   from finished f;
 end $$;
@@ -201,12 +206,13 @@ comment on function orchestrator.record_results(
   'Ends or delays timers by the results of their attempts, logs and counts them, and writes dead letters. '
   'Returns how many they are, and what is to be done about them';
 
--- A result counts only while its (event_id, attempt) names the present lease. All others are stale, except those
--- that are in the log already, because the reply to an earlier call was lost.
+-- A result counts until another claim takes the event, even after lease_until. All later ones are stale,
+-- except those that are in the log already, because the reply to an earlier call was lost.
 -- Locks timers in the order of event_id, as cancel_event() does; then what 28_dedicated_lanes.sql lists.
--- The pinned plan searches the primary key for p_event_ids, and hashes the timers with the arrays. A nested loop
--- is as fast; but once a vacuum has found the table empty, the planner expects one timer, and each call reads the
--- whole index.
+--
+-- The pinned plan searches the primary key for p_event_ids, and hashes the timers with the arrays. A nested
+-- loop is as fast; but once a vacuum has found the table empty, the planner expects one timer, and each call
+-- reads the whole index.
 create or replace function orchestrator.finish_events(
   p_event_ids uuid[],
   p_attempts integer[],
@@ -237,12 +243,13 @@ declare
     select from orchestrator.outbox_kind where kind = 'timestamp' or not p_results <@ array['delivered']);
 begin
   perform orchestrator.check_results(p_event_ids, p_attempts, p_results);
-  -- raise_floors() relies on this order: whoever delays a timer locks the table first, and then reads the
-  -- clock.
+  -- Whoever delays a timer locks the table first, and then reads the clock: see 74_lane_floors.sql.
   lock table orchestrator.timer in row exclusive mode;
   v_now := orchestrator.now();
 
-  if p_results <@ array['delivered'] and array_remove(p_errors, null) = '{}' is not false then
+  -- Step 1: end or delay the timers, and log the results. p_errors has no text where all were delivered
+  -- without a remark; null: it has none at all.
+  if p_results <@ array['delivered'] and coalesce(array_remove(p_errors, null) = '{}', true) then
     v_done := orchestrator.record_delivered(
       p_event_ids, p_attempts, p_status_codes, p_started_at, p_finished_at, p_worker, p_claimed_at, p_waited, v_now
     , v_announced);
@@ -254,22 +261,29 @@ begin
     select f.event_id, f.result, f.due_at from unnest(v_done.finished) f where f.result <> 'delivered';
   end if;
 
+  -- Step 2: announce the events that have ended.
   if v_announced then
     perform orchestrator.announce_finished(
       array_agg(f.event_id), array_agg(f.scheduled_at), array_agg(f.claimed_at))
     from unnest(v_done.finished) f
     where f.result <> 'retried';
   end if;
+
+  -- Step 3: let the next events of their ordering keys go.
   if v_done.orderings is not null then
     perform orchestrator.advance_ordering(v_done.orderings);
   end if;
+
+  -- Step 4: give destinations that fail in shared lanes dedicated ones, and update the breakers.
   if v_done.failed_in_shared_lane then
     v_done.lane_results := orchestrator.ensure_lanes_for_failures(v_done.lane_results);
   end if;
   if v_done.lane_results is not null then
     perform orchestrator.update_breakers(v_done.lane_results);
   end if;
-  -- Fewer than given: some leases were lost, or the call is repeated.
+
+  -- Step 5: say which results are stale. Fewer were recorded than given: another claim has taken some events
+  -- since, or the call is repeated.
   if v_done.count < cardinality(p_event_ids) then
     return query
     select s.event_id, 'stale', null::timestamptz
@@ -307,7 +321,7 @@ begin
     returning t.due_at, t.lane, t.ordering
   )
   select count(*), min(r.due_at)
-    , array_agg(distinct r.lane) filter (where r.lane > 63)
+    , array_agg(distinct r.lane) filter (where orchestrator.is_dedicated(r.lane))
     , array_agg(r.ordering) filter (where r.ordering is not null)
   into v_released, v_first, v_lanes, v_orderings
   from released r;
@@ -330,7 +344,7 @@ begin
 end $$;
 comment on function orchestrator.release_events(uuid[], integer[]) is
   'Gives leases back unused, without spending an attempt, and wakes the dispatchers if an event is due soon. '
-  'Returns how many leases were still held';
+  'Returns how many leases they were';
 
 -- What follows never waits for another session. The caller asked finish_events() first, and got no lock in
 -- time.

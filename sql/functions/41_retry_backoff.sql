@@ -1,7 +1,5 @@
 -- Retry backoff: how long a failed attempt waits for the next. Called by finish_events().
 
--- The destination's policy is looked up twice in this file. A function for it would not be inlined, as it has
--- a sub-select, and would cost each retry a call.
 create or replace function orchestrator.retry_policy_of(p_event_id uuid, p_scheduled_at timestamptz, p_lane integer)
 returns text
 language sql stable security definer
@@ -9,7 +7,8 @@ set search_path = orchestrator, pg_temp as $$
   select coalesce(
     (select e.retry_policy from orchestrator.event e where e.id = p_event_id and e.scheduled_at = p_scheduled_at)
   , (select d.retry_policy from orchestrator.destination d
-     where d.name = (select l.name from orchestrator.lane l where l.lane = p_lane and p_lane > 63)))
+     where d.name = (
+       select l.name from orchestrator.lane l where l.lane = p_lane and orchestrator.is_dedicated(p_lane))))
 $$;
 comment on function orchestrator.retry_policy_of(uuid, timestamptz, integer) is
   'Retry policy that the event names, or else its destination; null: neither names one';
@@ -37,8 +36,9 @@ comment on function orchestrator.retry_delay(text, integer, interval) is
   'p_at_least, up to max_delay. '
   'A policy that does not exist counts as ''default''';
 
--- Attempt numbers only grow, through hand-backs and redrives. The attempts that are left say how many have
--- failed since the last redrive, which is where the policy begins again.
+-- Attempt numbers only grow, also when a lease is released or a dead event is redriven. The attempts that are
+-- left say how many have failed since the last redrive, which is where the policy begins again.
+-- It looks the policy up itself: retry_policy_of() is not inlined, and would cost each retry a call.
 create or replace function orchestrator.next_delay(
   p_event_id uuid, p_scheduled_at timestamptz, p_lane integer, p_attempts_left integer, p_at_least interval)
 returns interval
@@ -48,7 +48,8 @@ set search_path = orchestrator, pg_temp as $$
     select orchestrator.retry_delay(
         coalesce(e.retry_policy
         , (select d.retry_policy from orchestrator.destination d
-           where d.name = (select l.name from orchestrator.lane l where l.lane = p_lane and p_lane > 63)))
+           where d.name = (
+             select l.name from orchestrator.lane l where l.lane = p_lane and orchestrator.is_dedicated(p_lane))))
       , greatest(1, e.max_retries + 1 - p_attempts_left), p_at_least)
     from orchestrator.event e
     where e.id = p_event_id and e.scheduled_at = p_scheduled_at), '1 min')

@@ -1,5 +1,5 @@
 -- Circuit breakers: finishes open and close them, operators close them by hand. Adaptive bounds (AIMD) move
--- here, too.
+-- here, too. A result counts as a success (lane_result.succeeded) unless it is one to retry.
 
 -- Inlined by the planner.
 create or replace function orchestrator.counts_successes(p_lane orchestrator.lane) returns boolean
@@ -34,12 +34,12 @@ comment on function orchestrator.lock_breakers(orchestrator.lane_result[]) is
 
 -- Inlined by the planner.
 create or replace function orchestrator.aimd_bound(
-  p_bound double precision, p_max_parallel integer, p_throttled boolean, p_delivered integer)
+  p_bound double precision, p_max_parallel integer, p_throttled boolean, p_successes integer)
 returns double precision
 language sql immutable
 return case
   when p_throttled then greatest(1, 0.7 * coalesce(p_bound, p_max_parallel))
-  else nullif(least(p_max_parallel, p_bound + p_delivered / p_bound), p_max_parallel)
+  else nullif(least(p_max_parallel, p_bound + p_successes / p_bound), p_max_parallel)
 end;
 comment on function orchestrator.aimd_bound(double precision, integer, boolean, integer) is
   'The next bound of an adaptive destination: times 0.7 when throttled, plus one for each round of successes. '
@@ -65,8 +65,8 @@ begin
 
   -- What counts: all attempts of a closed breaker, the try of a half-open one, none of an open one.
   with attempt as (
-    select l.lane, r.delivered, r.status_code, r.finished_at
-      , max(r.finished_at) filter (where r.delivered) over (partition by l.lane) as last_delivered_at
+    select l.lane, r.succeeded, r.status_code, r.finished_at
+      , max(r.finished_at) filter (where r.succeeded) over (partition by l.lane) as last_success_at
     from unnest(p_results) r
     cross join lateral (select l.* from orchestrator.lane l where l.lane = r.lane limit 1) l
     where l.lane = any (v_locked)
@@ -74,21 +74,24 @@ begin
       and (l.breaker = 'closed'
         or l.breaker = 'half_open' and coalesce(to_timestamp(r.started_at), v_now) >= l.tried_at - interval '10 ms')
   ), batch as (
-    -- For each lane; trailing: failures after the last success.
+    -- For each lane; trailing: failures after the last success; throttled: the destination asked for less, or
+    -- gave no response (no status code counts as 503).
     select a.lane
       , count(*)::integer as attempts
-      , (count(*) filter (where not a.delivered))::integer as failed
-      , (count(*) filter (where not a.delivered and a.finished_at > a.last_delivered_at is not false))::integer
+      , (count(*) filter (where not a.succeeded))::integer as failed
+      -- last_success_at null: there was none, so all failures are trailing.
+      , (count(*) filter (where not a.succeeded and a.finished_at > a.last_success_at is not false))::integer
         as trailing
-      , count(*) filter (where not a.delivered and coalesce(a.status_code, 503) in (408, 429, 503, 504)) > 0
+      , count(*) filter (where not a.succeeded and coalesce(a.status_code, 503) in (408, 429, 503, 504)) > 0
         as throttled
     from attempt a
     group by a.lane
   ), counters as (
-    -- The counters of the lane with the batch added; a window that is over, or of the future, begins again.
+    -- The counters of the lane with the batch added. A window that has ended begins again, and so does one
+    -- that began in the future: the clock was set back.
     select l.lane, l.breaker, l.openings, l.parallel_now, b.throttled
       , (l.throttled_at > v_now - interval '1 s' and l.throttled_at <= v_now) is true as is_lowered
-      , b.attempts - b.failed as delivered, b.failed
+      , b.attempts - b.failed as successes, b.failed
       , d.adaptive, d.max_parallel
       , d.breaker_failures, d.breaker_ratio, d.breaker_minimum, d.breaker_cooldown, d.breaker_max_cooldown
       , case when b.trailing < b.attempts then b.trailing else l.failures + b.failed end as failures
@@ -108,9 +111,9 @@ begin
     -- A success closes a half-open breaker. A batch without one opens it again, as failures in a row, or
     -- their share of the window, open a closed one.
     select c.*
-      , c.breaker = 'half_open' and c.delivered > 0 as closes
+      , c.breaker = 'half_open' and c.successes > 0 as closes
       , c.failed > 0 and case c.breaker
-          when 'half_open' then c.delivered = 0
+          when 'half_open' then c.successes = 0
           else coalesce(c.failures >= c.breaker_failures, false)
             or coalesce(c.window_attempts >= c.breaker_minimum
               and c.window_failures >= c.breaker_ratio * c.window_attempts, false)
@@ -137,14 +140,14 @@ begin
       , parallel_now = case
           when not d.adaptive then null
           when d.throttled and d.is_lowered then d.parallel_now
-          else orchestrator.aimd_bound(d.parallel_now, d.max_parallel, d.throttled, d.delivered)
+          else orchestrator.aimd_bound(d.parallel_now, d.max_parallel, d.throttled, d.successes)
         end
       , throttled_at = case when d.adaptive and d.throttled and not d.is_lowered then v_now else l.throttled_at end
     from decision d
     where l.lane = d.lane
     returning l.lane, l.hash, d.opens, d.closes
   )
-  -- Dispatchers know events that they claimed before the destination had this lane by the shared lane.
+  -- Events claimed earlier still carry the shared lane, so recall that lane too.
   select array_agg(u.lane) filter (where u.opens)
       || array_agg((u.hash & 63)::integer) filter (where u.opens and u.hash is not null)
     , bool_or(u.closes)
@@ -171,10 +174,12 @@ set enable_bitmapscan = off as $$
 begin
   return array(
     with named as materialized (
-      select r.*, case when r.lane < 64 then (select e.name from orchestrator.destination_of(r.event_id) e) end as name
+      select r.*
+        , case when not orchestrator.is_dedicated(r.lane)
+            then (select e.name from orchestrator.destination_of(r.event_id) e) end as name
       from unnest(p_results) r
     )
-    select row(coalesce(d.lane, n.lane), n.event_id, n.delivered, n.status_code, n.started_at, n.finished_at)
+    select row(coalesce(d.lane, n.lane), n.event_id, n.succeeded, n.status_code, n.started_at, n.finished_at)
       ::orchestrator.lane_result
     from named n
     left join orchestrator.ensure_dedicated_lanes(

@@ -7,7 +7,7 @@ create or replace function orchestrator.ordering_lock_number(p_ordering bigint) 
 language sql immutable parallel safe
 return (p_ordering & 255)::integer;
 comment on function orchestrator.ordering_lock_number(bigint) is
-  'Number of the advisory lock of an ordering key. A batch takes few locks, however many keys it has';
+  'Number of the advisory lock of an ordering key: one of 256, so that a batch takes few locks';
 
 create or replace function orchestrator.ordering_held(
   p_ordering bigint, p_event_id uuid, p_scheduled_at timestamptz, p_now timestamptz)
@@ -40,7 +40,7 @@ begin
     select distinct orchestrator.ordering_lock_number(o) as lock_number from unnest(p_orderings) o
     where o is not null order by 1) b;
 
-  -- The first event of each key, where it waits and nothing holds it any more.
+  -- The first event of each key, where it waits and nothing blocks it any more.
   v_heads := array(
     select h.at
     from (select distinct o as ordering from unnest(p_orderings) o where o is not null) k
@@ -68,7 +68,7 @@ begin
   perform orchestrator.tell_due(v_first);
 end $$;
 comment on function orchestrator.advance_ordering(bigint[]) is
-  'Makes the first waiting event of each ordering key claimable, where nothing holds it any more';
+  'Makes the first waiting event of each ordering key claimable, where nothing blocks it any more';
 
 create or replace function orchestrator.advance_all_orderings() returns bigint
 language plpgsql security definer

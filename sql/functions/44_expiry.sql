@@ -1,7 +1,8 @@
--- Events that end without another attempt: those that have expired, and those that lost every worker that took them.
+-- Events that end without another attempt: those that have expired, and those that lost every worker that
+-- took them.
 
--- The caller has the timers locked, and may have lanes, so this must not wait: events whose ordering key another
--- session has locked are left to the next claim.
+-- The caller has the timers locked, and may have lanes, so this must not wait: events whose ordering key
+-- another session has locked are left to the next claim.
 create or replace function orchestrator.end_without_attempt(p_at tid[]) returns bigint
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
@@ -20,8 +21,8 @@ begin
   with ended as (
     delete from orchestrator.timer t
     where t.ctid = any (p_at)
-      and (t.ordering is null
-           or pg_try_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_lock_number(t.ordering)))
+      and (t.ordering is null or pg_try_advisory_xact_lock(
+        hashtext('orchestrator.ordering'), orchestrator.ordering_lock_number(t.ordering)))
     returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.worker, t.lane, t.ordering, t.source, t.destination
       , t.retrying, case when t.expires_at <= v_now then 'expired' else 'dead' end as result
   ), outcomes as (
@@ -83,7 +84,8 @@ language sql immutable parallel safe
 return 'its leases ran out time after time: every worker vanished, whether one of them delivered is unknown';
 comment on function orchestrator.lost_lease() is 'The reason of a dead letter whose workers never answered';
 
--- A worker that is killed loses leases on many events that it had not begun to deliver: none of them may die of that.
+-- A worker that is killed loses leases on many events that it had not begun to deliver: none of them may die
+-- of that.
 create or replace function orchestrator.max_lost_leases() returns integer
 language sql immutable parallel safe
 return 5;

@@ -69,8 +69,8 @@ $$;
 comment on function orchestrator.has_live_events(date) is
   'Whether an event of this day has a timer, or is in horizon';
 
--- Whoever uses event or outcome waits no longer than this waits for the two locks, since it holds them
--- only for a moment: run_maintenance() calls it last.
+-- Readers of event and outcome wait at most 40 ms: it gives up then, and once it has the locks, it holds them
+-- only for a moment. run_maintenance() calls it last.
 create or replace function orchestrator.retire_partition(
   p_now timestamptz, out detached integer, out dead_letters bigint)
 language plpgsql security definer

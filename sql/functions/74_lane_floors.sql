@@ -1,12 +1,15 @@
--- Floors: the time from which on claims look for timers in a lane. While a transaction holds an old snapshot, vacuum
--- removes nothing, and without floors each claim would walk past every timer of its lanes that has ended since.
--- Dispatchers raise them, about once a second.
+-- Floors: the time from which on claims look for timers in a lane. While a transaction keeps an old snapshot,
+-- vacuum removes nothing, and without floors each claim would walk past every timer of its lanes that has
+-- ended since. Dispatchers raise them, about once a second.
+--
+-- control.floors has one for each shared lane, lane.floor is that of a dedicated one, and control.own_floor
+-- one for all dedicated lanes together.
 
--- Nothing appears below a floor. Whoever makes a timer due now, or puts one off, locks the table first and reads the
--- clock then. So once those have ended that had it locked when the clock showed marked_at, all that anybody can still
--- write is due later. A timer moves between lanes only from a lane to the one below 0 that stands for it, and back,
--- which have one floor; and by rerouting, while floors are not used.
--- No snapshot holds this back: it waits for the writers of timer to end, however old they are.
+-- Nothing appears below a floor. Whoever makes a timer due now, or puts one off, locks the table first and
+-- reads the clock then. So once those have ended that had it locked when the clock showed marked_at, all that
+-- anybody can still write is due later. A timer moves between lanes only from a lane to the one below 0 that
+-- stands for it, and back, which have one floor; and by rerouting, while floors are not used.
+-- Old snapshots do not delay this: it waits for the writers of timer to end, whatever they read.
 create or replace function orchestrator.raise_floors() returns integer
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
@@ -21,7 +24,7 @@ declare
   v_now timestamptz;
   v_writers text[];
   v_floors timestamptz[];
-  v_own_floor timestamptz;
+  v_dedicated_floor timestamptz;
 begin
   select * into v_control from orchestrator.control;
   -- A snapshot from before the writers ended would not show what they wrote.
@@ -60,7 +63,7 @@ begin
   perform orchestrator.fold_control();
   v_control.priorities := (select c.priorities from orchestrator.control c);
   v_floors := v_control.floors;
-  v_own_floor := v_control.own_floor;
+  v_dedicated_floor := v_control.own_floor;
   if v_control.marked_at is not null then
     v_floors := array(
       select least(v_control.marked_at
@@ -77,19 +80,23 @@ begin
         , orchestrator.first_due(-1 - l.lane, l.floor, v_control.priorities)) as floor
       from (
         select l.lane, l.floor from orchestrator.lane l
-        where l.lane > 63 and l.floor < v_control.marked_at - interval '10 s'
+        where orchestrator.is_dedicated(l.lane) and l.floor < v_control.marked_at - interval '10 s'
         order by l.floor limit 100
         for update skip locked) l) f
     where l.lane = f.lane and f.floor > l.floor + interval '10 s';
     -- In one look: a timer that moves below 0 meanwhile is seen here or there.
-    v_own_floor := case when exists (select from orchestrator.timer t where t.lane < -64) then v_own_floor
+    v_dedicated_floor := case when exists (select from orchestrator.timer t where t.lane < -64) then v_dedicated_floor
       else least(v_control.marked_at, (
         select t.due_at from orchestrator.timer t
-        where t.lane > 63 and t.due_at >= v_control.own_floor
+        where orchestrator.is_dedicated(t.lane) and t.due_at >= v_control.own_floor
         order by t.due_at limit 1)) end;
   end if;
   update orchestrator.control
-  set floors = v_floors, own_floor = v_own_floor, floors_at = v_now, marked_at = v_now, marked_writers = v_writers;
+  set floors = v_floors
+    , own_floor = v_dedicated_floor
+    , floors_at = v_now
+    , marked_at = v_now
+    , marked_writers = v_writers;
   return (select count(*) from unnest(v_floors, v_control.floors) as f (floor, before) where f.floor > f.before);
 end $$;
 comment on function orchestrator.raise_floors() is
@@ -143,7 +150,8 @@ begin
     select f.n::integer - 1 as lane, f.floor
     from orchestrator.control c cross join unnest(c.floors) with ordinality as f (floor, n)
     union all
-    select l.lane, greatest(l.floor, c.own_floor) from orchestrator.lane l, orchestrator.control c where l.lane > 63) f
+    select l.lane, greatest(l.floor, c.own_floor) from orchestrator.lane l, orchestrator.control c
+    where orchestrator.is_dedicated(l.lane)) f
   where f.floor > '-infinity' and orchestrator.first_due(f.lane, '-infinity', c.priorities) < f.floor;
   if v_lower > 0 then
     perform pg_advisory_xact_lock(hashtext('orchestrator.floors'));

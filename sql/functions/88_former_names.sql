@@ -63,6 +63,16 @@ set search_path = orchestrator, pg_temp
 as $$ select orchestrator.ensure_dedicated_lane(p_name, p_configured) $$;
 comment on function orchestrator.own_lane(text, boolean) is 'Former name of ensure_dedicated_lane()';
 
+create or replace function orchestrator.notify_horizon() returns interval
+language sql immutable parallel safe
+return orchestrator.notify_within();
+comment on function orchestrator.notify_horizon() is 'Former name of notify_within()';
+
+create or replace function orchestrator.ordering_bucket(p_ordering bigint) returns integer
+language sql immutable parallel safe
+return orchestrator.ordering_lock_number(p_ordering);
+comment on function orchestrator.ordering_bucket(bigint) is 'Former name of ordering_lock_number()';
+
 -- Called by finish_events() of the version before, which may have waited for the migration.
 
 create or replace function orchestrator.own_lanes(p_names text[], p_configured boolean)

@@ -1,6 +1,7 @@
 -- The rows that the steps of a claim hand to each other, and the former names of those steps.
 
--- These have other names, or take rows, since; a new database has none of them. floors() is made again by functions/.
+-- These have other names, or take rows, since; a new database has none of them. floors() is made again by
+-- functions/.
 drop function if exists orchestrator.floors(orchestrator.control, timestamptz);
 drop function if exists orchestrator.floors_hold(orchestrator.control, timestamptz);
 drop function if exists orchestrator.lane_limits(integer[], integer[], timestamptz, timestamptz, integer);

@@ -13,7 +13,7 @@ comment on type orchestrator.finished_event is
 create type orchestrator.lane_result as
 ( lane integer
 , event_id uuid
-, delivered boolean
+, succeeded boolean
 , status_code integer
 , started_at double precision
 , finished_at double precision

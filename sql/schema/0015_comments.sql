@@ -10,8 +10,8 @@ comment on column orchestrator.finished_event.claimed_at is
 comment on column orchestrator.lane_result.lane is 'lane.lane';
 comment on column orchestrator.lane_result.event_id is
   'event.id: finds the name of a destination that has no dedicated lane';
-comment on column orchestrator.lane_result.delivered is
-  'Whether the circuit breaker counts it as a success: every result but one to retry';
+comment on column orchestrator.lane_result.succeeded is
+  'Whether the circuit breaker counts it as a success: delivered and fail, as the destination works; not retry';
 comment on column orchestrator.lane_result.status_code is 'HTTP status; null: no response';
 comment on column orchestrator.lane_result.started_at is
   'When the attempt began, in seconds since 1970; null: no attempt was made';
