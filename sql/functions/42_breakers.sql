@@ -17,14 +17,14 @@ begin
     return array(
       select l.lane from orchestrator.lane l
       where l.lane = any (array(select r.lane from unnest(p_results) r)) and l.name is not null
-        and (orchestrator.counts_successes(l) or exists (select from unnest(p_results) r where not r.delivered))
+        and (orchestrator.counts_successes(l) or exists (select from unnest(p_results) r where not r.succeeded))
       order by l.lane
       for update skip locked);
   end if;
   return array(
     select l.lane from orchestrator.lane l
     where l.lane = any (array(select r.lane from unnest(p_results) r)) and l.name is not null
-      and (orchestrator.counts_successes(l) or exists (select from unnest(p_results) r where not r.delivered))
+      and (orchestrator.counts_successes(l) or exists (select from unnest(p_results) r where not r.succeeded))
     order by l.lane
     for update);
 end $$;
