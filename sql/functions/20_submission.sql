@@ -301,8 +301,7 @@ set enable_seqscan = off as $$
   select s.status
   from orchestrator.event_status s
   where s.id = p_id
-    and s.scheduled_at >= uuid_extract_timestamp(p_id)
-    and s.scheduled_at < uuid_extract_timestamp(p_id) + interval '1 ms'
+    and orchestrator.in_millisecond_of(p_id, s.scheduled_at)
   limit 1
 $$;
 comment on function orchestrator.status_of(uuid) is 'The state that an event is in; null: there is none';
