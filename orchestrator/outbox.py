@@ -17,7 +17,7 @@ from orchestrator.database.listening import listen
 from orchestrator.database.outbox import OUTBOX_CHANNEL, Message, Outbox
 from orchestrator.errors import OrchestratorError
 from orchestrator.events.topics import topic_rules
-from orchestrator.kafka.bulk import BulkProducer, bulk_producer
+from orchestrator.kafka.bulk_producer import BulkProducer, bulk_producer
 from orchestrator.kafka.partition_queues import OutgoingRecord, RecordRefusedError, TopicUnavailableError
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings

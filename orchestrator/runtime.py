@@ -20,7 +20,7 @@ from typing import Literal, NoReturn
 import psycopg
 import uvloop
 
-from orchestrator import descriptors
+from orchestrator import file_descriptors
 from orchestrator.database import Database, migrate, translated
 from orchestrator.database.blocking import OnConnected, blocking
 from orchestrator.database.rights import NEEDED
@@ -28,7 +28,7 @@ from orchestrator.errors import DatabaseUnavailable, OrchestratorError, Settings
 from orchestrator.maintenance.upkeep import maintain, prepare
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings, database_url
-from orchestrator.starting import until_done
+from orchestrator.startup import until_done
 
 Role = Literal["run", "api", "ingest", "dispatch", "maintain"]
 Part = Callable[[asyncio.Event], Awaitable[None]]
@@ -63,10 +63,10 @@ class _Process:
         self._handle_signals()
         for notice in settings.notices:
             _log.warning("%s", notice)
-        limit = descriptors.raise_limit()
-        for shortage in descriptors.shortages(settings, limit):
+        limit = file_descriptors.raise_limit()
+        for shortage in file_descriptors.shortages(settings, limit):
             _log.warning("%s", shortage)
-        settings = replace(settings, http_max_connections=descriptors.deliveries(settings, limit))
+        settings = replace(settings, http_max_connections=file_descriptors.deliveries(settings, limit))
         self._settings = settings
         _log.info("starting", extra={"database": database_url.masked(settings.database_url), "pid": os.getpid()})
         if self._role == "ingest" and settings.kafka_servers is None:
@@ -169,9 +169,9 @@ async def _require_keys(settings: Settings, database: Database) -> None:
 
 
 async def _serve_apart(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
-    from orchestrator.api.server.apart import serve_apart
+    from orchestrator.api.server.api_process import serve_api_process
 
-    await serve_apart(settings, "run", metrics, stop=stop)
+    await serve_api_process(settings, "run", metrics, stop=stop)
 
 
 async def _serve_management(settings: Settings, database: Database, metrics: Metrics, stop: asyncio.Event) -> None:

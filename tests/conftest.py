@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.database.migrate import migrate
+from orchestrator.dev.operating_system import free_port
 from orchestrator.dev.postgres import EmbeddedPostgres
-from orchestrator.dev.system import free_port
 from orchestrator.settings import Settings
 from tests.support.brokers import Kafka, KafkaBroker, SharedBrokerHold, description, fetch, own_broker, shared_broker
 from tests.support.databases import Databases, temporary_server

@@ -12,7 +12,7 @@ import psycopg
 
 from orchestrator.bench.processes import compiled, product, rss_mib, wait_until
 from orchestrator.bench.workload import PAYLOAD, new_run
-from orchestrator.dev.system import free_port
+from orchestrator.dev.operating_system import free_port
 from orchestrator.errors import OrchestratorError
 
 _CLIENTS = 64

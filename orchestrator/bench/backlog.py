@@ -16,7 +16,7 @@ from orchestrator.bench.processes import another_database
 from orchestrator.bench.workload import PAYLOAD, lateness, new_run, submissions
 from orchestrator.database import COPY_SUBMISSIONS
 from orchestrator.errors import OrchestratorError
-from orchestrator.events.copying import copy_row
+from orchestrator.events.encoding import copy_row
 
 _DEPTHS = (100_000, 1_000_000, 10_000_000)
 _BATCH = 100

@@ -17,7 +17,7 @@ import psycopg
 from orchestrator.bench.workload import chunks, new_run, spread, submissions
 from orchestrator.database import COPY_SUBMISSIONS, Finished, Leases, connect
 from orchestrator.errors import OrchestratorError
-from orchestrator.events.copying import copy_row
+from orchestrator.events.encoding import copy_row
 from orchestrator.events.submission import Submission
 from orchestrator.settings import Settings
 

@@ -16,7 +16,7 @@ from orchestrator.bench.delivery import dispatching, rates
 from orchestrator.bench.kafka import PARTITIONS, arrivals, broker, create_target
 from orchestrator.bench.processes import compiled, product, rss_mib, wait_until
 from orchestrator.bench.workload import judged, new_run
-from orchestrator.dev.system import free_port
+from orchestrator.dev.operating_system import free_port
 from orchestrator.settings import Settings
 
 _CLIENTS = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from orchestrator import descriptors
+from orchestrator import file_descriptors
 from orchestrator.cli.support import console, environ, json_option, plain, print_json
 from orchestrator.database.session import SESSION, Session
 from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings
@@ -29,7 +29,7 @@ def check(as_json: bool) -> None:
     ours = Settings.from_env(given)
     session = Session.of(ours.database_url, "…")
     connection = {**session.parameters, "options": session.options}
-    shortages = descriptors.shortages(ours, descriptors.limit(hard=True))
+    shortages = file_descriptors.shortages(ours, file_descriptors.limit(hard=True))
     notices = [*ours.notices, *map(_overruled, session.overruled.items()), *shortages]
     if as_json:
         settings = {row.name: {"value": row.value, "source": row.source, "default": row.default} for row in rows}

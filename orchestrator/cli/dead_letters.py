@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from orchestrator.cli.story import show_event
+from orchestrator.cli.bulk_commands import filter_of, narrowing, sweep, sweeping, with_filter
+from orchestrator.cli.event_timeline import show_event
 from orchestrator.cli.support import (
     console,
     duration,
@@ -20,7 +21,6 @@ from orchestrator.cli.support import (
     target,
     with_database,
 )
-from orchestrator.cli.sweeping import filter_of, narrowing, sweep, sweeping, with_filter
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from uuid import UUID
 
 import click
 
-from orchestrator.cli.story import show_event, why_held_back
+from orchestrator.cli.bulk_commands import filter_of, narrowing, sweep, sweeping
+from orchestrator.cli.event_timeline import show_event, why_held_back
 from orchestrator.cli.support import console, exit_with, json_option, moment, print_json, read_event, with_database
-from orchestrator.cli.sweeping import filter_of, narrowing, sweep, sweeping
 from orchestrator.cli.times import a_duration, a_time, iso
 from orchestrator.errors import OrchestratorError
 from orchestrator.settings import Settings

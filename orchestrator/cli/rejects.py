@@ -121,7 +121,7 @@ def resubmit(number: int, file: IO[bytes] | None, again: bool, as_json: bool) ->
     corrected = None if file is None else file.read()
 
     async def work(rejects: Rejects, ours: Settings) -> Submitted:
-        from orchestrator.events.reading import parse_submission
+        from orchestrator.events.parsing import parse_submission
         from orchestrator.events.topics import topic_rules
 
         found = await _found(rejects, number)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.cli.bulk_commands import filter_of, narrowing, with_filter
 from orchestrator.cli.support import console, duration, json_option, moment, plain, print_json, with_database
-from orchestrator.cli.sweeping import filter_of, narrowing, with_filter
 from orchestrator.errors import OrchestratorError
 from orchestrator.settings import Settings
 

@@ -209,7 +209,7 @@ def _payload(given: str) -> bytes:
 
 def _submit_one(fields: dict[str, object], payload: bytes, as_json: bool) -> None:
     async def work(database: Database, settings: Settings) -> tuple[Submission, Submitted]:
-        from orchestrator.events.reading import parse_submission
+        from orchestrator.events.parsing import parse_submission
         from orchestrator.events.topics import topic_rules
 
         # Spliced in as it is, since the payload is kept and delivered byte for byte.
@@ -268,7 +268,7 @@ def _submit_file(file: IO[bytes], as_json: bool) -> None:
 
 def _batches(file: IO[bytes], settings: Settings) -> Iterator[list[tuple[int, Submission | ValidationError]]]:
     """Lists of (line number, what stands there), empty lines left out."""
-    from orchestrator.events.reading import parse_submission
+    from orchestrator.events.parsing import parse_submission
     from orchestrator.events.topics import topic_rules
 
     topics = topic_rules(settings)

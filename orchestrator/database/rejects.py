@@ -11,7 +11,7 @@ from orchestrator.database.connection import Connection
 from orchestrator.database.gateway import Database
 from orchestrator.database.submission_calls import COPY_SUBMISSIONS, Submitted
 from orchestrator.errors import OrchestratorError, ValidationError
-from orchestrator.events.copying import copy_row
+from orchestrator.events.encoding import copy_row
 from orchestrator.events.submission import Submission
 
 

@@ -20,7 +20,7 @@ from psycopg.rows import TupleRow
 from orchestrator.database.connection import Connection
 from orchestrator.database.pool import Pool
 from orchestrator.errors import Blocked, ValidationError
-from orchestrator.events.copying import copy_row
+from orchestrator.events.encoding import copy_row
 from orchestrator.events.fields import FIELDS
 from orchestrator.events.submission import Submission
 

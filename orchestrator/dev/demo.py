@@ -22,12 +22,12 @@ import uvloop
 
 from orchestrator.database.migrate import migrate
 from orchestrator.dev import kafka_wheel
-from orchestrator.dev.children import Children
+from orchestrator.dev.child_processes import ChildProcesses
 from orchestrator.dev.demo_result import Result, result_of
 from orchestrator.dev.environment import new_webhook_secret, without_settings
 from orchestrator.dev.kafka import WheelBroker
+from orchestrator.dev.operating_system import free_port
 from orchestrator.dev.postgres import EmbeddedPostgres
-from orchestrator.dev.system import free_port
 from orchestrator.errors import OrchestratorError
 from orchestrator.kafka.topics import create_topics
 from orchestrator.settings import Settings
@@ -100,7 +100,7 @@ class _Demo:
             "LOG_LEVEL": "WARNING",
             "LOG_FORMAT": "console",
         }
-        self._children = Children()
+        self._children = ChildProcesses()
         self._scheduled: dict[str, float] = {}
         self._through_kafka = 0
         self._herd_at = 0.0

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from orchestrator.dev.leash import Leash
-from orchestrator.dev.system import until
+from orchestrator.dev.operating_system import until
+from orchestrator.dev.orphan_reaper import OrphanReaper
 from orchestrator.errors import OrchestratorError
 
 _START_TIMEOUT_S = 90.0
@@ -89,7 +89,7 @@ class BrokerProcess(Broker):
         directory.mkdir(parents=True, exist_ok=True)
         self.directory: Path = directory
         self._process: subprocess.Popen[bytes] | None = None
-        self._leash: Leash | None = None
+        self._reaper: OrphanReaper | None = None
         self._creator_pid = os.getpid()
 
     @property
@@ -130,7 +130,7 @@ class BrokerProcess(Broker):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._leash = Leash(self._process.pid, self.directory if self._temporary else None)
+        self._reaper = OrphanReaper(self._process.pid, self.directory if self._temporary else None)
         for _ in until(_START_TIMEOUT_S):
             if not self.is_running():
                 break
@@ -164,9 +164,9 @@ class BrokerProcess(Broker):
 
     def _ended(self) -> None:
         self._process = None
-        if self._leash is not None:
-            self._leash.dismiss()
-            self._leash = None
+        if self._reaper is not None:
+            self._reaper.dismiss()
+            self._reaper = None
 
     def _log_tail(self) -> str:
         return self.log_file.read_text(errors="replace").strip()[-_SHOWN_CHARS:]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from orchestrator.dev.kafka_broker import Broker
-from orchestrator.dev.system import free_port, until
+from orchestrator.dev.operating_system import free_port, until
 from orchestrator.errors import OrchestratorError
 
 _SOCKET = Path("/var/run/docker.sock")

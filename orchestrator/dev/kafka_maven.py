@@ -21,7 +21,7 @@ from typing import Literal
 
 from orchestrator.dev.environment import user_directory
 from orchestrator.dev.kafka_broker import BrokerProcess
-from orchestrator.dev.system import exclusive, free_port
+from orchestrator.dev.operating_system import exclusive, free_port
 from orchestrator.errors import OrchestratorError
 
 _POM = Path(__file__).with_name("kafka-pom.xml")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.dev.kafka_broker import BrokerProcess
-from orchestrator.dev.system import free_port
+from orchestrator.dev.operating_system import free_port
 from orchestrator.errors import OrchestratorError
 
 _READY = b"ready in"

@@ -5,7 +5,7 @@
 
 A server's directory holds its data (``cluster``), ``server.log``, the superuser's ``password``, a ``lock``,
 and its Unix socket. The process that starts a server owns it and stops it at its exit; killed, its guard
-does (ownership.py). Another process that starts the same directory meanwhile uses the owner's server.
+does (directory_ownership.py). Another process that starts the same directory meanwhile uses the owner's server.
 
 Connections need a password although only this machine can connect: a superuser who is trusted without one
 would let every local user run programs as the server's account.
@@ -31,10 +31,10 @@ import psycopg
 from psycopg import sql
 
 from orchestrator.database.connection import connect_blocking
-from orchestrator.dev.ownership import Ownership
+from orchestrator.dev.directory_ownership import DirectoryOwnership
+from orchestrator.dev.operating_system import free_port, is_alive, kill_family, runs_with_argument, until
 from orchestrator.dev.postgres_install import Installation, find_installation
 from orchestrator.dev.postgres_tuning import configuration, default_tuning, memory_bytes
-from orchestrator.dev.system import free_port, is_alive, kill_family, runs_with_argument, until
 from orchestrator.errors import OrchestratorError
 
 SUPERUSER = "orchestrator"
@@ -66,7 +66,7 @@ class EmbeddedPostgres:
         self._keep = keep
         self._tuning = dict(tuning or {})
         self._server: subprocess.Popen[bytes] | None = None
-        self._ownership = Ownership(self.data_dir, temporary=not keep)
+        self._ownership = DirectoryOwnership(self.data_dir, temporary=not keep)
         self._creator_pid = os.getpid()
 
     @classmethod

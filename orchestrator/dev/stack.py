@@ -20,8 +20,8 @@ from orchestrator.database.migrate import migrate
 from orchestrator.dev import kafka_wheel
 from orchestrator.dev.environment import LOOPBACK, is_free, kept_webhook_secret, state_directory, with_defaults
 from orchestrator.dev.kafka_wheel import WheelBroker
+from orchestrator.dev.operating_system import until
 from orchestrator.dev.postgres import EmbeddedPostgres
-from orchestrator.dev.system import until
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.ingest import ingest
 from orchestrator.kafka.topics import create_topics, log_bounds, partition_counts

@@ -21,9 +21,9 @@ from orchestrator.database import NOTIFY_CHANNEL, Claims, Leases
 from orchestrator.database.listening import listen
 from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import ANSWER_S, Finisher
-from orchestrator.dispatch.holders import Holders
 from orchestrator.dispatch.http.deliveries import HttpDeliveries, Sender
 from orchestrator.dispatch.kafka_deliveries import KafkaDeliveries
+from orchestrator.dispatch.lock_holders import LockHolders
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
@@ -70,7 +70,7 @@ class Dispatcher:
         self._freed = False
         self._low = -1  # the claimer waits until no more events than this are held
         self._locked_gap_s = _LOCKED_GAP_S
-        self._holders = Holders(
+        self._holders = LockHolders(
             "claims leave out destinations or ordering keys that another session's open transaction has locked"
         )
         self._recalled: set[int | None] = set()  # lanes recalled since the last claim began; None: all

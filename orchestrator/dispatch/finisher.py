@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from orchestrator.database import Claimed, Finished, Leases, NotDelivered
-from orchestrator.dispatch.holders import Holders
+from orchestrator.dispatch.lock_holders import LockHolders
 from orchestrator.errors import Blocked, ValidationError
 from orchestrator.metrics import Metrics
 
@@ -61,7 +61,7 @@ class Finisher:
         self._aside_s = _FIRST_ASIDE_S
         self._taking_up: asyncio.TimerHandle | None = None
         self._careful_until_s = 0.0
-        self._holders = Holders(
+        self._holders = LockHolders(
             "results are set aside and tried again while another session's open transaction holds their events"
         )
         metrics.results_set_aside.set_function(lambda: len(self._aside) + len(self._unused_aside))

@@ -35,7 +35,7 @@ from orchestrator.dispatch.queue.stalls import QUICK_S, Stalls
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.events.topics import topic_rules
 from orchestrator.events.tracing import with_tracing
-from orchestrator.kafka.bulk import BulkProducer, bulk_producer
+from orchestrator.kafka.bulk_producer import BulkProducer, bulk_producer
 from orchestrator.kafka.partition_queues import OutgoingRecord, RecordRefusedError
 from orchestrator.metrics import Metrics
 from orchestrator.own_faults import Postponing

@@ -11,12 +11,12 @@ from psycopg.rows import TupleRow
 from orchestrator.database import migrate
 from orchestrator.database.connection import BlockingConnection, connect_blocking
 from orchestrator.database.rights import ABILITIES
+from orchestrator.doctor.backlog import backlog_findings
 from orchestrator.doctor.finding import Finding, is_production, ok, problem, warning
+from orchestrator.doctor.maintenance import maintenance_findings
+from orchestrator.doctor.open_transactions import open_transaction_findings
+from orchestrator.doctor.pauses_and_limits import pause_and_limit_findings
 from orchestrator.doctor.server import server_findings
-from orchestrator.doctor.standstill import standstill_findings
-from orchestrator.doctor.upkeep import upkeep_findings
-from orchestrator.doctor.waits import wait_findings
-from orchestrator.doctor.work import work_findings
 from orchestrator.errors import OrchestratorError, UnusableDatabase
 from orchestrator.settings import Settings, database_url
 
@@ -78,10 +78,10 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             yield from _guarded("rights", lambda: _rights(connection, settings))
             yield from _guarded("partitions", lambda: _partitions(connection, settings))
             yield from _guarded("API keys", lambda: _api_keys(connection, settings))
-            yield from upkeep_findings(connection, settings, _guarded)
-            yield from work_findings(connection, _guarded)
-            yield from standstill_findings(connection, _guarded)
-            yield from wait_findings(connection, _guarded)
+            yield from maintenance_findings(connection, settings, _guarded)
+            yield from backlog_findings(connection, _guarded)
+            yield from pause_and_limit_findings(connection, _guarded)
+            yield from open_transaction_findings(connection, _guarded)
 
 
 def _pooler(connection: BlockingConnection) -> Finding:

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from orchestrator import descriptors
+from orchestrator import file_descriptors
 from orchestrator.doctor.finding import Finding, counted, is_production, ok, problem, warning
 from orchestrator.own_faults import trusts_nobody
 from orchestrator.settings import Settings
@@ -84,11 +84,13 @@ def _is_ours(host: str, port: int) -> bool:
 
 
 def _file_descriptors(settings: Settings) -> Finding:
-    limit = descriptors.limit(hard=True)  # processes raise theirs to it
-    shortages = descriptors.shortages(settings, limit)
+    limit = file_descriptors.limit(hard=True)  # processes raise theirs to it
+    shortages = file_descriptors.shortages(settings, limit)
     if not shortages:
         shown = "no limit" if limit == sys.maxsize else f"{limit:,} allowed"
-        return ok("file descriptors", f"{shown}; the API takes up to {descriptors.clients(settings, limit):,} clients")
+        return ok(
+            "file descriptors", f"{shown}; the API takes up to {file_descriptors.clients(settings, limit):,} clients"
+        )
     return problem(
         "file descriptors",
         "; ".join(shortages),

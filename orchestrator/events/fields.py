@@ -1,7 +1,7 @@
 """FIELDS: the one table of what an event is submitted with.
 
 From it come the messages of `faults`, the properties of the OpenAPI document, the columns of COPY and the help of
-``orchestrator submit``. By hand, for speed, are `reading.Wire`, its check, and `copying.copy_row`; a test holds them
+``orchestrator submit``. By hand, for speed, are `parsing.Wire`, its check, and `encoding.copy_row`; a test holds them
 to the table.
 """
 

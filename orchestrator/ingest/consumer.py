@@ -19,7 +19,7 @@ from orchestrator.backoff import backoff_s
 from orchestrator.database.ingestion import OffsetsMovedError
 from orchestrator.errors import KafkaUnavailable, SettingsError
 from orchestrator.ingest.health import HaltReports, StalledError, StallWatch
-from orchestrator.ingest.reading import Batch, Reading
+from orchestrator.ingest.partition_reader import Batch, PartitionReader
 from orchestrator.ingest.source import MisplacedError, Source, TooLargeError
 from orchestrator.ingest.writer import Writer
 from orchestrator.metrics import Metrics
@@ -90,7 +90,7 @@ class Consumer:
         async with opening as source:
             watch = StallWatch(self._stall_s)
             while True:
-                reading = Reading(
+                reading = PartitionReader(
                     self._topic, source, self._writer, watch, self._halt_reports, self._metrics, self._new_batch
                 )
                 try:

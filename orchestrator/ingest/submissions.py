@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
 from orchestrator.events.ids import EVENT_ID_HEADER
-from orchestrator.events.reading import submission_row
+from orchestrator.events.parsing import submission_row
 from orchestrator.events.topics import topic_rules
 from orchestrator.events.tracing import CORRELATION_ID_HEADER, TRACEPARENT_HEADER, Carried, carried
 from orchestrator.ingest.partition import ConsumedRecord

@@ -62,6 +62,7 @@ async def create_topics(settings: Settings, names: Sequence[str] | None = None) 
     wanted = list(topic_names(settings) if names is None else names)
     replicas = -1 if settings.kafka_replication is None else settings.kafka_replication
     async with _administration(settings) as admin:
+        await controller_elected(admin)
         # aiokafka takes -1, the brokers' own number, only with an assignment of replicas: the last argument.
         made = [NewTopic(name, settings.kafka_partitions, replicas, {} if replicas == -1 else None) for name in wanted]
         answer = await admin.create_topics(made, timeout_ms=int(_DEADLINE_S * 1000))
@@ -106,6 +107,14 @@ async def log_bounds(settings: Settings, topic: str, partitions: int) -> dict[in
     finally:
         await consumer.stop()
     return {each.partition: (begins[each], ends[each]) for each in numbered}
+
+
+async def controller_elected(admin: Any) -> None:
+    """Waits until the brokers name a controller. Brokers that have just started name none, and aiokafka's admin client
+    then fails with an AttributeError."""
+    while admin._client.cluster.controller is None:
+        await admin._client.force_metadata_update()
+        await asyncio.sleep(_POLL_S)
 
 
 async def _usable(admin: Any, names: Sequence[str]) -> dict[str, int]:

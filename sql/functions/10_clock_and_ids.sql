@@ -1,4 +1,5 @@
--- The clock and the event id. Used by every other function; event_id() has a twin in orchestrator/events/ids.py.
+-- The clock and the event id. Used by every other function; event_id() has a twin in
+-- orchestrator/events/ids.py.
 
 create or replace function orchestrator.now() returns timestamptz
 language sql volatile parallel safe
@@ -6,8 +7,8 @@ return coalesce(nullif(current_setting('orchestrator.now', true), '')::timestamp
 comment on function orchestrator.now() is
   'The only clock. Tests set it for their session: set orchestrator.now = ''2030-01-01T00:00:00Z''';
 
--- Invariant: what is submitted again has the same id, everywhere. The lengths keep ('ab','c') apart from ('a','bc').
--- One expression, so that the planner inlines it. p_copy: see reschedule_event().
+-- Invariant: what is submitted again has the same id, everywhere. The lengths keep ('ab','c') apart from
+-- ('a','bc'). One expression, so that the planner inlines it. p_copy: see reschedule_event().
 create or replace function orchestrator.event_id(
   p_source text, p_external_job_id text, p_scheduled_at timestamptz, p_ordering_key text default null
 , p_copy integer default 0)

@@ -135,8 +135,7 @@ create or replace function orchestrator.destination_of(p_event_id uuid) returns 
 language sql stable as $$
   select orchestrator.destination_name(e.delivery_type, e.destination) from orchestrator.event e
   where e.id = p_event_id
-    and e.scheduled_at >= uuid_extract_timestamp(p_event_id)
-    and e.scheduled_at < uuid_extract_timestamp(p_event_id) + interval '1 ms'
+    and orchestrator.in_millisecond_of(p_event_id, e.scheduled_at)
   limit 1
 $$;
 comment on function orchestrator.destination_of(uuid) is 'The destination_name() of an event';

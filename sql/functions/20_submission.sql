@@ -1,5 +1,5 @@
--- Submission: staging table -> event + timer. submit_staged() is the one way in. COPY clients call it themselves;
--- schedule_event() and submit_events() fill the staging table from their arguments.
+-- Submission: staging table -> event + timer. submit_staged() is the one way in. COPY clients call it
+-- themselves; schedule_event() and submit_events() fill the staging table from their arguments.
 
 create or replace function orchestrator.open_staging() returns void
 language plpgsql security definer
@@ -62,7 +62,8 @@ end $$;
 comment on function orchestrator.check_staging() is
   'Refuses a staging table that open_staging() did not make, and adds the columns that a migration brought since';
 
--- Inlined by the planner: set-returning, and without settings of its own. The columns are in the order of event.
+-- Inlined by the planner: set-returning, and without settings of its own. The columns are in the order of
+-- event.
 create or replace function orchestrator.as_event(
   p_id uuid, p_scheduled_at timestamptz, p_created_at timestamptz, p_max_retries integer, p_source text
 , p_external_job_id text, p_delivery_type text, p_destination text, p_retry_policy text, p_headers json, p_payload json
@@ -119,6 +120,20 @@ comment on function orchestrator.create_timers(uuid[], timestamptz[], timestampt
   'Creates the timers of events, one array element each, due when scheduled unless p_due_at says otherwise, and never '
   'before now. p_attempts: how many attempts each has had';
 
+create or replace function orchestrator.announce_staged(p_now timestamptz) returns void
+language plpgsql security definer
+set search_path = orchestrator, pg_temp
+set timezone = 'UTC' as $$
+begin
+  insert into orchestrator.outbox (created_at, event_id, kind, key, value)
+  select p_now, s.id, 'scheduled', orchestrator.record_key(s.ordering_key, s.external_job_id, s.id)
+    , orchestrator.scheduled_message(
+        s.id, s.source, s.external_job_id, s.scheduled_at, s.delivery_type, s.destination, p_now)
+  from pg_temp.submission s;
+end $$;
+comment on function orchestrator.announce_staged(timestamptz) is
+  'Writes a message to the scheduled topic for each staged row';
+
 -- Takes no lock but those of its own rows, inserted in order of id so that two batches cannot deadlock.
 -- The clock is read when timer is locked, on which raise_floors() relies.
 create or replace function orchestrator.insert_staged(p_predecessor uuid)
@@ -138,12 +153,13 @@ declare
   v_new_priority boolean;
   v_own_lanes boolean;
   v_former_ids boolean;
-  v_told constant boolean := exists (select from orchestrator.outbox_kind where kind = 'scheduled');
+  v_announced constant boolean := exists (select from orchestrator.outbox_kind where kind = 'scheduled');
 begin
   perform orchestrator.check_staging();
   lock table orchestrator.timer in row exclusive mode;
   v_now := orchestrator.now();
-  -- With a transaction id, which reroute_remaining() looks at, before lanes are read.
+  -- reroute_remaining() waits for transactions that may have read the lanes as they were. So this one needs
+  -- its id before it reads them.
   perform pg_current_xact_id();
   v_own_lanes := exists (select from orchestrator.lane l where l.lane > 63 and l.name is not null);
   select min(s.scheduled_at), max(s.scheduled_at)
@@ -157,16 +173,17 @@ begin
   if v_new_priority then
     perform orchestrator.note_control('priorities', v_priorities);
   end if;
-  -- A reschedule has looked already.
+  -- reschedule_event() has looked for former ids itself.
   perform orchestrator.recognise_former_ids() where v_former_ids and p_predecessor is null;
 
   begin
-    -- Plain inserts are tried first: looking for duplicates beforehand, or on conflict, costs each row an index probe
-    -- and a WAL record more. Only a batch that breaks a constraint, or reaches into the horizon, goes row by row.
+    -- Plain inserts are tried first: looking for duplicates beforehand, or on conflict, costs each row an
+    -- index probe and a WAL record more. Only a batch that breaks a constraint, or reaches into the horizon,
+    -- goes row by row.
     if v_last >= v_horizon_at
       or v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy)
     then
-      raise check_violation;
+      raise check_violation;  -- go on row by row
     end if;
     insert into orchestrator.event
       (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy
@@ -192,7 +209,7 @@ begin
       from (select distinct n.name from named n where v_own_lanes) n
       left join orchestrator.lane own on own.hash = hashtextextended(n.name, 0)
     ),
-    timers_by_place as (
+    timers_by_lane as (
       insert into orchestrator.timer
         (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts, source
         , expires_at)
@@ -230,20 +247,16 @@ begin
     from named n
     group by n.source, n.name;
 
-    insert into orchestrator.outbox (created_at, event_id, kind, key, value)
-    select v_now, s.id, 'scheduled', orchestrator.record_key(s.ordering_key, s.external_job_id, s.id)
-      , orchestrator.scheduled_message(
-          s.id, s.source, s.external_job_id, s.scheduled_at, s.delivery_type, s.destination, v_now)
-    from pg_temp.submission s
-    where v_told;
+    perform orchestrator.announce_staged(v_now) where v_announced;
   exception when unique_violation or check_violation or numeric_value_out_of_range then
-    return query select * from orchestrator.insert_each(v_now, v_told, p_predecessor);
+    return query select * from orchestrator.insert_each(v_now, v_announced, p_predecessor);
   end;
   perform orchestrator.tell_due(v_first);
-  perform orchestrator.tell_outbox() where v_told;
+  perform orchestrator.tell_outbox() where v_announced;
 end $$;
 comment on function orchestrator.insert_staged(uuid) is
-  'submit_staged(), with the predecessor of an event that is rescheduled; null: none';
+  'Turns staged rows into events and timers; all functions that submit call it. '
+  'p_predecessor is the event that a reschedule ends; null: none';
 
 create or replace function orchestrator.submit_staged()
 returns table (n integer, id uuid, result text, field text, reason text)
@@ -255,7 +268,8 @@ comment on function orchestrator.submit_staged() is
   'Turns the rows of pg_temp.submission into events and their timers, and answers those that became no new event. '
   'Their result is duplicate (kept already, under that id; nothing changes) or refused (with field and reason)';
 
--- The states are looked up in a statement of their own, which sees the duplicates that the first one waited for.
+-- The states are looked up in a statement of their own, which sees the duplicates that the first one waited
+-- for.
 create or replace function orchestrator.submit_staged_with_status()
 returns table (n integer, id uuid, result text, field text, reason text, status text)
 language plpgsql security definer
@@ -287,8 +301,7 @@ set enable_seqscan = off as $$
   select s.status
   from orchestrator.event_status s
   where s.id = p_id
-    and s.scheduled_at >= uuid_extract_timestamp(p_id)
-    and s.scheduled_at < uuid_extract_timestamp(p_id) + interval '1 ms'
+    and orchestrator.in_millisecond_of(p_id, s.scheduled_at)
   limit 1
 $$;
 comment on function orchestrator.status_of(uuid) is 'The state that an event is in; null: there is none';
@@ -314,7 +327,33 @@ $$;
 comment on function orchestrator.try_submit_staged_with_status() is
   'try_submit_staged(), with the state that each duplicate is in now';
 
-create or replace function orchestrator.insert_each(p_now timestamptz, p_told boolean, p_predecessor uuid)
+-- Inlined. An event that is kept already kept all rules when it came: it stays a duplicate, although time has
+-- passed or settings have changed since.
+create or replace function orchestrator.lasting_fault(p_field text, p_id uuid, p_scheduled_at timestamptz) returns text
+language sql volatile as $$
+  select case
+    when p_field not in ('scheduled_at', 'retry_policy') then p_field
+    when p_field is not null then case when not orchestrator.is_kept(p_id, p_scheduled_at) then p_field end end
+$$;
+comment on function orchestrator.lasting_fault(text, uuid, timestamptz) is
+  'The field that check_submission() named, unless the event is kept already and '
+  'only time or settings speak against it';
+
+create or replace function orchestrator.open_staged_days(p_now timestamptz) returns void
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
+begin
+  perform orchestrator.open_days(array(
+    select distinct (s.scheduled_at at time zone 'UTC')::date
+    from pg_temp.submission s
+    where isfinite(s.scheduled_at)), p_now);
+exception when lock_not_available then
+  null;  -- another session keeps the horizon locked; the events wait there for maintenance
+end $$;
+comment on function orchestrator.open_staged_days(timestamptz) is
+  'open_days() for the days of the staged rows; creates none while another session keeps the horizon locked';
+
+create or replace function orchestrator.insert_each(p_now timestamptz, p_announced boolean, p_predecessor uuid)
 returns table (n integer, id uuid, result text, field text, reason text)
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
@@ -334,15 +373,9 @@ declare
   v_waiting_from timestamptz;
   v_answers orchestrator.submitted[];
 begin
-  begin
-    perform orchestrator.open_days(array(
-      select distinct (s.scheduled_at at time zone 'UTC')::date
-      from pg_temp.submission s
-      where isfinite(s.scheduled_at)), p_now);
-  exception when lock_not_available then null;  -- a session that stays in the horizon: they wait there for maintenance
-  end;
-  -- Keeps days from getting their partition meanwhile: whoever gives a day one waits until all that went to the
-  -- horizon is there to see.
+  perform orchestrator.open_staged_days(p_now);
+  -- Keeps days from getting their partition meanwhile: whoever gives a day one waits until all that went to
+  -- the horizon is there to see.
   perform pg_advisory_xact_lock_shared(hashtext('orchestrator.horizon'));
   select * into v_control from orchestrator.control;
   v_days := orchestrator.partition_days();
@@ -360,19 +393,13 @@ begin
       , case when d.day is null then v_first_at end
       , p_now + make_interval(days => v_control.max_schedule_ahead_days), v_control.max_schedule_ahead_days)
       offset 0) c
-    -- What is kept already was right when it came: it is a duplicate, whatever time, or a change of the settings, has
-    -- made of it.
-    cross join lateral (
-      select case
-        when c.field not in ('scheduled_at', 'retry_policy') then c.field
-        when c.field is not null then case when not orchestrator.is_kept(s.id, s.scheduled_at) then c.field end
-      end as field) k
+    cross join lateral (select orchestrator.lasting_fault(c.field, s.id, s.scheduled_at) as field) k
   ),
   fresh as materialized (
     select c.*
     from checked c
     where c.field is null and c.copy = 1
-      -- A count cannot be made into a join.
+      -- Deliberately a count: the planner would make an exists a join, which is slower here.
       and 0 = (select count(*) from orchestrator.horizon h where h.id = c.id and h.scheduled_at = c.scheduled_at)
   ),
   kept as (
@@ -409,13 +436,13 @@ begin
     from fresh f
     join (select k.id from kept k union all select w.id from waiting w) a on a.id = f.id
   ),
-  told as (
+  announced as (
     insert into orchestrator.outbox (created_at, event_id, kind, key, value)
     select p_now, a.id, 'scheduled', orchestrator.record_key(a.ordering_key, a.external_job_id, a.id)
       , orchestrator.scheduled_message(
           a.id, a.source, a.external_job_id, a.scheduled_at, a.delivery_type, a.destination, p_now)
     from accepted a
-    where p_told
+    where p_announced
   ),
   answer as materialized (
     select c.n, c.id, case when c.field is null then 'duplicate' else 'refused' end as result, c.field, c.reason
@@ -441,7 +468,8 @@ begin
   into v_ids, v_scheduled, v_waiting_from, v_answers
   from answer a;
   perform orchestrator.create_timers(v_ids, v_scheduled) where v_ids is not null;
-  -- A day that lost its partition by hand.
+  -- Somebody detached the partition of a day by hand: from that day on, submissions must look into the
+  -- horizon.
   update orchestrator.control c set horizon_at = v_waiting_from where c.horizon_at > v_waiting_from;
   return query select * from unnest(v_answers);
 end $$;
@@ -467,7 +495,8 @@ return convert_to(json_build_object(
 comment on function orchestrator.scheduled_message(uuid, text, text, timestamptz, text, text, timestamptz) is
   'The message to the scheduled topic about an event that was accepted';
 
--- Once a transaction, and again only for what is due earlier: a loop over schedule_event() tells one time, not each.
+-- Once a transaction, and again only for what is due earlier: a loop over schedule_event() tells one time,
+-- not each.
 create or replace function orchestrator.tell_due(p_due_at timestamptz) returns void
 language plpgsql security definer
 set search_path = orchestrator, pg_temp as $$

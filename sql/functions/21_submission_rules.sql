@@ -10,7 +10,8 @@ return case
 comment on function orchestrator.shown(text, integer) is
   'A text as a message quotes it: short, and without what may be a password or a token in a URL';
 
--- Set-returning and without settings of its own, so that the planner inlines it. No other function checks these rules.
+-- Set-returning and without settings of its own, so that the planner inlines it. No other function checks
+-- these rules.
 create or replace function orchestrator.check_submission(
   p_scheduled_at timestamptz, p_source text, p_external_job_id text, p_delivery_type text, p_destination text
 , p_headers json, p_max_retries integer, p_retry_policy text, p_ordering_key text, p_priority smallint
@@ -103,8 +104,8 @@ $$;
 comment on function orchestrator.check_headers(jsonb) is
   'Why these cannot be the headers of an event; null: they can';
 
--- Reads what msgspec reads, and as it does: any number of digits, rounded by the seventh. PostgreSQL's own reading is
--- wider, and rounds otherwise.
+-- Reads what msgspec reads, and as it does: any number of digits, rounded by the seventh. PostgreSQL's own
+-- reading is wider, and rounds otherwise.
 create or replace function orchestrator.as_time(p_text text) returns timestamptz
 language sql stable strict parallel safe as $$
   select case when pg_input_is_valid(m[1], 'date') then
@@ -120,7 +121,8 @@ comment on function orchestrator.as_time(text) is
   'The time that an RFC 3339 text with a zone names, rounded to the microsecond; null: it is none. '
   'Takes the texts that the API, the command line and Kafka take';
 
--- W3C Trace Context, 3.2: of a version to come only the first four parts count, and are passed on as version 00.
+-- W3C Trace Context, 3.2: of a version to come only the first four parts count, and are passed on as version
+-- 00.
 create or replace function orchestrator.as_traceparent(p_text text) returns text
 language sql immutable strict parallel safe
 return case

@@ -13,9 +13,9 @@ return encode(set_bit(set_bit(set_bit(set_bit(set_bit(set_bit(
 comment on function orchestrator.former_event_id(text, text, timestamptz) is
   'The id of (source, external_job_id, scheduled_at) by the formula that had no bucket; see recognise_former_ids()';
 
--- Events kept by the formula that had no bucket keep their ids, and programs older than the bucket stage such ids:
--- whichever was kept first stays. Two that submit the same by different formulas at one instant do not see each other,
--- and both are kept.
+-- Events kept by the formula that had no bucket keep their ids, and programs older than the bucket stage such
+-- ids: whichever was kept first stays. Two that submit the same by different formulas at one instant do not
+-- see each other, and both are kept.
 create or replace function orchestrator.recognise_former_ids() returns void
 language plpgsql security definer
 set search_path = orchestrator, pg_temp

@@ -1,5 +1,5 @@
--- Submission by arguments: submit_events() for a JSON array, schedule_event() for one event by hand. Both stage what
--- they are given; submit_staged() does the rest.
+-- Submission by arguments: submit_events() for a JSON array, schedule_event() for one event by hand. Both
+-- stage what they are given; submit_staged() does the rest.
 
 create or replace function orchestrator.submission_fields() returns text[]
 language sql immutable parallel safe

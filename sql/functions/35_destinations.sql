@@ -19,14 +19,14 @@ begin
   if not orchestrator.is_pattern(p_name) then
     return (
       select count(*) from orchestrator.timer t
-      where t.destination = hashtextextended(p_name, 0) and (t.lease_until is null or t.lease_until <= v_now));
+      where t.destination = hashtextextended(p_name, 0) and orchestrator.is_free(t.lease_until, v_now));
   end if;
   return (
     select coalesce(sum(h.waiting), 0)
     from (
       select t.destination, count(*) as waiting, any_value(t.event_id) as event_id
       from orchestrator.timer t
-      where t.lease_until is null or t.lease_until <= v_now
+      where orchestrator.is_free(t.lease_until, v_now)
       group by t.destination) h
     cross join lateral orchestrator.destination_of(h.event_id) e
     where orchestrator.matches(e.name, p_name)

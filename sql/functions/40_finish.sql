@@ -35,8 +35,7 @@ language sql stable as $$
     select count(*) from orchestrator.outcome o
     where o.event_id = r.event_id and o.attempt = r.attempt and o.worker is not distinct from p_worker
       and o.error is distinct from orchestrator.lost_lease()
-      and o.scheduled_at >= uuid_extract_timestamp(r.event_id)
-      and o.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms')
+      and orchestrator.in_millisecond_of(r.event_id, o.scheduled_at))
 $$;
 comment on function orchestrator.stale_results(uuid[], integer[], integer) is
   'Events whose result is not in the log: another claim took them before it came';

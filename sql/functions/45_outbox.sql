@@ -1,5 +1,5 @@
--- The outbox: messages to Kafka, written in the transaction of what they tell of, by submit_staged(), finish_events()
--- and others; drained by one publisher at a time.
+-- The outbox: messages to Kafka, written in the transaction of what they tell of, by submit_staged(),
+-- finish_events() and others; drained by one publisher at a time.
 
 create or replace function orchestrator.set_outbox(p_kinds text[]) returns void
 language plpgsql security definer
@@ -111,8 +111,8 @@ comment on function orchestrator.announce_finished(uuid[], timestamptz[], double
   'Writes the messages about events that have just ended, one array element each: timestamp for all, dlq for the dead. '
   'p_claimed_at: in Unix seconds';
 
--- The lock ends with the transaction: a publisher that hangs is ended by its transaction_timeout, and another takes
--- over.
+-- The lock ends with the transaction: a publisher that hangs is ended by its transaction_timeout, and another
+-- takes over.
 create or replace function orchestrator.outbox_batch(p_limit integer, p_floor bigint default 0)
 returns table (at tid, floor bigint, message bigint, kind text, headers json, key bytea, value bytea)
 language plpgsql security definer

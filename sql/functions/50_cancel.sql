@@ -67,7 +67,7 @@ declare
 begin
   with gone as (
     delete from orchestrator.timer t
-    where t.event_id = any (p_ids) and (t.lease_until is null or t.lease_until <= v_now)
+    where t.event_id = any (p_ids) and orchestrator.is_free(t.lease_until, v_now)
     returning t.event_id, t.scheduled_at, t.attempt, t.ordering, t.source, t.destination, t.retrying
   ), logged as (
     insert into orchestrator.outcome (event_id, scheduled_at, finished_at, attempt, result, successor)

@@ -1,6 +1,36 @@
--- Rescheduling: cancel and submit in one transaction. Nothing that was kept of the event changes; it and its successor
--- name each other, and have one bucket. An event may come back to a time that it had: the id of what is submitted for
--- then stays that of the first.
+-- Rescheduling: cancel and submit in one transaction. Nothing that was kept of the event changes; it and its
+-- successor name each other, and have one bucket. An event may come back to a time that it had: the id of
+-- what is submitted for then stays that of the first.
+
+-- Events that were scheduled for that time and rescheduled since leave it free. Their number makes the id:
+-- two calls that count the same number get the same id, and one of them finds it taken.
+create or replace function orchestrator.successor_id(
+  p_event_id uuid, p_source text, p_external_job_id text, p_ordering_key text, p_scheduled_at timestamptz)
+returns uuid
+language plpgsql volatile security definer
+set search_path = orchestrator, pg_temp
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off as $$
+declare
+  v_taken_by uuid;
+  v_copies integer;
+begin
+  select count(*), (array_agg(e.id) filter (where orchestrator.status_of(e.id) <> 'rescheduled'))[1]
+  into v_copies, v_taken_by
+  from orchestrator.stored_event e
+  where hashtextextended(e.external_job_id, 0) = hashtextextended(p_external_job_id, 0)
+    and e.external_job_id = p_external_job_id
+    and e.scheduled_at = p_scheduled_at
+    and e.source = p_source
+    and e.ordering_key is not distinct from p_ordering_key;
+  return coalesce(v_taken_by
+    , orchestrator.event_id(p_source, p_external_job_id, p_scheduled_at, p_ordering_key, v_copies)
+    , orchestrator.random_event_id(p_scheduled_at, orchestrator.bucket(p_event_id)));
+end $$;
+comment on function orchestrator.successor_id(uuid, text, text, text, timestamptz) is
+  'The id of the event that takes the place of a rescheduled one at a time, or of the one that has that time already';
 
 create or replace function orchestrator.reschedule_event(
   p_event_id uuid default null, p_scheduled_at timestamptz default null, p_external_job_id text default null
@@ -17,8 +47,6 @@ declare
   v_ids uuid[];
   v_live uuid[];
   v_old orchestrator.event_status;
-  v_there uuid;
-  v_copies integer;
   v_answer record;
 begin
   if num_nonnulls(p_event_id, p_external_job_id) <> 1 then
@@ -94,19 +122,8 @@ begin
     return next;
     return;
   end if;
-  -- Those that were scheduled for then and rescheduled leave the time free. Their number makes the id: whoever comes to
-  -- the same number is in the way.
-  select count(*), (array_agg(e.id) filter (where orchestrator.status_of(e.id) <> 'rescheduled'))[1]
-  into v_copies, v_there
-  from orchestrator.stored_event e
-  where hashtextextended(e.external_job_id, 0) = hashtextextended(v_old.external_job_id, 0)
-    and e.external_job_id = v_old.external_job_id
-    and e.scheduled_at = p_scheduled_at
-    and e.source = v_old.source
-    and e.ordering_key is not distinct from v_old.ordering_key;
-  successor := coalesce(v_there
-    , orchestrator.event_id(v_old.source, v_old.external_job_id, p_scheduled_at, v_old.ordering_key, v_copies)
-    , orchestrator.random_event_id(p_scheduled_at, orchestrator.bucket(event_id)));
+  successor := orchestrator.successor_id(
+    event_id, v_old.source, v_old.external_job_id, v_old.ordering_key, p_scheduled_at);
   perform orchestrator.open_staging();
   insert into pg_temp.submission
     (n, id, scheduled_at, source, external_job_id, delivery_type, destination, payload, headers

@@ -28,8 +28,7 @@ begin
       cross join lateral (
         select from orchestrator.event e
         where e.id = r.event_id
-          and e.scheduled_at >= uuid_extract_timestamp(r.event_id)
-          and e.scheduled_at < uuid_extract_timestamp(r.event_id) + interval '1 ms'
+          and orchestrator.in_millisecond_of(r.event_id, e.scheduled_at)
           and (e.expires_at is null or e.expires_at > r.due_at)
           and orchestrator.topic_fault(e.delivery_type, e.destination) is null
         limit 1) e))

@@ -1,7 +1,7 @@
 -- Questions: what the API, the CLI and an operator ask. All answers are JSON as clients see it.
 
--- spread_ms is read off the due time of the first attempt where the event has no spread of its own: its destination's
--- may be another by now.
+-- spread_ms is read off the due time of the first attempt where the event has no spread of its own: its
+-- destination's may be another by now.
 create or replace function orchestrator.event_json(p_id uuid, p_scheduled_at timestamptz) returns json
 language sql stable security definer
 set search_path = orchestrator, pg_temp

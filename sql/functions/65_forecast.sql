@@ -88,7 +88,7 @@ as $$
       then t.due_at + orchestrator.spread_shift(t.event_id, g.spread)
       else t.due_at
     end as due_at) f
-  where t.due_at < p_end and f.due_at < p_end and (t.lease_until is null or t.lease_until <= p_now)
+  where t.due_at < p_end and f.due_at < p_end and orchestrator.is_free(t.lease_until, p_now)
   group by 1, 2
 $$;
 comment on function orchestrator.due_by_bucket(timestamptz, timestamptz, timestamptz, interval, text) is

@@ -1,4 +1,4 @@
--- The horizon: events due after the last day that has a partition. They come by submit_staged(), and leave by
+-- The horizon: events of days that have no partition yet. They come by submit_staged(), and leave by
 -- run_maintenance().
 
 create or replace function orchestrator.move_horizon(p_limit integer default 20000) returns bigint
@@ -59,7 +59,8 @@ comment on function orchestrator.move_horizon(integer) is
   'Moves up to p_limit events, the earliest first, from horizon to event, once their day has a partition. '
   'Creates their timers, or the outcomes that ended them; returns how many it moved';
 
--- Whoever attaches a day's partition has waited for those that were putting events of that day into the horizon.
+-- Whoever attaches a day's partition has waited for those that were putting events of that day into the
+-- horizon.
 create or replace function orchestrator.update_horizon_start() returns timestamptz
 language plpgsql security definer
 set search_path = orchestrator, pg_temp

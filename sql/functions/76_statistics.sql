@@ -232,7 +232,7 @@ as $$
   select count(*)
   from orchestrator.now() as n (now)
   cross join lateral orchestrator.first_timers(n.now) t
-  where t.lease_until is null or t.lease_until <= n.now
+  where orchestrator.is_free(t.lease_until, n.now)
 $$;
 comment on function orchestrator.backlog() is
   'Events that are due and not claimed, for whatever reason, counted up to 10,000 a lane and priority';
@@ -291,9 +291,9 @@ as $$
   cross join lateral (
     select count(*) filter (where t.lease_until > n.now) as in_flight
       , count(*) filter (where t.lease_until > n.now and t.retrying) as retrying
-      , count(*) filter (where t.due_at <= n.now and (t.lease_until is null or t.lease_until <= n.now)) as backlog
+      , count(*) filter (where t.due_at <= n.now and orchestrator.is_free(t.lease_until, n.now)) as backlog
       , min(t.due_at) filter (
-          where t.due_at <= n.now and (t.lease_until is null or t.lease_until <= n.now)) as oldest_due_at
+          where t.due_at <= n.now and orchestrator.is_free(t.lease_until, n.now)) as oldest_due_at
     from orchestrator.first_timers(n.now + orchestrator.notify_within()) t) f
 $$;
 comment on function orchestrator.statistics() is

@@ -1,14 +1,4 @@
--- Plainer words for what \d+ shows, and an end to functions whose names said too little.
-
--- Functions that have another name now. A new database has none of them.
-drop function if exists orchestrator.advance_waiting();
-drop function if exists orchestrator.make_ready(timestamptz);
-drop function if exists orchestrator.still_waiting(
-  double precision, double precision, timestamptz, timestamptz, timestamptz);
-drop function if exists orchestrator.could_begin(double precision, timestamptz, timestamptz);
-drop function if exists orchestrator.lock_most_events(uuid[]);
-drop function if exists orchestrator.pairs_kept();
-drop function if exists orchestrator.add_statistics(timestamptz[], text[], text[], text[], bigint[]);
+-- Plainer words for what \d+ shows.
 
 -- Retry policies and workers.
 comment on table orchestrator.retry_policy is
@@ -332,3 +322,16 @@ comment on column orchestrator.granted.rights is
   'Who may do what, such as orchestrator_submit EXECUTE; public: everybody';
 comment on type orchestrator.lock_holder is
   'A session, or prepared transaction, that makes others wait or may do so; see lock_holders()';
+
+-- Sessions that hold others up.
+comment on column orchestrator.lock_holder.pid is 'Process id of the session; null: a prepared transaction';
+comment on column orchestrator.lock_holder.username is 'The role that has logged in, or has prepared the transaction';
+comment on column orchestrator.lock_holder.application_name is
+  'application_name of the session; null: a prepared transaction';
+comment on column orchestrator.lock_holder.state is
+  'State of the session, as in pg_stat_activity, or prepared; null: the reader may not see it';
+comment on column orchestrator.lock_holder.since is
+  'When its transaction began, or was prepared; null: it is in none, or the reader may not see it';
+comment on column orchestrator.lock_holder.query is
+  'Its last query, without its literals and cut to 200 characters, or the name of a prepared transaction';
+comment on column orchestrator.lock_holder.blocks is 'How many sessions wait for it';

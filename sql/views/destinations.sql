@@ -44,7 +44,7 @@ cross join (select orchestrator.now() as now, c.paused_at from orchestrator.cont
 cross join lateral (
   -- No claim looks further ahead than 10 seconds.
   select count(*) filter (where t.slot is null and t.lease_until > n.now) as in_flight
-    , count(*) filter (where t.due_at <= n.now and (t.lease_until is null or t.lease_until <= n.now)) as due
+    , count(*) filter (where t.due_at <= n.now and orchestrator.is_free(t.lease_until, n.now)) as due
   from (
     select t.slot, t.lease_until, t.due_at from orchestrator.timer t
     where t.lane = l.lane and t.due_at <= n.now + interval '10 s'

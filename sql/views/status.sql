@@ -1,5 +1,5 @@
--- Views for people: every event, its state, what happened to it, and the dead letters. Applied after functions, and
--- dropped first, so that columns may change.
+-- Views for people: every event, its state, what happened to it, and the dead letters. Applied after
+-- functions, and dropped first, so that columns may change.
 
 drop view if exists orchestrator.event_status;
 drop view if exists orchestrator.stored_event;
@@ -57,8 +57,8 @@ select e.id, e.source, e.external_job_id, e.scheduled_at, e.delivery_type, e.des
 from orchestrator.stored_event e
 left join orchestrator.timer t on t.event_id = e.id
 left join lateral (
-  -- By attempt: the times in it are a worker's, and its clock may differ. What ended it otherwise has the number of the
-  -- last attempt.
+  -- By attempt: the times in it are a worker's, and its clock may differ. What ended it otherwise has the
+  -- number of the last attempt.
   select *
   from orchestrator.outcome o
   where o.event_id = e.id and o.scheduled_at = e.scheduled_at

@@ -13,7 +13,7 @@ import httpx
 
 from orchestrator.api.server.server import serve
 from orchestrator.database import Database
-from orchestrator.dev.system import free_port as free_port
+from orchestrator.dev.operating_system import free_port as free_port
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 from tests.support.waiting import eventually

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from orchestrator.database import Database
 from orchestrator.events.ids import EVENT_ID_HEADER
-from orchestrator.events.reading import parse_submission
+from orchestrator.events.parsing import parse_submission
 from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields, running_api, submission, until

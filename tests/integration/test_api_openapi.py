@@ -17,7 +17,7 @@ from orchestrator.api.auth import key_hash, new_key
 from orchestrator.api.openapi.document import document
 from orchestrator.api.routes.health import Health
 from orchestrator.database import Database
-from orchestrator.events.reading import parse_submission
+from orchestrator.events.parsing import parse_submission
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 from tests.conftest import MakeSettings

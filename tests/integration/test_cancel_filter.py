@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator.cli import sweeping
+from orchestrator.cli import bulk_commands
 from tests.integration.api_support import assert_problem, fields
 from tests.integration.cli_support import Call, answer, invoke, refused, told
 from tests.support.sql_client import NOON, Client
@@ -160,7 +160,7 @@ FILTER = ("--source", "tests", "--destination", SHOP, "--from", "now", "--until"
 
 @pytest.fixture(autouse=True)
 def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeping, "_LOOKED_AT", 3)
+    monkeypatch.setattr(bulk_commands, "_LOOKED_AT", 3)
 
 
 def test_a_dry_run_counts_events_and_names_some(call: Call, client: Client) -> None:

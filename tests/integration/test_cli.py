@@ -23,8 +23,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from orchestrator.cli import COMMANDS, main
+from orchestrator.dev.operating_system import free_port
 from orchestrator.dev.postgres import EmbeddedPostgres
-from orchestrator.dev.system import free_port
 from tests.conftest import Spawn
 from tests.integration.api_support import status, until
 from tests.support.receiver import HANG, Receiver
@@ -709,7 +709,7 @@ async def test_a_second_signal_ends_a_process_at_once(cli: Cli, spawn: Spawn, re
     process = spawn("dispatch")
     await receiver.wait_for(1, "/hang")
     os.kill(process.pid, 15)
-    await process.wait_for_log("a second signal ends it at once")
+    await process.wait_for_log("a second signal ends the process at once")
     os.kill(process.pid, 15)
     assert await process.wait(5) == 128 + 15
 

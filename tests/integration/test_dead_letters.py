@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator.cli import sweeping
+from orchestrator.cli import bulk_commands
 from tests.conftest import MakeSettings
 from tests.integration.api_support import assert_problem, fields
 from tests.integration.cli_support import Call, answer, invoke, refused, told
@@ -211,7 +211,7 @@ async def test_a_wrong_parameter_of_the_list_is_named(api: httpx.AsyncClient) ->
 
 @pytest.fixture(autouse=True)
 def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeping, "_LOOKED_AT", 3)
+    monkeypatch.setattr(bulk_commands, "_LOOKED_AT", 3)
 
 
 def test_dead_letters_are_listed_by_filter_and_shown_one_by_one(

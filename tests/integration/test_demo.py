@@ -21,9 +21,9 @@ from orchestrator.cli.dev import first_curl
 from orchestrator.dev import environment
 from orchestrator.dev.demo_result import result_of
 from orchestrator.dev.environment import kept_webhook_secret, new_webhook_secret
+from orchestrator.dev.operating_system import free_port, is_alive
 from orchestrator.dev.receiver import Webhook, listen
 from orchestrator.dev.stack import prepared
-from orchestrator.dev.system import free_port, is_alive
 from orchestrator.dispatch.http.signing import Signer
 from tests.conftest import Spawn
 from tests.support.processes import Spawned

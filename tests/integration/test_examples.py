@@ -19,8 +19,8 @@ import httpx
 import pytest
 
 from orchestrator.dev.environment import new_webhook_secret
+from orchestrator.dev.operating_system import free_port
 from orchestrator.dev.postgres_install import find_installation
-from orchestrator.dev.system import free_port
 from orchestrator.settings.webhook_secrets import decode_secret
 from tests.conftest import Spawn
 from tests.integration.api_support import status, until

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from orchestrator.database import Cancelled, Database, Filter, Rescheduled, Submitted
+from orchestrator.database.bulk_calls import Sweeps
 from orchestrator.database.destinations import Destinations
 from orchestrator.database.maintenance import Retention
 from orchestrator.database.migrate import migrate
 from orchestrator.database.rejects import Rejects
-from orchestrator.database.sweeps import Sweeps
 from orchestrator.errors import DatabaseUnavailable, InDoubt
-from orchestrator.events.reading import parse_submission
+from orchestrator.events.parsing import parse_submission
 from orchestrator.events.submission import Submission
 from orchestrator.maintenance.upkeep import maintain_once
 from tests.conftest import MakeSettings

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.cli import main
-from orchestrator.dev.system import free_port
+from orchestrator.dev.operating_system import free_port
 from orchestrator.doctor import diagnose
 from orchestrator.maintenance.upkeep import maintain
 from orchestrator.metrics import Metrics

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import ValidationError
-from orchestrator.events.reading import parse_submission
+from orchestrator.events.parsing import parse_submission
 
 
 @dataclass(frozen=True)

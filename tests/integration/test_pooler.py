@@ -17,7 +17,7 @@ from orchestrator.database.maintenance import Maintenance, Retention, Retired
 from orchestrator.database.migrate import check, migrate
 from orchestrator.database.outbox import Outbox
 from orchestrator.errors import UnusableDatabase
-from orchestrator.events.reading import parse_submission, submission_row
+from orchestrator.events.parsing import parse_submission, submission_row
 from orchestrator.maintenance.archive import archive
 from tests.conftest import MakeSettings, Spawn
 from tests.integration.api_support import running_api, submission

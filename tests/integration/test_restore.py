@@ -18,7 +18,7 @@ from orchestrator.database.migrate import check, migrate
 from orchestrator.database.outbox import Outbox
 from orchestrator.dev.postgres_install import find_installation
 from orchestrator.errors import OrchestratorError
-from orchestrator.events.reading import parse_submission
+from orchestrator.events.parsing import parse_submission
 from tests.conftest import MakeSettings
 from tests.integration.cli_support import invoke
 from tests.support.databases import temporary_server

@@ -15,14 +15,14 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from orchestrator.database import Database
+from orchestrator.database.bulk_calls import Sweeps
 from orchestrator.database.connection import connect, connect_blocking
 from orchestrator.database.event_calls import Filter
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.database.maintenance import Maintenance, Retention
 from orchestrator.database.migrate import check, migrate
 from orchestrator.database.session import MARK, SESSION, Session
-from orchestrator.database.sweeps import Sweeps
-from orchestrator.events.reading import parse_submission, submission_row
+from orchestrator.events.parsing import parse_submission, submission_row
 from orchestrator.settings import Settings
 from tests.conftest import MakeSettings, Spawn
 from tests.integration.api_support import until

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from aiokafka.cluster import ClusterMetadata
 
 from orchestrator.doctor import diagnose
 from orchestrator.doctor.finding import Finding
@@ -62,6 +63,24 @@ async def test_topics_create_makes_only_the_named_topics(deployment: dict[str, s
     assert made == [(ours.topic_dlq, "created", 3)]
     counts = await partition_counts(ours)
     assert counts == {name: 3 if name == ours.topic_dlq else 0 for name in topic_names(ours)}
+
+
+async def test_topics_create_waits_for_brokers_that_have_no_controller_yet(
+    deployment: dict[str, str], settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, update = 0, ClusterMetadata.update_metadata
+
+    def without_controller(self: Any, metadata: Any) -> None:
+        nonlocal heard
+        update(self, metadata)
+        heard += 1
+        if heard <= 3:
+            self.controller = None
+
+    monkeypatch.setattr(ClusterMetadata, "update_metadata", without_controller)
+    ours = settings(**deployment)
+    assert await create_topics(ours, [ours.topic_dlq]) == [(ours.topic_dlq, "created", 3)]
+    assert heard > 3
 
 
 async def test_a_replication_that_is_not_possible_is_named(

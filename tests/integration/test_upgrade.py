@@ -23,7 +23,7 @@ import pytest
 from orchestrator.database import Database
 from orchestrator.database.maintenance import Retention
 from orchestrator.database.migrate import check, migrate
-from orchestrator.events.reading import parse_submission
+from orchestrator.events.parsing import parse_submission
 from orchestrator.settings import Settings
 from tests.conftest import Spawn
 from tests.support.dispatching import arrivals, assert_laws, soon

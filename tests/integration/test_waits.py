@@ -83,7 +83,8 @@ async def test_a_locked_ordering_key_is_not_asked_for_again_and_again(
 ) -> None:
     ids = client.schedule_many(2, destination=receiver.url("/"), scheduled_at=soon(1), ordering_key="k")
     holder.rows(
-        """select pg_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_lock_number(t.ordering))
+        """select pg_advisory_xact_lock(hashtext('orchestrator.ordering')
+        , orchestrator.ordering_lock_number(t.ordering))
         from orchestrator.timer t where t.event_id = %s""",
         ids[0],
     )

@@ -247,7 +247,8 @@ def nothing(client: Client, connect: Connect) -> None:
     client.schedule(scheduled_at=NOON + timedelta(days=50))
 
 
-ORDERINGS = """select pg_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_lock_number(t.ordering))
+ORDERINGS = """select pg_advisory_xact_lock(hashtext('orchestrator.ordering')
+, orchestrator.ordering_lock_number(t.ordering))
 from orchestrator.timer t where t.lane < 0"""
 RETIRED = """do $$ begin execute format('lock table orchestrator.%I in access share mode',
 (select min(name) from orchestrator.retired_partition)); end $$"""

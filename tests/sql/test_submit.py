@@ -15,7 +15,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from orchestrator.dispatch.http.request import custom_headers
-from orchestrator.events.copying import copy_row
+from orchestrator.events.encoding import copy_row
 from orchestrator.events.headers import RESERVED_HEADER_PREFIXES, RESERVED_HEADERS, headers_fault
 from orchestrator.events.ids import event_id, random_event_id
 from orchestrator.events.submission import Submission

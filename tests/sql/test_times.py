@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.events.reading import parse_submission
+from orchestrator.events.parsing import parse_submission
 from orchestrator.events.submission import OutOfRangeError
 from orchestrator.events.times import time_of
 from orchestrator.settings import Settings

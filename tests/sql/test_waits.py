@@ -185,7 +185,8 @@ def test_a_claim_leaves_out_a_held_ordering_key_and_comes_back_ever_more_rarely(
     others = client.schedule_many(10)
     holder.rows("begin")
     holder.rows(
-        """select pg_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_lock_number(t.ordering))
+        """select pg_advisory_xact_lock(hashtext('orchestrator.ordering')
+        , orchestrator.ordering_lock_number(t.ordering))
         from orchestrator.timer t where t.ordering is not null limit 1"""
     )
     # Although the held ones fill the batch.
@@ -410,7 +411,8 @@ def test_maintenance_names_the_session_that_blocked_a_step_and_advances_other_ke
     client.rows("update orchestrator.timer set lane = -1 - lane where lane >= 0")
     holder.rows("begin")
     holder.rows(
-        """select pg_advisory_xact_lock(hashtext('orchestrator.ordering'), orchestrator.ordering_lock_number(t.ordering))
+        """select pg_advisory_xact_lock(hashtext('orchestrator.ordering')
+        , orchestrator.ordering_lock_number(t.ordering))
         from orchestrator.timer t order by t.event_id limit 1"""
     )
     holder.rows("select pg_sleep(0.1)")  # a younger transaction is nobody's fault, and not named

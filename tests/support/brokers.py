@@ -9,6 +9,7 @@ Apache Kafka from jars starts in half the time, with less than half of the work,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
@@ -33,8 +34,9 @@ from aiokafka.errors import for_code
 from orchestrator.dev import kafka_maven, kafka_wheel
 from orchestrator.dev.kafka import Broker, available_kind, temporary_broker
 from orchestrator.dev.kafka_broker import BrokerProcess
-from orchestrator.dev.system import exclusive, until
+from orchestrator.dev.operating_system import exclusive, until
 from orchestrator.errors import OrchestratorError
+from orchestrator.kafka.topics import controller_elected
 from tests.support.databases import scratch_directory
 from tests.support.waiting import eventually
 
@@ -77,6 +79,7 @@ class Kafka:
             return len(found.get(name, [])) == partitions and all(each["leader"] >= 0 for each in found[name])
 
         async with self._administration() as admin:
+            await asyncio.wait_for(controller_elected(admin), 15.0)
             answer = await admin.create_topics([NewTopic(name, partitions, 1, None, dict(config or {}))])
             for _, code, message in answer.topic_errors:
                 if code:

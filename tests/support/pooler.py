@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import pytest
 
-from orchestrator.dev.system import free_port
+from orchestrator.dev.operating_system import free_port
 
 _STARTS_S = 20.0
 

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import psycopg
 
+from orchestrator.dev.operating_system import until
 from orchestrator.dev.postgres import EmbeddedPostgres
-from orchestrator.dev.system import until
 from tests.support.databases import temporary_server
 
 

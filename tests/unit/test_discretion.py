@@ -17,11 +17,11 @@ from orchestrator.api.problems import Problem, as_problem
 from orchestrator.api.requests.destination_settings import settings_of
 from orchestrator.api.requests.fields import fields_of, unprocessable
 from orchestrator.cli.submit import submit
-from orchestrator.dispatch.http.echoes import without_credentials
+from orchestrator.dispatch.http.redaction import without_credentials
 from orchestrator.dispatch.http.request import custom_headers
 from orchestrator.dispatch.http.secrets import SecretError, Secrets
 from orchestrator.errors import OrchestratorError, SettingsError, ValidationError
-from orchestrator.events.reading import parse_batch, parse_submission, submission_row
+from orchestrator.events.parsing import parse_batch, parse_submission, submission_row
 from orchestrator.events.submission import Submission
 from orchestrator.ingest.commands import read_command
 from orchestrator.logs import ConsoleFormatter, JsonFormatter, configure

@@ -17,10 +17,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ValidationError
-from orchestrator.events.copying import copy_row, encode_submission
+from orchestrator.events.encoding import copy_row, encode_submission
 from orchestrator.events.fields import FIELDS, Field
 from orchestrator.events.ids import bucket, bucket_of_key, event_id, random_event_id
-from orchestrator.events.reading import Wire, parse_batch, parse_submission, submission_row
+from orchestrator.events.parsing import Wire, parse_batch, parse_submission, submission_row
 from orchestrator.events.submission import JsonError, OutOfRangeError, Submission, SubmissionError
 
 

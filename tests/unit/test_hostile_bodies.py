@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from orchestrator.api.requests.queries import page_of
 from orchestrator.cli.submit import _batches
 from orchestrator.errors import ValidationError
-from orchestrator.events.reading import batch_items, parse_batch, parse_submission, submission_row
+from orchestrator.events.parsing import batch_items, parse_batch, parse_submission, submission_row
 from orchestrator.events.submission import Submission
 from orchestrator.ingest.commands import read_command
 from orchestrator.settings import Settings

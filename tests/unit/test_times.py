@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.cli.times import a_time
 from orchestrator.errors import ValidationError
-from orchestrator.events.reading import parse_batch, parse_submission, submission_row
+from orchestrator.events.parsing import parse_batch, parse_submission, submission_row
 from orchestrator.ingest.commands import read_command
 from orchestrator.settings import Settings
 from tests.support.times import READ, REFUSED, TEXTS_REFUSED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.errors import SettingsError
-from orchestrator.events.reading import submission_row
+from orchestrator.events.parsing import submission_row
 from orchestrator.events.submission import SubmissionError
 from orchestrator.events.topics import topic_rules
 from orchestrator.settings import Settings

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.events.reading import parse_batch, parse_submission, submission_row
+from orchestrator.events.parsing import parse_batch, parse_submission, submission_row
 from orchestrator.events.submission import Submission, SubmissionError
 from orchestrator.events.tracing import Carried, carried, with_tracing
 

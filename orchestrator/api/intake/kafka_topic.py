@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 
 from orchestrator.database import Submitted
 from orchestrator.errors import KafkaUnavailable, OrchestratorError
-from orchestrator.events.copying import encode_submission
+from orchestrator.events.encoding import encode_submission
 from orchestrator.events.ids import EVENT_ID_HEADER
 from orchestrator.events.submission import Submission
-from orchestrator.kafka.bulk import BulkProducer, bulk_producer
+from orchestrator.kafka.bulk_producer import BulkProducer, bulk_producer
 from orchestrator.kafka.partition_queues import OutgoingRecord, RecordRefusedError
 from orchestrator.settings import Settings
 

@@ -15,7 +15,7 @@ from orchestrator.api.requests.destination_settings import EXACT_NAME_PATTERN, M
 from orchestrator.api.requests.fields import Field, number, unprocessable, whole
 from orchestrator.api.requests.queries import as_json
 from orchestrator.database import Filter
-from orchestrator.database.sweeps import Swept
+from orchestrator.database.bulk_calls import Swept
 from orchestrator.events.rules import MAX_NAME_CHARS
 from orchestrator.events.submission import OutOfRangeError
 from orchestrator.events.times import EXPECTED_TIME, ScheduledAt, in_utc, scheduled_at_fault

@@ -10,7 +10,7 @@ from orchestrator.api.requests.fields import body_values, query_values
 from orchestrator.api.requests.filters import DEAD_LETTERS, PURGE, REDRIVE, answer_of, call_of, filter_of, require_some
 from orchestrator.api.requests.queries import as_json, page_of, page_place
 from orchestrator.database import Database
-from orchestrator.database.sweeps import Sweeps
+from orchestrator.database.bulk_calls import Sweeps
 from orchestrator.settings import Settings
 
 

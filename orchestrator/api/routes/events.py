@@ -24,7 +24,7 @@ from orchestrator.api.requests.filters import (
 )
 from orchestrator.api.requests.queries import as_json, invalid, page_of, page_place
 from orchestrator.database import Cancelled, Database, Rescheduled
-from orchestrator.database.sweeps import Sweeps
+from orchestrator.database.bulk_calls import Sweeps
 from orchestrator.errors import ValidationError
 from orchestrator.events.quoting import shown
 from orchestrator.events.rules import MAX_NAME_CHARS, is_storable

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from orchestrator.api.server.link import Deliverer
+from orchestrator.api.server.process_link import Deliverer
 from orchestrator.database import Database
 from orchestrator.database.destinations import Destinations
 from orchestrator.database.maintenance import condition

@@ -14,7 +14,7 @@ from orchestrator.api.intake import Intake
 from orchestrator.api.problems import Problem
 from orchestrator.database import Submitted
 from orchestrator.errors import ValidationError
-from orchestrator.events.reading import batch_items, parse_submission
+from orchestrator.events.parsing import batch_items, parse_submission
 from orchestrator.events.submission import Submission
 from orchestrator.events.topics import TopicRules, topic_rules
 from orchestrator.events.tracing import Carried, carried

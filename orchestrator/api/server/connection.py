@@ -18,7 +18,7 @@ from orchestrator.api.server import refusals
 from orchestrator.api.server.refusals import MAX_HEADERS, MAX_TARGET_BYTES, Refusal
 
 if TYPE_CHECKING:
-    from orchestrator.api.server.front import Front
+    from orchestrator.api.server.connection_limits import ConnectionLimits
 
 _PIECE = 16_384
 _MAX_PIPELINED = 64
@@ -46,11 +46,11 @@ class _Body:
 
 
 class Connection(HttpToolsProtocol):
-    """Made by `Front`, which looks at `stage`, `since` and `deadline`, in seconds of the event loop's clock."""
+    """Made by `ConnectionLimits`, which looks at `stage`, `since` and `deadline`, in the event loop's seconds."""
 
-    def __init__(self, front: Front, **given: Any) -> None:
+    def __init__(self, limits: ConnectionLimits, **given: Any) -> None:
         super().__init__(**given)
-        self._front = front
+        self._limits = limits
         self.stage = NEW
         self.since = 0.0
         self.deadline = 0.0
@@ -72,11 +72,11 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._enter(NEW)
-        self._front.admit(self)
+        self._limits.admit(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._front.forget(self)
+        self._limits.forget(self)
 
     def data_received(self, data: bytes) -> None:
         before = self.stage
@@ -115,7 +115,7 @@ class Connection(HttpToolsProtocol):
             if self.stage == ANSWER:
                 return
             self._silent = self._silent + size if told == self._head + self._body else 0
-            if self._silent > self._front.max_head_bytes:
+            if self._silent > self._limits.max_head_bytes:
                 self._refuse(refusals.HEADERS)
 
     def _decline(self, rest: bytes | memoryview) -> None:
@@ -151,7 +151,7 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         headers = self.headers
         self._head += len(name) + len(value) + 4
-        if self._head > self._front.max_head_bytes or len(headers) >= MAX_HEADERS:
+        if self._head > self._limits.max_head_bytes or len(headers) >= MAX_HEADERS:
             self._break(refusals.HEADERS)
         name = name.lower()
         if name == b"expect" and value.lower() == b"100-continue":
@@ -169,11 +169,11 @@ class Connection(HttpToolsProtocol):
         size = len(body)
         self._body += size
         self._around -= size
-        if self._around > self._front.max_head_bytes + 2 * self._body:
+        if self._around > self._limits.max_head_bytes + 2 * self._body:
             self._break(refusals.CHUNKS)
         if not self.cycle.response_complete:
             self.body_bytes += size
-            if not self._front.takes_body(size) and self.body_bytes > _SMALL_BODY:
+            if not self._limits.takes_body(size) and self.body_bytes > _SMALL_BODY:
                 self._break(refusals.MEMORY)
             super().on_body(body)
 
@@ -199,7 +199,7 @@ class Connection(HttpToolsProtocol):
             return
         # As uvicorn does it, but without its timer: the deadline of IDLE replaces that.
         self.server_state.total_requests += 1
-        self._front.give_back(self)
+        self._limits.give_back(self)
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
@@ -215,7 +215,7 @@ class Connection(HttpToolsProtocol):
         """Stops reading requests, and sends the refusal once all earlier requests are answered."""
         if self.stage == CLOSING:
             return
-        self._front.note(refusal)
+        self._limits.note(refusal)
         self._refusal = refusal
         if self.stage == BODY and not self.cycle.response_complete and not self._give_up():
             self.transport.abort()
@@ -239,12 +239,12 @@ class Connection(HttpToolsProtocol):
     def _send_refusal(self, refusal: Refusal) -> None:
         """Sends the refusal and half-closes: closing would reset a client that still sends and has not read it."""
         if not self.transport.is_closing():
-            self._front.give_back(self)
+            self._limits.give_back(self)
             self._enter(CLOSING)
             self.transport.write(refusal.response)
             self.transport.write_eof()
 
-    # The front
+    # Limits of all clients
 
     @property
     def waits(self) -> bool:
@@ -272,4 +272,4 @@ class Connection(HttpToolsProtocol):
         self.stage = stage
         self.since = self.loop.time()
         if not keep_deadline:
-            self.deadline = self.since + self._front.timeouts_s[stage]
+            self.deadline = self.since + self._limits.timeouts_s[stage]

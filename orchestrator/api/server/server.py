@@ -13,11 +13,11 @@ import uvicorn
 
 from orchestrator.api.app import Edge, api_app, management_app
 from orchestrator.api.routes.health import Health
-from orchestrator.api.server.front import Front
-from orchestrator.api.server.link import Deliverer
+from orchestrator.api.server.connection_limits import ConnectionLimits
 from orchestrator.api.server.listening import BACKLOG, Listeners, listen, listening
+from orchestrator.api.server.process_link import Deliverer
 from orchestrator.database import Database
-from orchestrator.descriptors import MANAGEMENT
+from orchestrator.file_descriptors import MANAGEMENT
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 
@@ -56,8 +56,8 @@ async def serve(
         async with asyncio.TaskGroup() as group:
             api_stopped = asyncio.Event()
             app = management_app(health, metrics)
-            front = Front(settings, metrics, MANAGEMENT)
-            group.create_task(_run(settings, app, front, management, stop=api_stopped))
+            limits = ConnectionLimits(settings, metrics, MANAGEMENT)
+            group.create_task(_run(settings, app, limits, management, stop=api_stopped))
             try:
                 await _serve_api(settings, database, metrics, health, api, stop)
             finally:
@@ -73,8 +73,8 @@ async def serve_management(settings: Settings, database: Database, metrics: Metr
     name = "SERVER_PORT" if settings.management_port is None else "MANAGEMENT_SERVER_PORT"
     port = settings.management_port or settings.server_port
     with listen(name, settings.server_host, port) as listener:
-        front = Front(settings, metrics, MANAGEMENT)
-        await _run(settings, management_app(health, metrics), front, listener, stop=stop, health=health)
+        limits = ConnectionLimits(settings, metrics, MANAGEMENT)
+        await _run(settings, management_app(health, metrics), limits, listener, stop=stop, health=health)
 
 
 async def _serve_api(
@@ -86,13 +86,13 @@ async def _serve_api(
     stop: asyncio.Event,
 ) -> None:
     async with api_app(settings, database, metrics, health) as app:
-        await _run(settings, app, Front(settings, metrics), listener, stop=stop, health=health)
+        await _run(settings, app, ConnectionLimits(settings, metrics), listener, stop=stop, health=health)
 
 
 async def _run(
     settings: Settings,
     app: Edge,
-    front: Front,
+    limits: ConnectionLimits,
     listener: socket.socket,
     *,
     stop: asyncio.Event,
@@ -100,7 +100,7 @@ async def _run(
 ) -> None:
     config = uvicorn.Config(
         app,
-        http=cast(Any, front.connection),
+        http=cast(Any, limits.connection),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -108,7 +108,7 @@ async def _run(
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        timeout_keep_alive=3600,  # `Front` closes idle connections sooner
+        timeout_keep_alive=3600,  # `ConnectionLimits` closes idle connections sooner
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout_s)),
     )
     server = _Server(config)
@@ -119,7 +119,7 @@ async def _run(
             health.stopping = True
         server.should_exit = True
 
-    besides = asyncio.create_task(stop_it()), asyncio.create_task(front.sweep_for_ever())
+    besides = asyncio.create_task(stop_it()), asyncio.create_task(limits.sweep_for_ever())
     _log.info("listening", extra={"address": "{}:{}".format(*listener.getsockname()[:2])})
     try:
         await server.serve(sockets=[listener])

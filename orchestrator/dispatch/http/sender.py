@@ -24,7 +24,7 @@ import msgspec
 from orchestrator.dispatch.attempt import DELIVERED, FAIL, RETRY, Attempted
 from orchestrator.dispatch.http.answer import InterimError, answering, head_of
 from orchestrator.dispatch.http.connector import GuardedConnector
-from orchestrator.dispatch.http.echoes import without_credentials
+from orchestrator.dispatch.http.redaction import without_credentials
 from orchestrator.dispatch.http.request import custom_headers, destination_url, quoted
 from orchestrator.dispatch.http.retry_after import parse_retry_after
 from orchestrator.dispatch.http.secrets import SECRET_WAIT_S, SecretError, Secrets

@@ -18,8 +18,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from orchestrator.api.server.link import Deliverer, Link, Message
 from orchestrator.api.server.listening import Listeners, listening
+from orchestrator.api.server.process_link import Deliverer, Link, Message
 from orchestrator.backoff import backoff_s
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
@@ -31,7 +31,7 @@ _VICTIM = "500"  # of 1000: when memory runs out, the kernel kills the API rathe
 _log = logging.getLogger(__name__)
 
 
-async def serve_apart(settings: Settings, role: str, metrics: Metrics, *, stop: asyncio.Event) -> None:
+async def serve_api_process(settings: Settings, role: str, metrics: Metrics, *, stop: asyncio.Event) -> None:
     """Serves the API until `stop` is set. Raises OrchestratorError as `serve` does when it cannot start.
 
     Raises it also when the API's process does not stop in order.

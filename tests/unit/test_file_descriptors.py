@@ -6,7 +6,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import descriptors
+from orchestrator import file_descriptors
 from orchestrator.settings import Settings
 
 
@@ -23,13 +23,13 @@ def test_connections_of_clients_and_deliveries_leave_room_for_the_database_and_p
     environ = {"HTTP_MAX_CONNECTIONS": str(connections), "DB_POOL_MAX_SIZE": str(pool)}
     environ |= {"API_MAX_CONNECTIONS": str(most)} if most else {}
     settings = Settings.from_env(environ | ({"MANAGEMENT_SERVER_PORT": "8081"} if managed else {}))
-    clients = descriptors.clients(settings, limit)
-    assert 1 <= clients <= (most or descriptors.MOST_CLIENTS)
+    clients = file_descriptors.clients(settings, limit)
+    assert 1 <= clients <= (most or file_descriptors.MOST_CLIENTS)
     assert clients <= 8 or clients * 9 // 8 + pool + 50 + 64 * managed <= limit
-    deliveries = descriptors.deliveries(settings, limit)
+    deliveries = file_descriptors.deliveries(settings, limit)
     assert 1 <= deliveries <= connections
     assert deliveries <= 8 or 2 * deliveries + 60 + 64 <= limit
-    assert bool(descriptors.shortages(settings, limit)) >= (deliveries < connections)
+    assert bool(file_descriptors.shortages(settings, limit)) >= (deliveries < connections)
 
 
 def test_config_check_and_doctor_say_when_there_are_too_few_descriptors() -> None:

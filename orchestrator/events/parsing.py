@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from orchestrator.errors import ValidationError
-from orchestrator.events.copying import copy_row
+from orchestrator.events.encoding import copy_row
 from orchestrator.events.faults import MAX_FAULTS, Envelope, envelope_faults, faults_of, with_usual_times
 from orchestrator.events.headers import headers_fault
 from orchestrator.events.ids import EVENT_ID_HEADER, bucket_of_key, event_id, given_id_fault, random_event_id

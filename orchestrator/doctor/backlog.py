@@ -18,7 +18,7 @@ _LATE_S = 10.0
 _VERY_LATE_S = 120.0
 
 
-def work_findings(connection: BlockingConnection, guarded: _Guarded) -> Iterator[Finding]:
+def backlog_findings(connection: BlockingConnection, guarded: _Guarded) -> Iterator[Finding]:
     yield from guarded("dispatchers", lambda: _dispatchers(connection))
     yield from guarded("leases", lambda: _leases(connection))
 

@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Self
 
-from orchestrator.dev.leash import Leash
+from orchestrator.dev.orphan_reaper import OrphanReaper
 from orchestrator.errors import OrchestratorError
 
 _STOP_S = 10.0
 _SHOWN_CHARS = 2000
 
 
-class Children:
+class ChildProcesses:
     """``python -m orchestrator …`` processes; leaving the context stops them all, the last started first."""
 
     def __init__(self) -> None:
         self._started: list[tuple[str, subprocess.Popen[bytes], IO[bytes]]] = []
-        self._leashes: list[Leash] = []
+        self._reapers: list[OrphanReaper] = []
 
     def start(self, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         """Starts one. It does not see a Ctrl-C: whoever owns it decides when it stops."""
@@ -36,7 +36,7 @@ class Children:
             start_new_session=True,
         )
         self._started.append((" ".join(arguments), process, log))
-        self._leashes.append(Leash(process.pid))
+        self._reapers.append(OrphanReaper(process.pid))
 
     def check(self) -> None:
         """Raises OrchestratorError, with the end of its log, when one has ended."""
@@ -57,12 +57,12 @@ class Children:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for leash in self._leashes:
-            leash.dismiss()
+        for reaper in self._reapers:
+            reaper.dismiss()
         for _, _, log in self._started:
             log.close()
         self._started.clear()
-        self._leashes.clear()
+        self._reapers.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -16,12 +16,12 @@ if [ -n "$2" ]; then rm -rf -- "$2"; fi
 """
 
 
-class Leash:
+class OrphanReaper:
     """A small shell beside a process. It ends the process, and removes `directory`, when this process is gone."""
 
     def __init__(self, pid: int, directory: Path | None = None) -> None:
         self._shell = subprocess.Popen(
-            ["/bin/sh", "-c", _SCRIPT, "orchestrator-leash", str(pid), str(directory or "")],
+            ["/bin/sh", "-c", _SCRIPT, "orchestrator-reaper", str(pid), str(directory or "")],
             cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

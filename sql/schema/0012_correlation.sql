@@ -1,11 +1,6 @@
--- Events say what they belong to, for whoever follows them through several systems; and what a submission is checked
--- against, and answered with.
+-- Events say what they belong to, for whoever follows them through several systems: a correlation id and a
+-- trace context. And the table holds the bound of expires_at that check_submission() tells.
 
-create type orchestrator.submitted as (n integer, id uuid, result text, field text, reason text);
-comment on type orchestrator.submitted is
-  'A staged submission that became no new event: duplicate, or refused with field and reason';
-
--- The bound that check_submission() tells.
 alter table orchestrator.event drop constraint event_expires_at_check;
 alter table orchestrator.event add constraint event_expires_at_check
   check (expires_at > scheduled_at and expires_at < '2201-01-01 00:00:00+00') not valid;
@@ -39,9 +34,3 @@ comment on column orchestrator.horizon.correlation_id is 'event.correlation_id';
 comment on column orchestrator.horizon.traceparent is 'event.traceparent';
 comment on column orchestrator.submission_aside.correlation_id is 'event.correlation_id';
 comment on column orchestrator.submission_aside.traceparent is 'event.traceparent';
-
--- Their signatures change, or their names; functions/ creates what takes their place. A new database has none of them.
-drop function if exists orchestrator.settle_horizon();
-drop function if exists orchestrator.schedule_event(
-  text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval, timestamptz);
-drop function if exists orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer);

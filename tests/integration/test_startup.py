@@ -18,7 +18,7 @@ from orchestrator.database import Database
 from orchestrator.errors import OrchestratorError
 from orchestrator.runtime import Role, _Process
 from orchestrator.settings import Settings
-from orchestrator.starting import until_done
+from orchestrator.startup import until_done
 from orchestrator.tasks import within
 from tests.conftest import MakeSettings, Spawn
 from tests.integration.api_support import free_port, status, until

@@ -16,7 +16,7 @@ from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.database import Database, Filter
-    from orchestrator.database.sweeps import Sweeps, Swept
+    from orchestrator.database.bulk_calls import Sweeps, Swept
 
 F = TypeVar("F", bound=Callable[..., object])
 T = TypeVar("T")
@@ -145,7 +145,7 @@ def _sweep(
     call: Call, done: str, *, dry_run: bool, limit: int | None
 ) -> Callable[[Database, Settings], Awaitable[_Tally]]:
     async def work(database: Database, _: Settings) -> _Tally:
-        from orchestrator.database.sweeps import Sweeps
+        from orchestrator.database.bulk_calls import Sweeps
 
         tally, sweeps = _Tally(), Sweeps(database)
         place: dict[str, str] = {}

@@ -46,7 +46,7 @@ class Batch(Writable, Protocol):
         """Parses records; never raises, whatever they hold."""
 
 
-class Reading:
+class PartitionReader:
     """Call `run`, then `settle` even if `run` has raised. Drops records in memory: the database has the offsets."""
 
     def __init__(

@@ -13,7 +13,7 @@ from threading import Barrier
 import pytest
 
 from orchestrator.dev.environment import kept_webhook_secret
-from orchestrator.dev.system import exclusive, free_port
+from orchestrator.dev.operating_system import exclusive, free_port
 from orchestrator.errors import OrchestratorError
 
 # Takes the lock of a directory, starts a child that holds it too, and waits to be killed.
@@ -21,7 +21,7 @@ HOLDER = """
 import subprocess
 import sys
 from pathlib import Path
-from orchestrator.dev.system import exclusive
+from orchestrator.dev.operating_system import exclusive
 with exclusive(Path(sys.argv[1]), 10.0) as lock:
     child = subprocess.Popen(["cat"], pass_fds=[lock])
     print("held", flush=True)
@@ -58,7 +58,9 @@ def test_a_lock_is_held_until_the_child_of_a_killed_holder_ends(tmp_path: Path) 
 
 
 def test_processes_are_given_different_ports_though_nobody_listens_yet() -> None:
-    program = "from orchestrator.dev.system import free_port\nprint(*(free_port() for _ in range(50)))\ninput()"
+    program = (
+        "from orchestrator.dev.operating_system import free_port\nprint(*(free_port() for _ in range(50)))\ninput()"
+    )
     others = [
         subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for _ in range(2)
@@ -79,7 +81,7 @@ def test_a_port_is_given_again_when_all_were_and_nobody_listens_on_it() -> None:
 def test_a_forked_process_has_ports_of_its_own() -> None:
     program = (
         "import os\n"
-        "from orchestrator.dev.system import free_port\n"
+        "from orchestrator.dev.operating_system import free_port\n"
         "free_port()\n"
         "os.fork()\n"
         "ports = [free_port() for _ in range(99)]\n"

@@ -13,7 +13,7 @@ _Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
 _SHOWN = 5
 
 
-def wait_findings(connection: psycopg.Connection[TupleRow], guarded: _Guarded) -> Iterator[Finding]:
+def open_transaction_findings(connection: psycopg.Connection[TupleRow], guarded: _Guarded) -> Iterator[Finding]:
     yield from guarded("left open", lambda: _open_transactions(connection))
     yield from guarded("set aside", lambda: _set_aside(connection))
 

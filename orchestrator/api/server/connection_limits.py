@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from ipaddress import IPv6Network
 from typing import Any
 
-from orchestrator import descriptors
+from orchestrator import file_descriptors
 from orchestrator.api.server import refusals
 from orchestrator.api.server.connection import CLOSING, IDLE, Connection
 from orchestrator.api.server.refusals import Refusal
@@ -28,7 +28,7 @@ _LATE = 8  # up to an eighth more connections stay for a moment, to read why the
 _log = logging.getLogger(__name__)
 
 
-class Front:
+class ConnectionLimits:
     """Makes the connections of one server, and bounds them; `sweep_for_ever` enforces their deadlines.
 
     When all are taken, connections that wait for their clients are closed: first the oldest of the address that has
@@ -42,7 +42,7 @@ class Front:
         head_s, body_s, idle_s = settings.api_head_timeout_s, settings.api_body_timeout_s, settings.api_keep_alive_s
         self.timeouts_s = head_s, head_s, body_s, math.inf, idle_s, _CLOSING_S
         self._write_timeout_s = settings.api_write_timeout_s
-        fit = descriptors.clients(settings, descriptors.limit())
+        fit = file_descriptors.clients(settings, file_descriptors.limit())
         self._max_connections = fit if most is None else min(fit, most)
         self._max_per_address = settings.api_max_connections_per_address or math.inf
         self._max_bodies_bytes = _BODIES_BYTES + 4 * settings.max_body_bytes

@@ -15,7 +15,7 @@ _Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
 _SHOWN = 3
 
 
-def standstill_findings(connection: Connection, guarded: _Guarded) -> Iterator[Finding]:
+def pause_and_limit_findings(connection: Connection, guarded: _Guarded) -> Iterator[Finding]:
     yield from guarded("pauses", lambda: _pauses(connection))
     yield from guarded("breakers", lambda: _breakers(connection))
     yield from guarded("rates", lambda: _rates(connection))

@@ -22,7 +22,7 @@ _EVERY = (
 )
 
 
-def upkeep_findings(connection: Connection, settings: Settings, guarded: _Guarded) -> Iterator[Finding]:
+def maintenance_findings(connection: Connection, settings: Settings, guarded: _Guarded) -> Iterator[Finding]:
     yield from guarded("maintenance", lambda: _maintenance(connection))
     yield from guarded("retention", lambda: _retention(connection, settings))
     yield from guarded("archive", lambda: _archive(connection))

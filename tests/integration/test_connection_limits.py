@@ -12,7 +12,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from orchestrator.api.server import connection, front
+from orchestrator.api.server import connection, connection_limits
 from orchestrator.database import Database
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
@@ -206,7 +206,7 @@ async def test_an_answer_arrives_though_its_body_was_not_wanted(served: Served) 
 async def test_bodies_beyond_the_bound_of_memory_are_refused_and_small_ones_are_not(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front, "_BODIES_BYTES", 0)
+    monkeypatch.setattr(connection_limits, "_BODIES_BYTES", 0)
     chosen = settings(MAX_BODY_BYTES="1000000", MAX_PAYLOAD_BYTES="1000")
     async with serving(chosen) as served:
         large = [await served.connect() for _ in range(5)]

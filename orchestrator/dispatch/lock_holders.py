@@ -14,7 +14,7 @@ _ANSWER_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-class Holders:
+class LockHolders:
     """One for each kind of work; `message` says which work is held up."""
 
     def __init__(self, message: str) -> None:

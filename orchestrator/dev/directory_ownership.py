@@ -14,7 +14,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from orchestrator.dev.system import until
+from orchestrator.dev.operating_system import until
 from orchestrator.errors import OrchestratorError
 
 # The process id in the file may be stale and another program's by now: where it can be checked, it is.
@@ -37,7 +37,7 @@ fi
 """
 
 
-class Ownership:
+class DirectoryOwnership:
     """The right to start and stop the server of `directory`; it ends with `give_up`, or with this process."""
 
     def __init__(self, directory: Path, *, temporary: bool) -> None:
