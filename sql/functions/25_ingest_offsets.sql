@@ -1,5 +1,6 @@
--- Ingestion: how far topics have been read, moved by compare-and-set. Called by ingesters, in the
--- transaction that keeps the rows.
+-- Ingestion: advance_offsets() says how far topics have been read, moved by compare-and-set; the anchor, a
+-- hash of the last record read, tells whether a topic is still the same. Then records that another session's
+-- open transaction holds up: they are set aside. Called by ingesters, in the transaction that keeps the rows.
 
 create or replace function orchestrator.ingest_offsets(p_topic text)
 returns table (partition integer, next_offset bigint, anchor_offset bigint, anchor_hash bigint)

@@ -362,7 +362,7 @@ declare
 begin
   perform orchestrator.check_claim(p_batch, p_lease, p_lookahead);
   select * into v_control from orchestrator.control where not exists (select from orchestrator.control_note);
-  if not found then
+  if not found then  -- notes of changes that hold already: control is read with them
     perform orchestrator.fold_notes();
     select * into v_control from orchestrator.control_now();
     select array_remove(array_agg(n.destination), null), p_skip || array_remove(array_agg(n.lane), null)

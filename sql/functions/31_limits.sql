@@ -141,9 +141,9 @@ return p_lane.paused_at is null
 comment on function orchestrator.lane_may_give(orchestrator.lane, timestamptz) is
   'Whether claims may take from a lane: it is not paused, and its breaker lets at least a try through';
 
--- The rate is GCRA in closed form: the i-th theoretical arrival time is
--- i·T + max(TAT, max over j ≤ i of (x_j - (j-1)·T)), where x_j is when the j-th attempt may start at the
--- earliest.
+-- The rate is GCRA in closed form: the i-th theoretical arrival time (tat) is i·gap + max(next_slot_at, max
+-- over j ≤ i of (earliest_j - (j-1)·gap)). gap is the time between two attempts, earliest_j when the j-th
+-- attempt may start at the earliest, and lane.next_slot_at the tat of the last claim.
 create or replace function orchestrator.book_slots(
   p_leased orchestrator.leased[], p_limits orchestrator.lane_limit[], p_now timestamptz, p_lease interval)
 returns orchestrator.leased[]

@@ -185,7 +185,7 @@ begin
     select date_trunc('minute', p_now), 'retrying', f.source
       , case when f.source is not null then f.destination end, sum(case f.result when 'retried' then 1 else -1 end)
     from finished f
-    where (f.result = 'retried') = (f.retrying is null)
+    where (f.result = 'retried') = (f.retrying is null)  -- begins to be retrying, or ends it
     group by 3, 4
   )
   select count(*)
@@ -207,7 +207,8 @@ comment on function orchestrator.record_results(
 
 -- A result counts until another claim takes the event, even after lease_until. All later ones are stale,
 -- except those that are in the log already, because the reply to an earlier call was lost.
--- Locks timers in the order of event_id, as cancel_event() does; then what 28_dedicated_lanes.sql lists.
+-- Locks timers in the order of event_id, as cancel_event() does: the pinned plan reads them so. Then it locks
+-- what 28_dedicated_lanes.sql lists.
 --
 -- The pinned plan searches the primary key for p_event_ids, and hashes the timers with the arrays. A nested
 -- loop is as fast; but once a vacuum has found the table empty, the planner expects one timer, and each call
@@ -238,6 +239,8 @@ set jit = off as $$
 declare
   v_now timestamptz;
   v_done record;
+  -- Whether announce_finished() may have to write: timestamp is about every finished event, dlq about dead
+  -- ones.
   v_announced constant boolean := exists (
     select from orchestrator.outbox_kind where kind = 'timestamp' or not p_results <@ array['delivered']);
 begin
@@ -312,6 +315,7 @@ declare
   v_orderings bigint[];
 begin
   with released as (
+    -- One attempt more: the number of this one stays spent, as the fence.
     update orchestrator.timer t
     set worker = null, lease_until = null, slot = null, busy = null, max_attempts = t.max_attempts + 1
     from unnest(p_event_ids, p_attempts) as r (event_id, attempt)

@@ -1,4 +1,5 @@
--- Retry backoff: how long a failed attempt waits for the next. Called by finish_events().
+-- Retry backoff: how long a failed attempt waits for the next. finish_events() calls
+-- next_delay(), which finds the event's policy, and that calls retry_delay().
 
 create or replace function orchestrator.retry_policy_of(p_event_id uuid, p_scheduled_at timestamptz, p_lane integer)
 returns text
@@ -52,7 +53,8 @@ set search_path = orchestrator, pg_temp as $$
              select l.name from orchestrator.lane l where l.lane = p_lane and orchestrator.is_dedicated(p_lane))))
       , greatest(1, e.max_retries + 1 - p_attempts_left), p_at_least)
     from orchestrator.event e
-    where e.id = p_event_id and e.scheduled_at = p_scheduled_at), '1 min')
+    where e.id = p_event_id and e.scheduled_at = p_scheduled_at)
+  , '1 min')  -- somebody has deleted the event by hand
 $$;
 comment on function orchestrator.next_delay(uuid, timestamptz, integer, integer, interval) is
   'Wait after a failed attempt that leaves p_attempts_left more. '

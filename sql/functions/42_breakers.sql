@@ -1,5 +1,7 @@
--- Circuit breakers: finishes open and close them, operators close them by hand. Adaptive bounds (AIMD) move
--- here, too. A result counts as a success (lane_result.succeeded) unless it is one to retry.
+-- Circuit breakers: finishes open and close them by update_breakers(), operators close them by hand. Claims
+-- obey them in 31_limits.sql: lane_may_give() stops attempts, and book_slots() makes an open one half-open
+-- for a try. Adaptive bounds (AIMD) move here, too. A result counts as a success (lane_result.succeeded)
+-- unless it is one to retry.
 
 -- Inlined by the planner.
 create or replace function orchestrator.counts_successes(p_lane orchestrator.lane) returns boolean

@@ -1,7 +1,7 @@
 -- Ordering keys: events of one key are delivered one at a time, by scheduled_at. Only the first live event of
 -- a key can be claimed. A claim that finds another event of the key in lane n moves it to lane -1 - n, where
--- it waits. Whoever ends or delays the first event lets the next one in. Called by claims, finishes and
--- maintenance.
+-- it waits (reroute_or_park(), 32_rerouting.sql). Whoever ends or delays the first event lets the next one in
+-- (advance_ordering()). Called by claims, finishes and maintenance.
 
 create or replace function orchestrator.ordering_lock_number(p_ordering bigint) returns integer
 language sql immutable parallel safe

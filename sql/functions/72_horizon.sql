@@ -1,5 +1,5 @@
--- The horizon: events of days that have no partition yet. They come by submit_staged(), and leave by
--- run_maintenance().
+-- The horizon: events of days that have no partition yet. insert_each() puts them there
+-- (20_submission.sql), and run_maintenance() moves them to event once their day has a partition.
 
 create or replace function orchestrator.move_horizon(p_limit integer default 20000) returns bigint
 language plpgsql security definer

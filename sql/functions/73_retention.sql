@@ -1,5 +1,5 @@
--- Retention: a day past it is detached, archived if that is configured, and dropped. Called by
--- run_maintenance() and by the archive.
+-- Retention: a day older than the configured days is detached (retire_partition()), archived if that is
+-- configured, and dropped an hour later (drop_partitions()). Called by run_maintenance() and by the archive.
 
 create or replace function orchestrator.configure_retention(
   p_retention_days integer default null, p_partition_days_ahead integer default null,

@@ -6,6 +6,8 @@ address that a socket is about to connect to, and neither the name nor the spell
 (``0x7f.1``, ``2130706433``) and names that resolve differently on each look-up (DNS rebinding) are plain addresses by
 then.
 
+`GuardedConnector` (connector.py) asks it, once for the addresses of a name and once more for each socket.
+
 The ranges are the IANA special-purpose registries for IPv4 and IPv6, transition prefixes that embed an IPv4
 address, and the metadata services of the large clouds that sit on addresses of their own.
 """
