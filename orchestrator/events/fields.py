@@ -60,13 +60,12 @@ def nullable(schema: Schema) -> Schema:
 class Field(NamedTuple):
     """One field, by its name in JSON and in `Submission`.
 
-    `column` is its name in pg_temp.submission, and `type` what msgspec reads; a text that is no such is told what is
-    `expected`. `fault` checks a value of the right type. `schema` is JSON Schema; the first sentence of `about` is
-    also the help of its option. What a `secret` field holds is never quoted.
+    `type` is what msgspec reads; a text that is no such is told what is `expected`. `fault` checks a value of the right
+    type. `schema` is JSON Schema; the first sentence of `about` is also the help of its option. What a `secret` field
+    holds is never quoted.
     """
 
     name: str
-    column: str
     type: Any
     expected: str
     schema: Schema
@@ -74,11 +73,16 @@ class Field(NamedTuple):
     fault: Callable[[Any], str | None] | None = None
     required: bool = False
     secret: bool = False
+    other_column: str | None = None
+
+    @property
+    def column(self) -> str:
+        """Its name in pg_temp.submission."""
+        return self.other_column or self.name
 
 
 FIELDS = (
     Field(
-        "source",
         "source",
         Name,
         f"a string of 1 to {MAX_NAME_CHARS} characters",
@@ -88,7 +92,6 @@ FIELDS = (
         required=True,
     ),
     Field(
-        "scheduled_at",
         "scheduled_at",
         ScheduledAt,
         EXPECTED_TIME,
@@ -100,7 +103,6 @@ FIELDS = (
     ),
     Field(
         "destination",
-        "destination",
         str | None,
         "a URL, or the name of a Kafka topic",
         {"type": ["string", "null"]},
@@ -109,7 +111,6 @@ FIELDS = (
     ),
     Field(
         "payload",
-        "payload",
         msgspec.Raw,
         "a JSON value",
         {"$ref": "#/components/schemas/JsonValue"},
@@ -117,7 +118,6 @@ FIELDS = (
         required=True,
     ),
     Field(
-        "external_job_id",
         "external_job_id",
         Name | None,
         f"a string of 1 to {MAX_NAME_CHARS} characters, or null",
@@ -128,14 +128,12 @@ FIELDS = (
     ),
     Field(
         "delivery_type",
-        "delivery_type",
         DeliveryType | None,
         "HTTP or KAFKA",
         {"enum": ["HTTP", "KAFKA", None], "default": "HTTP"},
         "How to deliver it: HTTP or KAFKA.",
     ),
     Field(
-        "headers",
         "headers",
         dict[str, str] | None,
         "an object of strings, or null",
@@ -156,7 +154,6 @@ FIELDS = (
     ),
     Field(
         "max_retries",
-        "max_retries",
         Retries | None,
         f"a whole number from 0 to {MAX_RETRIES}, or null",
         {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_RETRIES},
@@ -164,14 +161,12 @@ FIELDS = (
     ),
     Field(
         "retry_policy",
-        "retry_policy",
         RetryPolicy | None,
         "a name of 1 to 63 characters from a-z, 0-9, _ and -, or null",
         {"type": ["string", "null"], "pattern": RETRY_POLICY_PATTERN},
         "The name of a retry policy of this installation.",
     ),
     Field(
-        "ordering_key",
         "ordering_key",
         Name | None,
         f"a string of 1 to {MAX_NAME_CHARS} characters, or null",
@@ -182,7 +177,6 @@ FIELDS = (
     ),
     Field(
         "priority",
-        "priority",
         WholeNumber | None,
         f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}",
         {"type": ["integer", "null"], "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY, "default": 0},
@@ -191,15 +185,14 @@ FIELDS = (
     ),
     Field(
         "spread_seconds",
-        "spread",
         SpreadSeconds | None,
         f"more than 0 and at most {MAX_SPREAD_S} seconds",
         {"type": ["number", "null"], "minimum": MIN_SPREAD_S, "maximum": MAX_SPREAD_S},
         "Spreads events that are scheduled for one time: each is due at a point of its own within this many seconds "
         "after `scheduled_at`. Kept to the microsecond.",
+        other_column="spread",
     ),
     Field(
-        "expires_at",
         "expires_at",
         ScheduledAt | None,
         f"{EXPECTED_TIME}, or null",
@@ -209,7 +202,6 @@ FIELDS = (
     ),
     Field(
         "correlation_id",
-        "correlation_id",
         CorrelationId | None,
         f"1 to {MAX_CORRELATION_ID_CHARS} printable ASCII characters, no space at either end, or null",
         {"type": ["string", "null"], "pattern": CORRELATION_ID_PATTERN},
@@ -217,7 +209,6 @@ FIELDS = (
         "header of the request, where it is valid.",
     ),
     Field(
-        "traceparent",
         "traceparent",
         Traceparent | None,
         "a W3C traceparent, such as 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01, or null",

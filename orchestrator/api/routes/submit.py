@@ -17,13 +17,14 @@ from orchestrator.errors import ValidationError
 from orchestrator.events.parsing import batch_items, parse_submission
 from orchestrator.events.submission import Submission
 from orchestrator.events.topics import TopicRules, topic_rules
-from orchestrator.events.tracing import Carried, carried
+from orchestrator.events.tracing import CORRELATION_ID_HEADER, TRACEPARENT_HEADER, Carried, carried
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 
 _encode = msgspec.json.Encoder().encode
 _STATUSES = {"accepted": "scheduled", "duplicate": "duplicate", "queued": "accepted"}
 _SLICE_S = 0.01
+_CORRELATION_ID, _TRACEPARENT = CORRELATION_ID_HEADER.encode(), TRACEPARENT_HEADER.encode()
 _CODES = {"accepted": 201, "duplicate": 200, "queued": 202}
 
 
@@ -121,7 +122,7 @@ class SubmitBatch(_Submitting):
 
 
 def _carried(scope: Scope) -> Carried | None:
-    return carried(header(scope, b"x-correlation-id"), header(scope, b"traceparent"))
+    return carried(header(scope, _CORRELATION_ID), header(scope, _TRACEPARENT))
 
 
 async def _parsed(
