@@ -21,6 +21,7 @@ from orchestrator.events.encoding import copy_row, encode_submission
 from orchestrator.events.fields import FIELDS, Field
 from orchestrator.events.ids import bucket, bucket_of_key, event_id, random_event_id
 from orchestrator.events.parsing import Wire, parse_batch, parse_submission, submission_row
+from orchestrator.events.rules import DOTS
 from orchestrator.events.submission import JsonError, OutOfRangeError, Submission, SubmissionError
 
 
@@ -619,7 +620,7 @@ kafka_submissions = st.fixed_dictionaries(
         "payload": json_values.filter(lambda value: "\\u0000" not in json.dumps(value)),
     },
     optional={
-        "external_job_id": names,
+        "external_job_id": names.filter(lambda job: job not in DOTS),
         "headers": st.dictionaries(st.sampled_from(["X-A", "X-B"]), st.text(string.ascii_letters)),
         "max_retries": st.integers(0, 100),
         "retry_policy": st.just("patient"),
