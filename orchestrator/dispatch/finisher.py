@@ -207,17 +207,21 @@ class Finisher:
             return await self._finish(record, batch)
 
     def _report(self, batch: Sequence[Finished], exceptions: Sequence[NotDelivered]) -> None:
-        stale = {exception.event_id for exception in exceptions if exception.result == "stale"}
-        delivered = sum(result.result == "delivered" and result.event_id not in stale for result in batch)
-        self._metrics.events_delivered_total.inc(delivered)
-        failed = {result.event_id: result for result in batch if result.error} if exceptions else {}
-        for exception in exceptions:
-            attempt = failed.get(exception.event_id)
+        delivered = sum(result.result == "delivered" for result in batch)
+        given: dict[str, list[Finished]] = {}
+        if exceptions:
+            # A batch may hold a late result of an event beside its newest; the stale ones are the earliest.
+            for result in sorted(batch, key=lambda result: result.attempt, reverse=True):
+                given.setdefault(result.event_id, []).append(result)
+        for exception in sorted(exceptions, key=lambda exception: exception.result == "stale", reverse=True):
+            if not given.get(exception.event_id):
+                continue  # blocked, and set aside
+            attempt = given[exception.event_id].pop()
             context = {"event_id": exception.event_id}
-            if attempt:
-                context |= {"attempt": str(attempt.attempt), "error": str(attempt.error)}
-                if attempt.correlation_id:
-                    context["correlation_id"] = attempt.correlation_id
+            if attempt.error:
+                context |= {"attempt": str(attempt.attempt), "error": attempt.error}
+            if attempt.correlation_id:
+                context["correlation_id"] = attempt.correlation_id
             if exception.result == "retried":
                 self._metrics.events_retried_total.inc()
                 _log.info("attempt failed, will be repeated", extra=context)
@@ -226,6 +230,8 @@ class Finisher:
             elif exception.result == "dead":
                 self._metrics.events_dead_total.inc()
                 _log.warning("event is dead", extra=context)
-            elif exception.result == "stale":
+            else:
+                delivered -= attempt.result == "delivered"
                 self._metrics.events_stale_total.inc()
                 _log.warning("lease was lost before its result was recorded", extra=context)
+        self._metrics.events_delivered_total.inc(delivered)

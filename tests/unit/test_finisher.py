@@ -46,7 +46,8 @@ class FakeLeases:
             raise Blocked("another session's open transaction holds what is needed")
         self.finished.append([result.event_id for result in results])
         self.texts |= {result.event_id: (result.error, result.response) for result in results}
-        return [self.answers[result.event_id] for result in results if result.event_id in self.answers]
+        named = {result.event_id: None for result in results}
+        return [self.answers[event_id] for event_id in named if event_id in self.answers]
 
     async def finish_free(self, results: Sequence[Finished]) -> list[NotDelivered]:
         free = [result for result in results if result.event_id not in self.held]
@@ -79,9 +80,16 @@ class FakeLeases:
 
 
 def finished(
-    event_id: object, result: str = "delivered", error: str | None = None, response: str | None = None
+    event_id: object,
+    result: str = "delivered",
+    error: str | None = None,
+    response: str | None = None,
+    attempt: int = 1,
+    correlation_id: str | None = None,
 ) -> Finished:
-    return Finished(str(event_id), 1, result, 204, 1.0, 2.0, error, response, None, 0.5)
+    return Finished(
+        str(event_id), attempt, result, 204, 1.0, 2.0, error, response, None, 0.5, correlation_id=correlation_id
+    )
 
 
 def lease(event_id: object) -> Claimed:
@@ -292,16 +300,35 @@ async def test_answers_are_counted_logged_and_retries_expected(
         "s": NotDelivered("s", "stale", None),
     }
     for event_id, result in (("ok", "delivered"), ("r", "retry"), ("d", "fail"), ("s", "delivered")):
-        fixture.finisher.add(finished(event_id, result, None if result == "delivered" else f"HTTP 500 for {event_id}"))
+        error = None if result == "delivered" else f"HTTP 500 for {event_id}"
+        fixture.finisher.add(finished(event_id, result, error, correlation_id=f"order {event_id}"))
     async with fixture.running():
         pass
     assert fixture.retries == [1234.5]
     for name in ("delivered", "retried", "dead", "stale"):
         assert fixture.counted(f"events_{name}_total") == 1, name
     said = {cast(Any, record).event_id: record for record in caplog.records}
-    assert set(said) == {"r", "d", "s"}
+    assert {event_id: cast(Any, record).correlation_id for event_id, record in said.items()} == {
+        "r": "order r",
+        "d": "order d",
+        "s": "order s",
+    }
     assert cast(Any, said["r"]).error == "HTTP 500 for r"
     assert said["s"].message == "lease was lost before its result was recorded"
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+async def test_of_two_results_of_one_event_the_late_one_is_counted_as_stale(
+    fixture: Fixture, newest_first: bool
+) -> None:
+    """Its lease was lost for a while, and this dispatcher then claimed it once more."""
+    fixture.leases.answers = {"e": NotDelivered("e", "stale", None)}
+    both = [finished("e", "retry", "late"), finished("e", attempt=2)]
+    fixture.finisher.add(*(reversed(both) if newest_first else both))
+    async with fixture.running():
+        pass
+    assert fixture.counted("events_delivered_total") == 1
+    assert fixture.counted("events_stale_total") == 1
 
 
 async def test_a_result_that_another_session_blocks_is_set_aside_and_recorded_when_it_lets_go(
