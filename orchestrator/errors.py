@@ -63,3 +63,8 @@ class KafkaUnavailable(OrchestratorError):  # noqa: N818  # a state, not a mista
     def __init__(self, text: str, own: OwnFaultError | None = None) -> None:
         self.own = own
         super().__init__(text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its text; the name of its class when it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -23,6 +23,7 @@ from orchestrator.errors import (
     OrchestratorError,
     UnusableDatabase,
     ValidationError,
+    first_line,
 )
 from orchestrator.settings import Settings
 
@@ -45,19 +46,19 @@ def translated() -> Iterator[None]:
     try:
         yield
     except errors.LockNotAvailable as error:
-        raise Blocked(f"another session's open transaction holds what is needed: {_first_line(error)}") from error
+        raise Blocked(f"another session's open transaction holds what is needed: {first_line(error)}") from error
     except errors.ReadOnlySqlTransaction as error:
-        raise DatabaseUnavailable(f"the database takes no writes: {_first_line(error)}") from error
+        raise DatabaseUnavailable(f"the database takes no writes: {first_line(error)}") from error
     except _AWAY as error:
-        raise DatabaseUnavailable(f"the database is away: {_first_line(error)}") from error
+        raise DatabaseUnavailable(f"the database is away: {first_line(error)}") from error
     except _NOT_MIGRATED as error:
         raise OrchestratorError(
-            f"the database lacks this program's schema ({_first_line(error)}); run: orchestrator migrate"
+            f"the database lacks this program's schema ({first_line(error)}); run: orchestrator migrate"
         ) from error
     except errors.InsufficientPrivilege as error:
-        raise NotPermitted(f"{_first_line(error)}; {_remedy(error)}") from error
+        raise NotPermitted(f"{first_line(error)}; {_remedy(error)}") from error
     except (psycopg.DataError, psycopg.IntegrityError) as error:
-        raise ValidationError(error.diag.column_name or "value", _first_line(error)) from error
+        raise ValidationError(error.diag.column_name or "value", first_line(error)) from error
 
 
 def _remedy(error: errors.InsufficientPrivilege) -> str:
@@ -93,10 +94,6 @@ def named() -> Iterator[None]:
             raise
         field, _, reason = error.reason.partition(": ")
         raise ValidationError(field, reason) from error.__cause__
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Connection(AsyncConnection[TupleRow]):
@@ -220,7 +217,7 @@ def _kept_together() -> Iterator[None]:
         if "statement pooling mode" not in str(error):
             raise
         raise UnusableDatabase(
-            f"a pooler is between that allows no transactions ({_first_line(error)}): expected transaction or session "
+            f"a pooler is between that allows no transactions ({first_line(error)}): expected transaction or session "
             "mode; set pool_mode = transaction for this database, or name the server itself in DATABASE_URL"
         ) from error
 

@@ -20,7 +20,7 @@ from psycopg import errors
 
 from orchestrator.database.connection import HOLDERS, Connection, connect, translated
 from orchestrator.database.submission_calls import COPY_SUBMISSIONS
-from orchestrator.errors import Blocked, OrchestratorError, ValidationError
+from orchestrator.errors import Blocked, OrchestratorError, ValidationError, first_line
 from orchestrator.settings import Settings
 
 T = TypeVar("T")
@@ -251,7 +251,7 @@ def _refusing() -> Iterator[None]:
             yield
     except OrchestratorError as error:
         if isinstance(error.__cause__, errors.ProgramLimitExceeded | errors.StatementTooComplex):
-            raise ValidationError("value", str(error.__cause__).splitlines()[0]) from error
+            raise ValidationError("value", first_line(error.__cause__)) from error
         raise
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-import psycopg
-from psycopg.rows import TupleRow
-
 from orchestrator.database.connection import BlockingConnection
-from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
+from orchestrator.doctor.finding import Finding, counted, guarded, ok, problem, warning
 
-_Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
 _LATE_S = 10.0
 _VERY_LATE_S = 120.0
 
 
-def backlog_findings(connection: BlockingConnection, guarded: _Guarded) -> Iterator[Finding]:
+def backlog_findings(connection: BlockingConnection) -> Iterator[Finding]:
     yield from guarded("dispatchers", lambda: _dispatchers(connection))
     yield from guarded("leases", lambda: _leases(connection))
 
@@ -70,7 +66,7 @@ def _backlog(statistics: dict[str, Any], dispatchers: int | bool) -> Finding:
     return (problem if late_s > _VERY_LATE_S else warning)("backlog", shown, mend)
 
 
-def _leases(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
+def _leases(connection: BlockingConnection) -> Iterator[Finding]:
     row = connection.execute(
         "select count(*) from orchestrator.timer where lease_until < orchestrator.now() - interval '1 minute'"
     ).fetchone()

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import psycopg
-from psycopg.rows import TupleRow
 
 from orchestrator.database import migrate
 from orchestrator.database.connection import BlockingConnection, connect_blocking
 from orchestrator.database.rights import ABILITIES
 from orchestrator.doctor.backlog import backlog_findings
-from orchestrator.doctor.finding import Finding, is_production, ok, problem, warning
+from orchestrator.doctor.finding import Finding, guarded, is_production, listed, ok, problem, warning
 from orchestrator.doctor.maintenance import maintenance_findings
 from orchestrator.doctor.open_transactions import open_transaction_findings
 from orchestrator.doctor.pauses_and_limits import pause_and_limit_findings
 from orchestrator.doctor.server import server_findings
-from orchestrator.errors import OrchestratorError, UnusableDatabase
+from orchestrator.errors import OrchestratorError, UnusableDatabase, first_line
 from orchestrator.settings import Settings, database_url
-
-Connection = psycopg.Connection[TupleRow]
 
 _ROLES = (
     "orchestrator_submit",
@@ -45,7 +42,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
     except psycopg.OperationalError as error:
         yield problem(
             "database",
-            f"cannot reach {masked}: {_first_line(error)}",
+            f"cannot reach {masked}: {first_line(error)}",
             "start the server, or correct DATABASE_URL (or DB_HOST, DB_PORT, DB_NAME, DB_USER, DB_PASSWORD)",
         )
         return
@@ -66,22 +63,22 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             what, _, mend = str(error).partition("; ")
             yield problem("pooler", what, mend)
             return
-        yield from _guarded("writes", lambda: _writes(connection))
-        yield from _guarded("server", lambda: server_findings(connection, settings))
-        yield from _guarded("clock", lambda: _clock(connection))
-        yield from _guarded("roles", lambda: _roles(connection))
+        yield from guarded("writes", lambda: _writes(connection))
+        yield from guarded("server", lambda: server_findings(connection, settings))
+        yield from guarded("clock", lambda: _clock(connection))
+        yield from guarded("roles", lambda: _roles(connection))
         migrated = True
-        for finding in _guarded("migrations", lambda: _migrations(connection, settings)):
+        for finding in guarded("migrations", lambda: _migrations(connection, settings)):
             migrated = migrated and finding.level != "problem"
             yield finding
         if migrated:
-            yield from _guarded("rights", lambda: _rights(connection, settings))
-            yield from _guarded("partitions", lambda: _partitions(connection, settings))
-            yield from _guarded("API keys", lambda: _api_keys(connection, settings))
-            yield from maintenance_findings(connection, settings, _guarded)
-            yield from backlog_findings(connection, _guarded)
-            yield from pause_and_limit_findings(connection, _guarded)
-            yield from open_transaction_findings(connection, _guarded)
+            yield from guarded("rights", lambda: _rights(connection, settings))
+            yield from guarded("partitions", lambda: _partitions(connection, settings))
+            yield from guarded("API keys", lambda: _api_keys(connection, settings))
+            yield from maintenance_findings(connection, settings)
+            yield from backlog_findings(connection)
+            yield from pause_and_limit_findings(connection)
+            yield from open_transaction_findings(connection)
 
 
 def _pooler(connection: BlockingConnection) -> Finding:
@@ -93,21 +90,7 @@ def _pooler(connection: BlockingConnection) -> Finding:
         )
 
 
-def _guarded(check: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings. An error of the database becomes a finding too, so that the other checks go on."""
-    try:
-        yield from findings()
-    except psycopg.errors.InsufficientPrivilege as error:
-        yield warning(check, f"cannot check: {_first_line(error)}", "run this as a member of orchestrator_ops")
-    except psycopg.Error as error:
-        yield problem(check, f"cannot check: {_first_line(error)}", "see the server's log")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _clock(connection: Connection) -> Iterator[Finding]:
+def _clock(connection: BlockingConnection) -> Iterator[Finding]:
     # The fastest of a few answers bounds the difference best.
     answers = []
     for _ in range(5):
@@ -128,7 +111,7 @@ def _clock(connection: Connection) -> Iterator[Finding]:
         yield problem("clock", f"{shown}; receivers refuse signatures that seem minutes old", mend)
 
 
-def _writes(connection: Connection) -> Iterator[Finding]:
+def _writes(connection: BlockingConnection) -> Iterator[Finding]:
     row = connection.execute("select current_setting('transaction_read_only')::boolean, pg_is_in_recovery()").fetchone()
     assert row is not None
     read_only, standby = row
@@ -142,7 +125,7 @@ def _writes(connection: Connection) -> Iterator[Finding]:
         yield ok("writes", "the database takes writes")
 
 
-def _roles(connection: Connection) -> Iterator[Finding]:
+def _roles(connection: BlockingConnection) -> Iterator[Finding]:
     rows = connection.execute("select rolname from pg_roles where rolname = any (%s)", (list(_ROLES),)).fetchall()
     missing = sorted(set(_ROLES) - {str(row[0]) for row in rows})
     if missing:
@@ -155,7 +138,7 @@ def _roles(connection: Connection) -> Iterator[Finding]:
         yield ok("roles", "all roles exist")
 
 
-def _migrations(connection: Connection, settings: Settings) -> Iterator[Finding]:
+def _migrations(connection: BlockingConnection, settings: Settings) -> Iterator[Finding]:
     try:
         pending = migrate.check(settings.database_url)
     except OrchestratorError as error:
@@ -165,13 +148,13 @@ def _migrations(connection: Connection, settings: Settings) -> Iterator[Finding]
     if pending == ["roles.sql"]:
         yield from _grants(connection)
     elif pending:
-        shown = ", ".join(pending[:3]) + (f" and {len(pending) - 3} more" if len(pending) > 3 else "")
+        shown = listed(pending[:3], len(pending))
         yield problem("migrations", f"{len(pending)} pending: {shown}", "run orchestrator migrate")
     else:
         yield ok("migrations", "the schema is up to date")
 
 
-def _grants(connection: Connection) -> Iterator[Finding]:
+def _grants(connection: BlockingConnection) -> Iterator[Finding]:
     rows = connection.execute("select object, lacking, foreign_rights from orchestrator.changed_rights()").fetchall()
     changes = [
         f"{each}: {what} {', '.join(rights)}"
@@ -184,7 +167,7 @@ def _grants(connection: Connection) -> Iterator[Finding]:
     yield problem("grants", what, "run orchestrator migrate")
 
 
-def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
+def _rights(connection: BlockingConnection, settings: Settings) -> Iterator[Finding]:
     row = connection.execute("select current_user, rolsuper from pg_roles where rolname = current_user").fetchone()
     assert row is not None
     user, is_superuser = row
@@ -214,7 +197,7 @@ def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
         yield ok("rights", f"{user} may {', '.join(may)}" + (" (a superuser)" if is_superuser else ""))
 
 
-def _partitions(connection: Connection, settings: Settings) -> Iterator[Finding]:
+def _partitions(connection: BlockingConnection, settings: Settings) -> Iterator[Finding]:
     row = connection.execute(
         "select orchestrator.now() >= first_day and orchestrator.now() < end_day,"
         " extract(epoch from end_day - orchestrator.now())::float8 / 86400, end_day::date::text"
@@ -237,7 +220,7 @@ def _partitions(connection: Connection, settings: Settings) -> Iterator[Finding]
         yield ok("partitions", f"partitions exist for {days_ahead:.0f} days ahead")
 
 
-def _api_keys(connection: Connection, settings: Settings) -> Iterator[Finding]:
+def _api_keys(connection: BlockingConnection, settings: Settings) -> Iterator[Finding]:
     row = connection.execute("select orchestrator.count_api_keys()").fetchone()
     count = row[0] if row else 0
     mend = "create one: orchestrator keys create NAME --scope submit"

@@ -7,11 +7,10 @@ import logging
 from collections.abc import Iterator
 
 import psycopg
-from psycopg.rows import TupleRow
 
-from orchestrator.database.connection import connect_blocking
+from orchestrator.database.connection import BlockingConnection, connect_blocking
 from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
-from orchestrator.errors import OrchestratorError, UnusableDatabase
+from orchestrator.errors import OrchestratorError, UnusableDatabase, first_line
 from orchestrator.settings import Settings
 
 _STALLED_S = 60.0
@@ -44,7 +43,7 @@ def kafka_findings(settings: Settings) -> Iterator[Finding]:
     except psycopg.OperationalError:
         return  # the findings about the database say so
     except psycopg.Error as error:
-        yield warning("ingestion", f"cannot check: {str(error).splitlines()[0]}", "run: orchestrator migrate")
+        yield warning("ingestion", f"cannot check: {first_line(error)}", "run: orchestrator migrate")
 
 
 def _topics(settings: Settings, partitions: dict[str, int]) -> Iterator[Finding]:
@@ -71,9 +70,7 @@ def _topics(settings: Settings, partitions: dict[str, int]) -> Iterator[Finding]
         )
 
 
-def _ingestion(
-    connection: psycopg.Connection[TupleRow], settings: Settings, partitions: dict[str, int]
-) -> Iterator[Finding]:
+def _ingestion(connection: BlockingConnection, settings: Settings, partitions: dict[str, int]) -> Iterator[Finding]:
     from orchestrator.kafka.topics import log_bounds
 
     well = True
@@ -127,7 +124,7 @@ def _halt(topic: str, number: int, offset: int, bounds: tuple[int, int] | None) 
     )
 
 
-def _outbox(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
+def _outbox(connection: BlockingConnection) -> Iterator[Finding]:
     row = connection.execute(
         "select extract(epoch from clock_timestamp() - created_at)::float8 from orchestrator.outbox"
         " order by written_by, message limit 1"

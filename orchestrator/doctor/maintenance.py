@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import psycopg
-from psycopg.rows import TupleRow
-
+from orchestrator.database.connection import BlockingConnection
 from orchestrator.database.maintenance import CONDITION, Condition
-from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
+from orchestrator.doctor.finding import Finding, counted, guarded, ok, problem, warning
 from orchestrator.settings import Settings
 
-Connection = psycopg.Connection[TupleRow]
-_Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
 _RARE_S = 2 * 3600.0
 _FORGOTTEN_S = 86_400.0
 _SHOWN = 3
@@ -22,13 +18,13 @@ _EVERY = (
 )
 
 
-def maintenance_findings(connection: Connection, settings: Settings, guarded: _Guarded) -> Iterator[Finding]:
+def maintenance_findings(connection: BlockingConnection, settings: Settings) -> Iterator[Finding]:
     yield from guarded("maintenance", lambda: _maintenance(connection))
     yield from guarded("retention", lambda: _retention(connection, settings))
     yield from guarded("archive", lambda: _archive(connection))
 
 
-def _maintenance(connection: Connection) -> Iterator[Finding]:
+def _maintenance(connection: BlockingConnection) -> Iterator[Finding]:
     row = connection.execute(CONDITION).fetchone()
     assert row is not None
     found = Condition(*row)
@@ -62,7 +58,7 @@ def _at_least(count: int) -> str:
     return counted(count, "event") if count < _COUNTED else f"{_COUNTED:,} events or more"
 
 
-def _retention(connection: Connection, settings: Settings) -> Iterator[Finding]:
+def _retention(connection: BlockingConnection, settings: Settings) -> Iterator[Finding]:
     row = connection.execute(
         "select retention_days, partition_days_ahead, max_schedule_ahead_days, partitioned_by from orchestrator.control"
     ).fetchone()
@@ -85,7 +81,7 @@ def _retention(connection: Connection, settings: Settings) -> Iterator[Finding]:
         yield ok("retention", f"events are kept for {counted(told[0], 'day')}; partitions are made by {partitioned_by}")
 
 
-def _archive(connection: Connection) -> Iterator[Finding]:
+def _archive(connection: BlockingConnection) -> Iterator[Finding]:
     rows = connection.execute(
         "select r.name, count(*) over () from orchestrator.retired_partition r, orchestrator.control c"
         " where c.archive and r.archived_at is null and r.detached_at < orchestrator.now() - interval '1 day'"

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import psycopg
-from psycopg.rows import TupleRow
+from orchestrator.database.connection import BlockingConnection
+from orchestrator.doctor.finding import Finding, counted, guarded, ok, problem, warning
 
-from orchestrator.doctor.finding import Finding, counted, ok, problem, warning
-
-_Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
 _SHOWN = 5
 
 
-def open_transaction_findings(connection: psycopg.Connection[TupleRow], guarded: _Guarded) -> Iterator[Finding]:
+def open_transaction_findings(connection: BlockingConnection) -> Iterator[Finding]:
     yield from guarded("left open", lambda: _open_transactions(connection))
     yield from guarded("set aside", lambda: _set_aside(connection))
 
 
-def _open_transactions(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
+def _open_transactions(connection: BlockingConnection) -> Iterator[Finding]:
     rows = connection.execute(
         "select orchestrator.holder_text(h), orchestrator.holder_remedy(h), h.blocks"
         " from orchestrator.lock_holders('2 s', '10 s') h"
@@ -37,7 +34,7 @@ def _open_transactions(connection: psycopg.Connection[TupleRow]) -> Iterator[Fin
         yield ok("left open", "no open transaction blocks other sessions")
 
 
-def _set_aside(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
+def _set_aside(connection: BlockingConnection) -> Iterator[Finding]:
     row = connection.execute(
         "select (select count(*) from (select from orchestrator.submission_aside limit 10000) a)"
         ", (select count(*) from orchestrator.control_note)"

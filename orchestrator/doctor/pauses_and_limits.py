@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
-import psycopg
-from psycopg.rows import TupleRow
+from orchestrator.database.connection import BlockingConnection
+from orchestrator.doctor.finding import Finding, counted, guarded, listed, ok, warning
 
-from orchestrator.doctor.finding import Finding, counted, ok, warning
-
-Connection = psycopg.Connection[TupleRow]
-_Guarded = Callable[[str, Callable[[], Iterator[Finding]]], Iterator[Finding]]
 _SHOWN = 3
 
 
-def pause_and_limit_findings(connection: Connection, guarded: _Guarded) -> Iterator[Finding]:
+def pause_and_limit_findings(connection: BlockingConnection) -> Iterator[Finding]:
     yield from guarded("pauses", lambda: _pauses(connection))
     yield from guarded("breakers", lambda: _breakers(connection))
     yield from guarded("rates", lambda: _rates(connection))
 
 
-def _pauses(connection: Connection) -> Iterator[Finding]:
+def _pauses(connection: BlockingConnection) -> Iterator[Finding]:
     row = connection.execute("select paused_at, destinations_paused from orchestrator.standstills()").fetchone()
     assert row is not None
     since, count = row
@@ -33,7 +29,7 @@ def _pauses(connection: Connection) -> Iterator[Finding]:
             " order by paused_at limit %s",
             (_SHOWN,),
         ).fetchall()
-        names = _listed([f"{name} since {_moment(at)}" for name, at in rows], count)
+        names = listed([f"{name} since {_moment(at)}" for name, at in rows], count)
         yield warning(
             "pauses",
             f"{counted(count, 'destination')} paused: {names}",
@@ -43,7 +39,7 @@ def _pauses(connection: Connection) -> Iterator[Finding]:
         yield ok("pauses", "nothing is paused")
 
 
-def _breakers(connection: Connection) -> Iterator[Finding]:
+def _breakers(connection: BlockingConnection) -> Iterator[Finding]:
     rows = connection.execute(
         "select name, opened_at, count(*) over () from orchestrator.lane"
         " where name is not null and breaker <> 'closed' order by opened_at limit %s",
@@ -53,7 +49,7 @@ def _breakers(connection: Connection) -> Iterator[Finding]:
         yield ok("breakers", "no breaker is open")
         return
     count = rows[0][2]
-    names = _listed([f"{name} since {_moment(at)}" for name, at, _ in rows], count)
+    names = listed([f"{name} since {_moment(at)}" for name, at, _ in rows], count)
     yield warning(
         "breakers",
         f"open for {counted(count, 'destination')}, because attempts fail: {names}",
@@ -61,7 +57,7 @@ def _breakers(connection: Connection) -> Iterator[Finding]:
     )
 
 
-def _rates(connection: Connection) -> Iterator[Finding]:
+def _rates(connection: BlockingConnection) -> Iterator[Finding]:
     rows = connection.execute(
         "select f.destination, f.backlog, d.rate_per_second, count(*) over ()"
         " from orchestrator.backlog_forecast('1 s', '1 s') f join orchestrator.destination d on d.name = f.destination"
@@ -75,14 +71,10 @@ def _rates(connection: Connection) -> Iterator[Finding]:
     shown = [f"{name} ({counted(backlog, 'event')} at {rate:g} a second)" for name, backlog, rate, _ in rows]
     yield warning(
         "rates",
-        f"overdue events will take more than an hour: {_listed(shown, rows[0][3])}",
+        f"overdue events will take more than an hour: {listed(shown, rows[0][3])}",
         "see orchestrator forecast; if the receiver can take more: orchestrator destinations set NAME --rate N",
     )
 
 
 def _moment(at: datetime) -> str:
     return at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-
-
-def _listed(names: list[str], count: int) -> str:
-    return ", ".join(names) + (f" and {count - len(names)} more" if count > len(names) else "")

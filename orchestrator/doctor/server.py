@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import psycopg
-from psycopg.rows import TupleRow
-
+from orchestrator.database.connection import BlockingConnection
 from orchestrator.doctor.finding import Finding, ok, problem, warning
 from orchestrator.settings import Settings
 
@@ -23,7 +21,7 @@ _DURABILITY = {
 }
 
 
-def server_findings(connection: psycopg.Connection[TupleRow], settings: Settings) -> Iterator[Finding]:
+def server_findings(connection: BlockingConnection, settings: Settings) -> Iterator[Finding]:
     rows = connection.execute(
         "select name, setting from pg_settings where name = any (%s)",
         ([*_DURABILITY, "autovacuum", "track_counts", "max_connections", "superuser_reserved_connections"],),
@@ -54,7 +52,7 @@ def server_findings(connection: psycopg.Connection[TupleRow], settings: Settings
     yield from _vacuum_blockers(connection)
 
 
-def _vacuum_blockers(connection: psycopg.Connection[TupleRow]) -> Iterator[Finding]:
+def _vacuum_blockers(connection: BlockingConnection) -> Iterator[Finding]:
     sessions = connection.execute(
         """
         select pid, coalesce(usename, '?'), coalesce(nullif(application_name, ''), '?'), state,
