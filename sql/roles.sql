@@ -122,6 +122,9 @@ grant execute on function
   orchestrator.finish_free_events(
     uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[],
     double precision[], integer, double precision[], text[]),
+  orchestrator.finish_delivered(
+    uuid[], tid[], integer[], smallint[], double precision[], integer[], double precision, integer[], integer[],
+    integer[], integer, smallint[], integer),
   orchestrator.release_events(uuid[], integer[]),
   orchestrator.release_free_events(uuid[], integer[]),
   orchestrator.ensure_dedicated_lane(text, boolean),
@@ -182,7 +185,9 @@ grant execute on function
   orchestrator.backlog_forecast(interval, interval, text),
   orchestrator.forecast(interval, interval, text, integer),
   orchestrator.first_day_kept(timestamptz),
-  orchestrator.first_id(timestamptz)
+  orchestrator.first_id(timestamptz),
+  orchestrator.batch_may_hold(uuid, timestamptz, uuid, uuid),
+  orchestrator.batch_outcomes(orchestrator.delivered_batch)
 to orchestrator_read, orchestrator_ops;
 
 -- Operating: destinations and pauses.
@@ -234,9 +239,9 @@ begin
       and p.proname not in (
         'open_staging', 'submit_staged', 'submit_staged_with_status', 'try_submit_staged'
         , 'try_submit_staged_with_status', 'keep_answer', 'kept_answer', 'prove_writing', 'claim_due_events'
-        , 'finish_events', 'finish_free_events', 'release_events', 'release_free_events', 'raise_floors', 'next_due_at'
-        , 'backlog', 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending'
-        , 'staging_problem')
+        , 'finish_events', 'finish_free_events', 'finish_delivered', 'release_events', 'release_free_events'
+        , 'raise_floors', 'next_due_at', 'backlog', 'advance_offsets', 'ingest_offsets', 'outbox_batch'
+        , 'outbox_published', 'outbox_pending', 'staging_problem')
   loop
     execute format('alter function %s set timezone = ''UTC'' set datestyle = ISO set intervalstyle = postgres '
       'set extra_float_digits = 1', v_function);

@@ -72,7 +72,7 @@ def herd_null(database_url: str, events: int, dispatchers: int, *, bare: bool) -
     with psycopg.connect(database_url) as connection, connection.cursor("started") as started:
         started.itersize = 10_000
         started.execute(
-            "select event_id::text, extract(epoch from started_at)::float8 from orchestrator.outcome"
+            "select event_id::text, extract(epoch from started_at)::float8 from orchestrator.outcomes"
             " where scheduled_at = %s and result = 'delivered'",
             (at,),
         )

@@ -100,7 +100,7 @@ def delivered_by_period(database_url: str, began_s: float, seconds: float) -> li
             """select floor((extract(epoch from finished_at)::float8 - %(began)s) / %(length)s)::integer, count(*)
                  , percentile_disc(array[0.5, 0.99])
                      within group (order by extract(epoch from started_at - due_at)::float8 * 1000)
-            from orchestrator.outcome where result = 'delivered' group by 1""",
+            from orchestrator.outcomes where result = 'delivered' group by 1""",
             {"began": began_s, "length": length_s},
         ).fetchall()
     found = {number: (count, late) for number, count, late in rows}

@@ -15,7 +15,8 @@ from typing import LiteralString
 import psycopg
 
 from orchestrator.bench.workload import chunks, new_run, spread, submissions
-from orchestrator.database import COPY_SUBMISSIONS, Finished, Leases, connect
+from orchestrator.database import COPY_SUBMISSIONS, Leases, connect
+from orchestrator.dispatch.attempt import DELIVERED, Attempted, finished
 from orchestrator.errors import OrchestratorError
 from orchestrator.events.encoding import copy_row
 from orchestrator.events.submission import Submission
@@ -61,7 +62,7 @@ def run(database_url: str, events: int, batch: int) -> dict[str, object]:
             "wal_bytes_per_event": round((after - before) / events),
             "wal_bytes_per_event_submit": round((between - before) / events),
             "lost": left[0] if left else events,
-            "bytes": {name: _size(watching, name) for name in ("event", "timer", "outcome")},
+            "bytes": {name: _size(watching, name) for name in ("event", "timer", "outcome", "delivered_batch")},
             **_dropped(watching, started),
         }
 
@@ -172,13 +173,11 @@ def _keep_barrier(start: Barrier) -> None:
 def _client(settings: Settings, batch: int) -> None:
     async def work() -> None:
         async with Leases.open(settings, "bench", None) as leases:
+            attempted = Attempted(DELIVERED, 200)
             await asyncio.to_thread(_start.wait, _START_S)
             while claimed := (await leases.claim(batch, lease_s=60, lookahead_s=0))[1]:
                 now_s = time.time()
-                results = [
-                    Finished(event.event_id, event.attempt, "delivered", 200, now_s, now_s, None, None, None, now_s)
-                    for event in claimed
-                ]
+                results = [finished(event, attempted, now_s, 0.0) for event in claimed]
                 if odd := await leases.finish(results):
                     raise OrchestratorError(f"bench: a result was refused: {odd[0]}")
 

@@ -168,7 +168,7 @@ def _sizes(database_url: str) -> dict[str, Any]:
 def _counts(database_url: str) -> dict[str, int]:
     """The outcomes of the events and their attempts."""
     with psycopg.connect(database_url) as connection:
-        return dict(connection.execute("select result, count(*) from orchestrator.outcome group by 1").fetchall())
+        return dict(connection.execute("select result, count(*) from orchestrator.outcomes group by 1").fetchall())
 
 
 # A row takes its own bytes, as a composite value does, and a line pointer of four.

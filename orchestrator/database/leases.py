@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
+from operator import attrgetter
 from typing import LiteralString, NamedTuple
 
 import msgspec
 from psycopg.rows import TupleRow
 
 from orchestrator.database.connection import HOLDERS, Connection, connect, translated
+from orchestrator.database.delivered import delivered_arguments, is_plain
 from orchestrator.settings import Settings
 
 NOTIFY_CHANNEL = "orchestrator_due"
+_LEAST_PLAIN = 8  # fewer results cost more to encode for finish_delivered() than it saves
 _PATIENCE = "100ms"  # claims and other finishes hold their locks for less
 
 
@@ -45,12 +48,13 @@ class Claimed(msgspec.Struct, gc=False):
     expires_at: float | None = None
     correlation_id: str | None = None
     traceparent: str | None = None
+    tid: str | None = None
 
 
 class Finished(msgspec.Struct, gc=False):
     """The result of an attempt: ``delivered``, ``retry`` or ``fail``; times in Unix seconds by the database's clock.
 
-    `correlation_id` is for the log alone.
+    `tid` is where the claim left the timer, None: unknown. `correlation_id` is for the log alone.
     """
 
     event_id: str
@@ -65,6 +69,9 @@ class Finished(msgspec.Struct, gc=False):
     claimed_at: float
     waited: str | None = None
     correlation_id: str | None = None
+    scheduled_at: str = ""
+    due_at: float = 0.0
+    tid: str | None = None
 
 
 class NotDelivered(NamedTuple):
@@ -76,6 +83,7 @@ class NotDelivered(NamedTuple):
     event_id: str
     result: str
     due_at: float | None
+    attempt: int
 
 
 class Claims(NamedTuple):
@@ -174,14 +182,21 @@ class Leases:
         Raises Blocked, and has recorded nothing, when another session's open transaction holds any of the events, or
         a row that must change with them.
         """
-        return await self._record(_FINISH, results)
+        ordered = sorted(results, key=_event_id)
+        plain = [result for result in ordered if is_plain(result)]
+        if len(plain) >= _LEAST_PLAIN and (arguments := delivered_arguments(plain)) is not None:
+            with translated():
+                cursor = await self._finishing.execute(_FINISH_DELIVERED, (*arguments, self.worker))
+                row = await cursor.fetchone()
+            missed = set(row[0] or ()) if row else set()
+            ordered = [result for result in ordered if result.event_id in missed or not is_plain(result)]
+        return await self._record(_FINISH, ordered) if ordered else []
 
     async def finish_free(self, results: Sequence[Finished]) -> list[NotDelivered]:
         """As `finish`, without waiting: what another session holds is answered as blocked."""
-        return await self._record(_FINISH_FREE, results)
+        return await self._record(_FINISH_FREE, sorted(results, key=_event_id))
 
-    async def _record(self, query: LiteralString, results: Sequence[Finished]) -> list[NotDelivered]:
-        ordered = sorted(results, key=_event_id)
+    async def _record(self, query: LiteralString, ordered: Sequence[Finished]) -> list[NotDelivered]:
         with translated():
             cursor = await self._finishing.execute(
                 query,
@@ -225,8 +240,7 @@ class Leases:
         return row[0] if row else ""
 
 
-def _event_id(item: Claimed | Finished) -> str:
-    return item.event_id
+_event_id = attrgetter("event_id")
 
 
 def _array(values: list[str]) -> str:
@@ -251,13 +265,18 @@ select nullif(current_setting('orchestrator.claim_again_at', true), '')::float8
      , null, null, null, null, null, null, null, null, null, null, null, null, null, null, null
 """
 _OWN_LANE: LiteralString = "select orchestrator.ensure_dedicated_lane(orchestrator.destination_name(%s, %s), false)"
+_FINISH_DELIVERED: LiteralString = """
+select orchestrator.finish_delivered(
+  %s::uuid[], %s::tid[], %s::integer[], %s::smallint[], %s::float8[], %s::integer[], %s::float8, %s::integer[],
+  %s::integer[], %s::integer[], %s::integer, %s::smallint[], %s)::text[]
+"""
 _FINISH: LiteralString = """
-select event_id, result, extract(epoch from due_at)::float8 from orchestrator.finish_events(
+select event_id, result, extract(epoch from due_at)::float8, attempt from orchestrator.finish_events(
   %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[], %s::text[], %s::text[],
   %s::float8[], %s, %s::float8[], %s::text[])
 """
 _FINISH_FREE: LiteralString = """
-select event_id, result, extract(epoch from due_at)::float8 from orchestrator.finish_free_events(
+select event_id, result, extract(epoch from due_at)::float8, attempt from orchestrator.finish_free_events(
   %s::uuid[], %s::integer[], %s::text[], %s::integer[], %s::float8[], %s::float8[], %s::text[], %s::text[],
   %s::float8[], %s, %s::float8[], %s::text[])
 """

@@ -31,6 +31,11 @@ _RUNS = 100
 # Reads the same rows in the same order each time, so that an existing file can be recognised as the same.
 _IN_ORDER = {"synchronize_seqscans": "off", "max_parallel_workers_per_gather": "0"}
 
+_BATCHES = "delivered_batch_p"
+_OUTCOMES = sql.SQL(
+    "select o.* from {} b cross join lateral orchestrator.batch_outcomes(row(b.*)::orchestrator.delivered_batch) o"
+)
+
 
 class Retention(NamedTuple):
     """How long the database keeps events, and which partitions it makes; None: as it was told before."""
@@ -241,19 +246,20 @@ class Retired:
             return [row[0] for row in self._connection.execute("select name from orchestrator.partitions_to_archive()")]
 
     def columns(self, name: str) -> list[tuple[str, str]]:
-        """Names and types of the columns, in order: ``("scheduled_at", "timestamp with time zone")``."""
+        """Names and types of the columns of `rows`, in order: ``("scheduled_at", "timestamp with time zone")``."""
         with translated():
             return self._connection.execute(
                 "select attname, format_type(atttypid, atttypmod) from pg_attribute"
                 " where attrelid = format('orchestrator.%%I', %s::text)::regclass and attnum > 0 and not attisdropped"
                 " order by attnum",
-                (name,),
+                ("outcome" if name.startswith(_BATCHES) else name,),
             ).fetchall()
 
     def rows(self, name: str, *, header: bool) -> Generator[Buffer, None, None]:
-        """The table as COPY writes CSV, in UTF-8, a whole row at a time."""
-        statement = sql.SQL("copy (select * from {}) to stdout (format csv, header {}, encoding 'UTF8')").format(
-            sql.Identifier("orchestrator", name), sql.Literal(header)
+        """The table as COPY writes CSV, in UTF-8, a whole row at a time; delivered batches as rows of ``outcome``."""
+        of = _OUTCOMES if name.startswith(_BATCHES) else sql.SQL("select * from {}")
+        statement = sql.SQL("copy ({}) to stdout (format csv, header {}, encoding 'UTF8')").format(
+            of.format(sql.Identifier("orchestrator", name)), sql.Literal(header)
         )
         connection = self._connection
         with translated(), connection.transaction(), connection.cursor() as cursor, cursor.copy(statement) as copy:

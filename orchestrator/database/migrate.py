@@ -31,7 +31,7 @@ _TABLES = """
 select relname from pg_class
 where relnamespace = 'orchestrator'::regnamespace and relkind in ('r', 'p') and not relispartition
   and relname <> 'migration'
-order by array_position(array['event', 'outcome', 'timer'], relname::text), relname
+order by array_position(array['event', 'outcome', 'delivered_batch', 'timer'], relname::text), relname
 """
 _ALWAYS = ("functions/90_plans.sql", "roles.sql")  # applied when anything else is
 _MAINTENANCE_TRIES = 100

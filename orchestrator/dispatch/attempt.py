@@ -60,6 +60,9 @@ def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: fl
         event.claimed_at,
         event.waited,
         event.correlation_id,
+        event.scheduled_at,
+        event.due_at,
+        event.tid,
     )
 
 

@@ -123,9 +123,9 @@ class Finisher:
             with self._metrics.finish_seconds.time():
                 exceptions = await self._finish_all(leases, batch)
             del self._results[: len(batch)]
-            blocked = {exception.event_id for exception in exceptions if exception.result == "blocked"}
-            self._aside += [result for result in batch if result.event_id in blocked]
-            self._report([result for result in batch if result.event_id not in blocked], exceptions)
+            blocked = {_lease(exception) for exception in exceptions if exception.result == "blocked"}
+            self._aside += [result for result in batch if _lease(result) in blocked]
+            self._report([result for result in batch if _lease(result) not in blocked], exceptions)
             if self._freeing:
                 self._freeing = max(0, self._freeing - len(batch))
                 self._on_freed()
@@ -151,7 +151,7 @@ class Finisher:
             return await self._finish(leases.finish_free, batch)
         except Blocked:  # the whole table
             self._be_careful()
-            return [NotDelivered(result.event_id, "blocked", None) for result in batch]
+            return [NotDelivered(result.event_id, "blocked", None, result.attempt) for result in batch]
 
     async def _release_all(self, leases: Leases, unused: Sequence[Claimed]) -> tuple[int, set[str]]:
         try:
@@ -200,7 +200,7 @@ class Finisher:
             context = {"event_id": result.event_id, "attempt": result.attempt, "reason": str(error)}
             if result.error in (None, _REFUSED) and not result.response:
                 _log.error("the database refused a result; its lease runs out", extra=context)
-                return [NotDelivered(result.event_id, "stale", None)]
+                return [NotDelivered(result.event_id, "stale", None, result.attempt)]
             # A result without its text is worth more than none.
             _log.error("the database refused the text of a result; the result is recorded without it", extra=context)
             result.error, result.response = result.error and _REFUSED, None
@@ -208,15 +208,10 @@ class Finisher:
 
     def _report(self, batch: Sequence[Finished], exceptions: Sequence[NotDelivered]) -> None:
         delivered = sum(result.result == "delivered" for result in batch)
-        given: dict[str, list[Finished]] = {}
-        if exceptions:
-            # A batch may hold a late result of an event beside its newest; the stale ones are the earliest.
-            for result in sorted(batch, key=lambda result: result.attempt, reverse=True):
-                given.setdefault(result.event_id, []).append(result)
-        for exception in sorted(exceptions, key=lambda exception: exception.result == "stale", reverse=True):
-            if not given.get(exception.event_id):
+        given = {_lease(result): result for result in batch} if exceptions else {}
+        for exception in exceptions:
+            if (attempt := given.get(_lease(exception))) is None:
                 continue  # blocked, and set aside
-            attempt = given[exception.event_id].pop()
             context = {"event_id": exception.event_id}
             if attempt.error:
                 context |= {"attempt": str(attempt.attempt), "error": attempt.error}
@@ -235,3 +230,7 @@ class Finisher:
                 self._metrics.events_stale_total.inc()
                 _log.warning("lease was lost before its result was recorded", extra=context)
         self._metrics.events_delivered_total.inc(delivered)
+
+
+def _lease(of: Finished | NotDelivered) -> tuple[str, int]:
+    return of.event_id, of.attempt

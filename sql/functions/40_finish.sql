@@ -26,9 +26,9 @@ comment on function orchestrator.check_results(uuid[], integer[], text[]) is
 
 -- Without settings of its own, so that the planner inlines it.
 create or replace function orchestrator.stale_results(p_event_ids uuid[], p_attempts integer[], p_worker integer)
-returns table (event_id uuid)
+returns table (event_id uuid, attempt integer)
 language sql stable as $$
-  select r.event_id
+  select r.event_id, r.attempt
   from unnest(p_event_ids, p_attempts) as r (event_id, attempt)
   -- Deliberately a count: the planner would join an exists, which is slower.
   where 0 = (
@@ -36,9 +36,11 @@ language sql stable as $$
     where o.event_id = r.event_id and o.attempt = r.attempt and o.worker is not distinct from p_worker
       and o.error is distinct from orchestrator.lost_lease()
       and orchestrator.in_millisecond_of(r.event_id, o.scheduled_at))
+    and (r.attempt = 1 and r.event_id in (
+      select d from unnest((select orchestrator.delivered_before(p_event_ids, p_worker))) d)) is not true
 $$;
 comment on function orchestrator.stale_results(uuid[], integer[], integer) is
-  'Events whose result is not in the log: another claim took them before it came';
+  'Results that are not in the log: another claim took their events before they came';
 
 -- One step of finish_events(), with its settings: all were delivered, without a remark in p_errors.
 create or replace function orchestrator.record_delivered(
@@ -92,8 +94,8 @@ begin
     group by 3, 4
   )
   select count(*)
-    , array_agg(row(f.event_id, f.scheduled_at, 'delivered', null, f.claimed_at)::orchestrator.finished_event)
-      filter (where p_announced)
+    , array_agg(row(f.event_id, f.scheduled_at, 'delivered', null, f.claimed_at, f.attempt)
+        ::orchestrator.finished_event) filter (where p_announced)
     , array_agg(f.ordering) filter (where f.ordering is not null)
     , array_agg(row(f.lane, f.event_id, true, f.status_code, f.started_at, f.finished_at)::orchestrator.lane_result)
       filter (where orchestrator.is_dedicated(f.lane))
@@ -189,7 +191,8 @@ begin
     group by 3, 4
   )
   select count(*)
-    , array_agg(row(f.event_id, f.scheduled_at, f.result, f.next_due_at, f.claimed_at)::orchestrator.finished_event)
+    , array_agg(row(f.event_id, f.scheduled_at, f.result, f.next_due_at, f.claimed_at, f.attempt)
+        ::orchestrator.finished_event)
     , array_agg(f.ordering) filter (where f.ordering is not null)
     -- Of the shared lanes only failures: they give a destination a dedicated lane, with a breaker. For the
     -- breaker fail is a success: the destination works, and refuses this event.
@@ -226,7 +229,7 @@ create or replace function orchestrator.finish_events(
   p_worker integer default 0,
   p_claimed_at double precision[] default null,
   p_waited text[] default null)  -- JSON, as the claim gave it
-returns table (event_id uuid, result text, due_at timestamptz)
+returns table (event_id uuid, result text, due_at timestamptz, attempt integer)
 language plpgsql security definer rows 10
 set search_path = orchestrator, pg_temp
 set plan_cache_mode = force_generic_plan
@@ -260,7 +263,7 @@ begin
       p_event_ids, p_attempts, p_results, p_status_codes, p_started_at, p_finished_at, p_errors, p_responses
     , p_retry_after, p_worker, p_claimed_at, p_waited, v_now);
     return query
-    select f.event_id, f.result, f.due_at from unnest(v_done.finished) f where f.result <> 'delivered';
+    select f.event_id, f.result, f.due_at, f.attempt from unnest(v_done.finished) f where f.result <> 'delivered';
   end if;
 
   -- Step 2: announce the events that have ended.
@@ -288,7 +291,7 @@ begin
   -- since, or the call is repeated.
   if v_done.count < cardinality(p_event_ids) then
     return query
-    select s.event_id, 'stale', null::timestamptz
+    select s.event_id, 'stale', null::timestamptz, s.attempt
     from orchestrator.stale_results(p_event_ids, p_attempts, p_worker) s;
   end if;
 end $$;
@@ -297,8 +300,8 @@ comment on function orchestrator.finish_events(
 , integer, double precision[], text[]) is
   'Records results of leased attempts, one array element each: delivered, retry (try again if attempts are left), or '
   'fail (for good); times are Unix seconds. '
-  'Returns those not delivered: retried with the next due_at, dead, or stale, when the lease was lost and nothing was '
-  'recorded';
+  'Returns those not delivered, with their attempt: retried with the next due_at, dead, or stale, when the lease was '
+  'lost and nothing was recorded';
 
 create or replace function orchestrator.release_events(p_event_ids uuid[], p_attempts integer[]) returns integer
 language plpgsql security definer
@@ -392,7 +395,7 @@ create or replace function orchestrator.finish_free_events(
   p_worker integer default 0,
   p_claimed_at double precision[] default null,
   p_waited text[] default null)
-returns table (event_id uuid, result text, due_at timestamptz)
+returns table (event_id uuid, result text, due_at timestamptz, attempt integer)
 language plpgsql security definer rows 10
 set search_path = orchestrator, pg_temp as $$
 #variable_conflict use_column
@@ -403,7 +406,7 @@ begin
   -- its count.
   perform set_config('orchestrator.wait', 'off', true);
   return query
-  select f.event_id, f.result, f.due_at
+  select f.event_id, f.result, f.due_at, f.attempt
   from (
     select array_agg(r.event_id) as event_ids
       , array_agg(r.attempt) as attempts
@@ -426,7 +429,9 @@ begin
   , r.retry_after, p_worker, r.claimed_at, r.waited) f
   where r.event_ids is not null
   union all
-  select b, 'blocked', null from unnest(v_blocked) b;
+  select r.event_id, 'blocked', null, r.attempt
+  from unnest(p_event_ids, p_attempts) as r (event_id, attempt)
+  where r.event_id = any (v_blocked);
   perform set_config('orchestrator.wait', '', true);
 end $$;
 comment on function orchestrator.finish_free_events(

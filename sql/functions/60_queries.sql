@@ -1,5 +1,23 @@
 -- Questions: what the API, the CLI and an operator ask. All answers are JSON as clients see it.
 
+-- Inlined: the planner leaves out all days but one.
+create or replace function orchestrator.event_outcomes(p_id uuid, p_scheduled_at timestamptz)
+returns setof orchestrator.outcome
+language sql stable as $$
+  select o.* from orchestrator.outcome o where o.event_id = p_id and o.scheduled_at = p_scheduled_at
+  union all
+  select o.*
+  from orchestrator.delivered_batch b
+  cross join lateral orchestrator.batch_outcomes(b) o
+  where o.event_id = p_id and orchestrator.batch_may_hold(p_id, b.scheduled_at, b.first_id, b.last_id)
+  union all
+  select h.id, h.scheduled_at, null, null, h.ended_at, null, 0, null, h.ended_as, null, null, null, null, h.successor
+  from orchestrator.horizon h
+  where h.id = p_id and h.scheduled_at = p_scheduled_at and h.ended_at is not null
+$$;
+comment on function orchestrator.event_outcomes(uuid, timestamptz) is
+  'The outcomes of one event, wherever they are kept; of those without an attempt, attempt is 0';
+
 -- spread_ms is read off the due time of the first attempt where the event has no spread of its own: its
 -- destination's may be another by now.
 create or replace function orchestrator.event_json(p_id uuid, p_scheduled_at timestamptz) returns json
@@ -31,16 +49,15 @@ set enable_seqscan = off as $$
           , array_position(
               array['retried', 'delivered', 'dead', 'redriven', 'cancelled', 'rescheduled', 'expired'], o.result)
           , o.finished_at)
-      from orchestrator.outcomes o
-      left join orchestrator.worker w using (worker)
-      where o.event_id = s.id and o.scheduled_at = s.scheduled_at), '[]'))
+      from orchestrator.event_outcomes(p_id, p_scheduled_at) o
+      left join orchestrator.worker w using (worker)), '[]'))
   from orchestrator.event_status s
   left join orchestrator.timer t on t.event_id = s.id
   cross join lateral (
     select coalesce(
       (select o.due_at
-       from orchestrator.outcome o
-       where o.event_id = s.id and o.scheduled_at = s.scheduled_at and o.due_at is not null
+       from orchestrator.event_outcomes(p_id, p_scheduled_at) o
+       where o.due_at is not null
        order by o.attempt
        limit 1)
     , s.due_at) as due_at) f

@@ -1,6 +1,6 @@
--- Partitions: days of event and outcome, named and bounded as pg_partman does. They are created ahead,
--- attached again when somebody detached one that is needed, retired when all of their events have ended
--- and retention is over, and dropped an hour later. Called by run_maintenance().
+-- Partitions: days of event, outcome and delivered_batch, named and bounded as pg_partman does. They are
+-- created ahead, attached again when somebody detached one that is needed, retired when all of their events
+-- have ended and retention is over, and dropped an hour later. Called by run_maintenance().
 
 create or replace function orchestrator.partition_days() returns date[]
 language sql stable security definer
@@ -102,7 +102,7 @@ set search_path = orchestrator, pg_temp
 as $$
   select parent.name, d::date, orchestrator.partition_name(parent.name, d::date)
   from generate_series(p_first, p_last, interval '1 day') d
-  cross join (values ('event'), ('outcome')) parent (name)
+  cross join (values ('event'), ('outcome'), ('delivered_batch')) parent (name)
   where to_regclass('orchestrator.' || orchestrator.partition_name(parent.name, d::date)) is null
 $$;
 comment on function orchestrator.missing_partitions(date, date) is
@@ -120,8 +120,8 @@ begin
   return orchestrator.make_partitions(p_first, p_last);
 end $$;
 comment on function orchestrator.create_partitions(date, date) is
-  'Creates the missing daily partitions of event and outcome; returns how many. Refused in a transaction that goes on, '
-  'since submissions beyond the last day wait for its end';
+  'Creates the missing daily partitions of event, outcome and delivered_batch; returns how many. '
+  'Refused in a transaction that goes on, since submissions beyond the last day wait for its end';
 
 create or replace function orchestrator.attach_partition(p_parent text, p_day date) returns void
 language plpgsql security definer
@@ -175,7 +175,7 @@ begin
     from pg_class c
     cross join lateral (select to_date(right(c.relname, 8), 'YYYYMMDD') as day) d
     where c.relnamespace = 'orchestrator'::regnamespace and c.relkind = 'r'
-      and c.relname ~ '^(event|outcome)_p[0-9]{8}$'
+      and c.relname ~ '^(event|outcome|delivered_batch)_p[0-9]{8}$'
       and not exists (select from pg_inherits i where i.inhrelid = c.oid)
       -- Days that are kept, retired ones too: the clock was ahead, or retention was shorter. Of earlier
       -- days those that somebody detached while events of them are still to be delivered.

@@ -69,7 +69,7 @@ $$;
 comment on function orchestrator.has_live_events(date) is
   'Whether an event of this day has a timer, or is in horizon';
 
--- Readers of event and outcome wait at most 40 ms: it gives up then, and once it has the locks, it holds them
+-- Readers of the three tables wait at most 40 ms: it gives up then, and once it has the locks, it holds them
 -- only for a moment. run_maintenance() calls it last.
 create or replace function orchestrator.retire_partition(
   p_now timestamptz, out detached integer, out dead_letters bigint)
@@ -97,12 +97,14 @@ begin
     perform set_config('synchronous_commit', 'off', true);
     lock table only orchestrator.event in access exclusive mode;
     lock table only orchestrator.outcome in access exclusive mode;
+    lock table only orchestrator.delivered_batch in access exclusive mode;
     -- Nobody can redrive one of its events any more, but somebody may just have done so.
     if orchestrator.has_live_events(v_day) then
       raise exception 'events of % were revived meanwhile', v_day using errcode = 'object_in_use';
     end if;
     detached := orchestrator.detach_partition('event', v_day, p_now)
-      + orchestrator.detach_partition('outcome', v_day, p_now);
+      + orchestrator.detach_partition('outcome', v_day, p_now)
+      + orchestrator.detach_partition('delivered_batch', v_day, p_now);
     return;
   end loop;
 end $$;
@@ -171,7 +173,7 @@ begin
       -- Not one that somebody attached again.
       and not exists (select from pg_inherits i where i.inhrelid = to_regclass('orchestrator.' || r.name))
     order by r.name
-    limit 4
+    limit 6
   loop
     execute format('drop table if exists orchestrator.%I', v_name);
     delete from orchestrator.retired_partition r where r.name = v_name;
@@ -180,7 +182,7 @@ begin
   return v_dropped;
 end $$;
 comment on function orchestrator.drop_partitions(timestamptz) is
-  'Drops up to four partitions that were retired an hour ago, and archived if that is configured. '
+  'Drops up to six partitions, two days, that were retired an hour ago, and archived if that is configured. '
   'Within that hour, alter table … attach partition brings a day back';
 
 create or replace function orchestrator.partitions_to_archive() returns table (name text)

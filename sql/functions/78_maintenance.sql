@@ -169,6 +169,7 @@ set enable_bitmapscan = off
 as $$
 declare
   v_control orchestrator.control;
+  v_missing date;
   v_overdue date;
   v_orphaned date;
   v_created bigint := 0;
@@ -178,6 +179,13 @@ begin
     v_created := orchestrator.create_partitions(
       greatest(p_now::date - 7, orchestrator.first_day_kept(p_now)), p_now::date + v_control.partition_days_ahead);
   end if;
+  -- Where pg_partman makes those of event and outcome, this follows.
+  for v_missing in
+    select d from unnest(orchestrator.partition_days()) d
+    where to_regclass('orchestrator.' || orchestrator.partition_name('delivered_batch', d)) is null
+  loop
+    v_created := v_created + orchestrator.create_partitions(v_missing, v_missing);
+  end loop;
   -- If maintenance did not run in time, overdue days of the horizon get their partitions now: their
   -- events are late, not lost.
   select h.scheduled_at::date into v_overdue from orchestrator.horizon h order by h.id limit 1;
@@ -191,7 +199,7 @@ begin
     from (select t.scheduled_at from orchestrator.timer t order by t.event_id limit 1) first
     cross join generate_series(
       first.scheduled_at::date, orchestrator.first_day_kept(p_now) - 1, interval '1 day') d
-    where to_regclass('orchestrator.' || orchestrator.partition_name('outcome', d::date)) is null
+    where exists (select from orchestrator.missing_partitions(d::date, d::date) m where m.parent <> 'event')
       and exists (
         select from orchestrator.timer t
         where t.event_id >= orchestrator.first_id(d::date::timestamptz)

@@ -22,12 +22,12 @@ as $$
       , coalesce(c.relacl, acldefault(case c.relkind when 'S' then 's' else 'r' end::"char", c.relowner))
     from pg_class c
     where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'p', 'v', 'S')
-      and c.relname !~ '^(event|outcome)_p[0-9]{8}$'
+      and c.relname !~ '^(event|outcome|delivered_batch)_p[0-9]{8}$'
     union all
     select 'partition ' || c.relname, c.relowner, c.relacl
     from pg_class c
     where c.relnamespace = 'orchestrator'::regnamespace and c.relkind = 'r'
-      and c.relname ~ '^(event|outcome)_p[0-9]{8}$' and c.relacl is not null
+      and c.relname ~ '^(event|outcome|delivered_batch)_p[0-9]{8}$' and c.relacl is not null
     union all
     select 'type ' || c.relname, c.relowner, null
     from pg_class c

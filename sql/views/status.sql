@@ -18,17 +18,26 @@ from orchestrator.horizon h;
 comment on view orchestrator.stored_event is 'Every event, wherever it is kept: event and horizon';
 comment on column orchestrator.stored_event.beyond is 'Whether it is in horizon';
 
+-- Joined with event, so that the planner may begin with the id of one event, or with whole days.
 drop view if exists orchestrator.outcomes;
 create view orchestrator.outcomes as
 select o.event_id, o.scheduled_at, o.due_at, o.claimed_at, o.started_at, o.finished_at, o.worker
   , o.attempt, o.status_code, o.result, o.error, o.response, o.waited, o.successor
 from orchestrator.outcome o
 union all
+select o.event_id, e.scheduled_at, o.due_at, o.claimed_at, o.started_at, o.finished_at, o.worker
+  , o.attempt, o.status_code, o.result, o.error, o.response, o.waited, o.successor
+from orchestrator.event e
+join (
+  orchestrator.delivered_batch b cross join lateral orchestrator.batch_outcomes(b) o)
+  on o.event_id = e.id and orchestrator.batch_may_hold(e.id, b.scheduled_at, b.first_id, b.last_id)
+union all
 select h.id, h.scheduled_at, null, null, null, h.ended_at, null
   , 0, null, h.ended_as, null, null, null, h.successor
 from orchestrator.horizon h
 where h.ended_at is not null;
-comment on view orchestrator.outcomes is 'What happened to events, wherever they are kept';
+comment on view orchestrator.outcomes is
+  'What happened to events, wherever it is kept: outcome, delivered_batch and horizon';
 
 create view orchestrator.event_status as
 select e.id, e.source, e.external_job_id, e.scheduled_at, e.delivery_type, e.destination, e.ordering_key, e.payload
@@ -41,18 +50,20 @@ select e.id, e.source, e.external_job_id, e.scheduled_at, e.delivery_type, e.des
       when t.retrying
         or t.event_id is not null and t.source is null and o.result in ('retried', 'redriven') then 'retrying'
       when t.event_id is not null then 'scheduled'
+      when d.event_id is not null then d.result
       when o.result in ('delivered', 'dead', 'cancelled', 'rescheduled', 'expired') then o.result
       when e.beyond then coalesce(e.ended_as, 'scheduled')
       else 'lost'
     end as status
-  , coalesce(t.attempt, o.attempt, 0) as attempt
+  , coalesce(t.attempt, o.attempt, d.attempt, 0) as attempt
   , case
       when e.beyond and e.ended_at is null
         then e.scheduled_at + coalesce(orchestrator.spread_shift(e.id, e.spread), '0 s')
       else t.due_at end as due_at
   , case when t.lease_until > orchestrator.now() then t.lease_until end as lease_until
   , case when t.lease_until > orchestrator.now() then t.worker end as worker
-  , coalesce(o.finished_at, e.ended_at) as last_finished_at, o.status_code as last_status_code, o.error as last_error
+  , coalesce(o.finished_at, d.finished_at, e.ended_at) as last_finished_at
+  , coalesce(o.status_code, d.status_code) as last_status_code, o.error as last_error
   , coalesce(o.successor, e.successor) as successor
 from orchestrator.stored_event e
 left join orchestrator.timer t on t.event_id = e.id
@@ -64,7 +75,10 @@ left join lateral (
   where o.event_id = e.id and o.scheduled_at = e.scheduled_at
   order by o.attempt desc
     , array_position(array['cancelled', 'rescheduled', 'expired', 'delivered', 'dead', 'redriven', 'retried'], o.result)
-  limit 1) o on true;
+  limit 1) o on true
+left join (
+  orchestrator.delivered_batch b cross join lateral orchestrator.batch_outcomes(b) d)
+  on d.event_id = e.id and orchestrator.batch_may_hold(e.id, b.scheduled_at, b.first_id, b.last_id);
 comment on view orchestrator.event_status is
   'Every event with its state: scheduled, in_flight, retrying, delivered, dead, cancelled, rescheduled or expired '
   '(lost would be a fault of this system)';

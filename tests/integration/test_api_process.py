@@ -198,7 +198,7 @@ async def test_idle_connections_that_fill_the_api_cost_no_event_its_first_attemp
         for writer in writers:
             writer.transport.abort()
     assert arrivals(receiver.requests) == dict.fromkeys(ids, 1)
-    assert client.column("select distinct attempt from orchestrator.outcome") == [1]
+    assert client.column("select distinct attempt from orchestrator.outcomes") == [1]
     assert_laws(client, receiver.requests, ids)
     assert "Too many open files" not in pair.process.log()
     assert await pair.process.stop() == 0
@@ -213,5 +213,5 @@ async def test_deliveries_keep_within_the_descriptors_there_are(
     ids = client.schedule_many(300, scheduled_at=soon(0.2), destination=receiver.url(), max_retries=0)
     await finished(client, ids)
     assert arrivals(receiver.requests) == dict.fromkeys(ids, 1)
-    assert client.column("select distinct attempt from orchestrator.outcome") == [1]
+    assert client.column("select distinct attempt from orchestrator.outcomes") == [1]
     assert await process.stop() == 0

@@ -104,7 +104,7 @@ async def test_every_event_is_delivered_once_and_on_time_and_never_early(
     assert arrivals(receiver.requests) == dict.fromkeys(ids, 1)
     assert statuses(client, ids) == {"delivered": 250}
     assert_laws(client, receiver.requests, ids)
-    lateness = client.column("select extract(epoch from started_at - due_at)::float8 from orchestrator.outcome")
+    lateness = client.column("select extract(epoch from started_at - due_at)::float8 from orchestrator.outcomes")
     assert sorted(lateness)[len(lateness) // 2] < 0.1
 
 
@@ -560,7 +560,7 @@ async def test_results_that_waited_for_the_database_are_recorded_before_the_next
             await finished(client, ids)
             await eventually(lambda: running.value("database_reconnects_total") == 1)
             assert statuses(client, ids) == {"delivered": 20}
-            assert client.value("select max(attempt) from orchestrator.outcome") == 1
+            assert client.value("select max(attempt) from orchestrator.outcomes") == 1
     assert sorted(gate.sent) == sorted(ids)
 
 

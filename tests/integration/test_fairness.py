@@ -84,7 +84,7 @@ async def test_a_destination_that_hangs_does_not_stop_others_not_even_in_its_lan
             assert lane(client, hanging) >= 64
         assert arrivals(elsewhere.requests + beside.requests) == dict.fromkeys(others, 1)
         late = client.column(
-            """select extract(epoch from started_at - due_at)::float8 from orchestrator.outcome
+            """select extract(epoch from started_at - due_at)::float8 from orchestrator.outcomes
             where event_id = any (%s::uuid[]) order by 1""",
             others,
         )
@@ -254,7 +254,7 @@ async def test_a_slot_of_a_rate_that_passed_is_given_back_and_another_one_used(
         await finished(client, ids)
         assert running.value("event_slots_missed_total") == 2
     assert statuses(client, ids) == {"delivered": 3}
-    assert client.value("select max(attempt) from orchestrator.outcome") == 2  # the lease of the slot missed was one
+    assert client.value("select max(attempt) from orchestrator.outcomes") == 2  # the lease of the slot missed was one
 
 
 async def test_a_bounded_destination_is_served_without_waiting_for_polls(
@@ -266,7 +266,7 @@ async def test_a_bounded_destination_is_served_without_waiting_for_polls(
     async with dispatching(settings(SCHEDULER_POLL_INTERVAL_MS="10000")):
         await finished(client, ids)
     assert time.monotonic() - began_s < 8
-    spans = client.rows("select started_at, finished_at from orchestrator.outcome order by started_at")
+    spans = client.rows("select started_at, finished_at from orchestrator.outcomes order by started_at")
     assert all(later[0] >= earlier[1] for earlier, later in itertools.pairwise(spans))
 
 

@@ -107,7 +107,7 @@ async def test_a_killed_database_loses_nothing_and_attempts_in_flight_are_record
     with Client(url) as client:
         await delivered(client, receiver, ids + in_flight)
         attempts = client.column(
-            "select attempt from orchestrator.outcome where event_id = any (%s::uuid[])", in_flight
+            "select attempt from orchestrator.outcomes where event_id = any (%s::uuid[])", in_flight
         )
         assert attempts == [1] * 20
     assert await process.stop() == 0
@@ -154,7 +154,7 @@ async def test_a_dispatcher_that_slept_through_its_leases_does_no_harm(
     assert await sleeper.stop() == 0
     assert await other.stop() == 0
     await delivered(client, receiver, in_flight + held, repeated=in_flight)
-    workers = client.column("select distinct worker from orchestrator.outcome")
+    workers = client.column("select distinct worker from orchestrator.outcomes")
     assert len(workers) == 1  # nothing that the sleeper said was recorded
 
 
@@ -166,7 +166,7 @@ async def test_two_dispatchers_share_the_work_and_deliver_nothing_twice(
     herd = spread(1000, soon(1), 0.001, receiver.url())
     ids = submitted(client, *herd, *spread(500, soon(0), 1.5, receiver.url()))
     await delivered(client, receiver, ids)
-    shares = Counter(client.column("select worker from orchestrator.outcome"))
+    shares = Counter(client.column("select worker from orchestrator.outcomes"))
     assert len(shares) == 2
     assert [await process.stop() for process in processes] == [0, 0]
 
@@ -184,7 +184,7 @@ async def test_a_stopped_dispatcher_finishes_its_attempts_and_leaves_other_event
     assert await process.stop() == 0
     assert time.monotonic() - began_s < 5
     assert client.value("select count(*) from orchestrator.timer where lease_until is not null") == 0
-    assert client.value("select count(*) from orchestrator.outcome") == len(receiver.requests) < 300
+    assert client.value("select count(*) from orchestrator.outcomes") == len(receiver.requests) < 300
     spawn("dispatch")
     await delivered(client, receiver, ids)
 
@@ -227,7 +227,7 @@ async def test_a_claim_whose_reply_is_lost_is_made_good_when_its_leases_end(
             assert proxy.cuts == 1
             assert client.value("select count(*) from orchestrator.timer where lease_until is not null") == 30
             await delivered(client, receiver, ids)
-    assert set(client.column("select attempt from orchestrator.outcome")) == {2}
+    assert set(client.column("select attempt from orchestrator.outcomes")) == {2}
 
 
 async def test_leases_that_ended_while_their_claim_waited_for_a_lock_are_not_used(
@@ -248,7 +248,7 @@ async def test_leases_that_ended_while_their_claim_waited_for_a_lock_are_not_use
         await delivered(client, receiver, ids)
         await running.stop()
     # The first lease of each was over before the dispatcher heard of it.
-    assert set(client.column("select attempt from orchestrator.outcome")) == {2}
+    assert set(client.column("select attempt from orchestrator.outcomes")) == {2}
 
 
 async def test_a_slow_database_makes_deliveries_late_but_repeats_none(

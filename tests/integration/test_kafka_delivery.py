@@ -213,7 +213,7 @@ async def test_a_record_too_large_for_its_topic_dies_with_the_reason_and_alone(
     assert outcome["result"] == "dead"
     assert "is larger than max.message.bytes allows" in outcome["error"]
     assert ids(await records(kafka.servers, topic)) == dict.fromkeys(good, 1)
-    attempts = client.column("select attempt from orchestrator.outcome where event_id = any (%s::uuid[])", good)
+    attempts = client.column("select attempt from orchestrator.outcomes where event_id = any (%s::uuid[])", good)
     assert set(attempts) == {1}
 
 
@@ -387,7 +387,7 @@ async def test_a_killed_dispatcher_loses_nothing(spawn: Spawn, client: Client, k
         client, *[to_kafka(topic, scheduled_at=first + n * timedelta(milliseconds=1)) for n in range(2000)]
     )
     process = spawn("dispatch", **kafka.environ, **SHORT, SCHEDULER_BATCH_SIZE="500")
-    await eventually(lambda: client.value("select count(*) from orchestrator.outcome") > 200, 20)
+    await eventually(lambda: client.value("select count(*) from orchestrator.outcomes") > 200, 20)
     await process.kill()
     spawn("dispatch", **kafka.environ, **SHORT, SCHEDULER_BATCH_SIZE="500")
     await finished(client, event_ids, 30)
@@ -403,11 +403,11 @@ async def test_a_stop_delivers_records_under_way_and_hands_other_events_back(
     event_ids = submitted(client, *[to_kafka(topic) for _ in range(1500)])
     held = submitted(client, *[to_kafka(topic, scheduled_at=soon(9)) for _ in range(20)])
     process = spawn("dispatch", **kafka.environ, SCHEDULER_LOOKAHEAD_MS="10000", SCHEDULER_LEASE_SECONDS="60")
-    await eventually(lambda: client.value("select count(*) from orchestrator.outcome") > 100, 20)
+    await eventually(lambda: client.value("select count(*) from orchestrator.outcomes") > 100, 20)
     assert await process.stop() == 0
     assert client.value("select count(*) from orchestrator.timer where lease_until is not null") == 0
     assert client.value("select count(*) from orchestrator.timer where event_id = any (%s::uuid[])", held) == 20
-    assert client.value("select count(*) from orchestrator.outcome where event_id = any (%s::uuid[])", held) == 0
+    assert client.value("select count(*) from orchestrator.outcomes where event_id = any (%s::uuid[])", held) == 0
     found = ids(await records(kafka.servers, topic))
     assert set(found.values()) == {1}
     assert statuses(client, event_ids)["delivered"] == len(found)

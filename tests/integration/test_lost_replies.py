@@ -294,7 +294,7 @@ async def test_a_change_whose_outcome_cannot_be_learned_is_reported_as_in_doubt(
             with pytest.raises(DatabaseUnavailable) as away:
                 await database.cancel(event_id)
             assert not isinstance(away.value, InDoubt)
-    assert client.column("select result from orchestrator.outcome") == ["cancelled"]
+    assert client.column("select result from orchestrator.outcomes") == ["cancelled"]
 
 
 async def test_a_migration_whose_reply_is_lost_says_that_it_may_have_been_done(empty_database_url: str) -> None:

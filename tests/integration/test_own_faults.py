@@ -49,7 +49,7 @@ async def test_a_lack_of_descriptors_spends_no_attempt_and_opens_no_breaker(
             assert running.value("events_dead_total") == running.value("events_retried_total") == 0
         await finished(client, ids)
     assert arrivals(receiver.requests) == dict.fromkeys(ids, 1)
-    assert client.column("select result from orchestrator.outcome") == ["delivered"] * 15
+    assert client.column("select result from orchestrator.outcomes") == ["delivered"] * 15
     assert client.value("select count(*) from orchestrator.lane where breaker <> 'closed'") == 0
     assert_laws(client, receiver.requests, ids)
 
@@ -86,7 +86,7 @@ async def test_kafka_that_cannot_be_reached_for_want_of_a_file_spends_no_attempt
         event_id = client.schedule(scheduled_at=soon(0), delivery_type="KAFKA", destination="t", max_retries=0)
         await eventually(lambda: running.value("own_faults_total") >= 2)
     assert client.status(event_id) == "scheduled"
-    assert client.value("select count(*) from orchestrator.outcome") == 0
+    assert client.value("select count(*) from orchestrator.outcomes") == 0
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ async def test_old_and_new_programs_share_a_database_through_an_upgrade(
         await receiver.wait_for(len(receiver.received("/hook")) + 50, "/hook")
 
         # By what they share, both programs have delivered since.
-        workers = "select count(distinct worker) from orchestrator.outcome where result = 'delivered'"
+        workers = "select count(distinct worker) from orchestrator.outcomes where result = 'delivered'"
         await eventually(lambda: client.value(workers) == 2)
         ids = [held, *kept, *await previous.ids_of(submitting), *await previous.ids_of(another)]
         assert await old.stop() == 0

@@ -73,7 +73,8 @@ class Histories(RuleBasedStateMachine):
     def start(self) -> None:
         self.client.rows(
             """truncate orchestrator.event, orchestrator.horizon, orchestrator.timer, orchestrator.outcome,
-            orchestrator.dead_letter, orchestrator.statistic_folded, orchestrator.statistic"""
+            orchestrator.delivered_batch, orchestrator.dead_letter, orchestrator.statistic_folded,
+            orchestrator.statistic"""
         )
         self.client.forget_floors()
         self.client.keep_three_days()

@@ -53,7 +53,8 @@ class Histories(ClaimChecks, RuleBasedStateMachine):
     def start(self, **limits: Any) -> None:
         self.client.rows(
             """truncate orchestrator.event, orchestrator.horizon, orchestrator.timer, orchestrator.outcome,
-            orchestrator.dead_letter, orchestrator.statistic, orchestrator.statistic_folded"""
+            orchestrator.delivered_batch, orchestrator.dead_letter, orchestrator.statistic,
+            orchestrator.statistic_folded"""
         )
         self.client.forget_floors()
         self.client.forget_destinations()

@@ -114,7 +114,7 @@ def test_an_event_without_retries_left_becomes_a_dead_letter(client: Client) -> 
 def test_a_failure_for_good_spends_no_further_attempts(client: Client) -> None:
     [lease] = claimed(client, max_retries=9)
     assert client.finish(results([lease], "fail", status_code=410, error="gone")) == [
-        Finish(lease.event_id, "dead", None)
+        Finish(lease.event_id, "dead", None, 1)
     ]
     assert client.outcomes(lease.event_id) == [(1, "dead")]
     assert client.column("select reason from orchestrator.dead_letters") == ["gone"]
@@ -336,7 +336,7 @@ def test_a_lease_that_passed_to_another_worker_cannot_be_finished(client: Client
     old = claimed(client)
     new = client.at(NOON + seconds(60)).claim(worker=2)
     before = client.get(old[0].event_id)
-    assert client.finish(results(old, kind), worker=1) == [Finish(old[0].event_id, "stale", None)]
+    assert client.finish(results(old, kind), worker=1) == [Finish(old[0].event_id, "stale", None, 1)]
     assert client.get(old[0].event_id) == before
     assert client.finish(results(new), worker=2) == []
     assert client.outcomes(old[0].event_id) == [(2, "delivered")]
@@ -369,10 +369,10 @@ def test_only_the_attempt_of_the_lease_counts(client: Client, attempt: int | Non
 @pytest.mark.parametrize("kind", ["delivered", "retry", "fail"])
 def test_an_event_that_nobody_holds_cannot_be_finished(client: Client, kind: str) -> None:
     uid = client.schedule()
-    assert client.finish([Result(uid, 0, kind)]) == [Finish(uid, "stale", None)]
+    assert client.finish([Result(uid, 0, kind)]) == [Finish(uid, "stale", None, 0)]
     lease = client.claim()
     client.release(lease)
-    assert client.finish(results(lease, kind)) == [Finish(uid, "stale", None)]
+    assert client.finish(results(lease, kind)) == [Finish(uid, "stale", None, 1)]
     assert client.status(uid) == "scheduled"
     assert client.outcomes(uid) == []
 
@@ -429,7 +429,7 @@ def test_unknown_ids_are_stale_and_the_other_results_are_recorded(client: Client
         answers = client.finish(
             [Result(uid, 1, kind) for uid in unknown] + (results([lease]) if kind == "delivered" else [])
         )
-        assert sorted(answers) == sorted(Finish(uid, "stale", None) for uid in unknown)
+        assert sorted(answers) == sorted(Finish(uid, "stale", None, 1) for uid in unknown)
     assert client.status(lease.event_id) == "delivered"
 
 

@@ -43,7 +43,7 @@ def expected(first: date, last: date) -> list[tuple[str, str, str]]:
             f"{parent}_p{day:%Y%m%d}",
             f"FOR VALUES FROM ('{day} 00:00:00+00') TO ('{day + timedelta(days=1)} 00:00:00+00')",
         )
-        for parent in ("event", "outcome")
+        for parent in ("event", "outcome", "delivered_batch")
         for day in days
     ]
 
@@ -198,7 +198,7 @@ def test_dropping_a_day_takes_its_events_and_outcomes_and_leaves_other_days(clie
     client.finish(results(client.claim()))
     new = client.schedule(external_job_id="j")
     day = TODAY - timedelta(days=3)
-    for parent in ("event", "outcome"):
+    for parent in ("event", "outcome", "delivered_batch"):
         client.connection.execute(
             sql.SQL("drop table {}").format(sql.Identifier("orchestrator", f"{parent}_p{day:%Y%m%d}"))
         )

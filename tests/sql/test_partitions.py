@@ -90,7 +90,7 @@ def test_a_day_gets_its_partition_although_days_before_it_have_none(client: Clie
 def test_a_day_that_was_detached_is_attached_again_and_its_events_delivered(client: Client) -> None:
     """All that happened meanwhile: a claim gave nothing of it, a submission went to the horizon."""
     ids = [client.schedule(external_job_id=str(n)) for n in range(3)]
-    for parent in ("event", "outcome"):
+    for parent in ("event", "outcome", "delivered_batch"):
         detach(client, parent, NOON)
     assert client.claim() == []
     meanwhile = client.schedule(external_job_id="meanwhile")
@@ -120,7 +120,7 @@ def test_an_old_day_that_was_detached_is_attached_again_only_for_live_events(cli
     deliver(client)
     retried = client.schedule(scheduled_at=NOON - timedelta(days=5))
     client.finish(results(client.claim(), "retry"))
-    for parent in ("event", "outcome"):
+    for parent in ("event", "outcome", "delivered_batch"):
         for day in (6, 5):
             detach(client, parent, NOON - timedelta(days=day))
     client.at(NOON + timedelta(days=10))
@@ -130,7 +130,7 @@ def test_an_old_day_that_was_detached_is_attached_again_only_for_live_events(cli
     assert deliver(client) == [retried]
 
 
-@pytest.mark.parametrize("parent", ["event", "outcome"])
+@pytest.mark.parametrize("parent", ["event", "outcome", "delivered_batch"])
 def test_half_a_day_that_was_detached_keeps_no_other_day_from_going(client: Client, parent: str) -> None:
     maintain(client)
     detach(client, parent, NOON - timedelta(days=7))
@@ -141,7 +141,7 @@ def test_half_a_day_that_was_detached_keeps_no_other_day_from_going(client: Clie
 
 def test_a_day_that_was_dropped_is_made_again(client: Client) -> None:
     lost = client.schedule(max_retries=0)
-    for parent in ("event", "outcome"):
+    for parent in ("event", "outcome", "delivered_batch"):
         drop(client, parent, NOON)
     new = client.schedule()
     assert deliver(client) == [new]
@@ -157,7 +157,7 @@ def test_live_events_that_were_dropped_with_an_old_day_do_not_stop_claims(client
     """Their outcomes have no partition; without one the claim that comes to bury them would fail, for ever."""
     lost = client.schedule(scheduled_at=NOON - timedelta(days=5), max_retries=0)
     expiring = client.schedule(scheduled_at=NOON - timedelta(days=5), expires_at=(NOON + timedelta(days=6)).isoformat())
-    for parent in ("event", "outcome"):
+    for parent in ("event", "outcome", "delivered_batch"):
         drop(client, parent, NOON - timedelta(days=5))
     client.at(NOON + timedelta(days=5))
     uid = client.schedule(scheduled_at=NOON + timedelta(days=5))

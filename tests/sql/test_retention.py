@@ -139,7 +139,7 @@ def test_a_day_is_not_dropped_before_it_was_archived(client: Client) -> None:
     client.schedule(scheduled_at=DAY)
     client.finish(results(client.claim()))
     maintain(client.at(LATER))
-    tables = [partition_name(parent, DAY) for parent in ("event", "outcome")]
+    tables = [partition_name(parent, DAY) for parent in ("event", "outcome", "delivered_batch")]
     assert set(tables) <= set(client.column("select name from orchestrator.partitions_to_archive()"))
     client.at(LATER + timedelta(days=30))
     maintain(client)

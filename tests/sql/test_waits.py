@@ -496,7 +496,7 @@ def test_a_sweep_of_dead_letters_leaves_out_those_that_another_session_has_locke
 def test_a_day_that_cannot_be_opened_for_a_session_in_the_horizon_is_kept_there(connect: Connect) -> None:
     client, holder = connect(), connect()
     client.keep_three_days()
-    for table in ("event", "outcome"):
+    for table in ("event", "outcome", "delivered_batch"):
         client.connection.execute(f"drop table orchestrator.{table}_p{NOON:%Y%m%d}".encode())
     client.rows("select orchestrator.update_horizon_start()")
     holder.rows("begin")

@@ -30,6 +30,19 @@ class Arrival(NamedTuple):
     at: datetime
 
 
+_OUTCOMES: LiteralString = """
+with outcome as (
+  select event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, result, successor
+  from orchestrator.outcome
+  union all
+  select b.ids[n], uuid_extract_timestamp(b.ids[n]) + make_interval(secs => coalesce(b.scheduled_us[n], 0) / 1e6)
+    , b.due_at + make_interval(secs => coalesce(b.due_us[n], 0) / 1e6)
+    , b.claimed_at + make_interval(secs => b.started_us[n] / 1e6)
+    , b.claimed_at + make_interval(secs => b.finished_us[n] / 1e6), b.worker, 1, 'delivered', null
+  from orchestrator.delivered_batch b cross join lateral generate_series(1, cardinality(b.ids)) n)
+"""
+"""Every outcome, one a row: the queries below begin with it."""
+
 _LAWS: Sequence[tuple[str, LiteralString]] = (
     (
         "law 1: event {} has {} timers and {} ends, {} of them redriven; expected one of either",
@@ -39,7 +52,7 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
             , count(*) filter (where o.result in ('delivered', 'dead', 'cancelled', 'rescheduled', 'expired')) as ends
           from orchestrator.event e
           left join orchestrator.timer t on t.event_id = e.id
-          left join orchestrator.outcome o on o.event_id = e.id
+          left join outcome o on o.event_id = e.id
           group by e.id) n
         where timers + ends - redriven <> 1""",
     ),
@@ -51,7 +64,7 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
         "law 1: event {} was rescheduled to {}, which does not come from it",
         """select r.id, r.successor
         from (
-          select event_id as id, successor from orchestrator.outcome where result = 'rescheduled'
+          select event_id as id, successor from outcome where result = 'rescheduled'
           union all select id, successor from orchestrator.horizon where ended_as = 'rescheduled') r
         where not exists (select from orchestrator.event n where n.id = r.successor and n.predecessor = r.id)
           and not exists (select from orchestrator.horizon n where n.id = r.successor and n.predecessor = r.id)
@@ -67,7 +80,7 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
           select id, predecessor from orchestrator.event union all select id, predecessor from orchestrator.horizon) n
         where n.predecessor is not null
           and not exists (
-            select from orchestrator.outcome o where o.event_id = n.predecessor and o.successor = n.id)
+            select from outcome o where o.event_id = n.predecessor and o.successor = n.id)
           and not exists (
             select from orchestrator.horizon h where h.id = n.predecessor and h.successor = n.id)
           and to_char(uuid_extract_timestamp(n.predecessor) at time zone 'UTC', 'YYYYMMDD') in (
@@ -82,7 +95,7 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
     ),
     (
         "law 1: an outcome of {} belongs to no event",
-        """select o.event_id from orchestrator.outcome o
+        """select o.event_id from outcome o
         where not exists (
           select from orchestrator.event e where e.id = o.event_id and e.scheduled_at = o.scheduled_at)""",
     ),
@@ -94,14 +107,14 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
         "law 1: the outcome dead and the dead letter of event {} disagree",
         """select coalesce(o.event_id, d.event_id) from orchestrator.dead_letter d
         full join (
-          select event_id, attempt from orchestrator.outcome where result = 'dead'
-          except select event_id, attempt from orchestrator.outcome where result = 'redriven') o using (event_id)
+          select event_id, attempt from outcome where result = 'dead'
+          except select event_id, attempt from outcome where result = 'redriven') o using (event_id)
         where o.event_id is null or d.event_id is null or o.attempt <> d.attempts""",
     ),
     (
         "law 2: event {} has {} attempts; its max_retries is {}",
         """select e.id, count(*), e.max_retries from orchestrator.event e
-        join orchestrator.outcome o on o.event_id = e.id and o.result not in ('cancelled', 'rescheduled', 'expired')
+        join outcome o on o.event_id = e.id and o.result not in ('cancelled', 'rescheduled', 'expired')
         group by e.id, e.max_retries
         having count(*) filter (where o.result <> 'redriven')
           > (e.max_retries + 1) * (1 + count(*) filter (where o.result = 'redriven'))""",
@@ -109,7 +122,7 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
     (
         "law 3: attempt {1} of event {0} started at {2}, {3} before it was due",
         """select o.event_id, o.attempt, o.started_at, greatest(o.due_at, e.scheduled_at) - o.started_at
-        from orchestrator.outcome o join orchestrator.event e on e.id = o.event_id
+        from outcome o join orchestrator.event e on e.id = o.event_id
         where o.started_at < greatest(o.due_at, e.scheduled_at)""",
     ),
     (
@@ -125,28 +138,28 @@ _LAWS: Sequence[tuple[str, LiteralString]] = (
     (
         "law 4: attempt {1} of event {0} was made after it was {2}",
         """select o.event_id, o.attempt, c.result
-        from orchestrator.outcome o join orchestrator.outcome c using (event_id)
+        from outcome o join outcome c using (event_id)
         where c.result in ('cancelled', 'rescheduled', 'expired') and o.attempt > c.attempt""",
     ),
     (
         "law 6: attempt {1} of event {0} has {2} outcomes",
-        """select event_id, attempt, count(*) from orchestrator.outcome
+        """select event_id, attempt, count(*) from outcome
         where result not in ('cancelled', 'rescheduled', 'expired', 'redriven')
         group by 1, 2 having count(*) > 1""",
     ),
     (
         "law 6: event {} has an outcome of attempt {} after its end",
-        """select o.event_id, o.attempt from orchestrator.outcome o join orchestrator.outcome e using (event_id)
+        """select o.event_id, o.attempt from outcome o join outcome e using (event_id)
         where e.result in ('delivered', 'dead') and o.result <> 'redriven'
           and (o.attempt > e.attempt or o.attempt = e.attempt and o.result <> e.result)
           and not exists (
-            select from orchestrator.outcome r
+            select from outcome r
             where r.event_id = e.event_id and r.attempt = e.attempt and r.result = 'redriven')""",
     ),
     (
         "law 6: event {} has an outcome of attempt {}, and only {} leases were given",
         """select o.event_id, o.attempt, t.attempt
-        from orchestrator.outcome o join orchestrator.timer t using (event_id)
+        from outcome o join orchestrator.timer t using (event_id)
         where o.attempt > t.attempt
           or o.attempt = t.attempt and o.result <> 'redriven' and t.lease_until is not null""",
     ),
@@ -185,7 +198,7 @@ _LAWS_OF_TIME: Sequence[tuple[str, LiteralString]] = (
     (
         "law 4: attempt {1} of event {0} started after it was {2}",
         """select o.event_id, o.attempt, c.result
-        from orchestrator.outcome o join orchestrator.outcome c using (event_id)
+        from outcome o join outcome c using (event_id)
         where c.result in ('cancelled', 'rescheduled', 'expired') and o.started_at > c.finished_at""",
     ),
 )
@@ -207,7 +220,7 @@ def violations(
     from the clock of the database by `clock_slack`. With `finished`, no event may still wait.
     """
     laws = [*_LAWS, *_LAWS_OF_TIME] if clock_goes_forward else _LAWS
-    found = [law.format(*row) for law, query in laws for row in connection.execute(query).fetchall()]
+    found = [law.format(*row) for law, query in laws for row in connection.execute(_OUTCOMES + query).fetchall()]
     kept = {
         str(uid)
         for (uid,) in connection.execute(
@@ -236,7 +249,8 @@ def _of_arrivals(connection: psycopg.Connection[Any], arrivals: Sequence[Arrival
     ends = {
         str(uid): (result, at)
         for uid, result, at in connection.execute(
-            """select event_id, result, finished_at from orchestrator.outcome
+            _OUTCOMES
+            + """select event_id, result, finished_at from outcome
             where result in ('delivered', 'cancelled', 'rescheduled', 'expired')"""
         ).fetchall()
     }

@@ -95,6 +95,7 @@ class Finish(NamedTuple):
     event_id: str
     result: str
     due_at: datetime | None
+    attempt: int
 
 
 class Cancel(NamedTuple):
@@ -156,7 +157,7 @@ class Client:
         days = [NOON + timedelta(days=day) for day in (-1, 0, 1)]
         for name in self.column(
             """select c.relname from pg_class c
-            where c.relnamespace = 'orchestrator'::regnamespace and c.relname ~ '^(event|outcome)_p[0-9]{8}$'
+            where c.relnamespace = 'orchestrator'::regnamespace and c.relname ~ '^(event|outcome|delivered_batch)_p[0-9]{8}$'
               and (right(c.relname, 8) <> all (%s) or not c.relispartition)""",
             [f"{day:%Y%m%d}" for day in days],
         ):
@@ -250,7 +251,7 @@ class Client:
             *([list(column) for column in zip(*given, strict=True)] or [[]] * 9),
             worker,
         )
-        return [Finish(str(event_id), result, due_at) for event_id, result, due_at in rows]
+        return [Finish(str(event_id), *rest) for event_id, *rest in rows]
 
     def release(self, leases: Iterable[Lease]) -> int:
         held = list(leases)
