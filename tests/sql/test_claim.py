@@ -56,7 +56,7 @@ def test_a_dispatchers_claim_gives_what_claim_due_events_gives(client: Client) -
     with client.connection.transaction(force_rollback=True):
         leases, claim = client.claim_for_dispatch(lookahead_s=5)
         again_at = client.claim_again_at()
-        places = dict(client.rows("select event_id, ctid from orchestrator.timer"))
+        places: dict[object, str] = dict(client.rows("select event_id, ctid from orchestrator.timer"))
     assert claim.due_at == NOON.timestamp()
     assert claim.start_at == (again_at and again_at.timestamp())
     assert len(leases) == len(expected) == 47

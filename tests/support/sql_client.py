@@ -235,7 +235,8 @@ class Client:
                 "select * from orchestrator.claim_for_dispatch(%s, 0, '60 s', make_interval(secs => %s), '{}', %s)",
                 (batch, lookahead_s, max_parallel),
             )
-            *leases, last = cursor.fetchall()
+            rows: list[Any] = cursor.fetchall()
+        *leases, last = rows
         assert last.event_id is None
         return leases, last
 
