@@ -116,6 +116,7 @@ to orchestrator_submit, orchestrator_ops;
 grant execute on function
   orchestrator.register_worker(text),
   orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer),
+  orchestrator.claim_for_dispatch(integer, integer, interval, interval, integer[], integer),
   orchestrator.finish_events(
     uuid[], integer[], text[], integer[], double precision[], double precision[], text[], text[],
     double precision[], integer, double precision[], text[]),

@@ -26,14 +26,15 @@ class Claimed(msgspec.Struct, gc=False):
     """A leased event. Times but `scheduled_at` are Unix seconds by the database's clock; JSON stays text.
 
     `key` is that of a record to Kafka: the event's ordering_key, or else its external_job_id. No attempt begins
-    before `start_at`, its slot under a rate, nor at `expires_at` or later. `lane` is the queue it came from, and
-    `waited` is handed back with the result.
+    before `start_at`, its slot under a rate, nor at `expires_at` or later. `lane` is the queue it came from. `timer`,
+    where its timer stands, and `waited` are handed back with the result.
     """
 
     claimed_at: float
     event_id: str
     attempt: int
     due_at: float
+    start_at: float
     lease_until: float
     scheduled_at: str
     delivery_type: str
@@ -41,10 +42,10 @@ class Claimed(msgspec.Struct, gc=False):
     key: str | None
     headers: str | None
     payload: str
-    start_at: float
     lane: int
-    options: str | None
-    waited: str | None
+    timer: str | None = None
+    options: str | None = None
+    waited: str | None = None
     expires_at: float | None = None
     correlation_id: str | None = None
     traceparent: str | None = None
@@ -143,9 +144,11 @@ class Leases:
                 _CLAIM, (batch, self.worker, lease_s, lookahead_s, lanes, max_parallel)
             )
             rows = await cursor.fetchall()
-        again_at, _, locked_out, *_ = rows.pop()
-        database_s: float = rows[0][0]
-        events = [Claimed(*row) for row in rows] if rows[0][1] is not None else []
+        _, locked_out, database_s, again_at, lease_until, *_ = rows.pop()
+        events = [Claimed(database_s, *row) for row in rows]
+        for event in events:  # most rows hold nothing where they are like the others
+            event.start_at = event.start_at or event.due_at
+            event.lease_until = event.lease_until or lease_until
         return Claims(database_s, events, again_at, locked_out or 0)
 
     async def ensure_dedicated_lane(self, delivery_type: str, destination: str | None) -> int | None:
@@ -248,21 +251,9 @@ def _array(values: list[str]) -> str:
     return "{" + ",".join(values) + "}"
 
 
-# The last row is read when the claim is over, as it comes from the second part of the union, and tells what that claim
-# has set; in a column it would cost every row. date_part() gives a float8 at once, extract() a numeric.
 _CLAIM: LiteralString = """
-select date_part('epoch', n.at), c.event_id, c.attempt, date_part('epoch', c.due_at)
-     , date_part('epoch', c.lease_until), c.scheduled_at, c.delivery_type, c.destination
-     , coalesce(c.ordering_key, c.external_job_id), c.headers, c.payload
-     , date_part('epoch', c.start_at), c.lane, c.options, c.waited, date_part('epoch', c.expires_at)
-     , c.correlation_id, c.traceparent
-from (select orchestrator.now() as at offset 0) n
-left join lateral orchestrator.claim_due_events(
-  %s, %s, make_interval(secs => %s), make_interval(secs => %s), %s::integer[], %s::integer) c on true
-union all
-select nullif(current_setting('orchestrator.claim_again_at', true), '')::float8
-     , null, nullif(current_setting('orchestrator.locked_out', true), '')::smallint
-     , null, null, null, null, null, null, null, null, null, null, null, null, null, null, null
+select * from orchestrator.claim_for_dispatch(
+  %s, %s, make_interval(secs => %s), make_interval(secs => %s), %s::integer[], %s::integer)
 """
 _OWN_LANE: LiteralString = "select orchestrator.ensure_dedicated_lane(orchestrator.destination_name(%s, %s), false)"
 _FINISH_DELIVERED: LiteralString = """

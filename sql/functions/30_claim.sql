@@ -6,8 +6,9 @@
 --   2 lock_limits         locks the lanes that have limits, and reads what each may give (31_limits.sql)
 --   3 lock_behind_flood   locks timers of other destinations in a shared lane that one destination has filled
 --   4 rounds              share the batch among the lanes: pick_due_timers, then lease_timers
---   5 book_slots          books the leases with the limits (31_limits.sql); then the events are joined
--- Steps without settings of their own run under those of claim_due_events(), their only caller.
+--   5 book_slots          books the leases with the limits (31_limits.sql)
+-- lease_due_timers() takes them. claim_due_events() and, for dispatchers, claim_for_dispatch() join the
+-- events. Steps without settings of their own run under those of lease_due_timers(), their only caller.
 -- A queue is a lane and one priority of it. Floors: see 74_lane_floors.sql.
 
 create or replace function orchestrator.register_worker(p_name text) returns integer
@@ -256,12 +257,12 @@ begin
     set lease_until = p_lease_until, worker = p_worker, attempt = t.attempt + 1, busy = t.ordering
       , slot = case when t.lane = any (p_bounded) then t.lane end
     where t.ctid = any (p_ready)
-    returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane
+    returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane, t.ctid as at
   )
   -- Events that were overdue when they came are all due at that moment; their ids, which begin with
   -- scheduled_at, keep their order.
   select array_agg(row(l.event_id, l.scheduled_at, l.due_at, l.attempt, l.lane
-      , l.due_at, p_lease_until, null, null)::orchestrator.leased)
+      , l.due_at, p_lease_until, null, null, l.at)::orchestrator.leased)
   into v_leased
   from (select * from leased order by due_at, event_id) l;
   return v_leased;
@@ -306,37 +307,42 @@ end $$;
 comment on function orchestrator.check_claim(integer, interval, interval) is
   'Refuses arguments of claim_due_events() that are out of range';
 
+create or replace function orchestrator.note_pause(
+  p_leased orchestrator.leased[], p_control orchestrator.control, p_now timestamptz)
+returns orchestrator.leased[]
+language sql stable as $$
+  select array_agg(row(l.event_id, l.scheduled_at, l.due_at, l.attempt, l.lane, l.start_at, l.lease_until, l.options
+    , coalesce(l.waited, case when l.due_at < p_control.resumed_at then orchestrator.wait_causes(
+        l.due_at, p_now, p_control.last_paused_at, p_control.resumed_at, null, null, null) end)
+    , l.at)::orchestrator.leased order by l.n)
+  from unnest(p_leased) with ordinality
+    as l (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited, at, n)
+$$;
+comment on function orchestrator.note_pause(orchestrator.leased[], orchestrator.control, timestamptz) is
+  'Step 5 of a claim: says of leases that were due before the last pause of everything ended that it delayed them';
+
 -- p_skip: lanes to leave out. p_max_parallel: bounds dedicated lanes that have no max_parallel.
--- lease_until: when the event becomes due again, unless it is finished or released. Expired events end here.
--- Afterwards current_setting('orchestrator.claim_again_at') says when another claim is worthwhile, in Unix
--- seconds; empty: nothing is known to wait. 'orchestrator.locked_out': how many claims of this session in a
--- row left something out that another session has locked, counted up to 7.
 --
 -- It waits for nobody but, for a moment, other claims and finishes of limited lanes: it locks those lanes in
 -- order, then timers with skip locked. What it cannot lock it leaves out, and looks again, less and less
 -- often. The attempt number grows with each lease, which is the fence against every earlier worker.
 --
--- Plans are pinned: left alone, the planner hashes a scan of every partition of event for each claim (18,000
--- events/s against 49,000 with nested loops on the same data), and reads timer by a bitmap, which limit
--- cannot stop early. Rows are changed by ctid = any (array): a tenth less work than a join with them, and it
--- leaves the planner no choice.
-create or replace function orchestrator.claim_due_events(
-  p_batch integer, p_worker integer default 0, p_lease interval default '60 s', p_lookahead interval default '0 s',
-  p_skip integer[] default '{}', p_max_parallel integer default null)
-returns table (
-  event_id uuid, attempt smallint, due_at timestamptz, lease_until timestamptz, scheduled_at timestamptz, source text,
-  external_job_id text, delivery_type text, destination text, ordering_key text, headers json, payload json,
-  start_at timestamptz, lane integer, options json, waited json, expires_at timestamptz, correlation_id text,
-  traceparent text)
-language plpgsql security definer rows 100
-set search_path = orchestrator, pg_temp
+-- Plans are pinned: left alone, the planner hashes a scan of every partition of event for each claim
+-- (18,000 events/s against 49,000 with nested loops on the same data), and reads timer by a bitmap, which
+-- limit cannot stop early. Rows are changed by ctid = any (array): a tenth less work than a join with them,
+-- and it leaves the planner no choice.
+create or replace function orchestrator.lease_due_timers(
+  p_batch integer, p_worker integer, p_lease interval, p_lookahead interval, p_skip integer[],
+  p_max_parallel integer)
+returns orchestrator.leased[]
+language plpgsql
 set plan_cache_mode = force_generic_plan
 set enable_hashjoin = off
 set enable_mergejoin = off
+set enable_nestloop = on
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off as $$
-#variable_conflict use_column
 declare
   v_now constant timestamptz := orchestrator.now();
   v_until constant timestamptz := v_now + p_lookahead;
@@ -357,8 +363,6 @@ declare
   v_moved boolean := false;           -- whether timers became due elsewhere
   v_locked_out boolean := false;      -- whether another session has locked a lane or an ordering key
   v_again_at timestamptz;             -- when a limit allows more
-  v_first timestamptz;
-  v_last timestamptz;
 begin
   perform orchestrator.check_claim(p_batch, p_lease, p_lookahead);
   select * into v_control from orchestrator.control where not exists (select from orchestrator.control_note);
@@ -370,7 +374,7 @@ begin
   end if;
   if v_control.paused_at is not null then
     perform set_config('orchestrator.claim_again_at', '', false);
-    return;
+    return null;
   end if;
 
   -- Step 1: which lanes have work.
@@ -421,17 +425,46 @@ begin
   if v_limits is not null then
     v_leased := orchestrator.book_slots(v_leased, v_limits, v_now, p_lease);
   end if;
+  if v_control.resumed_at > (select min(l.due_at) from unnest(v_leased) l) then
+    v_leased := orchestrator.note_pause(v_leased, v_control, v_now);
+  end if;
   perform orchestrator.set_claim_again(v_now, v_again_at, v_moved or v_work.more and v_left > 0, v_locked_out);
+  return v_leased;
+end $$;
+comment on function orchestrator.lease_due_timers(integer, integer, interval, interval, integer[], integer) is
+  'All steps of a claim but the last: leases due timers, and returns the leases in the order to deliver them';
 
-  -- The bounds on scheduled_at let the executor leave out all other partitions when it starts. The limit
-  -- makes it look up each event by its key: a join may read all events between the bounds for each lease.
+-- The bounds on scheduled_at let the executor leave out all other partitions when it starts. The limit makes
+-- it look up each event by its key: a join may read all events between the bounds for each lease.
+create or replace function orchestrator.claim_due_events(
+  p_batch integer, p_worker integer default 0, p_lease interval default '60 s', p_lookahead interval default '0 s',
+  p_skip integer[] default '{}', p_max_parallel integer default null)
+returns table (
+  event_id uuid, attempt smallint, due_at timestamptz, lease_until timestamptz, scheduled_at timestamptz, source text,
+  external_job_id text, delivery_type text, destination text, ordering_key text, headers json, payload json,
+  start_at timestamptz, lane integer, options json, waited json, expires_at timestamptz, correlation_id text,
+  traceparent text)
+language plpgsql security definer rows 100
+set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_material = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_leased constant orchestrator.leased[] :=
+    orchestrator.lease_due_timers(p_batch, p_worker, p_lease, p_lookahead, p_skip, p_max_parallel);
+  v_first timestamptz;
+  v_last timestamptz;
+begin
   select min(l.scheduled_at), max(l.scheduled_at) into v_first, v_last from unnest(v_leased) l;
   return query
   select e.id, l.attempt, l.due_at, l.lease_until, e.scheduled_at
     , e.source, e.external_job_id, e.delivery_type, e.destination, e.ordering_key
-    , e.headers, e.payload, l.start_at, l.lane, l.options
-    , coalesce(l.waited, case when l.due_at < v_control.resumed_at then orchestrator.wait_causes(
-        l.due_at, v_now, v_control.last_paused_at, v_control.resumed_at, null, null, null) end)
+    , e.headers, e.payload, l.start_at, l.lane, l.options, l.waited
     , e.expires_at, e.correlation_id, e.traceparent
   from unnest(v_leased) l
   cross join lateral (
@@ -443,6 +476,62 @@ end $$;
 comment on function orchestrator.claim_due_events(integer, integer, interval, interval, integer[], integer) is
   'Leases up to p_batch events due within p_lookahead, fairly among lanes, as limits, breakers and pauses allow. '
   'Finish each with its attempt number; begin none before its start_at, nor from its expires_at on';
+
+-- Each column costs every event of a claim, here and in the client. So times that most leases of a claim
+-- share are told once, and what most events lack is null.
+--
+-- The pinned plan reads the events of a claim in one pass over the primary key, on whose pages they mostly
+-- lie side by side, and joins them with the leases by a hash.
+create or replace function orchestrator.claim_for_dispatch(
+  p_batch integer, p_worker integer, p_lease interval, p_lookahead interval, p_skip integer[] default '{}',
+  p_max_parallel integer default null)
+returns table (
+  event_id uuid, attempt smallint, due_at double precision, start_at double precision, lease_until double precision,
+  scheduled_at timestamptz, delivery_type text, destination text, key text, headers json, payload json, lane integer,
+  timer tid, options json, waited json, expires_at double precision, correlation_id text, traceparent text)
+language plpgsql security definer rows 100
+set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_nestloop = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_now constant timestamptz := orchestrator.now();
+  v_leased constant orchestrator.leased[] :=
+    orchestrator.lease_due_timers(p_batch, p_worker, p_lease, p_lookahead, p_skip, p_max_parallel);
+  v_ids uuid[];
+  v_first timestamptz;
+  v_last timestamptz;
+  v_lease_until timestamptz;
+begin
+  select array_agg(l.event_id), min(l.scheduled_at), max(l.scheduled_at), min(l.lease_until)
+  into v_ids, v_first, v_last, v_lease_until
+  from unnest(v_leased) l;
+  return query
+  select e.id, l.attempt, date_part('epoch', l.due_at)
+    , case when l.start_at <> l.due_at then date_part('epoch', l.start_at) end
+    , case when l.lease_until <> v_lease_until then date_part('epoch', l.lease_until) end
+    , e.scheduled_at, e.delivery_type, e.destination, coalesce(e.ordering_key, e.external_job_id), e.headers, e.payload
+    , l.lane, l.at, l.options, l.waited, date_part('epoch', e.expires_at), e.correlation_id, e.traceparent
+  from orchestrator.event e
+  join unnest(v_leased) with ordinality
+      as l (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited, at, n)
+    on l.event_id = e.id and l.scheduled_at = e.scheduled_at
+  where e.id = any (v_ids) and e.scheduled_at >= v_first and e.scheduled_at <= v_last
+  order by l.n;
+  event_id := null;
+  attempt := nullif(current_setting('orchestrator.locked_out', true), '')::smallint;
+  due_at := date_part('epoch', v_now);
+  start_at := nullif(current_setting('orchestrator.claim_again_at', true), '')::double precision;
+  lease_until := date_part('epoch', v_lease_until);
+  return next;
+end $$;
+comment on function orchestrator.claim_for_dispatch(integer, integer, interval, interval, integer[], integer) is
+  'claim_due_events() for dispatchers: times in Unix seconds; start_at only where it is not due_at, lease_until where '
+  'it is not that of the claim. The last row is the claim: its time, and when to claim again';
 
 create or replace function orchestrator.next_due_at() returns timestamptz
 language sql volatile security definer

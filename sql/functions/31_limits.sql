@@ -175,7 +175,7 @@ begin
       , make_interval(secs => 1 / d.rate_per_second) as gap, d.burst, greatest(c.due_at, p_now) as earliest
       , row_number() over (partition by c.lane order by c.n) as i
     from unnest(p_leased) with ordinality
-      as c (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited, n)
+      as c (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited, at, n)
     join orchestrator.lane l on l.lane = c.lane and l.lane in (select k.lane from unnest(p_limits) k)
     left join orchestrator.destination d on d.name = l.name
     left join option o on o.lane = c.lane
@@ -224,11 +224,13 @@ begin
       and (s.held_by is not null or s.start_at > p_now or s.resumed_at > s.due_at or s.closed_at > s.due_at
            or s.breaker <> 'closed')
   )
+  -- A lease that was prolonged has moved.
   select array_agg(row(c.event_id, c.scheduled_at, c.due_at, c.attempt, c.lane, coalesce(s.start_at, c.start_at)
-    , coalesce(s.lease_until, c.lease_until), s.options, w.waited)::orchestrator.leased order by c.n)
+    , coalesce(s.lease_until, c.lease_until), s.options, w.waited
+    , case when s.lease_until > s.leased_until is not true then c.at end)::orchestrator.leased order by c.n)
   into v_leased
   from unnest(p_leased) with ordinality
-    as c (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited, n)
+    as c (event_id, scheduled_at, due_at, attempt, lane, start_at, lease_until, options, waited, at, n)
   left join slot s using (n)
   left join why w using (n);
   return v_leased;

@@ -447,11 +447,11 @@ async def test_a_function_that_is_missing_for_a_while_does_not_end_the_dispatche
     settings: MakeSettings, client: Client, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with dispatching(settings(SCHEDULER_POLL_INTERVAL_MS="50")):
-        client.rows("alter function orchestrator.claim_due_events rename to claim_no_events")
+        client.rows("alter function orchestrator.claim_for_dispatch rename to claim_no_events")
         event_id = client.schedule(scheduled_at=soon(0), destination=receiver.url())
         terminate(client)
         await eventually(lambda: "refuses to serve" in caplog.text)
-        client.rows("alter function orchestrator.claim_no_events rename to claim_due_events")
+        client.rows("alter function orchestrator.claim_no_events rename to claim_for_dispatch")
         await finished(client, [event_id])
 
 

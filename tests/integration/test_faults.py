@@ -221,7 +221,7 @@ async def test_a_claim_whose_reply_is_lost_is_made_good_when_its_leases_end(
 ) -> None:
     ids = submitted(client, *spread(30, soon(0), 0.001, receiver.url()))
     async with CuttingProxy(database_url) as proxy:
-        proxy.cut_after("claim_due_events")
+        proxy.cut_after("claim_for_dispatch")
         short = replace(settings(DATABASE_URL=proxy.url, HTTP_TIMEOUT_SECONDS="0.5"), lease_s=2.0, lookahead_s=0.0)
         async with dispatching(short):
             assert proxy.cuts == 1

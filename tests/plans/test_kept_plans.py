@@ -153,6 +153,10 @@ def _steps(client: Client, count: int, name: str) -> Iterator[tuple[str, Step]]:
         leases[:] = sorted(client.claim(count))
         assert leases
 
+    def claim_for_dispatch() -> None:
+        leases[:] = sorted(client.claim_for_dispatch(count)[0])
+        assert leases
+
     def finish(result: str) -> Step:
         return lambda: client.finish(results(leases, result))
 
@@ -161,6 +165,8 @@ def _steps(client: Client, count: int, name: str) -> Iterator[tuple[str, Step]]:
     yield "look when the next is due", lambda: client.value("select orchestrator.next_due_at()")
     for result in ("delivered", "retry", "fail"):
         yield "claim", claim
+        yield "release", lambda: client.release(leases)
+        yield "claim for dispatch", claim_for_dispatch
         yield f"finish: {result}", finish(result)
     yield "finish again", finish("delivered")
     yield "claim", claim

@@ -259,6 +259,19 @@ def test_claiming_reads_due_timers_by_lane_and_their_events_by_key(client: Clien
     assert plans.rows_read("event") == batch
 
 
+@pytest.mark.parametrize("batch", [1, 100, 1000])
+@pytest.mark.parametrize("warm_ups", [0, 6])
+def test_a_dispatchers_claim_reads_the_events_in_one_pass_over_their_keys(
+    client: Client, batch: int, warm_ups: int
+) -> None:
+    plans = plans_of(client, lambda: client.claim_for_dispatch(batch), warm_ups=warm_ups)
+    assert plans.scans("timer") <= BY_LANE
+    assert plans.scans("event") <= EVENT_BY_KEY
+    assert "Nested Loop" not in plans.kinds_beside("event")
+    assert plans.partitions("event") <= {_day(NOON - timedelta(days=1)), _day(NOON)}
+    assert plans.rows_read("event") == batch
+
+
 def test_a_claim_that_finds_nothing_touches_no_event(client: Client) -> None:
     client.at(FIRST - timedelta(days=1))
     plans = plans_of(client, client.claim)

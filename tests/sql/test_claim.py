@@ -38,6 +38,55 @@ def lanes(client: Client, leases: Any) -> Counter[int]:
 # What a claim gives
 
 
+def test_a_dispatchers_claim_gives_what_claim_due_events_gives(client: Client) -> None:
+    client.rows(
+        "select orchestrator.configure_destination('https://rate.example', p_rate_per_second => 2, p_burst => 1)"
+    )
+    client.rows("select orchestrator.configure_destination('https://slow.example', p_timeout => '90 s')")
+    client.submit(
+        *[event(external_job_id=f"plain-{n}", scheduled_at=NOON + seconds(n / 1000)) for n in range(40)],
+        *[event(external_job_id=f"rate-{n}", destination="https://rate.example/x") for n in range(3)],
+        event(destination="https://slow.example/x"),
+        event(ordering_key="key", external_job_id="job", headers={"x": "y"}, correlation_id="c"),
+        event(expires_at=(NOON + seconds(300)).isoformat(), priority=3),
+        event(scheduled_at=NOON - timedelta(days=1)),
+    )
+    with client.connection.transaction(force_rollback=True):
+        expected = {lease.event_id: lease for lease in client.claim(lookahead_s=5)}
+    with client.connection.transaction(force_rollback=True):
+        leases, claim = client.claim_for_dispatch(lookahead_s=5)
+        again_at = client.claim_again_at()
+        places: dict[object, str] = dict(client.rows("select event_id, ctid from orchestrator.timer"))
+    assert claim.due_at == NOON.timestamp()
+    assert claim.start_at == (again_at and again_at.timestamp())
+    assert len(leases) == len(expected) == 47
+    limited = 0
+    for lease in leases:
+        other = expected[str(lease.event_id)]
+        start_at, lease_until = lease.start_at or lease.due_at, lease.lease_until or claim.lease_until
+        assert (lease.attempt, lease.lane, lease.options, lease.waited) == other[1:2] + other[13:16]
+        assert (lease.due_at, start_at, lease_until) == tuple(
+            at.timestamp() for at in (other.due_at, other.start_at, other.lease_until)
+        )
+        assert lease.expires_at == (other.expires_at and other.expires_at.timestamp())
+        assert lease.key == (other.ordering_key or other.external_job_id)
+        for name in (
+            "scheduled_at",
+            "delivery_type",
+            "destination",
+            "headers",
+            "payload",
+            "correlation_id",
+            "traceparent",
+        ):
+            assert getattr(lease, name) == getattr(other, name)
+        assert lease.timer in (None, places[lease.event_id])
+        limited += lease.timer is None
+    assert 1 <= limited <= 4  # those whose leases were prolonged have moved
+    plain = [lease.due_at for lease in leases if lease.key and lease.key.startswith("plain")]
+    assert plain == sorted(plain)
+
+
 def test_a_claim_by_hand_needs_no_argument_but_the_batch(client: Client) -> None:
     uid = client.schedule(external_job_id="j", headers={"X-A": "1"})
     [row] = client.rows(

@@ -14,7 +14,7 @@ from typing import Any, LiteralString, NamedTuple, Self, TypeVar
 
 import psycopg
 from psycopg import sql
-from psycopg.rows import TupleRow
+from psycopg.rows import TupleRow, namedtuple_row
 from psycopg.types.json import Jsonb
 
 T = TypeVar("T")
@@ -226,6 +226,20 @@ class Client:
             max_parallel,
         )
         return [Lease(str(event_id), *rest) for event_id, *rest in rows]
+
+    def claim_for_dispatch(
+        self, batch: int = 1000, *, lookahead_s: float = 0, max_parallel: int | None = None
+    ) -> tuple[list[Any], Any]:
+        """What a dispatcher is given: rows for the leases, and the one that says what holds for the claim."""
+        with self.connection.cursor(row_factory=namedtuple_row) as cursor:
+            cursor.execute(
+                "select * from orchestrator.claim_for_dispatch(%s, 0, '60 s', make_interval(secs => %s), '{}', %s)",
+                (batch, lookahead_s, max_parallel),
+            )
+            rows: list[Any] = cursor.fetchall()
+        *leases, last = rows
+        assert last.event_id is None
+        return leases, last
 
     def claim_again_at(self) -> datetime | None:
         """When, by the claim before, another makes sense; None: limits say nothing of it."""

@@ -29,21 +29,19 @@ class Clock:
 def claimed(start_at: float, event_id: str = "", destination: str = "http://a/", lane: int = 1) -> Claimed:
     """An event that may start then."""
     return Claimed(
-        start_at,
-        event_id,
-        1,
-        start_at,
-        start_at + 60,
-        "2030-01-01 00:00:00+00",
-        "HTTP",
-        destination,
-        None,
-        None,
-        "{}",
-        start_at,
-        lane,
-        None,
-        None,
+        claimed_at=start_at,
+        event_id=event_id,
+        attempt=1,
+        due_at=start_at,
+        start_at=start_at,
+        lease_until=start_at + 60,
+        scheduled_at="2030-01-01 00:00:00+00",
+        delivery_type="HTTP",
+        destination=destination,
+        key=None,
+        headers=None,
+        payload="{}",
+        lane=lane,
     )
 
 

@@ -93,9 +93,20 @@ def finished(
 
 
 def lease(event_id: object) -> Claimed:
-    scheduled_at = "2030-01-01 00:00:00+00"
     return Claimed(
-        0.5, str(event_id), 1, 1.0, 60.0, scheduled_at, "HTTP", "http://a/", None, None, "{}", 1.0, 1, None, None
+        claimed_at=0.5,
+        event_id=str(event_id),
+        attempt=1,
+        due_at=1.0,
+        start_at=1.0,
+        lease_until=60.0,
+        scheduled_at="2030-01-01 00:00:00+00",
+        delivery_type="HTTP",
+        destination="http://a/",
+        key=None,
+        headers=None,
+        payload="{}",
+        lane=1,
     )
 
 
