@@ -12,7 +12,8 @@
 --
 -- run_maintenance() goes on retiring partitions. pg_partman must not: it knows no timers, would detach a
 -- day whose events are still to be delivered, and holds a lock that everybody waits for while it looks.
--- So `retention` stays unset in its configuration.
+-- So `retention` stays unset in its configuration. It also goes on creating those of delivered_batch, for
+-- each day that event has.
 
 \set ON_ERROR_STOP on
 

@@ -52,11 +52,11 @@ adapters.register_dumper(IntegerArray, _IntegerArrayDumper)
 
 
 def is_plain(result: Finished) -> bool:
-    """Whether a batch can keep it: delivered at the first attempt, without a remark, and its timer's tid is known."""
+    """Whether a batch can keep it: delivered at the first attempt, without a remark, with a timer that has a place."""
     return (
         result.attempt == 1
         and result.result == "delivered"
-        and result.tid is not None
+        and result.timer is not None
         and result.waited is None
         and not result.error
         and not result.response
@@ -85,7 +85,7 @@ def delivered_arguments(results: Sequence[Finished]) -> tuple[object, ...] | Non
     alike = codes.count(codes[0]) == len(codes)
     return (
         _uuids(ids),
-        '{"' + '","'.join([result.tid or "" for result in results]) + '"}',
+        '{"' + '","'.join([result.timer or "" for result in results]) + '"}',
         _literal(starts),
         _literal([int(each.ljust(3, "0")) for each in microseconds]) if any(microseconds) else None,
         _literal(first_due),

@@ -49,13 +49,12 @@ class Claimed(msgspec.Struct, gc=False):
     expires_at: float | None = None
     correlation_id: str | None = None
     traceparent: str | None = None
-    tid: str | None = None
 
 
 class Finished(msgspec.Struct, gc=False):
     """The result of an attempt: ``delivered``, ``retry`` or ``fail``; times in Unix seconds by the database's clock.
 
-    `tid` is where the claim left the timer, None: unknown. `correlation_id` is for the log alone.
+    `timer` is where the claim left it, None: unknown. `correlation_id` is for the log alone.
     """
 
     event_id: str
@@ -72,7 +71,7 @@ class Finished(msgspec.Struct, gc=False):
     correlation_id: str | None = None
     scheduled_at: str = ""
     due_at: float = 0.0
-    tid: str | None = None
+    timer: str | None = None
 
 
 class NotDelivered(NamedTuple):

@@ -62,7 +62,7 @@ def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: fl
         event.correlation_id,
         event.scheduled_at,
         event.due_at,
-        event.tid,
+        event.timer,
     )
 
 

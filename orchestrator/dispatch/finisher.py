@@ -131,9 +131,9 @@ class Finisher:
                 self._on_freed()
         if self._unused:
             unused = self._unused[:_MAX_BATCH]
-            released, blocked = await self._release_all(leases, unused)
+            released, held = await self._release_all(leases, unused)
             del self._unused[: len(unused)]
-            self._unused_aside += [lease for lease in unused if lease.event_id in blocked]
+            self._unused_aside += [lease for lease in unused if lease.event_id in held]
             self._metrics.events_released_total.inc(released)
         if self._aside or self._unused_aside:
             await self._note_aside(leases)

@@ -123,9 +123,9 @@ comment on function orchestrator.end_delivered(uuid[], tid[], timestamptz) is
   'Deletes the timers of delivered events, and counts them. Returns the positions of those that it ended, their '
   'ordering keys, and the dedicated lanes with positions';
 
--- A batch is a row of delivered_batch: its ids lie in one stretch of ten seconds, so that a lookup by id knows
--- where to look. A batch of one is smaller as a row of outcome. So are all kept when some are not found, since
--- then positions no longer fit, or are announced, since announce_finished() reads them there.
+-- A batch is a row of delivered_batch: its ids lie in one stretch of ten seconds, so that a lookup by id
+-- knows where to look. A batch of one is smaller as a row of outcome. All are kept as rows when some are not
+-- found, since positions no longer fit then, and when they are announced, as announce_finished() reads rows.
 --
 -- It is for a dispatcher, which sends its results in this form. Those that it answers go through
 -- finish_events(), which tells what became of them: their timers moved, a repeated call, or a lost lease.

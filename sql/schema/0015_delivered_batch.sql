@@ -29,7 +29,7 @@ create table orchestrator.delivered_batch
     and coalesce(cardinality(claimed_us), cardinality(ids)) = cardinality(ids)
     and coalesce(cardinality(status_codes), cardinality(ids)) = cardinality(ids))
 ) partition by range (scheduled_at);
--- All that a lookup by id compares is in the index: it visits only rows whose first and last id enclose the id.
+-- All that a lookup by id compares is in the index: it visits only rows whose ids enclose that id.
 create index delivered_batch_ids on orchestrator.delivered_batch (scheduled_at, first_id, last_id);
 
 comment on table orchestrator.delivered_batch is

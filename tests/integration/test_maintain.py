@@ -186,7 +186,7 @@ def test_maintain_once_does_other_steps_when_it_cannot_store_the_retention_and_n
     other.rows("select 1 from orchestrator.control for update")
     result = cli("--json", CLEANUP_RETENTION_DAYS="11")
     told = json.loads(result.stdout)
-    assert (result.exit_code, told["partitions_detached"]) == (1, 2)
+    assert (result.exit_code, told["partitions_detached"]) == (1, 3)
     problems = {problem["step"]: problem["problem"] for problem in told["problems"]}
     assert f"pid {other.pid} " in problems["retention_configured"]
     other.rows("rollback")

@@ -27,7 +27,7 @@ KEYS = {"find_api_key", "count_api_keys"}
 CHANGING = {"cancel_event", "cancel_events", "reschedule_event", "keep_answer", "kept_answer"}
 DISPATCHING = {
     "register_worker", "claim_due_events", "claim_for_dispatch", "finish_events", "release_events", "next_due_at",
-    "backlog", "finish_free_events", "release_free_events",
+    "backlog", "finish_free_events", "finish_delivered", "release_free_events",
     "ensure_dedicated_lane", "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published",
     "outbox_failed", "outbox_pending",
     "repair_after_restore", "settle_restored",
@@ -41,7 +41,7 @@ READING = {
     "get_event", "events_by_external_id", "list_dead_letters", "statistics", "statistics_by", "next_due_at", "backlog",
     "list_rejects", "ingest_offsets", "outbox_pending", "get_destination", "list_destinations", "destination_for",
     "backlog_forecast", "forecast", "changed_rights",
-    "first_day_kept", "first_id",
+    "first_day_kept", "first_id", "batch_may_hold", "batch_outcomes",
 }  # fmt: skip
 OPERATING = {
     "run_maintenance", "reroute_remaining", "create_partitions", "pass_dead_letter", "configure_destination",
@@ -279,7 +279,7 @@ def test_a_reader_sees_everything_but_keys_and_changes_nothing(connect: Connect)
 
 def test_an_operator_maintains_and_tunes_retries(connect: Connect) -> None:
     client = acting(connect, "orchestrator_ops")
-    assert client.value("select orchestrator.run_maintenance(45)")["partitions_created"] == 30
+    assert client.value("select orchestrator.run_maintenance(45)")["partitions_created"] == 45
     client.rows("insert into orchestrator.retry_policy (name, max_delay) values ('slow', '1 day')")
     client.rows("update orchestrator.retry_policy set jitter = 0 where name = 'slow'")
     client.rows("delete from orchestrator.retry_policy where name = 'slow'")

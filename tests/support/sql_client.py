@@ -157,7 +157,8 @@ class Client:
         days = [NOON + timedelta(days=day) for day in (-1, 0, 1)]
         for name in self.column(
             """select c.relname from pg_class c
-            where c.relnamespace = 'orchestrator'::regnamespace and c.relname ~ '^(event|outcome|delivered_batch)_p[0-9]{8}$'
+            where c.relnamespace = 'orchestrator'::regnamespace
+              and c.relname ~ '^(event|outcome|delivered_batch)_p[0-9]{8}$'
               and (right(c.relname, 8) <> all (%s) or not c.relispartition)""",
             [f"{day:%Y%m%d}" for day in days],
         ):

@@ -51,7 +51,9 @@ class FakeLeases:
 
     async def finish_free(self, results: Sequence[Finished]) -> list[NotDelivered]:
         free = [result for result in results if result.event_id not in self.held]
-        blocked = [NotDelivered(each.event_id, "blocked", None) for each in results if each.event_id in self.held]
+        blocked = [
+            NotDelivered(each.event_id, "blocked", None, each.attempt) for each in results if each.event_id in self.held
+        ]
         return blocked + (await self.finish(free) if free else [])
 
     async def release_free(self, leases: Sequence[Claimed]) -> tuple[int, set[str]]:
@@ -306,9 +308,9 @@ async def test_answers_are_counted_logged_and_retries_expected(
 ) -> None:
     caplog.set_level(logging.INFO)
     fixture.leases.answers = {
-        "r": NotDelivered("r", "retried", 1234.5),
-        "d": NotDelivered("d", "dead", None),
-        "s": NotDelivered("s", "stale", None),
+        "r": NotDelivered("r", "retried", 1234.5, 1),
+        "d": NotDelivered("d", "dead", None, 1),
+        "s": NotDelivered("s", "stale", None, 1),
     }
     for event_id, result in (("ok", "delivered"), ("r", "retry"), ("d", "fail"), ("s", "delivered")):
         error = None if result == "delivered" else f"HTTP 500 for {event_id}"
@@ -333,7 +335,7 @@ async def test_of_two_results_of_one_event_the_late_one_is_counted_as_stale(
     fixture: Fixture, newest_first: bool
 ) -> None:
     """Its lease was lost for a while, and this dispatcher then claimed it once more."""
-    fixture.leases.answers = {"e": NotDelivered("e", "stale", None)}
+    fixture.leases.answers = {"e": NotDelivered("e", "stale", None, 1)}
     both = [finished("e", "retry", "late"), finished("e", attempt=2)]
     fixture.finisher.add(*(reversed(both) if newest_first else both))
     async with fixture.running():
