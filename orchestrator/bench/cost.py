@@ -92,7 +92,7 @@ async def _lives(settings: Settings, meter: _Meter, rounds: int, events: int) ->
                 ]
                 if odd := await meter.measured(n, "finish", leases.finish(results)):
                     raise OrchestratorError(f"bench: a result was refused: {odd[0]}")
-            meter.vacuumed()
+            meter.vacuumed(n)
         await asyncio.sleep(_FLUSH_S)
         meter.count_buffers()
 
@@ -118,9 +118,12 @@ class _Meter:
             self._wal[step].append((wal, self._lsn()))
         return result
 
-    def vacuumed(self) -> None:
-        wal = self._lsn()
+    def vacuumed(self, round_: int) -> None:
+        """Vacuums timer, on the connection that watches."""
+        process = [self._watching.info.backend_pid]
+        wal, server_ns = self._lsn(), _cpu_ns(process)
         self._watching.execute("vacuum orchestrator.timer")
+        self._server_ns["vacuum"][round_] = _cpu_ns(process) - server_ns
         self._wal["vacuum"].append((wal, self._lsn()))
 
     def count_buffers(self) -> None:
@@ -138,6 +141,7 @@ class _Meter:
             figures[f"{step} CPU µs of the server"] = _times(self._server_ns[step], rounds, events)
             figures[f"{step} CPU µs of the client"] = _times(self._client_ns[step], rounds, events)
             figures[f"{step} buffers"] = round(self._buffers[step] / (rounds * events), 1)
+        figures["vacuum CPU µs of the server"] = _times(self._server_ns["vacuum"], rounds, events)
         total = 0.0
         for step, ranges in self._wal.items():
             lines = self._records(ranges, (rounds if step == "vacuum" else rounds - 1) * events)
