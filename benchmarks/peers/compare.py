@@ -120,6 +120,9 @@ def peer(name: str, packages: Path) -> Measure:
 
         installed = _answer(command("install"))
         with psycopg.connect(url, autocommit=True) as watching, ExitStack() as running:
+            watching.execute(
+                "set enable_seqscan = off"
+            )  # which would read every job that is done to find one that is not
             workers = [running.enter_context(_worker(command("work"))) for _ in range(WORKERS)]
             wal = _wal(watching)
             if scenario == "herd":

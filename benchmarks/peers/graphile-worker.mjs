@@ -18,7 +18,7 @@ await main({
     return {
       version: version('graphile-worker'),
       settings: { ...settings, chunk },
-      done: 'select not exists (select from graphile_worker._private_jobs)',
+      done: 'select (select id from graphile_worker._private_jobs order by id desc limit 1) is null',
       wrong: 'select count(*) from graphile_worker._private_jobs',
     }
   },

@@ -20,7 +20,7 @@ await main({
     return {
       version: version('pg-boss'),
       settings: { ...settings, partition: true, chunk },
-      done: `select not exists (select ${jobs} and state < 'completed')`,
+      done: `select not exists (select ${jobs} and state in ('created', 'retry', 'active'))`,
       wrong: `select ${arguments_.events} - count(*) ${jobs} and state = 'completed' and retry_count = 0`,
     }
   },
