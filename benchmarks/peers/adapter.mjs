@@ -12,7 +12,6 @@ const say = value => new Promise(said => process.stdout.write(JSON.stringify(val
 
 export const arguments_ = JSON.parse(text)
 export const load = name => import(pathToFileURL(resolver.resolve(name)))
-export const version = name => resolver(`./node_modules/${name}/package.json`).version
 
 /** Calls `send` for each chunk, from as many connections as there are workers; returns the seconds that it took. */
 export async function enqueueing(chunks, send) {
@@ -35,10 +34,11 @@ export async function main({ install, enqueue, work }) {
   if (role === 'enqueue') await say({ seconds: await enqueue() })
   if (role === 'work') {
     const starts = []
+    const ended = once(process.stdin, 'end')  // which may come before `work` returns
     await say({})
     await once(process.stdin, 'data')
     const stop = await work(id => starts.push([id, performance.timeOrigin + performance.now()]))
-    await once(process.stdin, 'end')
+    await ended
     await stop()
     await say(starts)
   }

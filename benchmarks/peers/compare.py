@@ -148,6 +148,11 @@ def peer(name: str, packages: Path) -> Measure:
     return measure
 
 
+def version(packages: Path, name: str) -> str:
+    """The installed one."""
+    return str(json.loads((packages / "node_modules" / name / "package.json").read_text())["version"])
+
+
 def check_each_once(name: str, events: int, started: Sequence[tuple[str, float]], wrong: int) -> None:
     """Raises OrchestratorError unless each job began once, and the database shows `wrong` ones: none."""
     counts = {"starts": len(started), "jobs": len({job for job, _ in started}), "not completed once": wrong}
@@ -280,7 +285,7 @@ def main(
         raise click.ClickException(f"there is no Node: npm install --prefix {packages} node@22")
     named = [program.rpartition("=") for program in programs or [str(Path(sys.executable).with_name("orchestrator"))]]
     systems = {name or "orchestrator": own(program) for name, _, program in named}
-    systems |= {name: peer(name, packages) for name in PEERS}
+    systems |= {f"{name} {version(packages, name)}": peer(name, packages) for name in PEERS}
     runs: list[Run] = []
     if results and results.exists():
         runs = [Run(**json.loads(line)) for line in results.read_text().splitlines()]

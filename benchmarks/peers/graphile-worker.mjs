@@ -1,6 +1,6 @@
 // graphile-worker: jobs fetched and completed in batches, as its page on performance advises, and added by its SQL
 // function, from JSON that was made before.
-import { arguments_, enqueueing, load, main, sizes, version } from './adapter.mjs'
+import { arguments_, enqueueing, load, main, sizes } from './adapter.mjs'
 
 const { Logger, run, runMigrations } = await load('graphile-worker')
 const { default: pg } = await load('pg')
@@ -16,8 +16,6 @@ await main({
   async install() {
     await runMigrations({ connectionString, logger })
     return {
-      version: version('graphile-worker'),
-      settings: { ...settings, chunk },
       done: 'select (select id from graphile_worker._private_jobs order by id desc limit 1) is null',
       wrong: 'select count(*) from graphile_worker._private_jobs',
     }

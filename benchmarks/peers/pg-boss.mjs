@@ -1,6 +1,6 @@
 // pg-boss: a queue with a table of its own, jobs inserted, fetched and completed in batches; a worker polls at the
 // shortest interval that is allowed, and at once after a full batch.
-import { arguments_, enqueueing, load, main, sizes, version } from './adapter.mjs'
+import { arguments_, enqueueing, load, main, sizes } from './adapter.mjs'
 
 const { PgBoss } = await load('pg-boss')
 const { url: connectionString, payload, at, workers } = arguments_
@@ -18,8 +18,6 @@ await main({
     await (await opened()).createQueue('noop', { partition: true })
     const jobs = "from pgboss.job where name = 'noop'"
     return {
-      version: version('pg-boss'),
-      settings: { ...settings, partition: true, chunk },
       done: `select not exists (select ${jobs} and state in ('created', 'retry', 'active'))`,
       wrong: `select ${arguments_.events} - count(*) ${jobs} and state = 'completed' and retry_count = 0`,
     }
