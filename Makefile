@@ -97,7 +97,7 @@ docs: setup
 
 bench: setup
 	@for scenario in lifecycle deliver-http steady herd api ingest deliver-kafka pipeline rate parallel fairness claim \
-		backlog held-snapshot soak; do \
+		backlog held-snapshot soak cost; do \
 		$(VENV)/bin/orchestrator bench $$scenario --json || exit 1; done
 
 clean:

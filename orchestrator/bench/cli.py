@@ -16,6 +16,7 @@ from orchestrator.bench import (
     api,
     backlog,
     claims,
+    cost,
     delivery,
     fairness,
     held_snapshot,
@@ -45,6 +46,7 @@ _EVENTS: dict[str, int | None] = {
     "backlog": 10_000_000,
     "held-snapshot": None,
     "soak": None,
+    "cost": 100_000,
 }
 
 _RATE_PER_S = 400.0
@@ -132,6 +134,7 @@ def bench(
     backlog       how long claims take, by the number of live timers
     held-snapshot 2,000 events a second while an open transaction holds vacuum back
     soak          2,000 events a second with retries and cancels; growth of tables and indexes
+    cost          WAL, CPU and buffers of one event, by step, relation and record
 
     Scenarios with Kafka use the broker of KAFKA_BOOTSTRAP_SERVERS, or start one.
     """
@@ -158,6 +161,7 @@ def bench(
         "backlog": lambda url: backlog.run(url, count),
         "held-snapshot": lambda url: held_snapshot.run(url, minutes or 10.0, flow_per_s, fleet, floors=not no_floors),
         "soak": lambda url: soak.run(url, minutes or 30.0, flow_per_s, fleet),
+        "cost": lambda url: cost.run(url, count),
     }
     with database(database_url) as url:
         result = {"scenario": scenario, "events": count, **runs[scenario](url), "machine": machine()}
