@@ -29,6 +29,7 @@ _BATCH_S = 60.0  # longer than its transaction may last
 _ACKNOWLEDGED_S = 15.0  # half of the transaction's time-out; finding a topic is included
 _GATHER_S = 0.05  # between batches that were not full
 _PENDING_EVERY_S = 1.0
+_AGAIN_S = 5.0  # until brokers that were away, or messages that they did not take, are tried again
 _PATIENCE_S = 60.0  # how long a topic may be missing before its messages are set aside
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class _Publisher:
         self._stopping = False
         self._switched = False
         self._floor = 0
-        self._pending_read_s = 0.0
+        self._pending = 0
+        self._counted_s = 0.0
         self._missing: dict[str, float] = {}
         self._waiting = 0
         self._settled = asyncio.Event()
@@ -72,7 +74,9 @@ class _Publisher:
             ) as producer,
             asyncio.TaskGroup() as tasks,
         ):
-            listening = tasks.create_task(listen(self._settings, OUTBOX_CHANNEL, lambda _: self._wake.set()))
+            listening = tasks.create_task(
+                listen(self._settings, OUTBOX_CHANNEL, lambda _: self._wake.set(), self._on_listening)
+            )
             working = tasks.create_task(self._work(producer))
             await stop.wait()
             self._stopping = True
@@ -81,6 +85,10 @@ class _Publisher:
             if self._switched:  # otherwise it waits for the database, and no message is under way
                 await asyncio.wait([working], timeout=0.8 * self._settings.shutdown_timeout_s)
             await end(working, listening)
+
+    def _on_listening(self, listens: bool) -> None:
+        if listens:  # what was told before, nobody heard
+            self._wake.set()
 
     async def _work(self, producer: BulkProducer[Message]) -> None:
         failures = 0
@@ -114,22 +122,32 @@ class _Publisher:
             await self._wake.wait()
 
     async def _round(self, outbox: Outbox, producer: BulkProducer[Message]) -> None:
-        """Publishes a batch if it can, and rests unless more messages wait."""
+        """Publishes a batch if there may be one, and rests unless more messages wait.
+
+        Without a notification it only counts the messages: that is one statement, a batch is five.
+        """
         began_s = time.monotonic()
+        notified = self._wake.is_set()
         self._wake.clear()
         reachable = await producer.ready() and producer.away is None
-        full, pause_s = False, _GATHER_S
-        if reachable and not self._stopping:
+        full, pause_s, rest_s = False, _GATHER_S, self._settings.outbox_interval_s
+        if not reachable:
+            pause_s, rest_s = _PENDING_EVERY_S, min(_AGAIN_S, rest_s)
+        if not notified:
+            await self._count(outbox)
+        if reachable and not self._stopping and (notified or self._pending):
             full, kept = await within(_BATCH_S, self._publish_batch(outbox, producer))
             if kept:
-                full, pause_s = False, _PENDING_EVERY_S
-        else:
-            pause_s = _PENDING_EVERY_S
-        if time.monotonic() > self._pending_read_s + _PENDING_EVERY_S:
-            self._pending_read_s = time.monotonic()
-            self._metrics.outbox_event_pending_total.set(await within(_ANSWER_S, outbox.pending()))
+                full, pause_s, rest_s = False, _PENDING_EVERY_S, min(_AGAIN_S, rest_s)
+        if time.monotonic() > self._counted_s + _PENDING_EVERY_S:
+            await self._count(outbox)
         if not full:
-            await self._rest(began_s + pause_s, began_s + self._settings.outbox_interval_s)
+            await self._rest(began_s + pause_s, began_s + rest_s)
+
+    async def _count(self, outbox: Outbox) -> None:
+        self._counted_s = time.monotonic()
+        self._pending = await within(_ANSWER_S, outbox.pending())
+        self._metrics.outbox_event_pending_total.set(self._pending)
 
     async def _rest(self, earliest_s: float, latest_s: float) -> None:
         """Waits for a notification of messages, but at least until `earliest_s` and at most until `latest_s`."""

@@ -25,6 +25,7 @@ from orchestrator.database import Database, migrate, translated
 from orchestrator.database.blocking import OnConnected, blocking
 from orchestrator.database.rights import NEEDED
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
+from orchestrator.garbage import spare_what_stays
 from orchestrator.maintenance.upkeep import maintain, prepare
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings, database_url
@@ -117,6 +118,7 @@ class _Process:
                 tasks.create_task(self._watched(served))
             await self._watched(lambda stop: _until_usable(settings, database, self._role, stop), stops=False)
             if not self._stop.is_set():
+                spare_what_stays()
                 _log.info("ready")
                 for part in (*parts, *beside):
                     tasks.create_task(self._watched(part))

@@ -61,6 +61,13 @@ class Edge:
     def __init__(self, routes: Sequence[BaseRoute], metrics: Metrics) -> None:
         self.routes = routes
         self._router = Router(routes, redirect_slashes=False)
+        # The router tries one pattern after the other; most requests are for a path without parameters.
+        self._direct = {
+            (method, route.path): route
+            for route in routes
+            if isinstance(route, Route) and not route.param_convertors
+            for method in route.methods or ()
+        }
         self._seconds = metrics.http_request_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,7 +84,12 @@ class Edge:
         scope["path"] = scope["raw_path"].decode("latin-1")
         scope["app"] = self
         try:
-            await self._router(scope, receive, noting_send)
+            direct = self._direct.get((scope["method"], scope["path"]))
+            if direct is None:
+                await self._router(scope, receive, noting_send)
+            else:
+                scope["route"] = direct
+                await direct.app(scope, receive, noting_send)
         except ClientGoneError:
             status = 499
         except Exception as error:

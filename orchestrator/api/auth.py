@@ -121,6 +121,8 @@ class _Recent:
 
 def _presented(scope: Scope) -> bytes | None:
     """The key that a request carries; an empty one when it carries credentials of another kind."""
+    if header(scope, b"x-api-key") is None and header(scope, b"authorization") is None:
+        return None
     # Blanks at its ends are no part of a value (RFC 9110, 5.5), and not every server takes them off.
     given = [value.strip() for name, value in scope["headers"] if name == b"x-api-key"]
     others = False

@@ -9,6 +9,8 @@ from orchestrator.api.problems import Problem
 MAX_FIELDS_BYTES = 1 << 16
 """Longest body of a request that is no event."""
 
+_FIRSTS = "orchestrator.headers"  # in a request's scope
+
 
 class ClientGoneError(Exception):
     """The client closed the connection before its request was complete."""
@@ -16,10 +18,10 @@ class ClientGoneError(Exception):
 
 def header(scope: Scope, name: bytes) -> bytes | None:
     """The first header of that lower-case name."""
-    for key, value in scope["headers"]:
-        if key == name:
-            return bytes(value)
-    return None
+    firsts: dict[bytes, bytes] | None = scope.get(_FIRSTS)
+    if firsts is None:
+        firsts = scope[_FIRSTS] = dict(reversed(scope["headers"]))
+    return firsts.get(name)
 
 
 async def read_json(scope: Scope, receive: Receive, max_bytes: int) -> bytes:

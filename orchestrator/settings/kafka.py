@@ -169,7 +169,7 @@ class KafkaSettings:
     outbox_interval_s: float = defined(
         "OUTBOX_PUBLISH_INTERVAL",
         kind=milliseconds(100, 60_000),
-        default="5000",
+        default="10000",
         about="Longest wait between two polls of the outbox, in case a notification is lost.",
     )
     submit_fallback: str | None = defined(

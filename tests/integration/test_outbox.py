@@ -25,6 +25,7 @@ from tests.support.waiting import eventually
 
 KINDS = ("scheduled", "timestamp", "dlq", "answers")
 NOWHERE = "127.0.0.1:9"
+LISTENER = "query = 'listen orchestrator_outbox'"
 
 
 @pytest.fixture
@@ -51,6 +52,19 @@ async def topics(kafka: Kafka, partitions: int = 3) -> dict[str, str]:
     for name in names.values():
         await kafka.create_topic(name, partitions)
     return {**kafka.environ, **names, "OUTBOX_PUBLISH_INTERVAL": "300"}
+
+
+async def at_rest(client: Client) -> None:
+    """Returns when a publisher listens, and has had nothing to do for a second."""
+    await eventually(
+        lambda: client.value(
+            f"""
+            select count(*) filter (where {LISTENER}) = 1
+              and bool_and(state_change < clock_timestamp() - interval '1 s')
+            from pg_stat_activity
+            where datname = current_database() and application_name in ('orchestrator listen', 'orchestrator outbox')"""
+        )
+    )
 
 
 def write(client: Client, kind: str, count: int, keys: int = 20) -> None:
@@ -165,6 +179,42 @@ async def test_the_gauge_tells_how_many_messages_wait(settings: MakeSettings, cl
         )
         await eventually(lambda: line in metrics.exposition()[0].decode().splitlines())
     assert client.value("select orchestrator.outbox_pending()") == 17
+
+
+async def test_a_notification_wakes_the_publisher_long_before_its_poll(
+    settings: MakeSettings, client: Client, kafka: Kafka
+) -> None:
+    ours = settings(**await topics(kafka) | {"OUTBOX_PUBLISH_INTERVAL": "60000"})
+    async with publishing(ours):
+        await at_rest(client)
+        write(client, "dlq", 10)
+        await drained(client, 5.0)
+    assert len(await arrived(kafka.servers, ours.topic_dlq, 10)) == 10
+
+
+async def test_without_a_notification_the_poll_finds_the_messages(
+    settings: MakeSettings, client: Client, kafka: Kafka
+) -> None:
+    ours = settings(**await topics(kafka) | {"OUTBOX_PUBLISH_INTERVAL": "3000"})
+    async with publishing(ours):
+        await at_rest(client)
+        write_one(client, "dlq", b"unannounced")
+        await drained(client, 5.0)
+    assert [record.value for record in await arrived(kafka.servers, ours.topic_dlq, 1)] == [b"unannounced"]
+
+
+async def test_a_publisher_that_listens_again_looks_at_once(
+    settings: MakeSettings, client: Client, kafka: Kafka
+) -> None:
+    ours = settings(**await topics(kafka) | {"OUTBOX_PUBLISH_INTERVAL": "60000"})
+    async with publishing(ours):
+        await at_rest(client)
+        listeners = f"from pg_stat_activity where datname = current_database() and {LISTENER}"
+        assert client.value(f"select pg_terminate_backend(pid, 5000) {listeners}")
+        write(client, "dlq", 10)
+        assert client.value(f"select count(*) {listeners}") == 0  # so nobody has heard of them
+        await drained(client, 15.0)
+    assert len(await arrived(kafka.servers, ours.topic_dlq, 10)) == 10
 
 
 async def test_two_publishers_share_the_work_without_repeating_any(

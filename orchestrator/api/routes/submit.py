@@ -28,7 +28,7 @@ _CORRELATION_ID, _TRACEPARENT = CORRELATION_ID_HEADER.encode(), TRACEPARENT_HEAD
 _CODES = {"accepted": 201, "duplicate": 200, "queued": 202}
 
 
-class Answer(msgspec.Struct):
+class Answer(msgspec.Struct, gc=False):
     """What a client is told of its event: that it is kept, by ``scheduled`` or, if it was before, ``duplicate``, or
     that Kafka has it, by ``accepted``. `event_status` is the state it is in; None: it is still on its way."""
 
@@ -40,7 +40,7 @@ class Answer(msgspec.Struct):
     event_status: str | None
 
 
-class ItemAnswer(msgspec.Struct):
+class ItemAnswer(msgspec.Struct, gc=False):
     index: int
     id: str
     status: str

@@ -164,6 +164,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
     from orchestrator.api.server.server import serve
     from orchestrator.database import Database
     from orchestrator.database.rights import NEEDED
+    from orchestrator.garbage import spare_what_stays
 
     link = await Link.over(end)
     given = await link.receive_raw()
@@ -175,6 +176,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
     deliverer = Deliverer(link, stop)
     listener = asyncio.create_task(deliverer.listen())
     status = 0
+    spare_what_stays()
     try:
         async with Database(settings, role="api", needs=NEEDED[role]) as database:
             await serve(

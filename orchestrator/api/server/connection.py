@@ -15,6 +15,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from orchestrator.api.server import refusals
+from orchestrator.api.server.exchange import Exchange
 from orchestrator.api.server.refusals import MAX_HEADERS, MAX_TARGET_BYTES, Refusal
 
 if TYPE_CHECKING:
@@ -161,9 +162,38 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._unanswered >= _MAX_PIPELINED:
             self._break(refusals.PIPELINED)
-        super().on_headers_complete()
+        self._start()
         self._unanswered += 1
         self.stage = BODY
+
+    def _start(self) -> None:
+        """As uvicorn's on_headers_complete() does it, with an `Exchange`, and without what is off here."""
+        parser, scope = self.parser, self.scope
+        version = parser.get_http_version()
+        url = httptools.parse_url(self.url)
+        scope["method"] = parser.get_method().decode("ascii")
+        scope["http_version"] = version
+        scope["raw_path"] = url.path
+        scope["path"] = url.path.decode("ascii")
+        scope["query_string"] = url.query or b""
+        self.cycle = Exchange(
+            scope,
+            self.transport,
+            self.flow,
+            self.logger,
+            self.access_logger,
+            self.access_log,
+            self.server_state.default_headers,
+            asyncio.Event(),
+            self.expect_100_continue,
+            version != "1.0" and parser.should_keep_alive(),
+            self.on_response_complete,
+        )
+        if self._unanswered:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+        else:
+            self._start_asgi_task(self.cycle, self.app)
 
     def on_body(self, body: bytes) -> None:
         size = len(body)
