@@ -19,8 +19,15 @@ _BACKOFF_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-async def listen(settings: Settings, channel: LiteralString, on_notified: Callable[[str], None]) -> None:
+async def listen(
+    settings: Settings,
+    channel: LiteralString,
+    on_notified: Callable[[str], None],
+    on_listening: Callable[[bool], None] = lambda _: None,
+) -> None:
     """Calls `on_notified` with the payload of each notification, for ever, on a connection that it does not share.
+
+    Calls `on_listening` whenever it begins to hear notifications, and with False when it may miss them from now on.
 
     Notifications are missed while that connection is lost. Through a pooler all of them are: a listening session would
     have to stay with its client.
@@ -42,6 +49,7 @@ async def listen(settings: Settings, channel: LiteralString, on_notified: Callab
                     async with asyncio.timeout(_ANSWER_S):
                         await connection.execute(f"listen {channel}")
                     heard = True
+                    on_listening(True)
                     while True:
                         async for notification in connection.notifies(timeout=_HEARING_S):
                             with suppress(ValueError):  # anybody may notify anything
@@ -53,4 +61,5 @@ async def listen(settings: Settings, channel: LiteralString, on_notified: Callab
                 context = {"channel": channel, "error": str(error)}
                 _log.warning("not listening; polling until the connection is back", extra=context)
             heard = False
+            on_listening(False)
         await asyncio.sleep(_BACKOFF_S * random.uniform(0.2, 1.0))
