@@ -27,7 +27,7 @@ class ClaimSizes:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._batch, self._prefetch = settings.batch_size, settings.prefetch
+        self._batch, self._prefetch, self._beside = settings.batch_size, settings.prefetch, settings.prefetch_due
         most = _LARGEST_CLAIM if self._prefetch is None else min(_LARGEST_CLAIM, self._prefetch // 2)
         self._largest = max(self._batch, most)
         self._claim = self._batch
@@ -55,7 +55,7 @@ class ClaimSizes:
 
     def narrow_room(self, held: int, payload: int) -> int:
         """The same for a narrow claim."""
-        most = self.most if self._prefetch else self.most + self._most_due
+        most = self.most if self._prefetch else self.most + self._beside
         return self._room(most, 2 * _MOST_PAYLOAD, self.narrow_size, held, payload)
 
     def note(self, asked: int, events: Sequence[Claimed], held: int, now: float) -> None:

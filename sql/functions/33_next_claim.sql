@@ -3,7 +3,7 @@
 -- The end of a lease is looked up for the first timer of each queue alone: what a killed dispatcher has left
 -- is older than what others have claimed since.
 create or replace function orchestrator.next_lease_end() returns timestamptz
-language sql volatile security definer
+language sql volatile
 set search_path = orchestrator, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
