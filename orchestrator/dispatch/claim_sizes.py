@@ -15,6 +15,7 @@ from orchestrator.settings import Settings
 _LARGEST_CLAIM = 2000
 MOST_AHEAD = 30_000
 """Events that may be held while those claimed last are not due yet: 24 MiB of memory without their payloads."""
+_NARROW_CLAIM = 500
 _MOST_PAYLOAD = 1 << 26  # characters of payloads that may be held
 
 
@@ -22,17 +23,18 @@ class ClaimSizes:
     """A claim may begin while no more events are held than there is `room` beside.
 
     SCHEDULER_PREFETCH bounds what is held if it is given. Else it is 30,000 events while those claimed last are not
-    due, and twice a claim, at least 1,000, once they are. From the one to the other it goes gradually, one event
-    claimed for two that leave, so that no other destination has to wait until a herd has drained.
+    due, and twice a claim, at least 1,000, once they are. While there is no room, narrow claims of what is due at once
+    keep other destinations from waiting until a herd has drained.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._batch, self._prefetch, self._beside = settings.batch_size, settings.prefetch, settings.prefetch_due
+        self._batch, self._prefetch = settings.batch_size, settings.prefetch
         most = _LARGEST_CLAIM if self._prefetch is None else min(_LARGEST_CLAIM, self._prefetch // 2)
         self._largest = max(self._batch, most)
         self._claim = self._batch
         self._payload = 1.0  # mean characters in the last claim that gave any; the next is expected to be alike
-        self._starts_at = float("-inf")  # the middle one of the events claimed last
+        self._starts_at = float("-inf")  # the middle one of the events that the last claim gave, narrow ones aside
+        self._held = 0  # after the last claim
         self.most = self._most_due
 
     @property
@@ -40,36 +42,33 @@ class ClaimSizes:
         """Events that the next claim asks for."""
         return min(self._claim, max(1, int(_MOST_PAYLOAD / 4 / self._payload)))
 
-    @property
-    def narrow_size(self) -> int:
-        """The same for a claim of what is due at once, beside a memory that is full of what is not due."""
-        return min(self._batch, self.size)
-
-    def ahead(self, now: float) -> bool:
-        """Whether the events claimed last are not due yet."""
-        return self._starts_at > now
-
     def room(self, held: int, payload: int) -> int:
         """How many events at most may be held when the next claim begins, if now so many are, of so many characters."""
         return self._room(self.most, _MOST_PAYLOAD, self.size, held, payload)
 
-    def narrow_room(self, held: int, payload: int) -> int:
-        """The same for a narrow claim."""
-        most = self.most if self._prefetch else self.most + self._beside
-        return self._room(most, 2 * _MOST_PAYLOAD, self.narrow_size, held, payload)
+    def narrow_size(self, held: int, payload: int, now: float) -> int:
+        """Events that a narrow claim asks for; 0: it would hold too many.
+
+        While the events of the last claim are not due, it takes all that is due before them. Once they are, one event
+        for two that have left since the last claim, so that fewer and fewer are held.
+        """
+        ahead = self._starts_at > now
+        size = min(max(self._batch, _NARROW_CLAIM) if ahead else (self._held - held) // 2, self.size)
+        most = self._prefetch or MOST_AHEAD + self._most_due
+        return size if held <= self._room(most, 2 * _MOST_PAYLOAD, size, held, payload) else 0
 
     def note(self, asked: int, events: Sequence[Claimed], held: int, now: float) -> None:
         """Takes in what a claim gave when it asked for so many. `held` counts these events, too."""
         self._claim = min(2 * self._claim, self._largest) if len(events) == asked else self._batch
-        self.note_payloads(events)
         if events:
             self._starts_at = events[len(events) // 2].start_at
         if self._prefetch is None:
-            least = self._most_due
-            self.most = max(MOST_AHEAD, least) if self.ahead(now) else max(least, min(self.most, held - asked))
+            self.most = max(MOST_AHEAD if self._starts_at > now else 0, self._most_due)
+        self.note_narrow(events, held)
 
-    def note_payloads(self, events: Sequence[Claimed]) -> None:
-        """Takes in what a narrow claim gave."""
+    def note_narrow(self, events: Sequence[Claimed], held: int) -> None:
+        """The same for a narrow claim, which says nothing about the next claims."""
+        self._held = held
         if events:
             self._payload = max(1.0, sum(len(event.payload) for event in events) / len(events))
 

@@ -39,7 +39,7 @@ _LOCKED_OUT = 5  # consecutive claims that met locked events, before the log nam
 _POLL_S = 10.0  # no more than notify_within() in SQL
 _DEAF_POLL_S = 1.0  # while no notification can come
 _QUIET_S = 1.0  # after a claim, before it looks whether any event is due
-_NARROW_S = 0.2  # between claims of what is due at once, while the memory is full of events that are not
+_NARROW_S = 0.2  # between claims of what is due at once while there is no room for others; less than ahead_s
 _AGAIN_WITHIN_S = 0.02  # after the moment that a claim named, at random, so that dispatchers do not claim in step
 _HOLD = "hold "
 _STOPPING_BACKOFF_S = 0.5
@@ -181,17 +181,15 @@ class Dispatcher:
     async def _claim(self, leases: Leases) -> None:
         settings, sizes = self._settings, self._sizes
         while self._claiming:
-            narrow = False
-            if self._held > (room := sizes.room(self._held, self._held_payload)):
-                if not sizes.ahead(self._clock.now()) or self._held > sizes.narrow_room(self._held, self._held_payload):
-                    await self._wait_for_room(room)
+            asked, narrow = sizes.size, not await self._has_room()
+            if narrow:
+                asked = sizes.narrow_size(self._held, self._held_payload, self._clock.now())
+                if not (asked and self._claiming):
                     continue
-                narrow = True
             async with asyncio.timeout(ANSWER_S):
                 skip = await self._lanes_to_skip(leases)
             self._wake.reset()
             self._recalled = set()
-            asked = sizes.narrow_size if narrow else sizes.size
             sent_s = time.monotonic()
             async with asyncio.timeout(ANSWER_S):
                 claims = await leases.claim(
@@ -210,25 +208,32 @@ class Dispatcher:
                 return
             self._take_in(claims)
             if narrow:
-                sizes.note_payloads(claims.events)
+                sizes.note_narrow(claims.events, self._held)
             else:
                 sizes.note(asked, claims.events, self._held, self._clock.now())
             if claims.locked_out >= _LOCKED_OUT:
                 await self._holders.tell(leases)
             if len(claims.events) == asked:
                 self._backlogged.set()
-            elif narrow:
-                await self._wake.wait(_NARROW_S)
-            else:
+            elif not narrow:
                 if not skip and claims.again_at is None:
                     self._backlogged.clear()
                     self._metrics.events_backlog.set(0)
                 await self._rest(leases)
 
-    async def _wait_for_room(self, low: int) -> None:
-        self._low = low
-        self._room.clear()
-        await self._room.wait()
+    async def _has_room(self) -> bool:
+        """Whether there is room for the next claim, by the time that a narrow one would be due."""
+        for waits in (True, False):
+            low = self._sizes.room(self._held, self._held_payload)
+            if self._held <= low:
+                return True
+            if waits:
+                self._low = low
+                self._room.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_NARROW_S):
+                        await self._room.wait()
+        return False
 
     def _take_in(self, claims: Claims) -> None:
         self._metrics.events_claimed_total.inc(len(claims.events))

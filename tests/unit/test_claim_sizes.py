@@ -42,42 +42,42 @@ def test_far_more_events_may_be_held_while_those_claimed_last_are_not_due() -> N
     ours = sizes()
     assert ours.room(0, 0) == 1000 - 100
     ours.note(100, events(100, start_at=10.0), 100, now=1.0)
-    assert ours.ahead(9.9)
     assert ours.room(100, 200) == MOST_AHEAD - 200
 
 
-def test_once_a_herd_is_due_one_event_is_claimed_for_two_that_leave() -> None:
+def test_a_herd_fills_the_memory_before_it_is_due_and_drains_before_more_is_claimed() -> None:
     ours, held = sizes(), 0
     while held <= ours.room(held, 0):
         held += ours.size
         ours.note(ours.size, events(ours.size, start_at=10.0), held, now=1.0)
     assert MOST_AHEAD - 2000 < held <= MOST_AHEAD
-    claims = 0
-    while ours.most > 4000:
-        held = min(held, ours.room(held, 0)) + ours.size
-        ours.note(ours.size, events(ours.size, start_at=10.0), held, now=11.0)
-        claims += 1
-        assert held <= MOST_AHEAD
-    assert 10 <= claims <= 16
-    for _ in range(3):
-        held = min(held, ours.room(held, 0)) + ours.size
-        ours.note(ours.size, events(ours.size, start_at=10.0), held, now=11.0)
-    assert held <= ours.most == 4000
+    ours.note(2000, events(2000, start_at=10.0), held, now=11.0)
+    assert ours.most == 4000
+    assert ours.room(held, 0) == 2000
 
 
 def test_few_events_that_are_not_due_do_not_make_a_claim_one_of_a_herd() -> None:
     ours = sizes()
     ours.note(100, events(60, start_at=0.0) + events(40, start_at=10.0), 100, now=1.0)
-    assert not ours.ahead(1.0)
     assert ours.most == 1000
 
 
 def test_what_is_due_at_once_is_claimed_beside_a_memory_full_of_what_is_not() -> None:
     ours = sizes()
-    ours.note(100, events(100, start_at=10.0), MOST_AHEAD, now=1.0)
+    ours.note(500, events(500, start_at=10.0), MOST_AHEAD, now=1.0)
     assert ours.room(MOST_AHEAD, 0) < MOST_AHEAD
-    assert ours.narrow_room(MOST_AHEAD, 0) == MOST_AHEAD + 1000 - 100
-    assert ours.narrow_size == 100
+    assert ours.narrow_size(MOST_AHEAD, 0, now=1.0) == 200
+    assert ours.narrow_size(MOST_AHEAD + 1000, 0, now=1.0) == 0
+
+
+def test_beside_a_herd_that_drains_one_event_is_claimed_for_two_that_have_left() -> None:
+    ours = sizes()
+    ours.note(100, events(100, start_at=10.0), 20_000, now=1.0)
+    assert ours.narrow_size(20_000, 0, now=11.0) == 0
+    assert ours.narrow_size(19_900, 0, now=11.0) == 50
+    assert ours.narrow_size(10_000, 0, now=11.0) == ours.size
+    ours.note_narrow(events(50), 19_950)
+    assert ours.narrow_size(19_940, 0, now=11.0) == 5
 
 
 @pytest.mark.parametrize("start_at", [0.0, 10.0])
@@ -86,9 +86,10 @@ def test_a_prefetch_that_is_given_is_never_exceeded(start_at: float) -> None:
     while held <= ours.room(held, 0):
         held += ours.size
         ours.note(ours.size, events(ours.size, start_at=start_at), held, now=1.0)
-    while held <= ours.narrow_room(held, 0):
-        held += ours.narrow_size
-    assert 350 < held <= 400
+    while asked := ours.narrow_size(held, 0, now=1.0):
+        held += asked
+        ours.note_narrow(events(asked), held)
+    assert 200 <= held <= 400
 
 
 @given(
