@@ -18,6 +18,7 @@ from orchestrator.bench import lifecycle
 from orchestrator.bench.processes import Receiver, product, receiver, rss_mib, wait_until
 from orchestrator.bench.workload import chunks, judged, new_run, paced, spread, submissions
 from orchestrator.database import Database
+from orchestrator.errors import OrchestratorError
 from orchestrator.events.submission import Submission
 from orchestrator.settings import Settings
 
@@ -113,8 +114,6 @@ def dispatching(
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Dispatcher processes that are ready to claim; `given` are further settings."""
     environ = {
-        "SCHEDULER_BATCH_SIZE": "500",
-        "SCHEDULER_PREFETCH": "2000",
         "HTTP_MAX_CONNECTIONS": "64",
         "HTTP_ALLOW_NETWORKS": "127.0.0.0/8",
         "WEBHOOK_SECRETS": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
@@ -179,18 +178,28 @@ def drained(
     expected_s: float = 0.0,
 ) -> float:
     """Waits until every event is finished in the database, or published; returns the Unix time of that."""
-    query: dict[str, LiteralString] = {
-        "timer": "select exists (select from orchestrator.timer)",
-        "outbox": "select exists (select from orchestrator.outbox)",
+    # While there are timers, the last by key is found at once; a scan would read all pages of those that have gone.
+    last: dict[str, LiteralString] = {
+        "timer": "select not exists (select from orchestrator.timer order by event_id desc limit 1)",
+        "outbox": "select not exists (select from orchestrator.outbox)",
+    }
+    all_gone: dict[str, LiteralString] = {
+        "timer": "select count(*) = 0 from orchestrator.timer",
+        "outbox": "select count(*) = 0 from orchestrator.outbox",
     }
     timeout_s = _DRAIN_S + events / _DRAIN_PER_S + expected_s
     if target is not None:
         wait_until(lambda: target.count() >= events, f"delivering {events} events", timeout_s)
     with psycopg.connect(database_url, autocommit=True) as watching:
 
-        def done() -> bool:
-            row = watching.execute(query[of]).fetchone()
-            return row is not None and not row[0]
+        def holds(condition: LiteralString) -> bool:
+            row = watching.execute(condition).fetchone()
+            return row is not None and bool(row[0])
 
-        wait_until(done, f"finishing {events} events", timeout_s, 0.01 if target else 0.05)
-    return time.time()
+        watching.execute("set enable_seqscan = off")
+        wait_until(lambda: holds(last[of]), f"finishing {events} events", timeout_s, 0.01 if target else 0.05)
+        ended_s = time.time()
+        watching.execute("set enable_seqscan = on")
+        if not holds(all_gone[of]):
+            raise OrchestratorError(f"bench: rows of {of} are left that its index does not show")
+    return ended_s

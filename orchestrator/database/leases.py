@@ -156,13 +156,12 @@ class Leases:
             row = await (await self._claiming.execute(_OWN_LANE, (delivery_type, destination))).fetchone()
         return row[0] if row else None
 
-    async def next_due_at(self) -> float | None:
-        """When the next event that nobody holds is due, in Unix seconds."""
+    async def next_claim_at(self) -> tuple[float, float | None]:
+        """The time now, and when the next claim may give anything if nothing changes until then; both Unix seconds."""
         with translated():
-            row = await (
-                await self._claiming.execute("select extract(epoch from orchestrator.next_due_at())::float8")
-            ).fetchone()
-        return row[0] if row else None
+            rows = await (await self._claiming.execute(_NEXT_CLAIM)).fetchall()
+        [(database_s, next_at)] = rows
+        return database_s, next_at
 
     async def raise_floors(self) -> None:
         """Raises lane floors, so that later claims skip finished timers.
@@ -173,9 +172,9 @@ class Leases:
             await self._finishing.execute("select orchestrator.raise_floors()")
 
     async def backlog(self) -> int:
-        """Events that are due and not claimed, counted up to 10,000 a lane."""
+        """Events that are due and not claimed, counted up to 10,000 a lane; on the same connection as above."""
         with translated():
-            row = await (await self._claiming.execute("select orchestrator.backlog()")).fetchone()
+            row = await (await self._finishing.execute("select orchestrator.backlog()")).fetchone()
         return row[0] if row else 0
 
     async def finish(self, results: Sequence[Finished]) -> list[NotDelivered]:
@@ -253,6 +252,9 @@ def _array(values: list[str]) -> str:
 _CLAIM: LiteralString = """
 select * from orchestrator.claim_for_dispatch(
   %s, %s, make_interval(secs => %s), make_interval(secs => %s), %s::integer[], %s::integer)
+"""
+_NEXT_CLAIM: LiteralString = """
+select date_part('epoch', orchestrator.now()), date_part('epoch', orchestrator.next_claim_at())
 """
 _OWN_LANE: LiteralString = "select orchestrator.ensure_dedicated_lane(orchestrator.destination_name(%s, %s), false)"
 _FINISH_DELIVERED: LiteralString = """

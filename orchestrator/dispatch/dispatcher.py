@@ -1,9 +1,10 @@
 """Claims events shortly before they are due, delivers each on time, and records the outcome.
 
-One process runs a claimer, a listener, a finisher, and deliveries over HTTP and to Kafka. The claimer keeps up to
-SCHEDULER_PREFETCH leased events in memory. It finds due events by polling; notifications only make it poll sooner. The
-database enforces rate limits, circuit breakers and pauses: a claim returns only events that may be attempted, and says
-when to claim again. While the database is away, deliveries go on and results wait; claiming resumes when it is back.
+One process runs a claimer, a listener, a finisher, and deliveries over HTTP and to Kafka. The claimer keeps leased
+events in memory, and begins to claim a herd before it is due ([claim_sizes.py](claim_sizes.py)). Notifications tell it
+when to claim; without one it looks once a poll whether any event is due. The database enforces rate limits, circuit
+breakers and pauses: a claim returns only events that may be attempted, and says when to claim again. While the database
+is away, deliveries go on and results wait; claiming resumes when it is back.
 """
 
 from __future__ import annotations
@@ -14,32 +15,38 @@ import os
 import random
 import socket
 import time
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 
 from orchestrator.backoff import backoff_s
 from orchestrator.database import NOTIFY_CHANNEL, Claims, Leases
 from orchestrator.database.listening import listen
+from orchestrator.dispatch.claim_sizes import ClaimSizes
 from orchestrator.dispatch.clock import DatabaseClock
 from orchestrator.dispatch.finisher import ANSWER_S, Finisher
 from orchestrator.dispatch.http.deliveries import HttpDeliveries, Sender
 from orchestrator.dispatch.kafka_deliveries import KafkaDeliveries
 from orchestrator.dispatch.lock_holders import LockHolders
+from orchestrator.dispatch.wake import Wake
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 from orchestrator.tasks import end, within
 
-_CLAIM_GAP_S = 0.01  # between claims that found less than a batch
 _LOCKED_GAP_S = 0.1  # before claiming again events that are due but locked by another session; doubles up to
 _LAST_LOCKED_GAP_S = 1.0
 _LOCKED_OUT = 5  # consecutive claims that met locked events, before the log names who locks them
-_CLAIM_AHEAD_S = 0.25  # an expected event is claimed this long before it is due
+_POLL_S = 10.0  # no more than notify_within() in SQL
+_DEAF_POLL_S = 1.0  # while no notification can come
+_QUIET_S = 1.0  # after a claim, before it looks whether any event is due
+_NARROW_S = 0.2  # between claims of what is due at once while there is no room for others; less than ahead_s
 _AGAIN_WITHIN_S = 0.02  # after the moment that a claim named, at random, so that dispatchers do not claim in step
 _HOLD = "hold "
 _STOPPING_BACKOFF_S = 0.5
 _BACKLOG_EVERY_S = 5.0  # between counts of the backlog while claims come back full; otherwise there is none
+_BACKLOG_SHARE = 50  # of the time goes into counting, at most one part
 _FLOORS_EVERY_S = 1.0
-_FLOORS_AGAIN_S = 60.0  # after a failure
+_ASIDE_AGAIN_S = 60.0  # after a failure
 _ENDING_S = 1.0  # that a cancelled claim or attempt has to end
 
 _log = logging.getLogger(__name__)
@@ -52,8 +59,10 @@ class Dispatcher:
         self._settings = settings
         self._metrics = metrics
         self._clock = DatabaseClock()
-        self._finisher = Finisher(metrics, self._expect, self._note_freed)
-        common = settings, metrics, self._clock, self._finisher, self._note_taken, self._note_room
+        self._sizes = ClaimSizes(settings)
+        self._wake = Wake(self._clock, settings.lookahead_s)
+        self._finisher = Finisher(metrics, self._wake.expect, self._wake.at_once)
+        common = settings, metrics, self._clock, self._finisher, self._note_taken, self._wake.soon
         self._http = HttpDeliveries(*common, sender)
         self._kafka = KafkaDeliveries(*common)
         self._name = f"{settings.deployment} {socket.gethostname()}:{os.getpid()}"
@@ -62,12 +71,10 @@ class Dispatcher:
         self._claiming = False
         self._has_claimed = False
         self._failures = 0  # to connect, since the last claim
-        self._backlog_read_s = 0.0
+        self._listening = False
         self._given = asyncio.Event()
+        self._backlogged = asyncio.Event()
         self._room = asyncio.Event()
-        self._wake = asyncio.Event()
-        self._wake_due = float("inf")
-        self._freed = False
         self._low = -1  # the claimer waits until no more events than this are held
         self._locked_gap_s = _LOCKED_GAP_S
         self._holders = LockHolders(
@@ -85,7 +92,8 @@ class Dispatcher:
         """
         async with asyncio.TaskGroup() as tasks:
             recording = tasks.create_task(self._connected(), name="claim and finish")
-            listening = tasks.create_task(listen(self._settings, NOTIFY_CHANNEL, self._on_notified), name="listen")
+            hearing = listen(self._settings, NOTIFY_CHANNEL, self._on_notified, self._note_listening)
+            listening = tasks.create_task(hearing, name="listen")
             deliveries = [tasks.create_task(self._http.run()), tasks.create_task(self._kafka.run())]
             await stop.wait()
             await self._stop(recording, listening, deliveries)
@@ -143,6 +151,7 @@ class Dispatcher:
             claiming = asyncio.create_task(self._claim(leases), name="claim")
             finishing = asyncio.create_task(self._finisher.run(leases), name="finish")
             raising = asyncio.create_task(self._raise_floors(leases), name="raise floors")
+            counting = asyncio.create_task(self._count_backlog(leases), name="count the backlog")
             try:
                 await asyncio.wait((claiming, finishing), return_when=asyncio.FIRST_EXCEPTION)
                 if not claiming.done():
@@ -150,7 +159,7 @@ class Dispatcher:
                     self._stop_claiming()
                     await asyncio.wait([claiming], timeout=_ENDING_S)
             finally:
-                await end(claiming, finishing, raising)
+                await end(claiming, finishing, raising, counting)
             failures = [task.exception() for task in (claiming, finishing) if not task.cancelled()]
             for failure in failures:
                 if failure is not None:
@@ -170,47 +179,61 @@ class Dispatcher:
                     await self._stopping.wait()
 
     async def _claim(self, leases: Leases) -> None:
-        settings, batch = self._settings, self._settings.batch_size
+        settings, sizes = self._settings, self._sizes
         while self._claiming:
-            if self._held > settings.prefetch - batch:
-                self._low = settings.prefetch - batch
-                self._room.clear()
-                await self._room.wait()
-                continue
+            asked, narrow = sizes.size, not await self._has_room()
+            if narrow:
+                asked = sizes.narrow_size(self._held, self._held_payload, self._clock.now())
+                if not (asked and self._claiming):
+                    continue
             async with asyncio.timeout(ANSWER_S):
                 skip = await self._lanes_to_skip(leases)
-            self._wake.clear()
-            self._wake_due = float("inf")
-            self._freed = False
+            self._wake.reset()
             self._recalled = set()
             sent_s = time.monotonic()
             async with asyncio.timeout(ANSWER_S):
                 claims = await leases.claim(
-                    batch,
+                    asked,
                     lease_s=settings.lease_s,
-                    lookahead_s=settings.lookahead_s,
+                    lookahead_s=self._wake.ahead_s if narrow else settings.lookahead_s,
                     skip=skip,
                     max_parallel=settings.customer_max_parallel,
                 )
             received_s = time.monotonic()
             self._clock.sample(claims.database_s, sent_s, received_s)
             self._metrics.claim_seconds.observe(received_s - sent_s)
-            self._note_claimed()
+            self._note_claimed(claims)
             if self._stopping.is_set():
                 self._finisher.release(claims.events)
                 return
             self._take_in(claims)
+            if narrow:
+                sizes.note_narrow(claims.events, self._held)
+            else:
+                sizes.note(asked, claims.events, self._held, self._clock.now())
             if claims.locked_out >= _LOCKED_OUT:
                 await self._holders.tell(leases)
-            short = len(claims.events) < batch
-            if short and not skip and claims.again_at is None:
-                self._metrics.events_backlog.set(0)
-            elif received_s > self._backlog_read_s + _BACKLOG_EVERY_S:
-                self._backlog_read_s = received_s
-                async with asyncio.timeout(ANSWER_S):
-                    self._metrics.events_backlog.set(await leases.backlog())
-            if short:
+            if len(claims.events) == asked:
+                self._backlogged.set()
+            elif not narrow:
+                if not skip and claims.again_at is None:
+                    self._backlogged.clear()
+                    self._metrics.events_backlog.set(0)
                 await self._rest(leases)
+
+    async def _has_room(self) -> bool:
+        """Whether there is room for the next claim, by the time that a narrow one would be due."""
+        for waits in (True, False):
+            low = self._sizes.room(self._held, self._held_payload)
+            if self._held <= low:
+                return True
+            if waits:
+                self._low = low
+                self._room.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_NARROW_S):
+                        await self._room.wait()
+        return False
 
     def _take_in(self, claims: Claims) -> None:
         self._metrics.events_claimed_total.inc(len(claims.events))
@@ -219,7 +242,7 @@ class Dispatcher:
             self._locked_gap_s = _LOCKED_GAP_S
         if claims.again_at is not None:
             at_once = claims.again_at <= claims.database_s
-            self._wake_at(claims.again_at if at_once else claims.again_at + random.uniform(0.0, _AGAIN_WITHIN_S))
+            self._wake.at(claims.again_at if at_once else claims.again_at + random.uniform(0.0, _AGAIN_WITHIN_S))
         events = claims.events
         if recalled := self._recalled:  # perhaps after the claim had read its lanes
             self._finisher.release([event for event in events if None in recalled or event.lane in recalled])
@@ -234,19 +257,39 @@ class Dispatcher:
         while True:
             await self._given.wait()
             self._given.clear()
-            try:
-                async with asyncio.timeout(ANSWER_S):
-                    await leases.raise_floors()
-                await asyncio.sleep(_FLOORS_EVERY_S)
-            except Blocked as error:  # passes when the other session's transaction ends
-                _log.debug("raising lane floors waits for another session", extra={"error": str(error)})
-                await asyncio.sleep(_FLOORS_EVERY_S)
-            except (OrchestratorError, TimeoutError) as error:
-                _log.warning("lane floors cannot be raised; claims may become slower", extra={"error": str(error)})
-                await asyncio.sleep(_FLOORS_AGAIN_S)
-            except Exception:
-                _log.exception("raising lane floors failed unexpectedly; claims may become slower")
-                await asyncio.sleep(_FLOORS_AGAIN_S)
+            done = await self._aside(leases.raise_floors(), "lane floors cannot be raised; claims may become slower")
+            await asyncio.sleep(_FLOORS_EVERY_S if done else _ASIDE_AGAIN_S)
+
+    async def _count_backlog(self, leases: Leases) -> None:
+        """Counts the backlog every now and then while claims come back full."""
+
+        async def count() -> None:
+            backlog = await leases.backlog()
+            if self._backlogged.is_set():  # else a claim has met its end meanwhile
+                self._metrics.events_backlog.set(backlog)
+
+        while True:
+            await self._backlogged.wait()
+            began_s = time.monotonic()
+            done = await self._aside(count(), "the backlog cannot be counted")
+            took_s = time.monotonic() - began_s
+            await asyncio.sleep(max(_BACKLOG_EVERY_S, _BACKLOG_SHARE * took_s) if done else _ASIDE_AGAIN_S)
+
+    @staticmethod
+    async def _aside(call: Coroutine[None, None, None], failure: str) -> bool:
+        """Makes a call that claims and finishes can do without; whether to make the next one as usual."""
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await call
+        except Blocked as error:  # passes when the other session's transaction ends
+            _log.debug("waiting for another session: %s", failure, extra={"error": str(error)})
+        except (OrchestratorError, TimeoutError) as error:
+            _log.warning(failure, extra={"error": str(error)})
+            return False
+        except Exception:
+            _log.exception("failed unexpectedly: %s", failure)
+            return False
+        return True
 
     async def _lanes_to_skip(self, leases: Leases) -> set[int]:
         """Lanes that the next claim leaves out, since their events would only fill the memory.
@@ -254,19 +297,20 @@ class Dispatcher:
         A stalled destination gets a dedicated lane, so that this leaves out no other.
         """
         lanes: set[int] = set()
-        batch, half = self._settings.batch_size, self._settings.prefetch // 2
+        size, half = self._sizes.size, self._sizes.most // 2
         for stalls in (self._http.stalls, self._kafka.stalls):
             for queue in stalls.without_dedicated_lane():
                 queue.lane = await leases.ensure_dedicated_lane(queue.delivery_type, queue.destination) or 0
             lanes |= stalls.lanes(half)
-        low = max(batch, half - 2 * batch)
+        low = max(size, half - 2 * size)
         if lanes and self._held > low:
             self._low = low
         return lanes
 
-    def _note_claimed(self) -> None:
+    def _note_claimed(self, claims: Claims) -> None:
         """Only a claim proves that the database is back: one that is read-only, or full, accepts connections, too."""
         self._has_claimed = True
+        self._wake.note_claim(claims.database_s)
         if self._failures:
             self._failures = 0
             self._metrics.database_reconnects_total.inc()
@@ -274,74 +318,64 @@ class Dispatcher:
 
     def _stop_claiming(self) -> None:
         self._claiming = False
-        self._wake.set()
+        self._wake.at_once()
         self._room.set()
 
     async def _rest(self, leases: Leases) -> None:
-        """Waits for the next poll, or until an event that no claim has seen may be due sooner."""
-        poll_s = self._settings.poll_interval_s * random.uniform(1.0, 1.05)
-        if self._settings.lookahead_s < poll_s:
+        """Waits until an event that no claim has seen may be due. While nothing happens, it looks once a poll."""
+        lookahead_s = self._settings.lookahead_s
+        woken = await self._wake.wait(min(self._poll_s, _QUIET_S, max(0.0, lookahead_s - self._wake.ahead_s)))
+        while not woken:
+            sent_s = time.monotonic()
             async with asyncio.timeout(ANSWER_S):
-                next_due = await leases.next_due_at()
-            if next_due is not None:
+                database_s, next_at = await leases.next_claim_at()
+            self._clock.sample(database_s, sent_s, time.monotonic())
+            if next_at is not None:
                 # An event that is due already was locked by another session, or has just come.
-                wake_at, now = self._ahead_of(next_due), self._clock.now()
-                self._wake_at(max(wake_at, now + self._locked_gap_s))
-                self._locked_gap_s = min(_LAST_LOCKED_GAP_S, 2 * self._locked_gap_s) if wake_at < now else _LOCKED_GAP_S
-        ends_s = time.monotonic() + poll_s
-        earliest_s = time.monotonic() + _CLAIM_GAP_S
-        while (now_s := time.monotonic()) < ends_s and self._claiming and not self._freed:
-            until_due_s = self._wake_due - self._clock.now()
-            if until_due_s <= 0 and now_s >= earliest_s:
-                return
-            wait_s = min(ends_s - now_s, max(until_due_s, earliest_s - now_s))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._wake.wait()
-            self._wake.clear()
+                if next_at < database_s:
+                    self._wake.at(database_s + self._locked_gap_s)
+                    self._locked_gap_s = min(_LAST_LOCKED_GAP_S, 2 * self._locked_gap_s)
+                else:
+                    self._wake.expect(next_at)
+            woken = await self._wake.wait(self._poll_s)
+
+    @property
+    def _poll_s(self) -> float:
+        """How long to wait for notifications. Less than their horizon, so that a poll finds what came beyond it."""
+        poll_s = self._settings.poll_interval_s or (_POLL_S if self._listening else _DEAF_POLL_S)
+        return poll_s * random.uniform(0.93, 0.98)
 
     @property
     def _held(self) -> int:
         """Events that wait in memory for their attempt."""
         return len(self._http.due) + len(self._kafka.due)
 
+    @property
+    def _held_payload(self) -> int:
+        return self._http.due.payload + self._kafka.due.payload
+
     def _note_taken(self) -> None:
         if self._low >= 0 and self._held <= self._low:
             self._low = -1
             self._room.set()
-            self._note_room()
+            self._wake.soon()
 
-    def _note_room(self) -> None:
-        """Claims soon: what the last claim left out may now be claimed."""
-        self._wake_at(float("-inf"))
-
-    def _note_freed(self) -> None:
-        """Claims without the usual gap: events may have waited for a result that was just recorded."""
-        self._freed = True
-        self._wake.set()
+    def _note_listening(self, listening: bool) -> None:
+        """Claims at once: notifications have been missed, or will be."""
+        if listening != self._listening:
+            self._listening = listening
+            self._wake.soon()
 
     def _on_notified(self, payload: str) -> None:
         if payload.startswith(_HOLD):
             lane = payload.removeprefix(_HOLD)
             self._recall(None if lane == "*" else int(lane))
         else:
-            self._expect(float(payload))
+            self._wake.expect(float(payload))
 
     def _recall(self, lane: int | None) -> None:
         """Hands back the events of a lane, or with None of all lanes, whose attempts have not begun."""
         self._recalled.add(lane)
         self._finisher.release(self._http.due.remove(lane) + self._kafka.due.remove(lane))
         self._note_taken()
-
-    def _expect(self, due_at: float) -> None:
-        """Wakes the claimer in time for an event that is due at `due_at`; many such events share one claim."""
-        self._wake_at(self._ahead_of(due_at))
-
-    def _ahead_of(self, due_at: float) -> float:
-        return due_at - min(self._settings.lookahead_s, _CLAIM_AHEAD_S)
-
-    def _wake_at(self, database_s: float) -> None:
-        """Wakes the claimer no later than this Unix time by the database's clock."""
-        if database_s < self._wake_due:
-            self._wake_due = database_s
-            self._wake.set()
+        self._wake.soon()  # a claim tells when a breaker that has opened lets the next attempt through

@@ -85,8 +85,8 @@ def _pooler(connection: BlockingConnection) -> Finding:
     with connection.transaction():
         return ok(
             "pooler",
-            "connections go through a pooler: dispatchers get no notifications and only poll for due events, every "
-            "SCHEDULER_POLL_INTERVAL_MS",
+            "connections go through a pooler: dispatchers get no notifications and only poll for due events, once a "
+            "second or every SCHEDULER_POLL_INTERVAL_MS",
         )
 
 

@@ -138,19 +138,19 @@ class Settings(KafkaSettings):
         "BATCH_SIZE",
         kind=whole(1, 10000),
         default="100",
-        about="Maximum number of events in one claim.",
+        about="Number of events in one claim. Claims grow to 2,000 while they come back full.",
     )
-    poll_interval_s: float = defined(
+    poll_interval_s: float | None = defined(
         "SCHEDULER_POLL_INTERVAL_MS",
         "EXECUTION_INTERVAL",
         kind=milliseconds(50, 10000),
-        default="1000",
+        otherwise="10000, or 1000 while notifications cannot come, as through a pooler",
         about="Longest wait between two polls for due events, in case a notification is lost.",
     )
     lookahead_s: float = defined(
         "SCHEDULER_LOOKAHEAD_MS",
         kind=milliseconds(0, 10000),
-        default="1500",
+        default="2500",
         about="How long before its due time an event is claimed, so that it starts with millisecond accuracy.",
     )
     lease_s: float = defined(
@@ -159,10 +159,10 @@ class Settings(KafkaSettings):
         default="60",
         about="How long a claimed event belongs to its dispatcher. Without a result by then, it is due again.",
     )
-    prefetch: int = defined(
+    prefetch: int | None = defined(
         "SCHEDULER_PREFETCH",
         kind=whole(1, 1000000),
-        otherwise="1000, or twice `SCHEDULER_BATCH_SIZE` if that is more",
+        otherwise="30000 that are not due yet, or twice a claim, at least 1000, once they are due",
         about="Maximum number of claimed events in the memory of a dispatcher. Each claim passes over all of them.",
     )
     http_max_connections: int = defined(
@@ -348,14 +348,17 @@ class Settings(KafkaSettings):
     notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """One line for each doubtful variable that is no error: likely typos, variables without effect."""
 
+    @property
+    def prefetch_due(self) -> int:
+        """Events that a dispatcher may hold once they are due, while claims have not grown."""
+        return self.prefetch or max(1000, 2 * self.batch_size)
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
         """Reads every setting; SettingsError lists all problems, not only the first."""
         problems: list[str] = []
         values = _read(SETTINGS, environ, problems)
         parts = _read(DATABASE_PARTS, environ, problems)
-        if values.get("prefetch", 0) is None and "batch_size" in values:
-            values["prefetch"] = max(1000, 2 * values["batch_size"])
         values |= filled(values)
         problems += contradictions(values)
         if problems:

@@ -34,7 +34,7 @@ def _pool_holds_idle(v: Mapping[str, Any]) -> str | None:
 
 
 def _memory_holds_batch(v: Mapping[str, Any]) -> str | None:
-    if v["prefetch"] >= v["batch_size"]:
+    if v["prefetch"] is None or v["prefetch"] >= v["batch_size"]:
         return None
     return f"SCHEDULER_PREFETCH: expected at least SCHEDULER_BATCH_SIZE ({v['batch_size']}), got {v['prefetch']}"
 

@@ -162,7 +162,7 @@ def _steps(client: Client, count: int, name: str) -> Iterator[tuple[str, Step]]:
 
     yield "submit", submit
     yield "submit again", submit
-    yield "look when the next is due", lambda: client.value("select orchestrator.next_due_at()")
+    yield "look when the next is due", lambda: client.value("select orchestrator.next_claim_at()")
     for result in ("delivered", "retry", "fail"):
         yield "claim", claim
         yield "release", lambda: client.release(leases)

@@ -280,8 +280,9 @@ def test_a_claim_that_finds_nothing_touches_no_event(client: Client) -> None:
     assert plans.rows_read("timer") == 0
 
 
-def test_next_due_at_reads_one_timer_a_lane(client: Client) -> None:
-    plans = plans_of(client, lambda: client.value("select orchestrator.next_due_at()"))
+@pytest.mark.parametrize("function", ["next_due_at", "next_lease_end"])
+def test_when_to_claim_next_is_read_from_one_timer_a_lane(client: Client, function: str) -> None:
+    plans = plans_of(client, lambda: client.value(f"select orchestrator.{function}()"))
     assert plans.scans("timer") <= BY_LANE
     assert plans.rows_read("timer") <= 64
 

@@ -102,7 +102,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
     settings = Settings.from_env({})
     assert settings.database_url == "postgresql://localhost:5432/orchestrator"
     assert (settings.server_host, settings.server_port, settings.management_port) == ("0.0.0.0", 8080, None)
-    assert (settings.poll_interval_s, settings.lookahead_s, settings.lease_s) == (1.0, 1.5, 60.0)
+    assert (settings.poll_interval_s, settings.lookahead_s, settings.lease_s) == (None, 2.5, 60.0)
     assert (settings.http_allow_networks, settings.webhook_secrets) == ((), ())
     assert (settings.log_level, settings.log_file, settings.log_format) == ("INFO", None, None)
     assert settings.notices == ()

@@ -68,7 +68,7 @@ class HttpDeliveries:
         self._on_taken = on_taken
         self._sender = sender
         windows = http_windows(settings)
-        kept = min(windows.first, max(0, settings.prefetch - 2 * settings.batch_size) // 10)
+        kept = min(windows.first, max(0, settings.prefetch_due - 2 * settings.batch_size) // 10)
         self.due = DueQueue(clock.now, windows, on_room)
         self.stalls = Stalls(self.due, finisher.release, on_taken, windows.first, kept)
         self.in_flight = 0

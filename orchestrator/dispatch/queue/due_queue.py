@@ -46,6 +46,7 @@ class DueQueue:
         self.stalled: set[DestinationQueue] = set()
         self._entries = 0
         self._held = 0
+        self.payload = 0  # characters of all payloads that it holds
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = NEVER
@@ -64,6 +65,7 @@ class DueQueue:
         find = self._by_destination.get
         now_s = self._now() if events else NOW
         unsorted: set[DestinationQueue] = set()
+        payload = 0
         for event in events:
             queue = find(event.destination) or self._queue_of(event)
             start_at = event.start_at if event.start_at > now_s else now_s
@@ -75,10 +77,12 @@ class DueQueue:
                     self._wait(queue, start_at)
             queue.events.append(event)
             queue.last_at = start_at
+            payload += len(event.payload)
         for queue in unsorted:
             queue.events = deque(sorted(queue.events, key=lambda event: max(event.start_at, now_s)))
             queue.last_at = max(queue.events[-1].start_at, now_s)
         self._held += len(events)
+        self.payload += payload
         self._alarm_at = NEVER
         self._wake()
 
@@ -97,6 +101,7 @@ class DueQueue:
                     continue
                 event = events.popleft()
                 self._held -= 1
+                self.payload -= len(event.payload)
                 queue.running += 1
                 if events and queue.running < queue.window and events[0].start_at <= now_s:
                     ready.append(queue)
@@ -134,8 +139,9 @@ class DueQueue:
                 taken.append(events.popleft())
                 share -= 1
             self._place(queue, now_s)
-        self._held -= len(taken) - 1
-        return taken
+        self._held += 1  # get() has counted the first
+        self.payload += len(first.payload)
+        return self._gone(taken)
 
     def ended(self, event: Claimed, quick: bool | None = None) -> None:
         """Ends an event's time under way. The caller calls `get` next, so that no other waiter is woken.
@@ -168,9 +174,8 @@ class DueQueue:
         self.stalled.add(queue)
         queue.window, queue.idle_s = window, self._monotonic()
         taken = [queue.events.pop() for _ in range(len(queue.events) - keep)]
-        self._held -= len(taken)
         self._replace([queue])
-        return taken
+        return self._gone(taken)
 
     def recover(self, queue: DestinationQueue) -> None:
         """The opposite of `stall`."""
@@ -191,9 +196,8 @@ class DueQueue:
                 queue.events = deque(event for event in queue.events if lane not in (None, event.lane))
                 taken += going
                 changed.append(queue)
-        self._held -= len(taken)
         self._replace(changed)
-        return taken
+        return self._gone(taken)
 
     def close(self) -> list[Claimed]:
         """Ends every `get`, and returns the events that were still held."""
@@ -205,6 +209,11 @@ class DueQueue:
             if not waiter.done():
                 waiter.set_result(None)
         return held
+
+    def _gone(self, taken: list[Claimed]) -> list[Claimed]:
+        self._held -= len(taken)
+        self.payload -= sum(len(event.payload) for event in taken)
+        return taken
 
     def _queue_of(self, event: Claimed) -> DestinationQueue:
         queue = self._by_destination.get(event.destination)
