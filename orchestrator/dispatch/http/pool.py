@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING
 
 from orchestrator.dispatch.http.connection import Connection
@@ -29,9 +30,19 @@ class Pool:
     def __init__(self, connector: GuardedConnector, limit: int) -> None:
         self._connector = connector
         self._limit = limit
-        self._places = asyncio.Semaphore(limit)
+        self._free = limit
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._idle: dict[Origin, list[Connection]] = {}  # of each origin, the one that rests longest comes first
         self._sweeper: asyncio.TimerHandle | None = None
+
+    def take_idle(self, origin: Origin) -> Connection | None:
+        """An idle connection, if there is one and fewer than `limit` are in use; to be given back as one by `take`."""
+        if not self._free:
+            return None
+        connection = self._idle_one(origin)
+        if connection is not None:
+            self._free -= 1
+        return connection
 
     async def take(self, origin: Origin, deadline_s: float) -> Connection:
         """A connection to post on, which is to be given back whatever comes of that.
@@ -39,19 +50,13 @@ class Pool:
         Raises as `GuardedConnector.connect`, and NoConnectionInTimeError, at the latest at `deadline_s` by the loop's
         clock.
         """
-        if not self._places.locked():
-            await self._places.acquire()  # at once
-            connection = self._idle_one(origin)
-            if connection is not None:
-                return connection
-            self._places.release()
         try:
             async with asyncio.timeout_at(deadline_s):
-                await self._places.acquire()
+                await self._wait_for_place()
                 try:
                     return self._idle_one(origin) or await self._new_one(origin)
                 except BaseException:
-                    self._places.release()
+                    self._pass_place_on()
                     raise
         except TimeoutError as error:
             if error.errno is not None:  # the system's own
@@ -66,7 +71,7 @@ class Pool:
                 self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
         else:
             connection.abort()
-        self._places.release()
+        self._pass_place_on()
 
     def close(self) -> None:
         if self._sweeper is not None:
@@ -76,6 +81,28 @@ class Pool:
                 connection.abort()
         self._idle.clear()
         self._connector.close()
+
+    async def _wait_for_place(self) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled():  # it was just given a place
+                self._pass_place_on()
+            raise
+
+    def _pass_place_on(self) -> None:
+        """To the attempt that has waited longest, if one waits."""
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():  # else its attempt was cancelled
+                waiter.set_result(None)
+                return
+        self._free += 1
 
     def _idle_one(self, origin: Origin) -> Connection | None:
         """The idle connection that was used last: receivers close the others first."""

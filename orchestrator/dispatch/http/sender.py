@@ -34,7 +34,7 @@ from orchestrator.dispatch.http.answer import (
 from orchestrator.dispatch.http.connector import GuardedConnector
 from orchestrator.dispatch.http.pool import NoConnectionInTimeError, Pool
 from orchestrator.dispatch.http.redaction import without_credentials
-from orchestrator.dispatch.http.request import Destination, custom_headers, destination_of, quoted
+from orchestrator.dispatch.http.request import Destination, Origin, custom_headers, destination_of, quoted
 from orchestrator.dispatch.http.retry_after import parse_retry_after
 from orchestrator.dispatch.http.secrets import SECRET_WAIT_S, SecretError, Secrets
 from orchestrator.dispatch.http.signing import Signer
@@ -108,14 +108,17 @@ class HttpSender:
         """Makes one attempt within the total timeout. Raises nothing but OwnFaultError and CancelledError."""
         try:
             destination = destination_of(delivery.destination)
-            headers = self._headers(delivery)
+            headers = self._extra_headers(delivery)
+            timestamp = int(time.time())
+            signature = self._signer_of(delivery).signature(delivery.event_id, timestamp, delivery.payload)
         except SecretError as error:
             return Attempted(RETRY, error=str(error), retry_after_s=SECRET_WAIT_S)
         except ValueError as error:
             return Attempted(FAIL, error=str(error))
+        request = _request(destination, delivery, headers, timestamp, signature)
         timeout_s = delivery.timeout_s or self._settings.http_timeout_s
         try:
-            answer = await self._post(destination, headers, delivery.payload, timeout_s)
+            answer = await self._post(destination.origin, request, timeout_s)
         except OwnFaultError:
             raise
         except Exception as error:
@@ -127,24 +130,33 @@ class HttpSender:
             return self._unanswered(answer.error, destination, timeout_s, delivery.event_id)
 
         def discreet(text: str) -> str:
-            return without_credentials(text, headers, delivery.secret_headers or (), destination.query)
+            signed = headers | {"webhook-signature": signature}
+            return without_credentials(text, signed, delivery.secret_headers or (), destination.query)
 
         return _decided(head, answer, timeout_s, discreet)
 
-    async def _post(
-        self, destination: Destination, headers: dict[str, str], payload: bytes, timeout_s: float
-    ) -> Answer:
+    async def _post(self, origin: Origin, request: bytes, timeout_s: float) -> Answer:
         pool = self._pool
         if pool is None:
             raise RuntimeError("HttpSender is used outside its context")
         deadline_s = self._loop.time() + timeout_s
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        request = b"%b%bContent-Length: %d\r\n\r\n%b" % (destination.head, lines.encode(), len(payload), payload)
-        connection = await pool.take(destination.origin, deadline_s)
+        connection = pool.take_idle(origin) or await pool.take(origin, deadline_s)
         try:
             return await connection.post(request, deadline_s)
         finally:
-            pool.give_back(destination.origin, connection)
+            pool.give_back(origin, connection)
+
+    def _signer_of(self, delivery: Delivery) -> Signer:
+        name = delivery.signing_secret
+        return self._signer if name is None else self._secrets.signer(name)
+
+    def _extra_headers(self, delivery: Delivery) -> dict[str, str]:
+        """The event's own headers, and those of its destination."""
+        headers = custom_headers(delivery.headers) if delivery.headers else {}
+        if delivery.secret_headers:
+            read = self._secrets.header
+            headers |= custom_headers({name: read(secret) for name, secret in delivery.secret_headers.items()})
+        return headers
 
     def _not_connected(self, error: Exception, destination: Destination, timeout_s: float, event_id: str) -> Attempted:
         """The outcome of an attempt that got no connection."""
@@ -194,23 +206,25 @@ class HttpSender:
                 return _unexpected(error, event_id)
         return Attempted(RETRY, error=reason)
 
-    def _headers(self, delivery: Delivery) -> dict[str, str]:
-        timestamp = int(time.time())
-        headers = custom_headers(delivery.headers) if delivery.headers else {}
-        if delivery.secret_headers:
-            read = self._secrets.header
-            headers |= custom_headers({name: read(secret) for name, secret in delivery.secret_headers.items()})
-        signer = self._signer if delivery.signing_secret is None else self._secrets.signer(delivery.signing_secret)
-        headers["content-type"] = "application/json"
-        headers["user-agent"] = _USER_AGENT
-        headers["webhook-id"] = delivery.event_id
-        headers["webhook-timestamp"] = str(timestamp)
-        signature = signer.signature(delivery.event_id, timestamp, delivery.payload)
-        if signature:
-            headers["webhook-signature"] = signature
-        headers["orchestrator-attempt"] = str(delivery.attempt)
-        headers["orchestrator-scheduled-at"] = delivery.scheduled_at
-        return headers
+
+def _request(
+    destination: Destination, delivery: Delivery, headers: dict[str, str], timestamp: int, signature: str
+) -> bytes:
+    """The bytes of the request. All that goes into them was checked for line ends, or is ours."""
+    head = (
+        f"Content-Length: {len(delivery.payload)}\r\n"
+        "content-type: application/json\r\n"
+        f"user-agent: {_USER_AGENT}\r\n"
+        f"webhook-id: {delivery.event_id}\r\n"
+        f"webhook-timestamp: {timestamp}\r\n"
+        f"orchestrator-attempt: {delivery.attempt}\r\n"
+        f"orchestrator-scheduled-at: {delivery.scheduled_at}\r\n"
+    )
+    if signature:
+        head += f"webhook-signature: {signature}\r\n"
+    for name, value in headers.items():
+        head += f"{name}: {value}\r\n"
+    return b"%b%b\r\n%b" % (destination.head, head.encode(), delivery.payload)
 
 
 def _unexpected(error: Exception | None, event_id: str) -> Attempted:
