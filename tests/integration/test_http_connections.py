@@ -144,6 +144,37 @@ async def test_connections_to_many_hosts_at_once_are_bounded() -> None:
     assert 4 <= most_open <= 2 * 4 + 1  # the receiver notices a moment later that one was closed
 
 
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        (b"", Attempted("retry", error="connection closed by {} before it answered")),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", Attempted("retry", error="{} answered with something that is not HTTP")),
+        (b"HTTP/1.1 503 Full\r\ncontent-length: 0\r\n\r\n", Attempted("retry", 503, "HTTP 503 Service Unavailable")),
+        (b"HTTP/1.1 503 Full\r\n\r\nfull", Attempted("retry", 503, "HTTP 503 Service Unavailable", "full")),
+    ],
+)
+@pytest.mark.parametrize("late_s", [0.0, 0.05])
+async def test_a_receiver_may_turn_a_connection_away_before_it_reads(
+    sender: HttpSender, monkeypatch: pytest.MonkeyPatch, first: bytes, expected: Attempted, late_s: float
+) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(first)
+        writer.close()
+
+    connect = connector.GuardedConnector.connect
+
+    async def connect_and_wait(*arguments: Any) -> Any:
+        made = await connect(*arguments)
+        await asyncio.sleep(late_s)  # the receiver is faster than the delivery
+        return made
+
+    monkeypatch.setattr(connector.GuardedConnector, "connect", connect_and_wait)
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        place = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        attempted = await sender.send(delivery(f"http://{place}/"))
+    assert attempted == expected._replace(error=str(expected.error).format(place))
+
+
 # Time
 
 

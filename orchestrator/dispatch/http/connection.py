@@ -56,6 +56,9 @@ class Connection(asyncio.Protocol):
         self._deadline_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._uses = 0
+        self._early = b""  # what came before the first request
+        self._lost = False
+        self._lost_by: Exception | None = None
         self._poll: select.poll | None = None
         self.rested_s = 0.0
         self._expect()
@@ -85,7 +88,10 @@ class Connection(asyncio.Protocol):
         self._uses += 1
         self._answer = answer = self._loop.create_future()
         self._set_deadline(deadline_s)
-        self._transport.write(request)
+        if not self._transport.is_closing():
+            self._transport.write(request)
+        if self._uses == 1:
+            self._catch_up()
         return answer
 
     def abort(self) -> None:
@@ -110,7 +116,9 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._answer is None:  # nobody has asked for anything
-            self.abort()
+            self._early += data
+            if self._uses or len(self._early) > HEAD_BYTES:
+                self.abort()
             return
         if not self._final:
             if self._held or self._in_interim or not _FINAL.match(data):
@@ -145,6 +153,7 @@ class Connection(asyncio.Protocol):
             self._set_deadline(min(self._deadline_s, self._loop.time() + BODY_WAIT_S))
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost, self._lost_by = True, exc
         if self._timer is not None:
             self._timer.cancel()
         if self._answer is None:
@@ -174,6 +183,13 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = True
+
+    def _catch_up(self) -> None:
+        """Takes in what came before the first request: some receivers turn a connection away as soon as it is made."""
+        if self._early:
+            self.data_received(self._early)
+        if self._lost and self._answer is not None:
+            self.connection_lost(self._lost_by)
 
     def _has_length(self) -> bool:
         head = head_of(self._received)
