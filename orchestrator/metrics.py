@@ -14,11 +14,12 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from orchestrator.histograms import Histogram, Histograms
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
@@ -102,9 +103,9 @@ class Metrics:
         self.ingest_rebuilds_total = self._counter(
             "ingest_rebuilds_total", "Kafka consumers rebuilt because they had stopped moving."
         )
-        self.ingest_batch_seconds = self._histogram(
+        self.ingest_batch_seconds = self._histograms(
             "ingest_batch_seconds", "How long batches from Kafka took to be kept.", DURATION_BUCKETS_S
-        )
+        )()
         self.ingest_lag = self._gauge(
             "ingest_lag", "Records that wait in a partition assigned to this process.", "topic", "partition"
         )
@@ -125,31 +126,23 @@ class Metrics:
             "outbox_failed_total", "Messages of the outbox that were set aside because no broker takes them."
         )
 
-        self.event_lateness_seconds = self._histogram(
+        self.event_lateness_seconds = self._histograms(
             "event_lateness_seconds", "Time from when an attempt was due until it began.", LATENESS_BUCKETS_S
+        )()
+        self.event_delivery_seconds: Callable[[str, str], Histogram] = self._histograms(
+            "event_delivery_seconds", "How long attempts took.", DURATION_BUCKETS_S, "delivery_type", "outcome"
         )
-        self.event_delivery_seconds: Callable[[str, str], Histogram] = cache(
-            self._histogram(
-                "event_delivery_seconds",
-                "How long attempts took.",
-                DURATION_BUCKETS_S,
-                "delivery_type",
-                "outcome",
-            ).labels
-        )
-        self.claim_seconds = self._histogram("claim_seconds", "How long claims took.", DURATION_BUCKETS_S)
-        self.finish_seconds = self._histogram(
+        self.claim_seconds = self._histograms("claim_seconds", "How long claims took.", DURATION_BUCKETS_S)()
+        self.finish_seconds = self._histograms(
             "finish_seconds", "How long it took to record outcomes.", DURATION_BUCKETS_S
-        )
-        self.http_request_seconds: Callable[[str, str, str], Histogram] = cache(
-            self._histogram(
-                "http_request_seconds",
-                "How long requests to the API took.",
-                DURATION_BUCKETS_S,
-                "route",
-                "method",
-                "status",
-            ).labels
+        )()
+        self.http_request_seconds: Callable[[str, str, str], Histogram] = self._histograms(
+            "http_request_seconds",
+            "How long requests to the API took.",
+            DURATION_BUCKETS_S,
+            "route",
+            "method",
+            "status",
         )
 
         self.http_refusals_total: Callable[[str], Counter] = cache(
@@ -242,8 +235,8 @@ class Metrics:
     def _gauge(self, name: str, about: str, *labels: str) -> Gauge:
         return Gauge(name, about, labels, namespace=PREFIX, registry=self.registry)
 
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, about, labels, namespace=PREFIX, registry=self.registry, buckets=buckets)
+    def _histograms(self, name: str, about: str, bounds: tuple[float, ...], *labels: str) -> Callable[..., Histogram]:
+        return Histograms(self.registry, f"{PREFIX}_{name}", about, bounds, labels).labelled
 
 
 class _Labelled(Collector):

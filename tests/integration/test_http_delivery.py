@@ -554,9 +554,7 @@ async def test_a_receiver_that_does_not_read_is_left_when_the_time_is_up() -> No
             deaf.listen()
             url = f"http://127.0.0.1:{deaf.getsockname()[1]}/"
             large = Delivery(ID, 1, "2026-11-21T09:00:00Z", url, b"x" * 2**20 * 16)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)  # aiohttp's, about large bodies
-                attempted = await sender.send(large)
+            attempted = await sender.send(large)
     assert attempted == Attempted("retry", error="timeout: no complete response within 0.3 s")
 
 
@@ -909,15 +907,19 @@ async def test_the_reason_why_a_receiver_refuses_tls_is_named(
 async def test_a_receiver_that_answers_a_tls_hello_with_something_else_is_retried_and_says_why(
     hello: bytes, why: str
 ) -> None:
+    left = asyncio.Event()
+
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(5)
         writer.write(hello)
         await reader.read()
         writer.close()
+        left.set()
 
     async with await asyncio.start_server(plain, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         attempted = await send(SETTINGS, f"https://127.0.0.1:{port}/")
+        await asyncio.wait_for(left.wait(), 10)
     assert attempted == Attempted("retry", error=f"no TLS connection with 127.0.0.1:{port}: {why}")
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from orchestrator.dispatch.http.secrets import Secrets
@@ -108,12 +107,12 @@ async def test_kafka_that_cannot_be_reached_for_want_of_a_file_spends_no_attempt
         (socket.gaierror(socket.EAI_AGAIN, "x"), None),
         (TimeoutError(), None),
         (ssl.SSLError(1, "x"), None),
-        (aiohttp.ServerDisconnectedError(), None),
+        (ConnectionResetError(), None),
         (ValueError("x"), None),
     ],
 )
 def test_faults_of_this_machine_are_told_from_those_of_receivers(error: BaseException, kind: str | None) -> None:
-    wrapped = aiohttp.ClientError()
+    wrapped = Exception()
     wrapped.__cause__ = error
     for each in (error, wrapped):
         found = own_fault(each)

@@ -1,36 +1,34 @@
-"""Connections of deliveries: the SSRF guard checks each address, and there are bounds on time and idle ones."""
+"""Opens connections for deliveries; the SSRF guard checks the address of every socket."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import ipaddress
 import socket
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from ssl import SSLCertVerificationError
+from typing import TYPE_CHECKING
 
-from aiohttp import ClientConnectorCertificateError, ClientTimeout, TCPConnector
-from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.client_proto import ResponseHandler
+import aiohappyeyeballs
 
-from orchestrator.dispatch.http.answer import AnswerProtocol
+from orchestrator.dispatch.http.connection import Connection
 from orchestrator.dispatch.http.ssrf_guard import AddressRefusedError, SsrfGuard
 from orchestrator.dispatch.http.tls import tls_context
 from orchestrator.own_faults import no_authorities, own_fault, trusts_nobody
 
 if TYPE_CHECKING:
     from aiohappyeyeballs import AddrInfoType
-    from aiohttp import ClientRequest
-    from aiohttp.client_reqrep import ConnectionKey
-    from aiohttp.tracing import Trace
 
-# Receivers close idle connections, many after five seconds; a request that crosses that on its way is lost.
-_KEEPALIVE_S = 4.0
+    from orchestrator.dispatch.http.request import Origin
+
 _RESOLVER_THREADS = 32
+_RESOLVED_S = 10.0  # for which the addresses of a name are used again
+_NEXT_ADDRESS_S = 0.25  # before the next address is tried beside one that does not answer (RFC 8305)
 
 
-class GuardedResolver(AbstractResolver):
-    """Resolves names to the addresses that the SSRF guard lets through; AddressRefusedError if it refuses them all.
+class GuardedResolver:
+    """Resolves names to the addresses that the SSRF guard lets through.
 
     It has its own threads: a few names with dead name servers would block those that the event loop shares with others.
     """
@@ -38,114 +36,129 @@ class GuardedResolver(AbstractResolver):
     def __init__(self, guard: SsrfGuard) -> None:
         self._guard = guard
         self._threads = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolve")
+        self._found: dict[tuple[str, int], asyncio.Future[list[AddrInfoType]]] = {}
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.run_in_executor(self._threads, _addresses, host, port, family)
-        except UnicodeError as error:  # an empty or overlong label
-            raise socket.gaierror(socket.EAI_NONAME, str(error)) from error
-        allowed: list[ResolveResult] = []
+    async def resolve(self, host: str, port: int) -> list[AddrInfoType]:
+        """Addresses to connect to. Raises socket.gaierror, or AddressRefusedError when the guard refuses them all."""
+        literal = _literal(host, port)
+        found = [literal] if literal else await self._look_up(host, port)
+        allowed: list[AddrInfoType] = []
         refusal = "it has no address"
-        for address_family, _, protocol, _, (address, *_) in found:
-            reason = self._guard.refusal(str(address))
+        for address in found:
+            reason = self._guard.refusal(str(address[4][0]))
             if reason is None:
-                allowed.append(
-                    ResolveResult(
-                        hostname=host,
-                        host=str(address),
-                        port=port,
-                        family=address_family,
-                        proto=protocol,
-                        flags=0,
-                    )
-                )
+                allowed.append(address)
             else:
                 refusal = reason
         if not allowed:
             raise AddressRefusedError(refusal)
         return allowed
 
-    async def close(self) -> None:
+    def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    async def _look_up(self, host: str, port: int) -> list[AddrInfoType]:
+        """What all who ask for a name within `_RESOLVED_S` share; its addresses take turns at being the first."""
+        loop = asyncio.get_running_loop()
+        asked = self._found.get((host, port))
+        if asked is None:
+            asked = loop.run_in_executor(self._threads, _addresses, host, port)
+            self._found[host, port] = asked
 
-def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[tuple[Any, ...]]:
-    try:
-        return [*socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)]
-    except socket.gaierror as error:
-        if fault := own_fault(error):  # checked at once: descriptors come and go
-            raise fault from error
-        raise
+            def forget(ended: asyncio.Future[list[AddrInfoType]]) -> None:
+                failed = ended.cancelled() or ended.exception() is not None
+                loop.call_later(0 if failed else _RESOLVED_S, self._found.pop, (host, port), None)
+
+            asked.add_done_callback(forget)
+        addresses = await asyncio.shield(asked)
+        found = addresses.copy()
+        addresses.append(addresses.pop(0))
+        return found
 
 
-class GuardedConnector(TCPConnector):
-    """aiohttp's connector; the SSRF guard checks the address of every socket.
-
-    Raises OwnFaultError when this machine cannot connect to anything.
+class GuardedConnector:
+    """Opens connections; the SSRF guard checks the address of every socket.
 
     Resolving, connecting and the TLS handshake share one deadline, however many addresses a name has.
-    aiohttp bounds the connections in use but not the idle ones. Here the same bound holds for both, so that deliveries
-    to very many hosts do not run out of file descriptors.
     """
 
-    def __init__(self, guard: SsrfGuard, *, limit: int, connect_timeout_s: float) -> None:
-        def guarded_socket(address: AddrInfoType) -> socket.socket:
-            family, kind, protocol, _, (host, *_) = address
-            # The resolver has filtered already, but literal addresses never pass through it.
-            guard.check(str(host))
-            return socket.socket(family, kind, protocol)
-
-        self._guarded_resolver = GuardedResolver(guard)
-        super().__init__(
-            limit=limit,
-            resolver=self._guarded_resolver,
-            socket_factory=guarded_socket,
-            ssl=tls_context(),
-            keepalive_timeout=_KEEPALIVE_S,
-        )
-        protocol: Callable[..., ResponseHandler] = AnswerProtocol
-        self._factory = functools.partial(protocol, loop=self._loop)
+    def __init__(self, guard: SsrfGuard, *, connect_timeout_s: float, most_body_bytes: int) -> None:
+        self._guard = guard
+        self._resolver = GuardedResolver(guard)
         self._connect_timeout_s = connect_timeout_s
+        self._tls = tls_context()
         self._trusts_nobody = trusts_nobody()
+        self._protocol = functools.partial(Connection, asyncio.get_running_loop(), most_body_bytes)
 
-    def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
-        super()._release(key, protocol, should_close=should_close)
-        if protocol.transport is not None and isinstance(protocol, AnswerProtocol):
-            protocol.rest()
-
-    async def _create_connection(
-        self,
-        req: ClientRequest,
-        traces: list[Trace],
-        timeout: ClientTimeout,  # noqa: ASYNC109 - the signature is aiohttp's
-    ) -> ResponseHandler:
-        self._close_oldest_idle()
+    async def connect(self, origin: Origin) -> Connection:
+        """Raises OSError, or OwnFaultError when this machine cannot connect to anything."""
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                return await super()._create_connection(req, traces, timeout)
-        except ClientConnectorCertificateError as error:
+                addresses = await self._resolver.resolve(origin.host, origin.port)
+                while True:
+                    try:
+                        return await self._connect_to_one(addresses, origin)
+                    except OSError:
+                        aiohappyeyeballs.pop_addr_infos_interleave(addresses, 1)
+                        if not addresses:
+                            raise
+        except SSLCertVerificationError as error:
             if self._trusts_nobody:
                 raise no_authorities() from error
             raise
         except Exception as error:
             fault = own_fault(error)
             # A machine without IPv6 has no address for it, either.
-            if fault is None or (fault.kind == "EADDRNOTAVAIL" and ":" in (req.url.raw_host or "")):
+            if fault is None or (fault.kind == "EADDRNOTAVAIL" and ":" in origin.host):
                 raise
             raise fault from error
 
-    def _close_oldest_idle(self) -> None:
-        # Hosts are kept in the order in which they last went from no idle connection to one.
-        while self._conns and sum(map(len, self._conns.values())) >= self.limit:
-            host = next(iter(self._conns))
-            connection, _ = self._conns[host].popleft()
-            connection.close()
-            if not self._conns[host]:
-                del self._conns[host]
+    async def _connect_to_one(self, addresses: list[AddrInfoType], origin: Origin) -> Connection:
+        opened = await aiohappyeyeballs.start_connection(
+            addresses, happy_eyeballs_delay=_NEXT_ADDRESS_S, socket_factory=self._guarded_socket
+        )
+        try:
+            _, connection = await asyncio.get_running_loop().create_connection(
+                self._protocol,
+                sock=opened,
+                ssl=self._tls if origin.tls else None,
+                # Certificates name hosts without the dot that ends a full name.
+                server_hostname=origin.host.rstrip(".") if origin.tls else None,
+            )
+        except BaseException:
+            opened.close()
+            raise
+        return connection
 
-    async def close(self, *, abort_ssl: bool = False) -> None:
-        await super().close(abort_ssl=abort_ssl)
-        await self._guarded_resolver.close()
+    def _guarded_socket(self, address: AddrInfoType) -> socket.socket:
+        family, kind, protocol, _, (host, *_) = address
+        self._guard.check(str(host))
+        return socket.socket(family, kind, protocol)
+
+    def close(self) -> None:
+        self._resolver.close()
+
+
+def _literal(host: str, port: int) -> AddrInfoType | None:
+    """What to connect to when the host is an address in its usual form already."""
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        return None
+    if version == 4:
+        return socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port)
+    return socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port, 0, 0)
+
+
+def _addresses(host: str, port: int) -> list[AddrInfoType]:
+    try:
+        found = socket.getaddrinfo(host, port, socket.AF_UNSPEC, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    except socket.gaierror as error:
+        if fault := own_fault(error):  # checked at once: descriptors come and go
+            raise fault from error
+        raise
+    except UnicodeError as error:  # an empty or overlong label
+        raise socket.gaierror(socket.EAI_NONAME, str(error)) from error
+    if not found:
+        raise socket.gaierror(socket.EAI_NONAME, "no address")
+    return [*found]

@@ -12,20 +12,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
+import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import aiohttp
 import msgspec
 
 from orchestrator.dispatch.attempt import DELIVERED, FAIL, RETRY, Attempted
-from orchestrator.dispatch.http.answer import InterimError, answering, head_of
+from orchestrator.dispatch.http.answer import (
+    Answer,
+    BrokenAnswerError,
+    BrokenBodyError,
+    Head,
+    InterimError,
+    head_of,
+)
 from orchestrator.dispatch.http.connector import GuardedConnector
+from orchestrator.dispatch.http.pool import NoConnectionInTimeError, Pool
 from orchestrator.dispatch.http.redaction import without_credentials
-from orchestrator.dispatch.http.request import custom_headers, destination_url, quoted
+from orchestrator.dispatch.http.request import Destination, Origin, custom_headers, destination_of, quoted
 from orchestrator.dispatch.http.retry_after import parse_retry_after
 from orchestrator.dispatch.http.secrets import SECRET_WAIT_S, SecretError, Secrets
 from orchestrator.dispatch.http.signing import Signer
@@ -35,16 +44,11 @@ from orchestrator.errors import OwnFaultError
 from orchestrator.own_faults import own_fault
 
 if TYPE_CHECKING:
-    from yarl import URL
-
     from orchestrator.settings import Settings
 
 EXCERPT_CHARS = 1024
-_EXCERPT_BYTES = 4 * EXCERPT_CHARS  # holds the excerpt in any UTF-8
 _USER_AGENT = "scheduled-event-orchestrator/1"
-_BODY_WAIT_S = 1.0  # for the rest of a body, after its status has decided the attempt
 _RETRIED_4XX = frozenset((408, 425, 429))
-_QUOTES = re.compile(r":?\n.*|: b?['\"].*", re.DOTALL)  # what aiohttp quotes, cut anywhere, of an answer that is wrong
 
 # A foreign text without the credentials of the request. It comes before `quoted`, which cuts and escapes them.
 _Discreet = Callable[[str], str]
@@ -81,152 +85,156 @@ class HttpSender:
         self._settings = settings
         self._signer = Signer(settings.webhook_secrets)
         self._secrets = Secrets(settings.secrets_directory)
-        self._timeout_s = settings.http_timeout_s
-        self._session: aiohttp.ClientSession | None = None
+        self._pool: Pool | None = None
 
     async def __aenter__(self) -> Self:
         settings = self._settings
-        self._session = aiohttp.ClientSession(
-            connector=GuardedConnector(
-                SsrfGuard(settings.http_allow_networks),
-                limit=settings.http_max_connections,
-                connect_timeout_s=settings.http_connect_timeout_s,
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            auto_decompress=False,
-            skip_auto_headers=("accept", "accept-encoding"),
-            timeout=_total(self._timeout_s),
+        self._loop = asyncio.get_running_loop()
+        connector = GuardedConnector(
+            SsrfGuard(settings.http_allow_networks),
+            connect_timeout_s=settings.http_connect_timeout_s,
+            most_body_bytes=settings.http_max_response_bytes,
         )
+        self._pool = Pool(connector, settings.http_max_connections)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
+        if self._pool is not None:
+            self._pool.close()
 
     async def send(self, delivery: Delivery) -> Attempted:
         """Makes one attempt within the total timeout. Raises nothing but OwnFaultError and CancelledError."""
         try:
-            url = destination_url(delivery.destination)
-            headers = self._headers(delivery)
+            destination = destination_of(delivery.destination)
+            headers = self._extra_headers(delivery)
+            timestamp = int(time.time())
+            signature = self._signer_of(delivery).signature(delivery.event_id, timestamp, delivery.payload)
         except SecretError as error:
             return Attempted(RETRY, error=str(error), retry_after_s=SECRET_WAIT_S)
         except ValueError as error:
             return Attempted(FAIL, error=str(error))
-
-        def discreet(text: str) -> str:
-            return without_credentials(text, headers, delivery.secret_headers or (), url.raw_query_string)
-
-        answering.set(None)
-        timeout_s = delivery.timeout_s or self._timeout_s
+        request = _request(destination, delivery, headers, timestamp, signature)
+        timeout_s = delivery.timeout_s or self._settings.http_timeout_s
         try:
-            response = await self._post(url, headers, delivery.payload, timeout_s)
-            # `closed` means that the whole answer is here and its connection is back in the pool.
-            if response.closed and 200 <= response.status < 300:
-                return Attempted(DELIVERED, response.status)
-            return await self._judge(response, discreet)
+            answer = await self._post(destination.origin, request, timeout_s)
         except OwnFaultError:
             raise
         except Exception as error:
-            connection = answering.get()
-            if connection is not None and (head := head_of(connection.received)) is not None:
-                odd = _oddity(error, timeout_s, discreet)
-                return _decided(head.status, head.values(b"location"), head.values(b"retry-after"), discreet, odd=odd)
-            return self._unanswered(error, url, timeout_s, delivery.event_id)
+            return self._not_connected(error, destination, timeout_s, delivery.event_id)
+        if answer.error is None and 200 <= answer.status < 300:
+            return Attempted(DELIVERED, answer.status)
+        head = head_of(answer.received)
+        if head is None:
+            return self._unanswered(answer.error, destination, timeout_s, delivery.event_id)
 
-    async def _post(
-        self, url: URL, headers: dict[str, str], payload: bytes, timeout_s: float
-    ) -> aiohttp.ClientResponse:
-        session = self._session
-        if session is None:
+        def discreet(text: str) -> str:
+            signed = headers | {"webhook-signature": signature}
+            return without_credentials(text, signed, delivery.secret_headers or (), destination.query)
+
+        return _decided(head, answer, timeout_s, discreet)
+
+    async def _post(self, origin: Origin, request: bytes, timeout_s: float) -> Answer:
+        pool = self._pool
+        if pool is None:
             raise RuntimeError("HttpSender is used outside its context")
-        timeout = session.timeout if timeout_s == self._timeout_s else _total(timeout_s)
-        return await session.post(url, data=payload, headers=headers, allow_redirects=False, timeout=timeout)
-
-    def _unanswered(self, error: Exception, url: URL, timeout_s: float, event_id: str) -> Attempted:
-        """The outcome of an attempt that got no status line. Raises OwnFaultError when this machine is at fault."""
-        place = url.host_port_subcomponent
-        match error:
-            case aiohttp.ClientConnectorError():
-                return _not_connected(error, f"{url.raw_host}:{url.port}")
-            case aiohttp.ConnectionTimeoutError():
-                waited_s = min(self._settings.http_connect_timeout_s, timeout_s)
-                return Attempted(RETRY, error=f"timeout: no connection to {place} within {waited_s:g} s")
-            case TimeoutError():
-                return Attempted(RETRY, error=f"timeout: no complete response within {timeout_s:g} s")
-            case aiohttp.ClientResponseError():
-                return Attempted(RETRY, error=f"{place} answered with something that is not HTTP")
-            case InterimError():
-                return Attempted(RETRY, error=f"{place} sent {error}, and no final one")
-            case aiohttp.InvalidURL():
-                return Attempted(FAIL, error=f"destination: {quoted(place or '')} is not a plain host")
-            case aiohttp.ClientConnectionError() | OSError() if own_fault(error) is None:
-                if fault := tls_fault(error):
-                    return Attempted(RETRY, error=f"no TLS connection with {url.raw_host}:{url.port}: {fault}")
-                return Attempted(RETRY, error=f"connection closed by {place} before it answered")
-        if own := own_fault(error):
-            raise own from error
-        _log.error("a delivery failed unexpectedly", extra={"event_id": event_id}, exc_info=error)
-        return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
-
-    async def _judge(self, response: aiohttp.ClientResponse, discreet: _Discreet) -> Attempted:
-        status = response.status
-        body, error = (b"", None) if status == HTTPStatus.SWITCHING_PROTOCOLS else await self._read(response)
-        response.close()  # changes nothing after a body read to its end
-        excerpt = None
-        if body and "content-encoding" not in response.headers:
-            excerpt = discreet(body.decode("utf-8", "replace").replace("\0", "\ufffd"))[:EXCERPT_CHARS]
-        odd = _oddity(error, _BODY_WAIT_S, discreet) if error else None
-        headers = response.headers
-        locations, waits = headers.getall("location", []), headers.getall("retry-after", [])
-        return _decided(status, locations, waits, discreet, excerpt=excerpt, odd=odd)
-
-    async def _read(self, response: aiohttp.ClientResponse) -> tuple[bytes, Exception | None]:
-        """The start of the body, and what broke it. Reads on only while that may save the connection, within bounds."""
-        start = b""
-        received = 0
+        deadline_s = self._loop.time() + timeout_s
+        connection = pool.take_idle(origin) or await pool.take(origin, deadline_s)
         try:
-            async with asyncio.timeout(_BODY_WAIT_S):
-                while chunk := await response.content.readany():
-                    start += chunk[: _EXCERPT_BYTES - len(start)]
-                    received += len(chunk)
-                    if received > self._settings.http_max_response_bytes:
-                        break
-        except TimeoutError:
-            pass  # too slow: the status has decided, and the connection is given up
-        except (aiohttp.ClientError, OSError) as error:
-            return start, error
-        return start, None
+            return await connection.post(request, deadline_s)
+        finally:
+            pool.give_back(origin, connection)
 
-    def _headers(self, delivery: Delivery) -> dict[str, str]:
-        timestamp = int(time.time())
+    def _signer_of(self, delivery: Delivery) -> Signer:
+        name = delivery.signing_secret
+        return self._signer if name is None else self._secrets.signer(name)
+
+    def _extra_headers(self, delivery: Delivery) -> dict[str, str]:
+        """The event's own headers, and those of its destination."""
         headers = custom_headers(delivery.headers) if delivery.headers else {}
         if delivery.secret_headers:
             read = self._secrets.header
             headers |= custom_headers({name: read(secret) for name, secret in delivery.secret_headers.items()})
-        signer = self._signer if delivery.signing_secret is None else self._secrets.signer(delivery.signing_secret)
-        headers["content-type"] = "application/json"
-        headers["user-agent"] = _USER_AGENT
-        headers["webhook-id"] = delivery.event_id
-        headers["webhook-timestamp"] = str(timestamp)
-        signature = signer.signature(delivery.event_id, timestamp, delivery.payload)
-        if signature:
-            headers["webhook-signature"] = signature
-        headers["orchestrator-attempt"] = str(delivery.attempt)
-        headers["orchestrator-scheduled-at"] = delivery.scheduled_at
         return headers
+
+    def _not_connected(self, error: Exception, destination: Destination, timeout_s: float, event_id: str) -> Attempted:
+        """The outcome of an attempt that got no connection."""
+        host, port, _ = destination.origin
+        place = f"{host}:{port}"
+        match error:
+            case NoConnectionInTimeError():
+                waited_s = min(self._settings.http_connect_timeout_s, timeout_s)
+                reason = f"timeout: no connection to {destination.place} within {waited_s:g} s"
+            case AddressRefusedError():
+                return Attempted(FAIL, error=f"address refused: {error}")
+            case socket.gaierror():
+                reason = f"host does not resolve: {host}"
+            case ssl.SSLCertVerificationError():
+                reason = f"the certificate of {place} is not trusted: {tls_fault(error)}"
+            case ssl.SSLError():
+                reason = f"no TLS connection with {place}: {tls_fault(error)}"
+            case ConnectionRefusedError():
+                reason = f"connection refused by {place}"
+            case ConnectionResetError():
+                reason = f"no connection to {place}: the receiver closed it at once"
+            case OSError():
+                reason = f"no connection to {place}: {error.strerror or type(error).__name__}"
+            case _:
+                return _unexpected(error, event_id)
+        return Attempted(RETRY, error=reason)
+
+    def _unanswered(
+        self, error: Exception | None, destination: Destination, timeout_s: float, event_id: str
+    ) -> Attempted:
+        """The outcome of an attempt that got no status line. Raises OwnFaultError when this machine is at fault."""
+        place = destination.place
+        match error:
+            case TimeoutError() if error.errno is None:
+                reason = f"timeout: no complete response within {timeout_s:g} s"
+            case BrokenAnswerError():
+                reason = f"{place} answered with something that is not HTTP"
+            case InterimError():
+                reason = f"{place} sent {error}, and no final one"
+            case OSError() if (own := own_fault(error)) is not None:
+                raise own from error
+            case OSError() if (fault := tls_fault(error)) is not None:
+                reason = "no TLS connection with {}:{}: {}".format(*destination.origin[:2], fault)
+            case OSError():
+                reason = f"connection closed by {place} before it answered"
+            case _:
+                return _unexpected(error, event_id)
+        return Attempted(RETRY, error=reason)
+
+
+def _request(
+    destination: Destination, delivery: Delivery, headers: dict[str, str], timestamp: int, signature: str
+) -> bytes:
+    """The bytes of the request. All that goes into them was checked for line ends, or is ours."""
+    head = (
+        f"Content-Length: {len(delivery.payload)}\r\n"
+        "content-type: application/json\r\n"
+        f"user-agent: {_USER_AGENT}\r\n"
+        f"webhook-id: {delivery.event_id}\r\n"
+        f"webhook-timestamp: {timestamp}\r\n"
+        f"orchestrator-attempt: {delivery.attempt}\r\n"
+        f"orchestrator-scheduled-at: {delivery.scheduled_at}\r\n"
+    )
+    if signature:
+        head += f"webhook-signature: {signature}\r\n"
+    for name, value in headers.items():
+        head += f"{name}: {value}\r\n"
+    return b"%b%b\r\n%b" % (destination.head, head.encode(), delivery.payload)
+
+
+def _unexpected(error: Exception | None, event_id: str) -> Attempted:
+    _log.error("a delivery failed unexpectedly", extra={"event_id": event_id}, exc_info=error)
+    return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
 
 
 def _place(url: str) -> str:
     """A foreign URL without the parts that may hold secrets: before an @, the query and the fragment."""
     return re.sub(r"(?<![^/\\])[^/\\]*@", "…@", re.sub(r"([?#]).*", r"\1…", url, flags=re.DOTALL))
-
-
-def _total(seconds: float) -> aiohttp.ClientTimeout:
-    # Above its threshold aiohttp rounds deadlines up, by as much as a second; leases rely on exact ones.
-    return aiohttp.ClientTimeout(total=seconds, ceil_threshold=float("inf"))
 
 
 def _described(status: int) -> str:
@@ -237,55 +245,35 @@ def _described(status: int) -> str:
         return f"HTTP {status:03d}"
 
 
-def _decided(
-    status: int,
-    locations: Sequence[str],
-    waits: Sequence[str],
-    discreet: _Discreet,
-    *,
-    excerpt: str | None = None,
-    odd: str | None = None,
-) -> Attempted:
-    """The outcome that a status means. `odd`: what was wrong with the rest of the answer."""
-    note = "" if odd is None else f"; {odd}"
+def _decided(head: Head, answer: Answer, timeout_s: float, discreet: _Discreet) -> Attempted:
+    """The outcome that a status means, whatever is wrong with the rest of the answer."""
+    status = head.status
+    note = "" if answer.error is None else f"; {_oddity(answer.error, timeout_s)}"
     error = _described(status) + note
     if 200 <= status < 300:
-        return Attempted(DELIVERED, status, error if odd else None)
+        return Attempted(DELIVERED, status, error if note else None)
+    excerpt = None
+    if answer.body and not head.values(b"content-encoding"):
+        excerpt = discreet(answer.body.decode("utf-8", "replace").replace("\0", "\ufffd"))[:EXCERPT_CHARS]
+    locations = head.values(b"location")
     if 300 <= status < 400 and locations and locations[0]:
         location = quoted(discreet(_place(locations[0])))
         return Attempted(FAIL, status, f"{_described(status)}: redirect to {location} is not followed{note}", excerpt)
     if status not in _RETRIED_4XX and not 500 <= status < 600:
         return Attempted(FAIL, status, error, excerpt)
     now_s = time.time()
+    waits = head.values(b"retry-after")
     asked_s = [wait_s for value in waits if (wait_s := parse_retry_after(value, now_s)) is not None]
     return Attempted(RETRY, status, error, excerpt, max(asked_s, default=None))
 
 
-def _oddity(error: Exception, timeout_s: float, discreet: _Discreet) -> str:
+def _oddity(error: Exception, timeout_s: float) -> str:
     """What is wrong with an answer whose status line came."""
     match error:
-        case TimeoutError():
+        case TimeoutError() if error.errno is None:
             return f"its answer was not complete within {timeout_s:g} s"
-        case aiohttp.ClientResponseError():
-            reason = _QUOTES.sub("", error.message.strip())
-            return f"its answer broke the rules of HTTP: {quoted(discreet(reason))}"
-        case aiohttp.ClientPayloadError():
+        case BrokenAnswerError():
+            return f"its answer broke the rules of HTTP: {error}"
+        case BrokenBodyError():
             return "its body was broken or cut short"
     return "the connection ended before its answer was complete"
-
-
-def _not_connected(error: aiohttp.ClientConnectorError, place: str) -> Attempted:
-    cause = error.os_error
-    if isinstance(cause, AddressRefusedError):
-        return Attempted(FAIL, error=f"address refused: {cause}")
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return Attempted(RETRY, error=f"host does not resolve: {error.host}")
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return Attempted(RETRY, error=f"the certificate of {place} is not trusted: {tls_fault(error)}")
-    if fault := tls_fault(error):
-        return Attempted(RETRY, error=f"no TLS connection with {place}: {fault}")
-    if isinstance(cause, ConnectionRefusedError):
-        return Attempted(RETRY, error=f"connection refused by {place}")
-    if isinstance(cause, ConnectionResetError):
-        return Attempted(RETRY, error=f"no connection to {place}: the receiver closed it at once")
-    return Attempted(RETRY, error=f"no connection to {place}: {cause.strerror or type(cause).__name__}")
