@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString
 
+import msgspec
 import psycopg
 import pytest
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
+from orchestrator.database import COPY_STAGED, staged
 from orchestrator.dispatch.http.request import custom_headers
-from orchestrator.events.encoding import copy_row
+from orchestrator.events.encoding import encode_row
 from orchestrator.events.headers import RESERVED_HEADER_PREFIXES, RESERVED_HEADERS, headers_fault
 from orchestrator.events.ids import event_id, random_event_id
 from orchestrator.events.submission import Submission
@@ -45,9 +47,14 @@ def submission(external_job_id: str | None = None, **changes: Any) -> Submission
 
 
 def stage(client: Client, submissions: Sequence[Submission]) -> None:
-    with client.connection.cursor().copy("copy pg_temp.submission from stdin") as copy:
-        for n, item in enumerate(submissions):
-            copy.write(copy_row(item, n))
+    retries = {n: item.max_retries for n, item in enumerate(submissions) if not -(2**15) <= item.max_retries < 2**15}
+    small = [
+        msgspec.structs.replace(item, max_retries=0) if n in retries else item for n, item in enumerate(submissions)
+    ]
+    with client.connection.cursor().copy(COPY_STAGED) as copy:
+        copy.write(staged(encode_row(item, n) for n, item in enumerate(small)))
+    for n, number in retries.items():  # which no encoded row holds
+        client.rows("update pg_temp.submission set max_retries = %s where n = %s", number, n)
 
 
 def submit_staged(client: Client, submissions: Sequence[Submission]) -> dict[int, tuple[str, str | None]]:
