@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Iterable, Sequence
-from operator import itemgetter
+from operator import attrgetter
 from typing import LiteralString
 
 import psycopg
@@ -86,7 +86,7 @@ async def submit_direct(connection: Connection, rows: Iterable[EncodedRow]) -> b
 
 def ordered(rows: Iterable[EncodedRow]) -> list[EncodedRow]:
     """By id: two batches insert the events they share in one order, so that they cannot deadlock."""
-    return sorted(rows, key=itemgetter(0))
+    return sorted(rows, key=attrgetter("fields"))
 
 
 def copied(rows: Iterable[EncodedRow], created_at: bytes) -> bytes:

@@ -24,6 +24,8 @@ NULL = b"\xff\xff\xff\xff"
 """A field that is null."""
 ID, SCHEDULED_AT, MAX_RETRIES = slice(0, 20), slice(20, 32), slice(32, 38)
 """Where an encoded row has these."""
+_NOT_FOLLOWED = 3 * NULL
+_NO_OPTIONS = 5 * NULL
 
 COLUMNS = (
     "id",
@@ -64,7 +66,7 @@ class Options(NamedTuple):
     expires_at: bytes
 
 
-class EncodedRow(NamedTuple):
+class EncodedRow(msgspec.Struct, frozen=True, gc=False):
     """A submission, the `n`-th of its batch, as fields of a binary COPY: each is a length and a value.
 
     `fields` are those of `COLUMNS`; it begins with the id, so that rows sort by it. `options`: None when it has none.
@@ -86,46 +88,54 @@ def encode_submission(s: Submission) -> bytes:
 
 
 def encode_row(s: Submission, n: int) -> EncodedRow:
-    kind = _kind(s.source, s.delivery_type, s.destination)
+    kind, shared = _kind(s.source, s.delivery_type, s.destination)
+    since = s.scheduled_at - _EPOCH
+    micros = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+    job = NULL if s.external_job_id is None else _text(s.external_job_id)
     payload = s.payload
     options = None
+    # Most events have none of these.
+    if s.headers is None and s.correlation_id is None and s.traceparent is None:
+        followed = _NOT_FOLLOWED
+    else:
+        headers = NULL if s.headers is None else _length(len(s.headers)) + s.headers
+        followed = headers + _optional(s.correlation_id) + _optional(s.traceparent)
     if (
-        s.retry_policy is not None
-        or s.ordering_key is not None
-        or s.priority
-        or s.spread_seconds is not None
-        or s.expires_at is not None
+        s.retry_policy is None
+        and s.ordering_key is None
+        and s.priority is None
+        and s.spread_seconds is None
+        and s.expires_at is None
     ):
+        last = _NO_OPTIONS
+    else:
         options = _options(s)
-    fields = b"".join(
-        (
-            _HEAD.pack(16, bytes.fromhex(s.id.replace("-", "")), 8, _micros(s.scheduled_at), 2, s.max_retries),
-            *kind,
-            NULL if s.external_job_id is None else _text(s.external_job_id),
-            _length(len(payload)),
-            payload,
-            NULL if s.headers is None else _length(len(s.headers)) + s.headers,
-            NULL if s.correlation_id is None else _text(s.correlation_id),
-            NULL if s.traceparent is None else _text(s.traceparent),
-            5 * NULL if options is None else b"".join(options),
-        )
-    )
+        last = b"".join(options)
+    identity = bytes.fromhex(s.id.replace("-", ""))
+    head = _HEAD.pack(16, identity, 8, micros, 2, s.max_retries)
+    fields = b"".join((head, shared, job, _length(len(payload)), payload, followed, last))
     return EncodedRow(fields, n, kind, options)
 
 
 @lru_cache(maxsize=4096)
-def _kind(source: str, delivery_type: str, destination: str | None) -> Kind:
-    return Kind(_text(source), _text(delivery_type), NULL if destination is None else _text(destination))
+def _kind(source: str, delivery_type: str, destination: str | None) -> tuple[Kind, bytes]:
+    """The kind, and its fields in a row."""
+    kind = Kind(_text(source), _text(delivery_type), _optional(destination))
+    return kind, b"".join(kind)
 
 
 def _options(s: Submission) -> Options:
     return Options(
-        NULL if s.retry_policy is None else _text(s.retry_policy),
-        NULL if s.ordering_key is None else _text(s.ordering_key),
+        _optional(s.retry_policy),
+        _optional(s.ordering_key),
         _small(2, s.priority) if s.priority else NULL,
         NULL if s.spread_seconds is None else _interval(16, round(s.spread_seconds * 1_000_000), 0, 0),
         NULL if s.expires_at is None else _time(8, _micros(s.expires_at)),
     )
+
+
+def _optional(text: str | None) -> bytes:
+    return NULL if text is None else _text(text)
 
 
 def _text(text: str) -> bytes:

@@ -34,7 +34,7 @@ from orchestrator.events.topics import TopicRules
 from orchestrator.events.tracing import Carried, CorrelationId, Traceparent, in_version_00
 
 
-class Wire(msgspec.Struct, forbid_unknown_fields=True):
+class Wire(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """A submission as clients write it. Null is the same as absent for every field that may be absent."""
 
     source: Name

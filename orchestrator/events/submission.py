@@ -11,7 +11,7 @@ import msgspec
 from orchestrator.errors import ValidationError
 
 
-class Submission(msgspec.Struct, frozen=True):
+class Submission(msgspec.Struct, frozen=True, gc=False):
     """A submission that keeps every rule: `scheduled_at` in UTC, `payload` and `headers` as JSON texts.
 
     `destination` is a URL, or a topic when `delivery_type` is KAFKA; None then stands for the ready topic.
