@@ -90,8 +90,9 @@ def ordered(rows: Iterable[EncodedRow]) -> list[EncodedRow]:
 
 
 def copied(rows: Iterable[EncodedRow], created_at: bytes) -> bytes:
-    prefix = _WIDTH + _TIME + created_at
-    return b"".join((_BEGIN, prefix, prefix.join([row.fields for row in rows]), _END))
+    parts = [_BEGIN, *[row.fields for row in rows]]
+    parts[-1] += _END
+    return (_WIDTH + _TIME + created_at).join(parts)  # copied once: a batch may be megabytes long
 
 
 def timers(rows: Sequence[EncodedRow]) -> list[_Binary | None]:

@@ -245,8 +245,7 @@ comment on function orchestrator.require_plain(timestamptz, text[]) is
 create or replace function orchestrator.insert_plain(p_now timestamptz, p_announced boolean, p_predecessor uuid)
 returns void
 language plpgsql security definer
-set search_path = orchestrator, pg_temp
-set timezone = 'UTC' as $$
+set search_path = orchestrator, pg_temp as $$
 begin
   perform orchestrator.require_plain(
     max(s.scheduled_at), array_agg(distinct s.retry_policy) filter (where s.retry_policy is not null))
