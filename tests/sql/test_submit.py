@@ -499,6 +499,34 @@ def test_a_staged_batch_answers_duplicates_and_refusals_by_number(client: Client
     assert client.rows(COUNTS) == [(3, 3)]
 
 
+def test_duplicates_are_taken_out_of_a_staged_batch_and_the_rest_is_kept(client: Client) -> None:
+    client.rows("insert into orchestrator.retry_policy (name) values ('slow')")
+    submit_staged(client, [submission("kept"), submission("slow", retry_policy="slow")])
+    client.rows("delete from orchestrator.retry_policy where name = 'slow'")
+    new = [submission(f"new {n}") for n in range(3)]
+    answers = submit_staged(
+        client, [new[0], submission("kept"), *new, submission("slow", retry_policy="slow"), submission("kept")]
+    )
+    assert answers == dict.fromkeys((1, 2, 5, 6), ("duplicate", None))
+    assert client.rows(COUNTS) == [(5, 5)]
+    assert client.totals() == {"accepted": 5, "duplicate": 4}
+
+
+def test_a_duplicate_that_breaks_a_rule_that_lasts_is_refused(client: Client) -> None:
+    submit_staged(client, [submission("kept")])
+    answers = submit_staged(
+        client,
+        [
+            submission("new"),
+            submission("kept", max_retries=101),
+            submission("new", retry_policy="unheard-of"),
+            submission("kept"),
+        ],
+    )
+    assert answers == {1: ("refused", "max_retries"), 2: ("refused", "retry_policy"), 3: ("duplicate", None)}
+    assert client.rows(COUNTS) == [(2, 2)]
+
+
 @pytest.mark.parametrize("at", ["infinity", "-infinity"])
 def test_an_endless_time_in_the_staging_table_is_refused(client: Client, at: str) -> None:
     client.rows("select orchestrator.open_staging()")
