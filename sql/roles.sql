@@ -95,11 +95,21 @@ grant execute on function
   orchestrator.submit_staged_with_status(),
   orchestrator.try_submit_staged(),
   orchestrator.try_submit_staged_with_status(),
+  orchestrator.open_direct(),
+  orchestrator.submit_direct(
+    uuid[], timestamptz[], smallint[], integer[], text[], text[], text[], text[], text[], smallint[], interval[],
+    timestamptz[]),
   orchestrator.submit_events(jsonb),
   orchestrator.schedule_event(
     text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval,
     timestamptz, text, text)
 to orchestrator_submit, orchestrator_ingest, orchestrator_ops;
+
+-- Between open_direct() and submit_direct(), see schema/0016_direct_submission.sql.
+grant insert (
+  id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy,
+  headers, payload, ordering_key, priority, spread, expires_at, correlation_id, traceparent)
+on orchestrator.event to orchestrator_submit, orchestrator_ingest, orchestrator_ops;
 
 -- What the API does besides.
 grant execute on function
@@ -240,10 +250,11 @@ begin
       and exists (select from aclexplode(p.proacl) a where a.grantee <> p.proowner)
       and p.proname not in (
         'open_staging', 'submit_staged', 'submit_staged_with_status', 'try_submit_staged'
-        , 'try_submit_staged_with_status', 'keep_answer', 'kept_answer', 'prove_writing', 'claim_due_events'
-        , 'claim_for_dispatch', 'finish_events', 'finish_free_events', 'finish_delivered', 'release_events'
-        , 'release_free_events', 'raise_floors', 'next_due_at', 'next_claim_at', 'backlog', 'advance_offsets'
-        , 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending', 'staging_problem')
+        , 'try_submit_staged_with_status', 'open_direct', 'submit_direct', 'keep_answer', 'kept_answer'
+        , 'prove_writing', 'claim_due_events', 'claim_for_dispatch', 'finish_events', 'finish_free_events'
+        , 'finish_delivered', 'release_events', 'release_free_events', 'raise_floors', 'next_due_at', 'next_claim_at'
+        , 'backlog', 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending'
+        , 'staging_problem')
   loop
     execute format('alter function %s set timezone = ''UTC'' set datestyle = ISO set intervalstyle = postgres '
       'set extra_float_digits = 1', v_function);

@@ -14,9 +14,9 @@ from orchestrator.bench.claims import claim
 from orchestrator.bench.flow import tell
 from orchestrator.bench.processes import another_database
 from orchestrator.bench.workload import PAYLOAD, lateness, new_run, submissions
-from orchestrator.database import COPY_SUBMISSIONS
+from orchestrator.database import COPY_STAGED, staged
 from orchestrator.errors import OrchestratorError
-from orchestrator.events.encoding import copy_row
+from orchestrator.events.encoding import encode_row
 
 _DEPTHS = (100_000, 1_000_000, 10_000_000)
 _BATCH = 100
@@ -106,8 +106,8 @@ class _Client:
         made = submissions(count, _destination, lambda _: at, f"{self._run}-{self._rounds}")
         self._rounds += 1
         with self.connection.transaction(), self.connection.cursor() as cursor:
-            with cursor.copy(COPY_SUBMISSIONS) as copy:
-                copy.write(b"".join(copy_row(submission, n) for n, submission in enumerate(made)))
+            with cursor.copy(COPY_STAGED) as copy:
+                copy.write(staged(encode_row(submission, n) for n, submission in enumerate(made)))
             cursor.execute("select * from orchestrator.submit_staged()")
             if refused := cursor.fetchone():
                 raise OrchestratorError(f"bench: a submission was not accepted: {refused}")

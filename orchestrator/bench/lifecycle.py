@@ -15,10 +15,10 @@ from typing import LiteralString
 import psycopg
 
 from orchestrator.bench.workload import chunks, new_run, spread, submissions
-from orchestrator.database import COPY_SUBMISSIONS, Leases, connect
+from orchestrator.database import Leases, connect, submit_direct
 from orchestrator.dispatch.attempt import DELIVERED, Attempted, finished
 from orchestrator.errors import OrchestratorError
-from orchestrator.events.encoding import copy_row
+from orchestrator.events.encoding import EncodedRow, encode_row
 from orchestrator.events.submission import Submission
 from orchestrator.settings import Settings
 
@@ -35,7 +35,7 @@ _START_S = 30.0
 def run(database_url: str, events: int, batch: int) -> dict[str, object]:
     """The whole life of `events` events with two clients, in rates, WAL bytes an event, and sizes at the end.
 
-    The lines of COPY are made beforehand, outside the measured time, half a million at once. At the end the day of all
+    The rows of COPY are made beforehand, outside the measured time, half a million at once. At the end the day of all
     events is retired and dropped; ``retire_ms`` and ``drop_ms`` are the durations of those steps of maintenance.
     """
     started = datetime.now(UTC) - timedelta(minutes=10)
@@ -48,7 +48,7 @@ def run(database_url: str, events: int, batch: int) -> dict[str, object]:
     settings = Settings.from_env({"DATABASE_URL": database_url})
     with psycopg.connect(database_url, autocommit=True) as watching:
         before = _wal(watching)
-        submit_s = sum(asyncio.run(_submit(settings, texts)) for texts in _texts(made))
+        submit_s = sum(asyncio.run(_submit(settings, rows)) for rows in _rows(made))
         between = _wal(watching)
         finish_s = claim_and_finish(settings, batch)
         after = _wal(watching)
@@ -67,14 +67,14 @@ def run(database_url: str, events: int, batch: int) -> dict[str, object]:
         }
 
 
-def _texts(made: Iterator[Submission]) -> Iterator[list[bytes]]:
-    """The lines of COPY, some transactions' worth at a time, so that memory stays bounded."""
+def _rows(made: Iterator[Submission]) -> Iterator[list[list[EncodedRow]]]:
+    """The rows of COPY, some transactions' worth at a time, so that memory stays bounded."""
     staged = chunks(made, _STAGED)
-    while texts := [
-        b"".join(copy_row(submission, n) for n, submission in enumerate(chunk))
+    while rows := [
+        [encode_row(submission, n) for n, submission in enumerate(chunk)]
         for chunk in itertools.islice(staged, _STAGED_AT_ONCE)
     ]:
-        yield texts
+        yield rows
 
 
 def _wal(connection: psycopg.Connection) -> int:
@@ -131,20 +131,16 @@ def _until(
     return None
 
 
-async def _submit(settings: Settings, texts: list[bytes]) -> float:
-    waiting = texts[::-1]
+async def _submit(settings: Settings, rows: list[list[EncodedRow]]) -> float:
+    waiting = rows[::-1]
 
     async def client() -> None:
-        async with await connect(settings, "bench") as connection, connection.cursor() as cursor:
-            await cursor.execute("select orchestrator.open_staging()")
+        async with await connect(settings, "bench") as connection:
             while waiting:
-                text = waiting.pop()
+                batch = waiting.pop()
                 async with connection.transaction():
-                    async with cursor.copy(COPY_SUBMISSIONS) as copy:
-                        await copy.write(text)
-                    await cursor.execute("select * from orchestrator.submit_staged()")
-                    if refused := await cursor.fetchone():
-                        raise OrchestratorError(f"bench: a submission was not accepted: {refused}")
+                    if not await submit_direct(connection, batch):
+                        raise OrchestratorError("bench: a batch was not accepted")
 
     return await _timed(client)
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, LiteralString, NamedTuple, TypeVar
 
 import msgspec
 from psycopg import errors
 
 from orchestrator.database.connection import HOLDERS, Connection, connect, translated
-from orchestrator.database.submission_calls import COPY_SUBMISSIONS
+from orchestrator.database.copying import COPY_STAGED, Route, staged, submit_direct
 from orchestrator.errors import Blocked, OrchestratorError, ValidationError, first_line
+from orchestrator.events.encoding import EncodedRow
 from orchestrator.settings import Settings
 
 T = TypeVar("T")
@@ -92,6 +93,7 @@ class Ingestion:
         self._connection = connection
         self._apart_until_s = 0.0  # until when bisecting may take; 0: the batch is not being bisected for blocked items
         self._blocked: list[int] = []
+        self._route = Route()
         self.has_aside = True
         """Whether there may be records that this connection, or one before it, has set aside."""
 
@@ -110,9 +112,14 @@ class Ingestion:
         return {row[0]: Position(*row[1:]) for row in rows}
 
     async def submit(
-        self, topic: str, moves: Sequence[Move], rows: Sequence[bytes], rejects: Sequence[Reject], rejected: Rejected
+        self,
+        topic: str,
+        moves: Sequence[Move],
+        rows: Sequence[EncodedRow],
+        rejects: Sequence[Reject],
+        rejected: Rejected,
     ) -> Kept:
-        """Keeps `rows`, lines of `copy_row` numbered from 0, and the rejects.
+        """Keeps `rows`, numbered from 0, and the rejects.
 
         A row that the database refuses becomes the reject that `rejected` makes of it. Raises OffsetsMovedError.
         """
@@ -196,15 +203,25 @@ class Ingestion:
         more_answers, more_refused = await self._apart(items[middle:], work, first + middle)
         return answers + more_answers, refused + more_refused
 
-    async def _submit(self, rows: Sequence[bytes]) -> tuple[int, list[Refused]]:
+    async def _submit(self, rows: Sequence[EncodedRow]) -> tuple[int, list[Refused]]:
+        if not self._apart_until_s and self._route.is_direct(rows) and await self._submit_direct(rows):
+            return 0, []
         async with self._connection.cursor() as cursor:
             # While bisecting, the staging table may still hold rows that were submitted before.
             await cursor.execute("select orchestrator.open_staging()")
-            async with cursor.copy(COPY_SUBMISSIONS) as copy:
-                await copy.write(b"".join(rows))
+            async with cursor.copy(COPY_STAGED) as copy:
+                await copy.write(staged(rows))
             await cursor.execute(_SUBMIT_HASTILY if self._apart_until_s else _SUBMIT)
             duplicates, numbers, fields, reasons = await cursor.fetchone() or (0, None, None, None)
         return duplicates, list(zip(numbers or (), fields or (), reasons or (), strict=True))
+
+    async def _submit_direct(self, rows: Sequence[EncodedRow]) -> bool:
+        done = False
+        with suppress(errors.IntegrityError, errors.DataError):
+            async with self._connection.transaction():
+                done = await submit_direct(self._connection, rows)
+        self._route.note(done)
+        return done
 
     async def _be_hasty(self, error: Blocked) -> None:
         """Waits for no other session during the rest of the transaction."""
@@ -222,14 +239,13 @@ class Ingestion:
         [(holders,)] = await self._all(HOLDERS)
         return str(holders)
 
-    async def _set_aside(self, topic: str, rows: Sequence[bytes], records: Sequence[Reject]) -> None:
+    async def _set_aside(self, topic: str, rows: Sequence[EncodedRow], records: Sequence[Reject]) -> None:
         async with self._connection.cursor() as cursor:
             await cursor.execute("select orchestrator.open_staging()")
-            async with cursor.copy(COPY_SUBMISSIONS) as copy:
-                await copy.write(b"".join(rows))
-        numbers = [int(row.partition(b"\t")[0]) for row in rows]
+            async with cursor.copy(COPY_STAGED) as copy:
+                await copy.write(staged(rows))
         columns = zip(*((r.partition, r.offset, r.key, r.value) for r in records), strict=True)
-        await self._all(_SET_ASIDE, topic, numbers, *map(list, columns))
+        await self._all(_SET_ASIDE, topic, [row.n for row in rows], *map(list, columns))
 
     async def _keep_rejects(self, topic: str, rejects: Sequence[Reject]) -> None:
         if rejects:

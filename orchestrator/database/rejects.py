@@ -8,10 +8,11 @@ from uuid import UUID
 import msgspec
 
 from orchestrator.database.connection import Connection
+from orchestrator.database.copying import COPY_STAGED, staged
 from orchestrator.database.gateway import Database
-from orchestrator.database.submission_calls import COPY_SUBMISSIONS, Submitted
+from orchestrator.database.submission_calls import Submitted
 from orchestrator.errors import OrchestratorError, ValidationError
-from orchestrator.events.encoding import copy_row
+from orchestrator.events.encoding import encode_row
 from orchestrator.events.submission import Submission
 
 
@@ -55,8 +56,8 @@ class Rejects:
         async def work(connection: Connection, request: UUID) -> list[Submitted]:
             async with connection.transaction(), connection.cursor() as cursor:
                 await cursor.execute("select orchestrator.open_staging()")
-                async with cursor.copy(COPY_SUBMISSIONS) as copy:
-                    await copy.write(copy_row(submission, 0))
+                async with cursor.copy(COPY_STAGED) as copy:
+                    await copy.write(staged([encode_row(submission, 0)]))
                 await cursor.execute(
                     "select id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
                 )

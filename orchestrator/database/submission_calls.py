@@ -13,16 +13,19 @@ import logging
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import LiteralString, NamedTuple
 
+from psycopg import errors
 from psycopg.rows import TupleRow
 
 from orchestrator.database.connection import Connection
+from orchestrator.database.copying import COPY_STAGED, Route, staged, submit_direct
 from orchestrator.database.pool import Pool
 from orchestrator.errors import Blocked, ValidationError
-from orchestrator.events.encoding import copy_row
-from orchestrator.events.fields import FIELDS
+from orchestrator.events.encoding import EncodedRow, encode_row
 from orchestrator.events.submission import Submission
+from orchestrator.settings import Settings
 
 _SLICE_BYTES = 1 << 20
 _HASTE: LiteralString = "set local lock_timeout = '20 ms'"
@@ -34,11 +37,6 @@ _SUBMIT: LiteralString = (
 _SUBMIT_HASTILY: LiteralString = (
     "select n, id::text, result, field, reason, status from orchestrator.submit_staged_with_status()"
 )
-_COLUMNS = {"id": "id"} | {field.name: field.column for field in FIELDS}
-COPY_SUBMISSIONS: LiteralString = (
-    f"copy pg_temp.submission (n, {', '.join(_COLUMNS[name] for name in Submission.__struct_fields__)}) from stdin"
-)
-"""Takes the lines of `copy_row`."""
 
 _log = logging.getLogger(__name__)
 _staged: weakref.WeakSet[Connection] = weakref.WeakSet()  # those whose session has the staging table
@@ -61,6 +59,10 @@ class Submitted(NamedTuple):
 class SubmissionCalls(Pool):
     """The part of `Database` that submits."""
 
+    def __init__(self, settings: Settings, *, role: str, needs: Sequence[str] = ()) -> None:
+        super().__init__(settings, role=role, needs=needs)
+        self._route = Route()
+
     async def submit(self, submissions: Sequence[Submission]) -> list[Submitted]:
         """Keeps the submissions, in one transaction; one answer each, in order.
 
@@ -79,12 +81,21 @@ class SubmissionCalls(Pool):
     async def _submit(
         self, submissions: Sequence[Submission], submit: LiteralString, first: LiteralString | None = None
     ) -> list[Submitted]:
-        text = await _copied(submissions)
+        encoded = await _encoded(submissions)
         answered: list[TupleRow] | None = None
 
         async def work(connection: Connection) -> list[TupleRow]:
             nonlocal answered
             before = answered
+            if first is None and self._route.is_direct(encoded):
+                done = False
+                with suppress(errors.IntegrityError, errors.DataError):
+                    async with connection.transaction():
+                        done = await submit_direct(connection, encoded)
+                        answered = [] if done else before
+                self._route.note(done)
+                if done:
+                    return []
             if connection not in _staged and not connection.pooled:
                 await connection.execute("select orchestrator.open_staging()")
                 _staged.add(connection)
@@ -93,8 +104,8 @@ class SubmissionCalls(Pool):
                     await cursor.execute("select orchestrator.open_staging()")
                 if first is not None:
                     await cursor.execute(first)
-                async with cursor.copy(COPY_SUBMISSIONS) as copy:
-                    await copy.write(text)
+                async with cursor.copy(COPY_STAGED) as copy:
+                    await copy.write(staged(encoded))
                 await cursor.execute(submit)
                 answered = await cursor.fetchall()
             # The reply to a commit may have been lost: then what was new to that run is a duplicate to this one.
@@ -115,18 +126,18 @@ def _are_new(before: Sequence[TupleRow], now: Sequence[TupleRow], count: int) ->
     return any(n not in duplicates for n in range(count) if n not in exceptions)
 
 
-async def _copied(submissions: Sequence[Submission]) -> bytes:
-    """The lines of COPY for all of them; lets other tasks run in between when that is many MiB."""
+async def _encoded(submissions: Sequence[Submission]) -> list[EncodedRow]:
+    """The rows of COPY for all of them; lets other tasks run in between when that takes long."""
     rows = []
     size_bytes = 0
     for n, submission in enumerate(submissions):
-        row = copy_row(submission, n)
+        row = encode_row(submission, n)
         rows.append(row)
-        size_bytes += len(row)
+        size_bytes += len(row.fields)
         if size_bytes > _SLICE_BYTES:
             size_bytes = 0
             await asyncio.sleep(0)
-    return b"".join(rows)
+    return rows
 
 
 async def submit_all(database: SubmissionCalls, submissions: Sequence[Submission]) -> list[Submitted]:

@@ -1,8 +1,8 @@
 """FIELDS: the one table of what an event is submitted with.
 
 From it come the messages of `faults`, the properties of the OpenAPI document, the columns of COPY and the help of
-``orchestrator submit``. By hand, for speed, are `parsing.Wire`, its check, and `encoding.copy_row`; a test holds them
-to the table.
+``orchestrator submit``. By hand, for speed, are `parsing.Wire`, its check, and `encoding.encode_row`; a test holds
+them to the table.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from orchestrator.errors import ValidationError
-from orchestrator.events.encoding import copy_row
+from orchestrator.events.encoding import EncodedRow, encode_row
 from orchestrator.events.faults import MAX_FAULTS, Envelope, envelope_faults, faults_of, with_usual_times
 from orchestrator.events.headers import headers_fault
 from orchestrator.events.ids import EVENT_ID_HEADER, bucket_of_key, event_id, given_id_fault, random_event_id
@@ -88,8 +88,8 @@ def submission_row(
     given_id: str | None = None,
     topics: TopicRules | None = None,
     carried: Carried | None = None,
-) -> bytes:
-    """The line of COPY text for a submission that came as a Kafka record; `given_id` is its EVENT_ID_HEADER.
+) -> EncodedRow:
+    """The row of COPY for a submission that came as a Kafka record; `given_id` is its EVENT_ID_HEADER.
 
     Raises as `parse_submission` does, with one rule, and SubmissionError when the event cannot have the id given.
     """
@@ -98,7 +98,7 @@ def submission_row(
         if fault := given_id_fault(given_id, submission):
             raise SubmissionError([(EVENT_ID_HEADER, fault)])
         submission = msgspec.structs.replace(submission, id=given_id)
-    return copy_row(submission, n)
+    return encode_row(submission, n)
 
 
 def _one(

@@ -39,7 +39,8 @@ RetryPolicy = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_-]{1,63}\Z")]
 
 def size_fault(text: bytes | msgspec.Raw, limits: Limits) -> str | None:
     """Why a text is too long for an event: so that nobody reads, or explains, what cannot be one."""
-    size, most = len(memoryview(text)), limits.max_payload_bytes + MAX_FRAME_BYTES
+    size = len(text) if type(text) is bytes else len(memoryview(text))
+    most = limits.max_payload_bytes + MAX_FRAME_BYTES
     if size <= most:
         return None
     return f"expected at most {most} bytes for an event, {limits.max_payload_bytes} of them payload, got {size}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
+from orchestrator.events.encoding import EncodedRow
 from orchestrator.events.ids import EVENT_ID_HEADER
 from orchestrator.events.parsing import submission_row
 from orchestrator.events.topics import topic_rules
@@ -25,7 +26,7 @@ class Submissions:
         self._topics = topic_rules(settings)
         self._metrics = metrics
         self._max_bytes = max_bytes
-        self._rows: list[bytes] = []
+        self._rows: list[EncodedRow] = []
         self._kept: list[ConsumedRecord] = []
         self._rejects: list[Reject] = []
         self.size_bytes = 0

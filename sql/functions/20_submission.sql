@@ -1,5 +1,6 @@
--- Submission: staging table -> event + timer. submit_staged() is the one way in. COPY clients call it
--- themselves; schedule_event() and submit_events() fill the staging table from their arguments.
+-- Submission: staging table -> event + timer. submit_staged() takes everything. COPY clients call it
+-- themselves; schedule_event() and submit_events() fill the staging table from their arguments. Large batches
+-- of new events have a faster way in, see 24_direct_submission.sql.
 
 create or replace function orchestrator.open_staging() returns void
 language plpgsql security definer
@@ -134,7 +135,192 @@ end $$;
 comment on function orchestrator.announce_staged(timestamptz) is
   'Writes a message to the scheduled topic for each staged row';
 
--- Takes no lock but those of its own rows, inserted in order of id so that two batches cannot deadlock.
+-- Only where some destinations have dedicated lanes.
+create or replace function orchestrator.places_of(
+  p_names text[], p_hashes bigint[], out lanes integer[], out spreads interval[])
+language plpgsql stable security definer
+set search_path = orchestrator, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_nestloop = off
+set enable_mergejoin = off as $$
+begin
+  with place as materialized (
+    select n.name, coalesce(own.lane, orchestrator.pattern_lane(n.name), (n.hash & 63)::integer) as lane
+    from (select distinct u.name, u.hash from unnest(p_names, p_hashes) as u (name, hash)) n
+    left join orchestrator.lane own on own.hash = n.hash
+  )
+  select array_agg(p.lane order by k.n), array_agg(d.spread order by k.n)
+  into lanes, spreads
+  from unnest(p_names) with ordinality as k (name, n)
+  join place p on p.name = k.name
+  left join orchestrator.lane l on l.lane = p.lane and p.lane > 63
+  left join orchestrator.destination d on d.name = l.name;
+end $$;
+comment on function orchestrator.places_of(text[], bigint[]) is
+  'The lanes of destinations, given by name and its hash, and the spreads that they have; in the same order';
+
+-- The timers of new events, for all ways in. What a destination decides is looked up once for each kind: a
+-- source, a delivery type and a destination. Each statement has one possible plan, so none is pinned.
+create or replace function orchestrator.insert_timers(
+  p_now timestamptz, p_ids uuid[], p_scheduled_at timestamptz[], p_max_retries smallint[], p_kinds integer[]
+, p_sources text[], p_delivery_types text[], p_destinations text[]
+, p_ordering_keys text[], p_priorities smallint[], p_spreads interval[], p_expires_at timestamptz[])
+returns void
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
+declare
+  v_names text[];
+  v_hashes bigint[];
+  v_source_hashes bigint[];
+  v_lanes integer[];
+  v_spreads interval[];
+begin
+  select array_agg(k.name order by k.n), array_agg(hashtextextended(k.name, 0) order by k.n)
+    , array_agg(hashtextextended(k.source, 0) order by k.n)
+    , array_agg((hashtextextended(k.name, 0) & 63)::integer order by k.n)
+  into v_names, v_hashes, v_source_hashes, v_lanes
+  from (
+    select u.source, orchestrator.destination_name(u.delivery_type, u.destination) as name, u.n
+    from unnest(p_sources, p_delivery_types, p_destinations)
+      with ordinality as u (source, delivery_type, destination, n)
+    offset 0) k;
+  if exists (select from orchestrator.lane l where l.lane > 63 and l.name is not null) then
+    select p.lanes, p.spreads into v_lanes, v_spreads from orchestrator.places_of(v_names, v_hashes) p;
+  end if;
+
+  insert into orchestrator.timer
+    (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts, source, expires_at)
+  select e.id, e.scheduled_at
+    , greatest(p_now, case
+        when coalesce(e.spread, v_spreads[e.kind]) is null then e.scheduled_at
+        else e.scheduled_at + orchestrator.spread_shift(e.id, coalesce(e.spread, v_spreads[e.kind])) end)
+    , v_lanes[e.kind], v_hashes[e.kind], coalesce(e.priority, 0), hashtextextended(e.ordering_key, 0)
+    , 0, e.max_retries + 1, v_source_hashes[e.kind], e.expires_at
+  -- Not one unnest() of all: that would keep what it returns in memory first.
+  from (
+    select unnest(p_ids) as id, unnest(p_scheduled_at) as scheduled_at, unnest(p_max_retries) as max_retries
+      , unnest(p_kinds) as kind, unnest(p_ordering_keys) as ordering_key, unnest(p_priorities) as priority
+      , unnest(p_spreads) as spread, unnest(p_expires_at) as expires_at) e;
+
+  insert into orchestrator.statistic
+    (minute, name, source, destination, source_label, destination_label, value)
+  select date_trunc('minute', p_now), 'accepted', v_source_hashes[c.kind], v_hashes[c.kind]
+    , p_sources[c.kind], v_names[c.kind], c.events
+  from (
+    select min(e.kind) as kind, count(*) as events
+    from (select unnest(p_kinds) as kind) e
+    group by v_source_hashes[e.kind], v_hashes[e.kind]) c;
+end $$;
+comment on function orchestrator.insert_timers(
+  timestamptz, uuid[], timestamptz[], smallint[], integer[], text[], text[], text[], text[], smallint[], interval[]
+, timestamptz[]) is
+  'Creates the timers of new events and counts them. p_kinds says which element of p_sources, p_delivery_types and '
+  'p_destinations is that of each event; optional arrays are null where no event has the field';
+
+create or replace function orchestrator.note_priorities(p_priorities smallint[]) returns void
+language sql security definer
+set search_path = orchestrator, pg_temp as $$
+  select orchestrator.note_control('priorities', p_priorities)
+  from orchestrator.control c
+  where not c.priorities @> p_priorities
+$$;
+comment on function orchestrator.note_priorities(smallint[]) is
+  'Lets claims look at these priorities, unless they do already; null: none';
+
+create or replace function orchestrator.require_plain(p_last timestamptz, p_policies text[]) returns void
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
+begin
+  if p_last >= (select c.horizon_at from orchestrator.control c)
+    or p_policies is not null and not p_policies <@ array(select name from orchestrator.retry_policy)
+  then
+    raise check_violation;  -- go on row by row
+  end if;
+end $$;
+comment on function orchestrator.require_plain(timestamptz, text[]) is
+  'Raises check_violation when a batch reaches into the horizon, or names a retry policy that does not exist';
+
+-- Plain inserts: on conflict, or looking for duplicates beforehand, costs each row an index probe and a WAL
+-- record more. Takes no lock but those of its own rows, in order of id, so that two batches cannot deadlock.
+create or replace function orchestrator.insert_plain(p_now timestamptz, p_announced boolean, p_predecessor uuid)
+returns void
+language plpgsql security definer
+set search_path = orchestrator, pg_temp as $$
+begin
+  perform orchestrator.require_plain(
+    max(s.scheduled_at), array_agg(distinct s.retry_policy) filter (where s.retry_policy is not null))
+  from pg_temp.submission s;
+  insert into orchestrator.event
+    (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy
+    , ordering_key, priority, spread, expires_at, predecessor, correlation_id, traceparent, headers, payload)
+  select s.id, s.scheduled_at, p_now, s.max_retries, s.source, s.external_job_id, s.delivery_type, s.destination
+    , s.retry_policy
+    , s.ordering_key, nullif(s.priority, 0), s.spread, s.expires_at, p_predecessor, s.correlation_id, s.traceparent
+    , s.headers, s.payload
+  from pg_temp.submission s
+  order by s.id;
+  perform orchestrator.insert_timers(p_now
+  , array_agg(s.id order by s.id), array_agg(s.scheduled_at order by s.id)
+  , array_agg(s.max_retries::smallint order by s.id), array_agg(s.kind::integer order by s.id)
+  , array_agg(s.source order by s.id), array_agg(s.delivery_type order by s.id), array_agg(s.destination order by s.id)
+  , array_agg(s.ordering_key order by s.id), array_agg(s.priority order by s.id), array_agg(s.spread order by s.id)
+  , array_agg(s.expires_at order by s.id))
+  from (select s.*, row_number() over (order by s.id) as kind from pg_temp.submission s) s
+  having count(*) > 0;
+  perform orchestrator.announce_staged(p_now) where p_announced;
+end $$;
+comment on function orchestrator.insert_plain(timestamptz, boolean, uuid) is
+  'Inserts all staged rows as events with timers. Fails when one is a duplicate or breaks a constraint';
+
+create or replace function orchestrator.unstage_duplicates(p_now timestamptz) returns orchestrator.submitted[]
+language plpgsql security definer
+set search_path = orchestrator, pg_temp
+set timezone = 'UTC'
+set plan_cache_mode = force_generic_plan
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_seqscan = off
+set enable_bitmapscan = off as $$
+declare
+  v_answers orchestrator.submitted[];
+  v_faulty boolean;
+begin
+  with repeated as materialized (
+    select s.ctid as place, row_number() over (partition by s.id order by s.n) > 1 as is_copy
+    from pg_temp.submission s
+  ),
+  gone as (
+    delete from pg_temp.submission s
+    using repeated r
+    where r.place = s.ctid and (r.is_copy or exists (
+      select from orchestrator.event e where e.id = s.id and e.scheduled_at = s.scheduled_at offset 0))
+    returning s.*, r.is_copy
+  ),
+  counted as (
+    insert into orchestrator.statistic
+      (minute, name, source, destination, source_label, destination_label, value)
+    select date_trunc('minute', p_now), 'duplicate', hashtextextended(g.source, 0), hashtextextended(d.name, 0)
+      , g.source, d.name, count(*)
+    from gone g
+    cross join lateral (select orchestrator.destination_name(g.delivery_type, g.destination) as name) d
+    group by g.source, d.name
+  )
+  select array_agg(row(g.n, g.id, 'duplicate', null, null)::orchestrator.submitted)
+    , bool_or(c.field is not null and (g.is_copy or c.field <> 'retry_policy'))
+  into v_answers, v_faulty
+  from gone g
+  cross join lateral orchestrator.check_submission(
+    g.scheduled_at, g.source, g.external_job_id, g.delivery_type, g.destination, g.headers, g.max_retries
+  , g.retry_policy, g.ordering_key, g.priority, g.spread, g.expires_at, g.correlation_id, g.traceparent
+  , null, null, null) c;
+  if v_faulty then
+    raise check_violation;  -- insert_each() says which are refused
+  end if;
+  return v_answers;
+end $$;
+comment on function orchestrator.unstage_duplicates(timestamptz) is
+  'Takes out of the staging table what is kept already or repeats another row; returns and counts it';
+
 -- The clock is read when timer is locked, on which raise_floors() relies.
 create or replace function orchestrator.insert_staged(p_predecessor uuid)
 returns table (n integer, id uuid, result text, field text, reason text)
@@ -146,13 +332,10 @@ set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz;
   v_first timestamptz;
-  v_last timestamptz;
-  v_policies text[];
   v_priorities smallint[];
-  v_horizon_at timestamptz;
-  v_new_priority boolean;
-  v_own_lanes boolean;
   v_former_ids boolean;
+  v_duplicates orchestrator.submitted[];
+  v_way text := 'plain';
   v_announced constant boolean := exists (select from orchestrator.outbox_kind where kind = 'scheduled');
 begin
   perform orchestrator.check_staging();
@@ -161,101 +344,37 @@ begin
   -- reroute_remaining() waits for transactions that may have read the lanes as they were. So this one needs
   -- its id before it reads them.
   perform pg_current_xact_id();
-  v_own_lanes := exists (select from orchestrator.lane l where l.lane > 63 and l.name is not null);
-  select min(s.scheduled_at), max(s.scheduled_at)
-    , array_agg(distinct s.retry_policy) filter (where s.retry_policy is not null)
-    , array_agg(distinct s.priority) filter (where s.priority between -9 and 9)
-  into v_first, v_last, v_policies, v_priorities
+  select min(s.scheduled_at), array_agg(distinct s.priority) filter (where s.priority between -9 and 9)
+  into v_first, v_priorities
   from pg_temp.submission s;
-  select c.horizon_at, c.former_ids_until is not null, not c.priorities @> v_priorities
-  into v_horizon_at, v_former_ids, v_new_priority
-  from orchestrator.control c;
-  if v_new_priority then
-    perform orchestrator.note_control('priorities', v_priorities);
-  end if;
+  perform orchestrator.note_priorities(v_priorities) where v_priorities is not null;
+  select c.former_ids_until is not null into v_former_ids from orchestrator.control c;
   -- reschedule_event() has looked for former ids itself.
   perform orchestrator.recognise_former_ids() where v_former_ids and p_predecessor is null;
 
   begin
-    -- Plain inserts are tried first: looking for duplicates beforehand, or on conflict, costs each row an
-    -- index probe and a WAL record more. Only a batch that breaks a constraint, or reaches into the horizon,
-    -- goes row by row.
-    if v_last >= v_horizon_at
-      or v_policies is not null and not v_policies <@ array(select name from orchestrator.retry_policy)
-    then
-      raise check_violation;  -- go on row by row
-    end if;
-    insert into orchestrator.event
-      (id, scheduled_at, created_at, max_retries, source, external_job_id, delivery_type, destination, retry_policy
-      , ordering_key, priority, spread, expires_at, predecessor, correlation_id, traceparent, headers, payload)
-    select s.id, s.scheduled_at, v_now, s.max_retries, s.source, s.external_job_id, s.delivery_type, s.destination
-      , s.retry_policy
-      , s.ordering_key, nullif(s.priority, 0), s.spread, s.expires_at, p_predecessor, s.correlation_id, s.traceparent
-      , s.headers, s.payload
-    from pg_temp.submission s
-    order by s.id;
-
-    -- Their timers, then what is counted of them.
-    with named as materialized (
-      select s.id, s.scheduled_at, s.spread, s.priority, s.ordering_key, s.max_retries, s.expires_at, s.source
-        , orchestrator.destination_name(s.delivery_type, s.destination) as name
-      from pg_temp.submission s
-      order by s.id
-    ),
-    -- The lane of each destination, where some have a dedicated one.
-    place as materialized (
-      select n.name
-        , coalesce(own.lane, orchestrator.pattern_lane(n.name), (hashtextextended(n.name, 0) & 63)::integer) as lane
-      from (select distinct n.name from named n where v_own_lanes) n
-      left join orchestrator.lane own on own.hash = hashtextextended(n.name, 0)
-    ),
-    timers_by_lane as (
-      insert into orchestrator.timer
-        (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts, source
-        , expires_at)
-      select n.id, n.scheduled_at
-        , greatest(v_now, n.scheduled_at
-          + coalesce(orchestrator.spread_shift(n.id, coalesce(n.spread, d.spread)), '0 s'))
-        , p.lane, hashtextextended(n.name, 0), coalesce(n.priority, 0), hashtextextended(n.ordering_key, 0)
-        , 0, n.max_retries + 1, hashtextextended(n.source, 0), n.expires_at
-      from named n
-      join place p on p.name = n.name
-      left join orchestrator.lane l on l.lane = p.lane and p.lane > 63
-      left join orchestrator.destination d on d.name = l.name
-      where v_own_lanes
-      order by n.id
-    ),
-    -- Where all lanes are shared, the hash of the name says which.
-    timers_by_hash as (
-      insert into orchestrator.timer
-        (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts, source
-        , expires_at)
-      select n.id, n.scheduled_at
-        , greatest(v_now, case
-            when n.spread is null then n.scheduled_at
-            else n.scheduled_at + orchestrator.spread_shift(n.id, n.spread) end)
-        , (h.hash & 63)::integer, h.hash, coalesce(n.priority, 0), hashtextextended(n.ordering_key, 0)
-        , 0, n.max_retries + 1, hashtextextended(n.source, 0), n.expires_at
-      from named n
-      cross join lateral (select hashtextextended(n.name, 0) as hash offset 0) h
-      where not v_own_lanes
-    )
-    insert into orchestrator.statistic
-      (minute, name, source, destination, source_label, destination_label, value)
-    select date_trunc('minute', v_now), 'accepted', hashtextextended(n.source, 0), hashtextextended(n.name, 0)
-      , n.source, n.name, count(*)
-    from named n
-    group by n.source, n.name;
-
-    perform orchestrator.announce_staged(v_now) where v_announced;
-  exception when unique_violation or check_violation or numeric_value_out_of_range then
-    return query select * from orchestrator.insert_each(v_now, v_announced, p_predecessor);
+    perform orchestrator.insert_plain(v_now, v_announced, p_predecessor);
+  exception
+    when unique_violation then v_way := 'without duplicates';
+    when check_violation or numeric_value_out_of_range then v_way := 'row by row';
   end;
+  if v_way = 'without duplicates' then
+    begin
+      v_duplicates := orchestrator.unstage_duplicates(v_now);
+      perform orchestrator.insert_plain(v_now, v_announced, p_predecessor);
+      return query select * from unnest(v_duplicates);
+    exception when unique_violation or check_violation or numeric_value_out_of_range then
+      v_way := 'row by row';
+    end;
+  end if;
+  if v_way = 'row by row' then
+    return query select * from orchestrator.insert_each(v_now, v_announced, p_predecessor);
+  end if;
   perform orchestrator.tell_due(v_first);
   perform orchestrator.tell_outbox() where v_announced;
 end $$;
 comment on function orchestrator.insert_staged(uuid) is
-  'Turns staged rows into events and timers; all functions that submit call it. '
+  'Turns staged rows into events and timers; all functions that stage call it. '
   'p_predecessor is the event that a reschedule ends; null: none';
 
 create or replace function orchestrator.submit_staged()

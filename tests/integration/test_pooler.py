@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import psycopg
 import pytest
 
@@ -92,7 +93,7 @@ async def test_ingestion_maintenance_and_the_outbox_work_through_a_pooler(
 
         async with Ingestion.open(chosen) as ingestion:
             rows = [submission_row(submission_bytes(n), chosen, n) for n in range(20)]
-            rows[7] = rows[7].replace(b"job-7", b"job-\xff")
+            rows[7] = msgspec.structs.replace(rows[7], fields=rows[7].fields.replace(b"job-7", b"job-\xff"))
             moves = [Move(0, None, 20, 19, 0)]
             kept = await ingestion.submit("topic", moves, rows, [], _rejected)
             assert kept == (19, 0, 1)

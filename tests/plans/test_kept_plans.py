@@ -18,6 +18,8 @@ import psycopg
 import pytest
 
 from orchestrator.database.migrate import migrate
+from tests.sql.test_submit import submission
+from tests.support.copying import submit_directly
 from tests.support.databases import Databases
 from tests.support.sql_client import NOON, Client, event, results, seconds
 
@@ -160,8 +162,15 @@ def _steps(client: Client, count: int, name: str) -> Iterator[tuple[str, Step]]:
     def finish(result: str) -> Step:
         return lambda: client.finish(results(leases, result))
 
+    def submit_many() -> None:
+        with client.transaction():
+            submit_directly(
+                client, [submission(f"{name}-direct-{n}", scheduled_at=NOON + timedelta(days=1)) for n in range(count)]
+            )
+
     yield "submit", submit
     yield "submit again", submit
+    yield "submit directly", submit_many
     yield "look when the next is due", lambda: client.value("select orchestrator.next_claim_at()")
     for result in ("delivered", "retry", "fail"):
         yield "claim", claim

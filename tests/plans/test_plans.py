@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.sql.test_submit import submission
+from tests.support.copying import submit_directly
 from tests.support.databases import Databases
 from tests.support.sql_client import HOST, NOON, Client, Lease, event, results, seconds
 
@@ -360,6 +362,19 @@ def test_submitting_reads_no_table_of_events(client: Client, duplicates: bool) -
     assert plans.scans("timer") <= (BY_KEY if duplicates else set())
     assert plans.scans("event") <= (EVENT_BY_KEY if duplicates else set())
     assert plans.rows_read("timer") <= (300 if duplicates else 0)
+
+
+def test_submitting_directly_reads_no_table_of_events(client: Client) -> None:
+    batches = iter(range(10))
+
+    def submit() -> None:
+        number = next(batches)
+        with client.transaction():
+            submit_directly(client, [submission(f"direct-{number}-{n}") for n in range(300)])
+
+    plans = plans_of(client, submit, warm_ups=6)
+    assert plans.scans("timer") | plans.scans("event") == set()
+    assert plans.rows_read("timer") == 0
 
 
 @pytest.mark.parametrize("warm_ups", [0, 7])

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from orchestrator.events.encoding import COLUMNS
 from orchestrator.events.fields import FIELDS
 from tests.support.sql_client import Client, results
 
@@ -47,7 +48,7 @@ def test_every_column_of_an_event_is_a_column_of_what_is_staged(client: Client, 
 @pytest.mark.parametrize(
     ("function", "target", "but"),
     [
-        ("insert_staged", "orchestrator.event", set[str]()),
+        ("insert_plain", "orchestrator.event", set[str]()),
         ("insert_each", "orchestrator.horizon", set[str]()),
         ("reschedule_event", "pg_temp.submission", NOT_STAGED),
         ("submit_events", "pg_temp.submission", NOT_STAGED),
@@ -59,6 +60,14 @@ def test_every_column_of_an_event_is_written_by(client: Client, function: str, t
     text = client.value("select prosrc from pg_proc where proname = %s", function)
     [columns] = re.findall(rf"insert into {re.escape(target)}\s*\(([^)]*)\)", text)
     assert _missing(client, set(re.findall(r"\w+", columns)), but) == set()
+
+
+def test_every_column_of_an_event_can_be_copied_directly(client: Client) -> None:
+    assert _missing(client, set(COLUMNS), NOT_STAGED) == set()
+    allowed = """select a.attname from pg_attribute a
+      where a.attrelid = 'orchestrator.event'::regclass and a.attnum > 0 and not a.attisdropped
+        and has_column_privilege('orchestrator_submit', a.attrelid, a.attnum, 'insert')"""
+    assert set(client.column(allowed)) == {*COLUMNS, "created_at"}
 
 
 def test_as_event_and_the_horizon_take_the_columns_of_an_event_in_their_order(client: Client) -> None:

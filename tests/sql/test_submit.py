@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString
 
+import msgspec
 import psycopg
 import pytest
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
+from orchestrator.database import COPY_STAGED, staged
 from orchestrator.dispatch.http.request import custom_headers
-from orchestrator.events.encoding import copy_row
+from orchestrator.events.encoding import encode_row
 from orchestrator.events.headers import RESERVED_HEADER_PREFIXES, RESERVED_HEADERS, headers_fault
 from orchestrator.events.ids import event_id, random_event_id
 from orchestrator.events.submission import Submission
@@ -45,9 +47,14 @@ def submission(external_job_id: str | None = None, **changes: Any) -> Submission
 
 
 def stage(client: Client, submissions: Sequence[Submission]) -> None:
-    with client.connection.cursor().copy("copy pg_temp.submission from stdin") as copy:
-        for n, item in enumerate(submissions):
-            copy.write(copy_row(item, n))
+    retries = {n: item.max_retries for n, item in enumerate(submissions) if not -(2**15) <= item.max_retries < 2**15}
+    small = [
+        msgspec.structs.replace(item, max_retries=0) if n in retries else item for n, item in enumerate(submissions)
+    ]
+    with client.connection.cursor().copy(COPY_STAGED) as copy:
+        copy.write(staged(encode_row(item, n) for n, item in enumerate(small)))
+    for n, number in retries.items():  # which no encoded row holds
+        client.rows("update pg_temp.submission set max_retries = %s where n = %s", number, n)
 
 
 def submit_staged(client: Client, submissions: Sequence[Submission]) -> dict[int, tuple[str, str | None]]:
@@ -490,6 +497,34 @@ def test_a_staged_batch_answers_duplicates_and_refusals_by_number(client: Client
         12: ("refused", "external_job_id"),
     }
     assert client.rows(COUNTS) == [(3, 3)]
+
+
+def test_duplicates_are_taken_out_of_a_staged_batch_and_the_rest_is_kept(client: Client) -> None:
+    client.rows("insert into orchestrator.retry_policy (name) values ('slow')")
+    submit_staged(client, [submission("kept"), submission("slow", retry_policy="slow")])
+    client.rows("delete from orchestrator.retry_policy where name = 'slow'")
+    new = [submission(f"new {n}") for n in range(3)]
+    answers = submit_staged(
+        client, [new[0], submission("kept"), *new, submission("slow", retry_policy="slow"), submission("kept")]
+    )
+    assert answers == dict.fromkeys((1, 2, 5, 6), ("duplicate", None))
+    assert client.rows(COUNTS) == [(5, 5)]
+    assert client.totals() == {"accepted": 5, "duplicate": 4}
+
+
+def test_a_duplicate_that_breaks_a_rule_that_lasts_is_refused(client: Client) -> None:
+    submit_staged(client, [submission("kept")])
+    answers = submit_staged(
+        client,
+        [
+            submission("new"),
+            submission("kept", max_retries=101),
+            submission("new", retry_policy="unheard-of"),
+            submission("kept"),
+        ],
+    )
+    assert answers == {1: ("refused", "max_retries"), 2: ("refused", "retry_policy"), 3: ("duplicate", None)}
+    assert client.rows(COUNTS) == [(2, 2)]
 
 
 @pytest.mark.parametrize("at", ["infinity", "-infinity"])

@@ -8,7 +8,6 @@ import string
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
-from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -17,12 +16,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ValidationError
-from orchestrator.events.encoding import copy_row, encode_submission
+from orchestrator.events.encoding import encode_row, encode_submission
 from orchestrator.events.fields import FIELDS, Field
 from orchestrator.events.ids import bucket, bucket_of_key, event_id, random_event_id
 from orchestrator.events.parsing import Wire, parse_batch, parse_submission, submission_row
 from orchestrator.events.rules import DOTS
 from orchestrator.events.submission import JsonError, OutOfRangeError, Submission, SubmissionError
+from tests.support.copying import fields_of
 
 
 @dataclass(frozen=True)
@@ -175,19 +175,19 @@ def test_a_json_value_that_is_no_number_is_no_priority_and_no_spread(field: str,
 
 
 @pytest.mark.parametrize(
-    ("sent", "staged"),
+    ("sent", "micros"),
     [
-        ("12.5", "12.500000 seconds"),
-        ("1e-6", "0.000001 seconds"),
-        ("0.00001", "0.000010 seconds"),
-        ("6.048e5", "604800.000000 seconds"),
-        ("604799.999999", "604799.999999 seconds"),
-        ("7.0000004", "7.000000 seconds"),
+        ("12.5", 12_500_000),
+        ("1e-6", 1),
+        ("0.00001", 10),
+        ("6.048e5", 604_800_000_000),
+        ("604799.999999", 604_799_999_999),
+        ("7.0000004", 7_000_000),
     ],
 )
-def test_a_spread_is_staged_to_the_microsecond_and_without_an_exponent(sent: str, staged: str) -> None:
+def test_a_spread_is_kept_to_the_microsecond(sent: str, micros: int) -> None:
     raw = body()[:-1] + f',"spread_seconds":{sent}}}'.encode()
-    assert submission_row(raw, BOUNDS, 0).endswith(f"\t\\N\t{staged}\t\\N\t\\N\t\\N\n".encode())
+    assert fields_of(submission_row(raw, BOUNDS, 0))["spread"] == timedelta(microseconds=micros)
 
 
 def test_the_payload_keeps_the_bytes_that_were_sent() -> None:
@@ -556,7 +556,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_siz
     lasts=st.none() | st.timedeltas(timedelta(microseconds=1), timedelta(days=1)),
     followed=st.none() | awkward,
 )
-def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
+def test_an_encoded_row_holds_every_field(
     source: str,
     job: str | None,
     topic: str | None,
@@ -587,29 +587,26 @@ def test_a_copy_line_holds_every_field_and_nothing_breaks_out_of_it(
         None if lasts is None else at + lasts,
         followed,
     )
-    line = copy_row(submission, 41)
-    assert line.count(b"\n") == 1
-    assert line.endswith(b"\n")
-    fields = [unescaped(field) for field in line[:-1].split(b"\t")]
-    assert fields == [
-        b"41",
-        submission.id.encode(),
-        at.isoformat().replace("+00:00", "Z").encode(),
-        source.encode(),
-        None if job is None else job.encode(),
-        b"KAFKA",
-        None if topic is None else topic.encode(),
-        payload.encode(),
-        raw_headers,
-        b"3",
-        None,
-        None if key is None else key.encode(),
-        f"{priority}".encode() if priority else None,
-        None if spread is None else f"{Decimal(spread):.6f} seconds".encode(),
-        None if lasts is None else (at + lasts).isoformat().replace("+00:00", "Z").encode(),
-        None if followed is None else followed.encode(),
-        None,
-    ]
+    row = encode_row(submission, 41)
+    assert row.n == 41
+    assert fields_of(row) == {
+        "id": submission.id,
+        "scheduled_at": at,
+        "max_retries": 3,
+        "source": source.encode(),
+        "delivery_type": b"KAFKA",
+        "destination": None if topic is None else topic.encode(),
+        "external_job_id": None if job is None else job.encode(),
+        "payload": payload.encode(),
+        "headers": raw_headers,
+        "correlation_id": None if followed is None else followed.encode(),
+        "traceparent": None,
+        "retry_policy": None,
+        "ordering_key": None if key is None else key.encode(),
+        "priority": priority or None,
+        "spread": None if spread is None else timedelta(microseconds=round(spread * 1_000_000)),
+        "expires_at": None if lasts is None else at + lasts,
+    }
 
 
 LAST = "2200-12-31T23:59:59.999999+00:00"
@@ -646,7 +643,7 @@ def test_an_encoded_submission_reads_as_the_same(fields: dict[str, Any], target:
     row = submission_row(
         encode_submission(submission), limits, 5, submission.id if submission.external_job_id is None else None
     )
-    assert row == copy_row(submission, 5)
+    assert row == encode_row(submission, 5)
 
 
 def test_a_record_without_an_id_of_its_own_gets_one() -> None:
@@ -658,7 +655,7 @@ GIVEN = "019c1347-d2fb-7000-8000-00000000002a"
 
 
 def test_the_id_in_a_record_s_header_is_kept() -> None:
-    assert submission_row(body(), BOUNDS, 0, GIVEN).split(b"\t")[1] == GIVEN.encode()
+    assert fields_of(submission_row(body(), BOUNDS, 0, GIVEN))["id"] == GIVEN
 
 
 @pytest.mark.parametrize(
@@ -725,13 +722,21 @@ def test_the_table_of_fields_names_what_the_wire_and_the_submission_have() -> No
 
 
 @pytest.mark.parametrize("name", Submission.__struct_fields__)
-def test_each_field_is_read_and_stands_in_its_own_column_of_the_line_of_copy(name: str) -> None:
+def test_each_field_is_read_and_stands_in_its_own_column_of_the_row(name: str) -> None:
     one, other = (parse_submission(json.dumps(given).encode(), BOUNDS) for given in (FULL, OTHER))
     changed = msgspec.structs.replace(one, **{name: getattr(other, name)})
     assert changed != one
-    before, after = copy_row(one, 1).split(b"\t"), copy_row(changed, 1).split(b"\t")
-    assert len(before) == len(after) == 1 + len(Submission.__struct_fields__)
-    assert [n for n in range(len(before)) if before[n] != after[n]] == [1 + Submission.__struct_fields__.index(name)]
+    before, after = fields_of(encode_row(one, 1)), fields_of(encode_row(changed, 1))
+    columns = {"id": "id"} | {field.name: field.column for field in FIELDS}
+    assert [column for column in before if before[column] != after[column]] == [columns[name]]
+
+
+def test_a_row_holds_what_it_shares_with_others_in_fields_of_their_own() -> None:
+    row = encode_row(parse_submission(json.dumps(FULL).encode(), BOUNDS), 7)
+    assert row.n == 7
+    assert b"".join(row.kind) in row.fields
+    assert row.options is not None
+    assert row.fields.endswith(b"".join(row.options))
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=[field.name for field in FIELDS])

@@ -15,6 +15,7 @@ from orchestrator.errors import ValidationError
 from orchestrator.events.parsing import parse_batch, parse_submission, submission_row
 from orchestrator.ingest.commands import read_command
 from orchestrator.settings import Settings
+from tests.support.copying import fields_of
 from tests.support.times import READ, REFUSED, TEXTS_REFUSED
 
 SETTINGS = Settings.from_env({})
@@ -43,8 +44,8 @@ def of_a_batch(text: Any) -> datetime:
 
 
 def a_record(text: Any) -> datetime:
-    line = submission_row(body(scheduled_at=text), SETTINGS, 0)
-    return datetime.fromisoformat(line.split(b"\t")[2].decode())
+    at: datetime = fields_of(submission_row(body(scheduled_at=text), SETTINGS, 0))["scheduled_at"]
+    return at
 
 
 def a_command(text: Any) -> datetime:
