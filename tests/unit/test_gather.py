@@ -81,6 +81,21 @@ async def test_a_lone_submission_is_flushed_at_once() -> None:
     assert fake.calls == [["a"]]
 
 
+async def test_clients_that_come_again_when_they_are_answered_are_taken_together() -> None:
+    fake = FakeDatabase()
+
+    async def client(n: int) -> None:
+        for times in range(2):
+            for _ in range(n % 3):  # its answer goes out and its next request comes in, a little after others
+                await asyncio.sleep(0)
+            await gatherer.submit(submission(f"{n}-{times}"))
+
+    async with gathering(as_database(fake)) as gatherer, asyncio.TaskGroup() as clients:
+        for n in range(6):
+            clients.create_task(client(n))
+    assert [len(call) for call in fake.calls] == [6, 6]
+
+
 async def test_submissions_that_wait_go_in_one_call_and_each_gets_its_own_answer() -> None:
     fake = FakeDatabase()
     async with gathering(as_database(fake)) as gatherer:

@@ -1,6 +1,7 @@
 """Turns many concurrent submissions of one event each into few calls of the database.
 
-There is no timer: a flusher that is free takes all that waits. So a lone request is not held up, and the batches
+There is no timer: a flusher that is free lets the event loop turn three times, then takes all that waits. So a lone
+request is not held up, clients that were answered together are taken together when they come again, and the batches
 grow by themselves when requests arrive faster than the database commits.
 
 A submission that waits for another session's open transaction, as one whose id somebody has kept and not committed, is
@@ -26,6 +27,7 @@ MAX_WAITING = 10_000
 FLUSH_TIMEOUT_S = 15.0
 DEADLINE_S = 2 * FLUSH_TIMEOUT_S
 BLOCKED_S = 5.0
+_TURNS = 3  # of the event loop: answers go out, requests come in, and their submissions are read
 _FIRST_PAUSE_S = 0.1
 _LAST_PAUSE_S = 0.5
 _CAREFUL_S = 1.0  # after one was set aside: batches wait for nobody
@@ -82,6 +84,8 @@ class Gatherer:
                 self._idle.append(idle)
                 await idle
                 continue
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
             batch = self._take()
             if batch:
                 await self._flush(batch)
