@@ -198,7 +198,7 @@ grant execute on function
   orchestrator.forecast(interval, interval, text, integer),
   orchestrator.first_day_kept(timestamptz),
   orchestrator.first_id(timestamptz),
-  orchestrator.batch_may_hold(uuid, timestamptz, uuid, uuid),
+  orchestrator.batch_holds(uuid, timestamptz, uuid, uuid, uuid[]),
   orchestrator.batch_outcomes(orchestrator.delivered_batch)
 to orchestrator_read, orchestrator_ops;
 

@@ -187,7 +187,7 @@ class Leases:
         plain = [result for result in ordered if is_plain(result)]
         if len(plain) >= _LEAST_PLAIN and (arguments := delivered_arguments(plain)) is not None:
             with translated():
-                cursor = await self._finishing.execute(_FINISH_DELIVERED, (*arguments, self.worker))
+                cursor = await self._finishing.execute(FINISH_DELIVERED, (*arguments, self.worker))
                 row = await cursor.fetchone()
             missed = set(row[0] or ()) if row else set()
             ordered = [result for result in ordered if result.event_id in missed or not is_plain(result)]
@@ -257,7 +257,7 @@ _NEXT_CLAIM: LiteralString = """
 select date_part('epoch', orchestrator.now()), date_part('epoch', orchestrator.next_claim_at())
 """
 _OWN_LANE: LiteralString = "select orchestrator.ensure_dedicated_lane(orchestrator.destination_name(%s, %s), false)"
-_FINISH_DELIVERED: LiteralString = """
+FINISH_DELIVERED: LiteralString = """
 select orchestrator.finish_delivered(
   %s::uuid[], %s::tid[], %s::integer[], %s::smallint[], %s::float8[], %s::integer[], %s::float8, %s::integer[],
   %s::integer[], %s::integer[], %s::integer, %s::smallint[], %s)::text[]

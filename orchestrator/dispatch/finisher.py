@@ -20,7 +20,6 @@ from orchestrator.metrics import Metrics
 ANSWER_S = 30.0
 """How long a call of the database may take; one that hangs is given up, and the connection with it."""
 _MAX_BATCH = 1000
-_FULL_BATCH = 500
 _GATHER_S = 0.025
 _REFUSED = "error text refused by the database"
 _CAREFUL_S = 1.0  # after another session held a batch up; nothing is waited for meanwhile
@@ -33,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class Finisher:
-    """Gathers results until there are 500, or for 25 ms, and records them with one call.
+    """Gathers results until there are 1,000, or for 25 ms, and records them with one call.
 
     Results that others wait for are recorded at once, and `on_freed` is called when they are.
 
@@ -72,7 +71,7 @@ class Finisher:
         if at_once:
             self._freeing = len(self._results)
             self._full.set()
-        elif len(self._results) >= _FULL_BATCH:
+        elif len(self._results) >= _MAX_BATCH:
             self._full.set()
 
     def release(self, leases: Sequence[Claimed]) -> None:
@@ -103,7 +102,7 @@ class Finisher:
         """Records until closed and empty. When it raises, it still holds every result that is not recorded."""
         while not self.done:
             await self._ready.wait()
-            if not self._closing and not self._freeing and len(self._results) < _FULL_BATCH:
+            if not self._closing and not self._freeing and len(self._results) < _MAX_BATCH:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_GATHER_S):
                         await self._full.wait()

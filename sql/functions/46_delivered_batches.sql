@@ -3,15 +3,15 @@
 -- finish_events(). The views outcomes and event_status show both alike.
 
 -- Inlined. It leads to one partition, and in its index to the rows of the ten seconds before the id.
-create or replace function orchestrator.batch_may_hold(
-  p_id uuid, p_scheduled_at timestamptz, p_first_id uuid, p_last_id uuid)
+create or replace function orchestrator.batch_holds(
+  p_id uuid, p_scheduled_at timestamptz, p_first_id uuid, p_last_id uuid, p_ids uuid[])
 returns boolean
 language sql immutable parallel safe
 return p_scheduled_at >= date_bin('10 s', uuid_extract_timestamp(p_id), timestamptz '1970-01-01 00:00:00+00')
   and p_scheduled_at <= uuid_extract_timestamp(p_id)
-  and p_first_id <= p_id and p_last_id >= p_id;
-comment on function orchestrator.batch_may_hold(uuid, timestamptz, uuid, uuid) is
-  'Whether an event''s id lies between the first and the last of a row of delivered_batch';
+  and p_first_id <= p_id and p_last_id >= p_id and p_id = any (p_ids);
+comment on function orchestrator.batch_holds(uuid, timestamptz, uuid, uuid, uuid[]) is
+  'Whether an event is one of those in a row of delivered_batch';
 
 -- Inlined.
 create or replace function orchestrator.batch_outcomes(p_batch orchestrator.delivered_batch)

@@ -9,7 +9,7 @@ language sql stable as $$
   select o.*
   from orchestrator.delivered_batch b
   cross join lateral orchestrator.batch_outcomes(b) o
-  where o.event_id = p_id and orchestrator.batch_may_hold(p_id, b.scheduled_at, b.first_id, b.last_id)
+  where o.event_id = p_id and orchestrator.batch_holds(p_id, b.scheduled_at, b.first_id, b.last_id, b.ids)
   union all
   select h.id, h.scheduled_at, null, null, h.ended_at, null, 0, null, h.ended_as, null, null, null, null, h.successor
   from orchestrator.horizon h

@@ -30,7 +30,7 @@ select o.event_id, e.scheduled_at, o.due_at, o.claimed_at, o.started_at, o.finis
 from orchestrator.event e
 join (
   orchestrator.delivered_batch b cross join lateral orchestrator.batch_outcomes(b) o)
-  on o.event_id = e.id and orchestrator.batch_may_hold(e.id, b.scheduled_at, b.first_id, b.last_id)
+  on o.event_id = e.id and orchestrator.batch_holds(e.id, b.scheduled_at, b.first_id, b.last_id, b.ids)
 union all
 select h.id, h.scheduled_at, null, null, null, h.ended_at, null
   , 0, null, h.ended_as, null, null, null, h.successor
@@ -78,7 +78,7 @@ left join lateral (
   limit 1) o on true
 left join (
   orchestrator.delivered_batch b cross join lateral orchestrator.batch_outcomes(b) d)
-  on d.event_id = e.id and orchestrator.batch_may_hold(e.id, b.scheduled_at, b.first_id, b.last_id);
+  on d.event_id = e.id and orchestrator.batch_holds(e.id, b.scheduled_at, b.first_id, b.last_id, b.ids);
 comment on view orchestrator.event_status is
   'Every event with its state: scheduled, in_flight, retrying, delivered, dead, cancelled, rescheduled or expired '
   '(lost would be a fault of this system)';

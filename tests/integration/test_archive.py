@@ -16,13 +16,14 @@ from uuid import uuid4
 import pyarrow.parquet
 import pytest
 from psycopg import sql
+from psycopg.types.json import Jsonb
 
 from orchestrator.maintenance.archive import archive
 from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
 from tests.support.processes import ROOT
 from tests.support.retiring import OLD, TEXTS, retire, schedule_old_day
-from tests.support.sql_client import Client
+from tests.support.sql_client import Client, results
 from tests.support.waiting import eventually
 
 EVENTS = f"event_p{OLD:%Y%m%d}"
@@ -58,6 +59,12 @@ def restore(client: Client, file: Path, parent: str) -> str:
             sql.Identifier(name), sql.Identifier(parent)
         )
     )
+    copy_rows(client, file, name)
+    return name
+
+
+def copy_rows(client: Client, file: Path, name: str) -> None:
+    """Reads a file into an existing table."""
     with (
         gzip.open(file) as lines,
         client.connection.cursor() as cursor,
@@ -67,7 +74,6 @@ def restore(client: Client, file: Path, parent: str) -> str:
     ):
         while data := lines.read(1 << 16):
             copy.write(data)
-    return name
 
 
 def waiting(client: Client) -> list[str]:
@@ -116,6 +122,37 @@ async def test_a_parquet_archive_holds_the_same_rows(
         found = sorted(table.to_pylist(), key=lambda row: str(row[key]))
         assert [tuple(row.values()) for row in found] == client.connection.execute(wanted).fetchall()
     assert waiting(client) == []
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+async def test_delivered_batches_are_archived_as_the_rows_of_outcome_that_they_stand_for(
+    client: Client, settings: MakeSettings, tmp_path: Path, form: str
+) -> None:
+    client.at(OLD - timedelta(hours=1)).rows("select orchestrator.create_partitions(%s, %s)", OLD.date(), OLD.date())
+    for n in range(5):
+        client.schedule(scheduled_at=OLD - timedelta(microseconds=7 * n))
+    leases = client.at(OLD).claim()
+    began = OLD.timestamp()
+    given = results(leases, status_code=200, started_at=began + 0.5, finished_at=began + 0.75)
+    assert client.finish_as_dispatcher(leases, given, worker=3) == []
+    assert client.value("select count(*) from orchestrator.delivered_batch") > 0
+    columns = "event_id, scheduled_at, due_at, started_at, finished_at, worker, attempt, status_code, result"
+    kept = client.rows(f"select {columns} from orchestrator.outcomes order by 1")
+    retire(client)
+    assert (await archive(settings(ARCHIVE_DIRECTORY=str(tmp_path), ARCHIVE_FORMAT=form))).problems == []
+    assert waiting(client) == []
+    client.rows("create table orchestrator.restored_outcome (like orchestrator.outcome)")
+    for parent in ("delivered_batch", "outcome"):
+        if form == "csv":
+            copy_rows(client, tmp_path / f"{parent}_p{OLD:%Y%m%d}.csv.gz", "restored_outcome")
+        else:
+            for row in pyarrow.parquet.read_table(tmp_path / f"{parent}_p{OLD:%Y%m%d}.parquet").to_pylist():
+                client.rows(
+                    "insert into orchestrator.restored_outcome select * from jsonb_populate_record("
+                    "null::orchestrator.outcome, %s)",
+                    Jsonb({name: value if value is None else str(value) for name, value in row.items()}),
+                )
+    assert client.rows(f"select {columns} from orchestrator.restored_outcome order by 1") == kept
 
 
 async def test_without_a_directory_no_partition_is_archived_or_dropped(

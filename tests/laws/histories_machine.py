@@ -195,9 +195,12 @@ class Histories(RuleBasedStateMachine):
         else:
             expected.end = result
 
-    @rule(held=st.lists(leases, min_size=1, max_size=5), data=st.data(), again=st.booleans())
-    def finish(self, held: list[tuple[Lease, int]], data: st.DataObject, again: bool) -> None:
-        """By a worker that once had the lease: in time or late, with the right to it or without, perhaps twice."""
+    @rule(held=st.lists(leases, min_size=1, max_size=5), data=st.data(), again=st.booleans(), batched=st.booleans())
+    def finish(self, held: list[tuple[Lease, int]], data: st.DataObject, again: bool, batched: bool) -> None:
+        """By a worker that once had the lease: in time or late, with the right to it or without, perhaps twice.
+
+        `batched`: as a dispatcher gives its results.
+        """
         worker = held[0][1]
         batch: dict[tuple[str, int], Result] = {}
         for lease, holder in held:
@@ -207,7 +210,13 @@ class Histories(RuleBasedStateMachine):
                 batch[lease.event_id, lease.attempt] = Result(
                     lease.event_id, lease.attempt, kind, started_at=started, finished_at=started
                 )
-        told = [(answer.event_id, answer.result) for answer in self.client.finish(list(batch.values()), worker=worker)]
+        given = list(batch.values())
+        answers = (
+            self.client.finish_as_dispatcher([lease for lease, _ in held], given, worker=worker)
+            if batched
+            else self.client.finish(given, worker=worker)
+        )
+        told = [(answer.event_id, answer.result) for answer in answers]
         expected: list[tuple[str, str]] = []
         for (uid, attempt), result in sorted(batch.items()):
             event = self.model[uid]
@@ -225,13 +234,13 @@ class Histories(RuleBasedStateMachine):
                 expected.append((uid, "stale"))
         assert sorted(told) == sorted(expected)
         if again:
-            repeated = self.client.finish(list(batch.values()), worker=worker)
+            repeated = self.client.finish(given, worker=worker)
             assert {answer.result for answer in repeated} <= {"stale"}
 
     def _recorded(self, uid: str, attempt: int, worker: int) -> bool:
         return bool(
             self.client.value(
-                """select exists (select from orchestrator.outcome where event_id = %s and attempt = %s and worker = %s
+                """select exists (select from orchestrator.outcomes where event_id = %s and attempt = %s and worker = %s
                 and result <> 'cancelled' and started_at is not null)""",
                 uid, attempt, worker,
             )

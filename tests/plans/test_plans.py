@@ -87,6 +87,10 @@ class Plans:
                 found |= {node["Node Type"] for node in nodes}
         return found
 
+    def of(self, text: str) -> Plans:
+        """Those of statements with this text."""
+        return Plans([document for document in self._documents if text in document["Query Text"]])
+
     def scans(self, of: str) -> set[Scan]:
         """Executed scans of a table, or of its partitions, whose names are cut off."""
         return {
@@ -166,8 +170,8 @@ def _when_empty(client: Client) -> None:
 
 def _now(client: Client) -> None:
     client.rows(
-        """analyze orchestrator.event, orchestrator.timer, orchestrator.outcome, orchestrator.lane,
-        orchestrator.retry_policy"""
+        """analyze orchestrator.event, orchestrator.timer, orchestrator.outcome, orchestrator.delivered_batch,
+        orchestrator.lane, orchestrator.retry_policy"""
     )
 
 
@@ -242,6 +246,17 @@ OUTCOME_BY_ID = {Scan("Index Scan", "outcome", "outcome_event_id_idx"), Scan("Bi
 BY_AN_INDEX = {"Index Scan", "Index Only Scan", "Bitmap Heap Scan"}
 
 
+BATCH_INDEX = "delivered_batch_scheduled_at_first_id_last_id_idx"
+
+
+def deliver(client: Client, count: int, leases: list[Lease] | None = None) -> None:
+    """Finishes leases as a dispatcher does, worker 7."""
+    began = NOON.timestamp()
+    leases = claimed(client, count) if leases is None else leases
+    given = results(leases, started_at=began, finished_at=began)
+    assert client.finish_as_dispatcher(leases, given, worker=7) == []
+
+
 def claimed(client: Client, count: int) -> list[Lease]:
     leases = client.claim(count)
     assert len(leases) == count
@@ -305,6 +320,45 @@ def test_finishing_finds_timers_by_key(client: Client, kind: str, count: int) ->
     assert "Nested Loop" not in plans.kinds_beside(
         "timer"
     )  # between the timers and the arrays: the square of the batch
+
+
+@pytest.mark.parametrize("count", [2, 500])
+def test_finishing_in_batches_finds_timers_at_their_places(client: Client, count: int) -> None:
+    for _ in range(6):
+        deliver(client, count)
+    leases = claimed(client, count)
+    plans = plans_of(client, lambda: deliver(client, count, leases))
+    finishing = plans.of("delete from orchestrator.timer")
+    assert finishing.scans("timer") == {Scan("Tid Scan", "timer", "")}
+    assert finishing.rows_read("timer") == count
+    assert "Hash Join" not in finishing.kinds
+    assert plans.scans("event") == set()
+    assert plans.scans("outcome") == set()
+
+
+def test_a_repeated_batch_is_looked_for_in_the_ten_seconds_of_its_events(client: Client) -> None:
+    kept = [claimed(client, 200) for _ in range(5)]
+    for leases in kept:
+        deliver(client, 200, leases)
+    plans = plans_of(client, lambda: client.finish(results(kept[3]), worker=7))
+    assert plans.scans("delivered_batch") <= {Scan("Index Scan", "delivered_batch", BATCH_INDEX)}
+    assert plans.partitions("delivered_batch") <= {_day(NOON - timedelta(days=1)), _day(NOON)}
+    assert plans.scans("outcome") <= OUTCOME_BY_ID
+
+
+@pytest.mark.parametrize("warm_ups", [0, 7])
+def test_an_event_in_a_batch_is_found_by_its_id(client: Client, warm_ups: int) -> None:
+    leases = claimed(client, 400)
+    deliver(client, 400, leases)
+    uid = leases[7].event_id
+    plans = plans_of(client, lambda: client.get(uid), warm_ups=warm_ups)
+    assert client.get(uid)["status"] == "delivered"
+    assert plans.scans("delivered_batch") <= {
+        Scan("Index Scan", "delivered_batch", BATCH_INDEX), Scan("Bitmap Heap Scan", "delivered_batch", ""),
+    }  # fmt: skip
+    assert plans.partitions("delivered_batch") == {_day(leases[7].scheduled_at)}
+    assert plans.rows_read("delivered_batch") <= 3 * 3
+    assert plans.scans("event") <= EVENT_BY_KEY
 
 
 def test_repeating_a_finish_looks_for_its_outcomes_in_the_days_of_its_events(client: Client) -> None:

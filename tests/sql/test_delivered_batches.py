@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.database import Claimed, Finished, Leases, NotDelivered
 from orchestrator.database.delivered import delivered_arguments
+from orchestrator.database.leases import FINISH_DELIVERED
 from orchestrator.dispatch.attempt import DELIVERED, RETRY, Attempted, finished
 from orchestrator.errors import Blocked
 from orchestrator.settings import Settings
@@ -338,17 +339,12 @@ def test_a_session_that_ends_within_a_batch_leaves_nothing_of_it(
     assert arguments is not None
     other = connect()
     other.rows("begin")
-    assert other.value(CALL, *arguments, 1) is None
+    assert other.value(FINISH_DELIVERED, *arguments, 1) is None
     assert batches(other) == [BATCH]
     client.rows("select pg_terminate_backend(%s, 10000)", other.pid)
     assert (batches(client), client.value("select count(*) from orchestrator.timer")) == ([], BATCH)
     assert {client.status(uid) for uid in ids} == {"in_flight"}
     assert client.totals() == {"accepted": BATCH}
-
-
-CALL = """select orchestrator.finish_delivered(
-  %s::uuid[], %s::tid[], %s::integer[], %s::smallint[], %s::float8[], %s::integer[], %s::float8, %s::integer[],
-  %s::integer[], %s::integer[], %s::integer, %s::smallint[], %s)"""
 
 
 @pytest.mark.parametrize(
@@ -376,17 +372,17 @@ def test_arguments_that_nobody_could_find_again_are_refused_and_nothing_is_recor
     elif change == {"ids": "null"}:
         change = {"ids": [*given["ids"][1:], None]}
     with pytest.raises(psycopg.DatabaseError) as refused:
-        client.rows(CALL, *(given | change).values())
+        client.rows(FINISH_DELIVERED, *(given | change).values())
     assert refused.value.sqlstate in {"22023", "23514", "23502"}, refused.value
     assert client.value("select count(*) from orchestrator.timer") == BATCH
     assert client.totals() == {"accepted": BATCH}
-    assert client.value(CALL, *given.values()) is None
+    assert client.value(FINISH_DELIVERED, *given.values()) is None
     assert batches(client) == [BATCH]
 
 
 def test_no_results_are_no_work(client: Client, dispatcher: Dispatcher) -> None:
-    assert client.value(CALL, *[None] * 13) is None
-    assert client.value(CALL, [], [], [], *[None] * 10) is None
+    assert client.value(FINISH_DELIVERED, *[None] * 13) is None
+    assert client.value(FINISH_DELIVERED, [], [], [], *[None] * 10) is None
     assert dispatcher.finish([]) == []
 
 

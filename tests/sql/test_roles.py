@@ -42,7 +42,7 @@ READING = {
     "get_event", "events_by_external_id", "list_dead_letters", "statistics", "statistics_by", "next_due_at", "backlog",
     "list_rejects", "ingest_offsets", "outbox_pending", "get_destination", "list_destinations", "destination_for",
     "backlog_forecast", "forecast", "changed_rights",
-    "first_day_kept", "first_id", "batch_may_hold", "batch_outcomes",
+    "first_day_kept", "first_id", "batch_holds", "batch_outcomes",
 }  # fmt: skip
 OPERATING = {
     "run_maintenance", "reroute_remaining", "create_partitions", "pass_dead_letter", "configure_destination",

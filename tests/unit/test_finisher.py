@@ -161,13 +161,13 @@ async def test_a_full_batch_of_results_is_recorded_without_waiting_for_more(
 ) -> None:
     monkeypatch.setattr(module, "_GATHER_S", 60.0)
     async with fixture.running():
-        for n in range(499):
+        for n in range(999):
             fixture.finisher.add(finished(n))
         for _ in range(10):
             await asyncio.sleep(0)
         assert fixture.leases.finished == []
-        fixture.finisher.add(finished(499))
-        await eventually(lambda: fixture.leases.recorded == [str(n) for n in range(500)])
+        fixture.finisher.add(finished(999))
+        await eventually(lambda: fixture.leases.recorded == [str(n) for n in range(1000)])
 
 
 async def test_a_result_that_frees_other_events_is_recorded_at_once_and_announced(
