@@ -181,11 +181,14 @@ class Dispatcher:
     async def _claim(self, leases: Leases) -> None:
         settings, sizes = self._settings, self._sizes
         while self._claiming:
-            asked, narrow = sizes.size, not await self._has_room()
+            lookahead_s, narrow = settings.lookahead_s, not await self._has_room()
+            asked = sizes.size
             if narrow:
-                asked = sizes.narrow_size(self._held, self._held_payload, self._clock.now())
+                now = self._clock.now()
+                asked = sizes.narrow_size(self._held, self._held_payload, now)
                 if not (asked and self._claiming):
                     continue
+                lookahead_s = self._wake.ahead_s if sizes.ahead(now) else lookahead_s
             async with asyncio.timeout(ANSWER_S):
                 skip = await self._lanes_to_skip(leases)
             self._wake.reset()
@@ -195,7 +198,7 @@ class Dispatcher:
                 claims = await leases.claim(
                     asked,
                     lease_s=settings.lease_s,
-                    lookahead_s=self._wake.ahead_s if narrow else settings.lookahead_s,
+                    lookahead_s=lookahead_s,
                     skip=skip,
                     max_parallel=settings.customer_max_parallel,
                 )
