@@ -127,7 +127,7 @@ grant execute on function
   orchestrator.ensure_dedicated_lane(text, boolean),
   orchestrator.own_lane(text, boolean),
   orchestrator.next_due_at(),
-  orchestrator.next_claim_at(),
+  orchestrator.next_lease_end(),
   orchestrator.backlog(),
   orchestrator.set_outbox(text[]),
   orchestrator.configure_topics(text, text[], text[]),
@@ -236,7 +236,7 @@ begin
         'open_staging', 'submit_staged', 'submit_staged_with_status', 'try_submit_staged'
         , 'try_submit_staged_with_status', 'keep_answer', 'kept_answer', 'prove_writing', 'claim_due_events'
         , 'finish_events', 'finish_free_events', 'release_events', 'release_free_events', 'raise_floors', 'next_due_at'
-        , 'next_claim_at', 'backlog', 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published'
+        , 'next_lease_end', 'backlog', 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published'
         , 'outbox_pending', 'staging_problem')
   loop
     execute format('alter function %s set timezone = ''UTC'' set datestyle = ISO set intervalstyle = postgres '

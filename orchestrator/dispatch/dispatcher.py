@@ -331,15 +331,15 @@ class Dispatcher:
         while not woken:
             sent_s = time.monotonic()
             async with asyncio.timeout(ANSWER_S):
-                database_s, next_at = await leases.next_claim_at()
+                database_s, next_due, lease_end = await leases.next_due_at()
             self._clock.sample(database_s, sent_s, time.monotonic())
-            if next_at is not None:
-                # An event that is due already was locked by another session, or has just come.
-                if next_at < database_s:
-                    self._wake.at(database_s + self._locked_gap_s)
-                    self._locked_gap_s = min(_LAST_LOCKED_GAP_S, 2 * self._locked_gap_s)
-                else:
-                    self._wake.expect(next_at)
+            if lease_end is not None and lease_end > database_s:
+                self._wake.at(lease_end + random.uniform(0.0, _AGAIN_WITHIN_S))
+            if next_due is not None and next_due > database_s:
+                self._wake.expect(next_due)
+            elif next_due is not None:  # it was locked by another session, or has just come
+                self._wake.at(database_s + self._locked_gap_s)
+                self._locked_gap_s = min(_LAST_LOCKED_GAP_S, 2 * self._locked_gap_s)
             woken = await self._wake.wait(self._poll_s)
 
     @property

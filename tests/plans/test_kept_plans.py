@@ -158,7 +158,10 @@ def _steps(client: Client, count: int, name: str) -> Iterator[tuple[str, Step]]:
 
     yield "submit", submit
     yield "submit again", submit
-    yield "look when the next is due", lambda: client.value("select orchestrator.next_claim_at()")
+    yield (
+        "look when the next is due",
+        lambda: client.value("select orchestrator.next_due_at(), orchestrator.next_lease_end()"),
+    )
     for result in ("delivered", "retry", "fail"):
         yield "claim", claim
         yield f"finish: {result}", finish(result)
