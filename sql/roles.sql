@@ -141,7 +141,7 @@ grant execute on function
   orchestrator.ensure_dedicated_lane(text, boolean),
   orchestrator.own_lane(text, boolean),
   orchestrator.next_due_at(),
-  orchestrator.next_claim_at(),
+  orchestrator.next_lease_end(),
   orchestrator.backlog(),
   orchestrator.set_outbox(text[]),
   orchestrator.configure_topics(text, text[], text[]),
@@ -252,7 +252,7 @@ begin
         'open_staging', 'submit_staged', 'submit_staged_with_status', 'try_submit_staged'
         , 'try_submit_staged_with_status', 'open_direct', 'submit_direct', 'keep_answer', 'kept_answer'
         , 'prove_writing', 'claim_due_events', 'claim_for_dispatch', 'finish_events', 'finish_free_events'
-        , 'finish_delivered', 'release_events', 'release_free_events', 'raise_floors', 'next_due_at', 'next_claim_at'
+        , 'finish_delivered', 'release_events', 'release_free_events', 'raise_floors', 'next_due_at', 'next_lease_end'
         , 'backlog', 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending'
         , 'staging_problem')
   loop

@@ -156,12 +156,11 @@ class Leases:
             row = await (await self._claiming.execute(_OWN_LANE, (delivery_type, destination))).fetchone()
         return row[0] if row else None
 
-    async def next_claim_at(self) -> tuple[float, float | None]:
-        """The time now, and when the next claim may give anything if nothing changes until then; both Unix seconds."""
+    async def next_due_at(self) -> tuple[float, float | None, float | None]:
+        """The time now, when the next event that nobody holds is due, and when the next lease ends, in Unix seconds."""
         with translated():
-            rows = await (await self._claiming.execute(_NEXT_CLAIM)).fetchall()
-        [(database_s, next_at)] = rows
-        return database_s, next_at
+            [times] = await (await self._claiming.execute(_NEXT_DUE)).fetchall()
+        return times
 
     async def raise_floors(self) -> None:
         """Raises lane floors, so that later claims skip finished timers.
@@ -253,8 +252,9 @@ _CLAIM: LiteralString = """
 select * from orchestrator.claim_for_dispatch(
   %s, %s, make_interval(secs => %s), make_interval(secs => %s), %s::integer[], %s::integer)
 """
-_NEXT_CLAIM: LiteralString = """
-select date_part('epoch', orchestrator.now()), date_part('epoch', orchestrator.next_claim_at())
+_NEXT_DUE: LiteralString = """
+select date_part('epoch', orchestrator.now()), date_part('epoch', orchestrator.next_due_at())
+     , date_part('epoch', orchestrator.next_lease_end())
 """
 _OWN_LANE: LiteralString = "select orchestrator.ensure_dedicated_lane(orchestrator.destination_name(%s, %s), false)"
 FINISH_DELIVERED: LiteralString = """

@@ -52,10 +52,13 @@ class ClaimSizes:
         While the events of the last claim are not due, it takes all that is due before them. Once they are, one event
         for two that have left since the last claim, so that fewer and fewer are held.
         """
-        ahead = self._starts_at > now
-        size = min(max(self._batch, _NARROW_CLAIM) if ahead else (self._held - held) // 2, self.size)
+        size = min(max(self._batch, _NARROW_CLAIM) if self.ahead(now) else (self._held - held) // 2, self.size)
         most = self._prefetch or MOST_AHEAD + self._most_due
         return size if held <= self._room(most, 2 * _MOST_PAYLOAD, size, held, payload) else 0
+
+    def ahead(self, now: float) -> bool:
+        """Whether the events of the last claim are not due yet, narrow ones aside."""
+        return self._starts_at > now
 
     def note(self, asked: int, events: Sequence[Claimed], held: int, now: float) -> None:
         """Takes in what a claim gave when it asked for so many. `held` counts these events, too."""
@@ -63,7 +66,7 @@ class ClaimSizes:
         if events:
             self._starts_at = events[len(events) // 2].start_at
         if self._prefetch is None:
-            self.most = max(MOST_AHEAD if self._starts_at > now else 0, self._most_due)
+            self.most = max(MOST_AHEAD if self.ahead(now) else 0, self._most_due)
         self.note_narrow(events, held)
 
     def note_narrow(self, events: Sequence[Claimed], held: int) -> None:

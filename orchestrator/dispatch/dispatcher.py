@@ -181,11 +181,14 @@ class Dispatcher:
     async def _claim(self, leases: Leases) -> None:
         settings, sizes = self._settings, self._sizes
         while self._claiming:
-            asked, narrow = sizes.size, not await self._has_room()
+            lookahead_s, narrow = settings.lookahead_s, not await self._has_room()
+            asked = sizes.size
             if narrow:
-                asked = sizes.narrow_size(self._held, self._held_payload, self._clock.now())
+                now = self._clock.now()
+                asked = sizes.narrow_size(self._held, self._held_payload, now)
                 if not (asked and self._claiming):
                     continue
+                lookahead_s = self._wake.ahead_s if sizes.ahead(now) else lookahead_s
             async with asyncio.timeout(ANSWER_S):
                 skip = await self._lanes_to_skip(leases)
             self._wake.reset()
@@ -195,7 +198,7 @@ class Dispatcher:
                 claims = await leases.claim(
                     asked,
                     lease_s=settings.lease_s,
-                    lookahead_s=self._wake.ahead_s if narrow else settings.lookahead_s,
+                    lookahead_s=lookahead_s,
                     skip=skip,
                     max_parallel=settings.customer_max_parallel,
                 )
@@ -328,15 +331,15 @@ class Dispatcher:
         while not woken:
             sent_s = time.monotonic()
             async with asyncio.timeout(ANSWER_S):
-                database_s, next_at = await leases.next_claim_at()
+                database_s, next_due, lease_end = await leases.next_due_at()
             self._clock.sample(database_s, sent_s, time.monotonic())
-            if next_at is not None:
-                # An event that is due already was locked by another session, or has just come.
-                if next_at < database_s:
-                    self._wake.at(database_s + self._locked_gap_s)
-                    self._locked_gap_s = min(_LAST_LOCKED_GAP_S, 2 * self._locked_gap_s)
-                else:
-                    self._wake.expect(next_at)
+            if lease_end is not None and lease_end > database_s:
+                self._wake.at(lease_end + random.uniform(0.0, _AGAIN_WITHIN_S))
+            if next_due is not None and next_due > database_s:
+                self._wake.expect(next_due)
+            elif next_due is not None:  # it was locked by another session, or has just come
+                self._wake.at(database_s + self._locked_gap_s)
+                self._locked_gap_s = min(_LAST_LOCKED_GAP_S, 2 * self._locked_gap_s)
             woken = await self._wake.wait(self._poll_s)
 
     @property

@@ -588,7 +588,7 @@ async def test_an_idle_dispatcher_sends_one_statement_a_poll_and_hardly_uses_the
             return [part for part in log.split("orchestrator dispatch|LOG:  ")[1:] if "statement" in part[:10]]
 
         def looks() -> int:
-            return sum("next_claim_at" in statement for statement in statements())
+            return sum("next_lease_end" in statement for statement in statements())
 
         await eventually(looks, 20)  # the start is over
         before, cpu_before_s, began_s = len(statements()), cpu_s(process.pid), time.monotonic()

@@ -105,13 +105,13 @@ async def test_what_is_due_at_once_is_on_time_beside_a_memory_full_of_a_herd_tha
         while soon(0.8) < due:
             others.append(client.schedule(scheduled_at=soon(0.1), destination="https://other.example.com/"))
             await null.has_sent(others[-1], 2)
-        assert len(others) > 3
+        assert others
         late = client.column(
             "select extract(epoch from started_at - due_at)::float8 from orchestrator.outcome"
             " where event_id = any (%s::uuid[])",
             others,
         )
-        assert max(late) < 0.5
+        assert max(late) < 1
         assert running.value("events_held") <= 4000 + 1000  # two of the largest claims
         await finished(client, ids)
     assert min(null.sent[event_id] for event_id in ids) >= due.timestamp() - 0.001
@@ -188,7 +188,7 @@ async def test_events_of_a_killed_dispatcher_start_when_their_leases_end(
     async with dispatching(settings(SCHEDULER_POLL_INTERVAL_MS="10000"), null):
         await finished(client, ids)
     assert ends_at - 0.001 <= min(null.sent.values())
-    assert max(null.sent.values()) < ends_at + 1.5
+    assert max(null.sent.values()) < ends_at + 1
 
 
 async def test_it_claims_at_once_when_it_can_listen_again(
@@ -207,7 +207,7 @@ async def test_it_claims_at_once_when_it_can_listen_again(
     null = Null()
     async with dispatching(settings(SCHEDULER_POLL_INTERVAL_MS="10000"), null) as running:
         looked = running.value("claim_seconds_count")
-        await eventually(lambda: client.value("select count(*) from pg_stat_activity where query ~ 'next_claim_at'"))
+        await eventually(lambda: client.value("select count(*) from pg_stat_activity where query ~ 'next_lease_end'"))
         event_id = client.schedule(scheduled_at=soon(0), destination="https://herd-0.example.com/")
         hearing.set()
         await null.has_sent(event_id, 4)

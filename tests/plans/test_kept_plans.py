@@ -171,7 +171,10 @@ def _steps(client: Client, count: int, name: str) -> Iterator[tuple[str, Step]]:
     yield "submit", submit
     yield "submit again", submit
     yield "submit directly", submit_many
-    yield "look when the next is due", lambda: client.value("select orchestrator.next_claim_at()")
+    yield (
+        "look when the next is due",
+        lambda: client.value("select orchestrator.next_due_at(), orchestrator.next_lease_end()"),
+    )
     for result in ("delivered", "retry", "fail"):
         yield "claim", claim
         yield "release", lambda: client.release(leases)

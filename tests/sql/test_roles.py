@@ -28,7 +28,7 @@ KEYS = {"find_api_key", "count_api_keys"}
 CHANGING = {"cancel_event", "cancel_events", "reschedule_event", "keep_answer", "kept_answer"}
 DISPATCHING = {
     "register_worker", "claim_due_events", "claim_for_dispatch", "finish_events", "release_events", "next_due_at",
-    "next_claim_at", "backlog", "finish_free_events", "finish_delivered", "release_free_events",
+    "next_lease_end", "backlog", "finish_free_events", "finish_delivered", "release_free_events",
     "ensure_dedicated_lane", "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published",
     "outbox_failed", "outbox_pending",
     "repair_after_restore", "settle_restored",

@@ -479,3 +479,19 @@ def test_no_history_of_the_queue_loses_an_event_or_hands_one_out_early_or_beyond
         assert queue.close() == []
 
     asyncio.run(scenario())
+
+
+async def test_it_counts_the_characters_of_the_payloads_that_it_holds() -> None:
+    queue = DueQueue(Clock(), Windows(8, 8))
+    queue.put([claimed(-1, str(n), f"http://{n % 3}/", lane=n % 3) for n in range(12)])
+    assert (len(queue), queue.payload) == (12, 12 * len("{}"))
+    assert await queue.get() is not None
+    assert (len(queue), queue.payload) == (11, 22)
+    assert len(await queue.take(2)) == 2
+    assert (len(queue), queue.payload) == (9, 18)
+    [one, *_] = queue.queues
+    taken = queue.stall(one, 0, 1) + queue.remove(2)
+    assert taken
+    assert (len(queue), queue.payload) == (9 - len(taken), 18 - 2 * len(taken))
+    queue.close()
+    assert (len(queue), queue.payload) == (0, 0)

@@ -1,9 +1,10 @@
--- When an idle dispatcher claims next. Called once a poll by each dispatcher that has nothing to do.
+-- When an idle dispatcher claims next, besides next_due_at(). Called once a poll by each that has nothing
+-- to do.
 
--- The end of a lease is looked up for the first timer of each queue alone: what a killed dispatcher has left
--- is older than what others have claimed since.
+-- It looks at the first timer of each queue alone: what a killed dispatcher has left is older than what
+-- others have claimed since.
 create or replace function orchestrator.next_lease_end() returns timestamptz
-language sql volatile
+language sql volatile security definer
 set search_path = orchestrator, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -22,10 +23,3 @@ $$;
 comment on function orchestrator.next_lease_end() is
   'When the first lease ends of those events that are the first of their lane and priority; null: none of them is '
   'leased';
-
-create or replace function orchestrator.next_claim_at() returns timestamptz
-language sql volatile security definer
-set search_path = orchestrator, pg_temp
-as $$ select least(orchestrator.next_due_at(), orchestrator.next_lease_end()) $$;
-comment on function orchestrator.next_claim_at() is
-  'When the next claim may give an event if nothing changes until then: one is due, or its lease ends; null: never';
