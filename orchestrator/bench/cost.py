@@ -23,7 +23,8 @@ from psycopg import sql
 
 from orchestrator.bench.lifecycle import BATCH, DESTINATIONS
 from orchestrator.bench.workload import chunks, new_run, spread, submissions
-from orchestrator.database import Database, Finished, Leases, connect
+from orchestrator.database import Database, Leases, connect
+from orchestrator.dispatch.attempt import DELIVERED, Attempted, finished
 from orchestrator.errors import OrchestratorError
 from orchestrator.settings import Settings
 
@@ -80,16 +81,13 @@ async def _lives(settings: Settings, meter: _Meter, rounds: int, events: int) ->
             await open_.enter_async_context(await connect(settings, step)) for step in ("claim", "finish")
         ]
         [worker] = await (await claiming.execute("select orchestrator.register_worker('bench')")).fetchone() or [0]
-        leases = Leases(claiming, finishing, worker)
+        leases, attempted = Leases(claiming, finishing, worker), Attempted(DELIVERED, 200)
         for n in range(rounds):
             for batch in chunks(itertools.islice(made, events), _SUBMITTED):
                 await meter.measured(n, "submit", database.submit(batch))
             while claimed := (await meter.measured(n, "claim", leases.claim(BATCH, lease_s=60, lookahead_s=0))).events:
                 now_s = time.time()
-                results = [
-                    Finished(each.event_id, each.attempt, "delivered", 200, now_s, now_s, None, None, None, now_s)
-                    for each in claimed
-                ]
+                results = [finished(event, attempted, now_s, 0.0) for event in claimed]
                 if odd := await meter.measured(n, "finish", leases.finish(results)):
                     raise OrchestratorError(f"bench: a result was refused: {odd[0]}")
             meter.vacuumed(n)
