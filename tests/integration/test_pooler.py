@@ -89,7 +89,7 @@ async def test_ingestion_maintenance_and_the_outbox_work_through_a_pooler(
         await outbox.switch(["scheduled"])
         await maintenance.configure(Retention.of(chosen))
         told = await maintenance.run_on()
-        assert (told.problems, told.did["partitions_created"]) == ([], 6)
+        assert (told.problems, told.did["partitions_created"]) == ([], 9)
 
         async with Ingestion.open(chosen) as ingestion:
             rows = [submission_row(submission_bytes(n), chosen, n) for n in range(20)]
