@@ -258,7 +258,7 @@ def _valid(
         expires_at = expires_at.astimezone(UTC)
     if at.tzinfo is not UTC:
         at = at.astimezone(UTC)
-    if topics is not None and (fault := topics.fault(kind, wire.destination)):
+    if kind != "HTTP" and topics is not None and (fault := topics.fault(kind, wire.destination)):
         raise SubmissionError([("destination", fault)])
     return Submission(
         event_id(wire.source, job, at, key)

@@ -15,11 +15,11 @@ from orchestrator.ingest.partition import ConsumedRecord
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 
-_MAX_RECORDS = 5000
+_MAX_RECORDS = 10_000
 
 
 class Submissions:
-    """Up to 5,000 records, or `max_bytes` of them and one more."""
+    """Up to 10,000 records, or `max_bytes` of them and one more."""
 
     def __init__(self, settings: Settings, metrics: Metrics, max_bytes: int) -> None:
         self._settings = settings

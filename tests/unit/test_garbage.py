@@ -12,9 +12,11 @@ from tests.support.waiting import eventually
 
 
 @pytest.fixture(autouse=True)
-def thawed() -> Iterator[None]:
+def as_before() -> Iterator[None]:
+    thresholds = gc.get_threshold()
     yield
     gc.unfreeze()
+    gc.set_threshold(*thresholds)
 
 
 async def test_what_is_made_until_the_process_has_started_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +29,16 @@ async def test_what_is_made_until_the_process_has_started_is_not_looked_at(monke
     assert not any(each is made for each in looked_at)
     later: list[list[int]] = [[]]
     assert any(each is later for each in gc.get_objects())
+
+
+async def test_a_batch_in_use_is_looked_at_once_in_10_000_objects() -> None:
+    garbage.spare_what_stays()
+
+    def looks_at(objects: int) -> int:
+        gc.collect()
+        before = gc.get_stats()[0]["collections"]
+        held = [[n] for n in range(objects)]
+        return gc.get_stats()[0]["collections"] - before if held else 0
+
+    assert looks_at(9_000) == 0
+    assert looks_at(11_000) == 1
