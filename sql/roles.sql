@@ -99,6 +99,9 @@ grant execute on function
   orchestrator.submit_direct(
     uuid[], timestamptz[], smallint[], integer[], text[], text[], text[], text[], text[], smallint[], interval[],
     timestamptz[]),
+  orchestrator.submit_batch(
+    uuid[], timestamptz[], smallint[], integer[], text[], text[], text[], text[], json[], json[], text[], text[],
+    text[], text[], smallint[], interval[], timestamptz[]),
   orchestrator.submit_events(jsonb),
   orchestrator.schedule_event(
     text, jsonb, timestamptz, text, text, integer, jsonb, text, text, text, integer, interval,
@@ -250,8 +253,8 @@ begin
       and exists (select from aclexplode(p.proacl) a where a.grantee <> p.proowner)
       and p.proname not in (
         'open_staging', 'submit_staged', 'submit_staged_with_status', 'try_submit_staged'
-        , 'try_submit_staged_with_status', 'open_direct', 'submit_direct', 'keep_answer', 'kept_answer'
-        , 'prove_writing', 'claim_due_events', 'claim_for_dispatch', 'finish_events', 'finish_free_events'
+        , 'try_submit_staged_with_status', 'open_direct', 'submit_direct', 'submit_batch', 'keep_answer'
+        , 'kept_answer', 'prove_writing', 'claim_due_events', 'claim_for_dispatch', 'finish_events', 'finish_free_events'
         , 'finish_delivered', 'release_events', 'release_free_events', 'raise_floors', 'next_due_at', 'next_lease_end'
         , 'backlog', 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending'
         , 'staging_problem')

@@ -20,7 +20,7 @@ from psycopg import errors
 from psycopg.rows import TupleRow
 
 from orchestrator.database.connection import Connection
-from orchestrator.database.copying import COPY_STAGED, Route, staged, submit_direct
+from orchestrator.database.copying import COPY_STAGED, Route, is_small, staged, submit_batch, submit_direct
 from orchestrator.database.pool import Pool
 from orchestrator.errors import Blocked, ValidationError
 from orchestrator.events.encoding import EncodedRow, encode_row
@@ -81,12 +81,18 @@ class SubmissionCalls(Pool):
     async def _submit(
         self, submissions: Sequence[Submission], submit: LiteralString, first: LiteralString | None = None
     ) -> list[Submitted]:
+        if not submissions:
+            return []
         encoded = await _encoded(submissions)
         answered: list[TupleRow] | None = None
 
         async def work(connection: Connection) -> list[TupleRow]:
             nonlocal answered
             before = answered
+            if first is None and is_small(encoded):
+                async with connection.transaction():
+                    answered = await submit_batch(connection, encoded)
+                return _true(before, answered, len(encoded))
             if first is None and self._route.is_direct(encoded):
                 done = False
                 with suppress(errors.IntegrityError, errors.DataError):
@@ -108,8 +114,7 @@ class SubmissionCalls(Pool):
                     await copy.write(staged(encoded))
                 await cursor.execute(submit)
                 answered = await cursor.fetchall()
-            # The reply to a commit may have been lost: then what was new to that run is a duplicate to this one.
-            return answered if before is None or _are_new(before, answered, len(submissions)) else before
+            return _true(before, answered, len(encoded))
 
         rows = await self._run(work, changes=True, names_holders=first is None)
         exceptions = {row[0]: Submitted(*row[1:]) for row in rows}
@@ -119,11 +124,17 @@ class SubmissionCalls(Pool):
         ]
 
 
-def _are_new(before: Sequence[TupleRow], now: Sequence[TupleRow], count: int) -> bool:
-    """Whether an event that was new to the run before is new to this one, too: then that run was undone."""
+def _true(before: list[TupleRow] | None, now: list[TupleRow], count: int) -> list[TupleRow]:
+    """The answers that are true, when the reply to the commit of the run before was lost.
+
+    If it was kept, what was new to it is a duplicate to this one; if one of those is new again, it was undone.
+    """
+    if before is None:
+        return now
     exceptions = {row[0] for row in before}
     duplicates = {row[0] for row in now if row[2] == "duplicate"}
-    return any(n not in duplicates for n in range(count) if n not in exceptions)
+    undone = any(n not in duplicates for n in range(count) if n not in exceptions)
+    return now if undone else before
 
 
 async def _encoded(submissions: Sequence[Submission]) -> list[EncodedRow]:

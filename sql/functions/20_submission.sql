@@ -1,6 +1,6 @@
 -- Submission: staging table -> event + timer. submit_staged() takes everything. COPY clients call it
--- themselves; schedule_event() and submit_events() fill the staging table from their arguments. Large batches
--- of new events have a faster way in, see 24_direct_submission.sql.
+-- themselves; schedule_event() and submit_events() fill the staging table from their arguments. New events
+-- have faster ways in, see 24_direct_submission.sql and 29_small_batches.sql.
 
 create or replace function orchestrator.open_staging() returns void
 language plpgsql security definer

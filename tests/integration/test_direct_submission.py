@@ -1,4 +1,4 @@
-"""Large batches of new events are submitted directly; what that refuses is staged, and answered as ever."""
+"""New events are submitted in one call, or directly; what that refuses is staged, and answered as ever."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ from tests.support.sql_client import NOON, Client
 
 MANY = 200
 LATER = NOON + timedelta(days=2)
+_SIGNATURE = "select 'orchestrator.submit_batch'::regproc::regprocedure::text"
 _FORBID_STAGING = """
 create or replace function orchestrator.open_staging() returns void language plpgsql as $$
 begin raise exception 'staged'; end $$
 """
+
+
+WAYS = pytest.mark.parametrize("count", [MANY, 1001])  # in one call, directly
 
 
 def batch(count: int = MANY, prefix: str = "job", **changes: Any) -> list[Submission]:
@@ -43,12 +47,23 @@ async def ingest(ingestion: Ingestion, made: list[Submission], first: int = 0) -
     return await ingestion.submit("topic", moves, rows, [], rejected)
 
 
-async def test_a_batch_of_new_events_is_not_staged(settings: MakeSettings, client: Client) -> None:
+@WAYS
+async def test_a_batch_of_new_events_is_not_staged(settings: MakeSettings, client: Client, count: int) -> None:
     async with Database(settings(), role="test") as database:
         client.rows(_FORBID_STAGING)
-        answers = await database.submit(batch())
-    assert Counter(answer.result for answer in answers) == {"accepted": MANY}
-    assert client.rows(COUNTS) == [(MANY, MANY)]
+        answers = await database.submit(batch(count))
+        assert await database.submit([]) == []
+    assert Counter(answer.result for answer in answers) == {"accepted": count}
+    assert client.rows(COUNTS) == [(count, count)]
+
+
+async def test_a_batch_of_many_bytes_goes_by_copy(settings: MakeSettings, client: Client) -> None:
+    payload = b'"' + b"x" * 500_000 + b'"'
+    async with Database(settings(), role="test") as database:
+        client.rows(f"alter function {client.value(_SIGNATURE)} rename to unused")
+        answers = await database.submit(batch(9, payload=payload))
+    assert Counter(answer.result for answer in answers) == {"accepted": 9}
+    assert client.value("select min(length(payload::text)) from orchestrator.event") == len(payload)
 
 
 async def test_ingested_events_are_not_staged(settings: MakeSettings, client: Client) -> None:
@@ -58,8 +73,11 @@ async def test_ingested_events_are_not_staged(settings: MakeSettings, client: Cl
     assert client.rows(COUNTS) == [(MANY, MANY)]
 
 
-async def test_duplicates_and_mistakes_are_answered_one_by_one(settings: MakeSettings, client: Client) -> None:
-    made = batch()
+@WAYS
+async def test_duplicates_and_mistakes_are_answered_one_by_one(
+    settings: MakeSettings, client: Client, count: int
+) -> None:
+    made = batch(count)
     made[3:6] = [
         submission("far", scheduled_at=NOON + timedelta(days=401)),
         submission("policy", scheduled_at=LATER, retry_policy="unheard-of"),
@@ -71,7 +89,7 @@ async def test_duplicates_and_mistakes_are_answered_one_by_one(settings: MakeSet
             answers = await database.submit(made)
             assert [answers[n].result for n in (0, 3, 4, 5)] == ["duplicate", "refused", "refused", "duplicate"]
             assert (answers[3].field, answers[4].field) == ("scheduled_at", "retry_policy")
-    assert client.rows(COUNTS) == [(MANY - 3, MANY - 3)]
+    assert client.rows(COUNTS) == [(count - 3, count - 3)]
     assert violations(client.connection, acknowledged=[each.id for n, each in enumerate(made) if n not in (3, 4)]) == []
 
 
@@ -87,33 +105,35 @@ async def test_an_ingester_stages_what_cannot_go_directly(settings: MakeSettings
     assert client.column("select field from orchestrator.reject") == ["retry_policy"]
 
 
+@WAYS
 @pytest.mark.parametrize("way", ["before", "during", "after"])
-async def test_a_lost_reply_to_a_direct_submission_is_answered_truly(
-    settings: MakeSettings, database_url: str, client: Client, way: str
+async def test_a_lost_reply_to_a_submission_is_answered_truly(
+    settings: MakeSettings, database_url: str, client: Client, way: str, count: int
 ) -> None:
     async with (
         CuttingProxy(database_url) as proxy,
         Database(settings(DATABASE_URL=proxy.url), role="test") as database,
     ):
         {"before": proxy.cut_before, "during": proxy.cut_during, "after": proxy.cut_after}[way]("COMMIT")
-        answers = await database.submit(batch())
+        answers = await database.submit(batch(count))
         assert proxy.cuts == 1
-        assert Counter(answer.result for answer in answers) == {"accepted": MANY}
-        assert Counter(answer.result for answer in await database.submit(batch())) == {"duplicate": MANY}
-    assert client.rows(COUNTS) == [(MANY, MANY)]
+        assert Counter(answer.result for answer in answers) == {"accepted": count}
+        assert Counter(answer.result for answer in await database.submit(batch(count))) == {"duplicate": count}
+    assert client.rows(COUNTS) == [(count, count)]
 
 
+@WAYS
 async def test_a_batch_that_another_session_holds_up_is_blocked_after_a_moment(
-    settings: MakeSettings, client: Client
+    settings: MakeSettings, client: Client, count: int
 ) -> None:
-    made = batch()
+    made = batch(count)
     async with Database(settings(), role="test") as database:
         with client.transaction():
             submit_directly(client, made[5:6])
             with pytest.raises(Blocked):
                 await database.submit(made)
         assert Counter(answer.result for answer in await database.submit(made)) == {
-            "accepted": MANY - 1,
+            "accepted": count - 1,
             "duplicate": 1,
         }
 

@@ -19,7 +19,7 @@ import pytest
 
 from orchestrator.database.migrate import migrate
 from tests.sql.test_submit import submission
-from tests.support.copying import submit_directly
+from tests.support.copying import submit_directly, submit_in_one_call
 from tests.support.databases import Databases
 from tests.support.sql_client import NOON, Client, event, results, seconds
 
@@ -168,9 +168,16 @@ def _steps(client: Client, count: int, name: str) -> Iterator[tuple[str, Step]]:
                 client, [submission(f"{name}-direct-{n}", scheduled_at=NOON + timedelta(days=1)) for n in range(count)]
             )
 
+    def submit_small() -> None:
+        submit_in_one_call(
+            client, [submission(f"{name}-small-{n}", scheduled_at=NOON + timedelta(days=1)) for n in range(count)]
+        )
+
     yield "submit", submit
     yield "submit again", submit
     yield "submit directly", submit_many
+    yield "submit in one call", submit_small
+    yield "submit in one call again", submit_small
     yield (
         "look when the next is due",
         lambda: client.value("select orchestrator.next_due_at(), orchestrator.next_lease_end()"),

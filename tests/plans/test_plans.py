@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.sql.test_submit import submission
-from tests.support.copying import submit_directly
+from tests.support.copying import submit_directly, submit_in_one_call
 from tests.support.databases import Databases
 from tests.support.sql_client import HOST, NOON, Client, Lease, event, results, seconds
 
@@ -429,6 +429,21 @@ def test_submitting_directly_reads_no_table_of_events(client: Client) -> None:
     plans = plans_of(client, submit, warm_ups=6)
     assert plans.scans("timer") | plans.scans("event") == set()
     assert plans.rows_read("timer") == 0
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+def test_submitting_in_one_call_reads_no_table_of_events(client: Client, duplicates: bool) -> None:
+    batches = iter(range(10))
+
+    def submit() -> None:
+        number = 0 if duplicates else next(batches)
+        submit_in_one_call(client, [submission(f"call-{number}-{n}") for n in range(300)])
+
+    plans = plans_of(client, submit, warm_ups=6)
+    # But to say what state a duplicate is in.
+    assert plans.scans("timer") <= (BY_KEY if duplicates else set())
+    assert plans.scans("event") <= (EVENT_BY_KEY if duplicates else set())
+    assert plans.rows_read("timer") <= (300 if duplicates else 0)
 
 
 @pytest.mark.parametrize("warm_ups", [0, 7])

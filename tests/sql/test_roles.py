@@ -20,7 +20,7 @@ SHARED = {
     "staging_problem",
 }  # fmt: skip
 SUBMITTING = {
-    "open_direct", "submit_direct",
+    "open_direct", "submit_direct", "submit_batch",
     "open_staging", "submit_staged", "submit_staged_with_status", "submit_events", "schedule_event",
     "try_submit_staged", "try_submit_staged_with_status",
 }  # fmt: skip

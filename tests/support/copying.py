@@ -8,7 +8,17 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from orchestrator.database.copying import COPY_EVENTS, OPEN_DIRECT, SUBMIT_DIRECT, copied, ordered, timers
+from orchestrator.database.copying import (
+    COPY_EVENTS,
+    OPEN_DIRECT,
+    SUBMIT_BATCH,
+    SUBMIT_DIRECT,
+    arrays,
+    by_id,
+    copied,
+    ordered,
+    timers,
+)
 from orchestrator.events.encoding import COLUMNS, EncodedRow, encode_row
 from orchestrator.events.submission import Submission
 from tests.support.sql_client import Client
@@ -60,6 +70,13 @@ def copy_events(client: Client, submissions: Sequence[Submission]) -> None:
 
 def make_timers(client: Client, submissions: Sequence[Submission]) -> None:
     client.connection.execute(SUBMIT_DIRECT, timers(_rows(submissions)))
+
+
+def submit_in_one_call(client: Client, submissions: Sequence[Submission]) -> dict[int, tuple[str, str | None]]:
+    """submit_batch(); what is answered: n to (result, field)."""
+    rows = by_id(encode_row(each, n) for n, each in enumerate(submissions))
+    answers = client.connection.execute(SUBMIT_BATCH, arrays(rows)).fetchall()
+    return {rows[place - 1].n: (result, field) for place, _, result, field, _, _ in answers}
 
 
 def _rows(submissions: Sequence[Submission]) -> list[EncodedRow]:
