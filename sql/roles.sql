@@ -254,10 +254,10 @@ begin
       and p.proname not in (
         'open_staging', 'submit_staged', 'submit_staged_with_status', 'try_submit_staged'
         , 'try_submit_staged_with_status', 'open_direct', 'submit_direct', 'submit_batch', 'keep_answer'
-        , 'kept_answer', 'prove_writing', 'claim_due_events', 'claim_for_dispatch', 'finish_events', 'finish_free_events'
-        , 'finish_delivered', 'release_events', 'release_free_events', 'raise_floors', 'next_due_at', 'next_lease_end'
-        , 'backlog', 'advance_offsets', 'ingest_offsets', 'outbox_batch', 'outbox_published', 'outbox_pending'
-        , 'staging_problem')
+        , 'kept_answer', 'prove_writing', 'claim_due_events', 'claim_for_dispatch', 'finish_events'
+        , 'finish_free_events', 'finish_delivered', 'release_events', 'release_free_events', 'raise_floors'
+        , 'next_due_at', 'next_lease_end', 'backlog', 'advance_offsets', 'ingest_offsets', 'outbox_batch'
+        , 'outbox_published', 'outbox_pending', 'staging_problem')
   loop
     execute format('alter function %s set timezone = ''UTC'' set datestyle = ISO set intervalstyle = postgres '
       'set extra_float_digits = 1', v_function);
