@@ -240,8 +240,10 @@ async def test_a_schema_whose_owner_may_not_make_temporary_tables_is_refused_by_
         async with Database(settings(DATABASE_URL=owned), role="api") as database:
             with pytest.raises(OrchestratorError, match=remedy):
                 await database.ready()
+            submitted = [parse_submission(submission(1), settings(DATABASE_URL=owned))]
+            await database.submit(submitted)  # new ones are not staged
             with pytest.raises(OrchestratorError, match="grant temporary on the database"):
-                await database.submit([parse_submission(submission(1), settings(DATABASE_URL=owned))])
+                await database.submit(submitted)
         told = await asyncio.to_thread(invoke, "doctor", env={"DATABASE_URL": owned, "COLUMNS": "300"})
         assert remedy in told.stdout
         admin.execute(grant)

@@ -33,7 +33,7 @@ STAGES: list[tuple[Role, str]] = [
     ("api", "count_api_keys"),
     ("dispatch", "prove_writing"),
     ("dispatch", "register_worker"),
-    ("dispatch", "claim_due_events"),
+    ("dispatch", "claim_for_dispatch"),
     ("maintain", "configure_retention"),
     ("maintain", "run_maintenance"),
     ("run", "set_outbox"),
