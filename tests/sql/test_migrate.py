@@ -157,7 +157,7 @@ def test_objects_of_a_repeatable_file_are_replaced_when_the_file_changes(
     assert migrate(empty_database_url).applied == REPEATABLE
     assert "random_page_cost=3" in client.value(settings, "claim_due_events")
     assert "IntervalStyle=postgres" in client.value(settings, "get_event")
-    roles.write_text(roles.read_text().replace("'keep_answer', ", "'keep_answer', 'get_event', "))
+    roles.write_text(roles.read_text().replace("'keep_answer'", "'keep_answer', 'get_event'"))
     assert migrate(empty_database_url).applied == REPEATABLE
     assert "IntervalStyle=postgres" not in client.value(settings, "get_event")
     assert check(empty_database_url) == []

@@ -14,6 +14,7 @@ from tests.support.waiting import eventually
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     thresholds = gc.get_threshold()
+    gc.unfreeze()  # what another test has frozen
     yield
     gc.unfreeze()
     gc.set_threshold(*thresholds)
