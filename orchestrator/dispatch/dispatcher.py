@@ -61,7 +61,7 @@ class Dispatcher:
         self._clock = DatabaseClock()
         self._sizes = ClaimSizes(settings)
         self._wake = Wake(self._clock, settings.lookahead_s)
-        self._finisher = Finisher(metrics, self._wake.expect, self._wake.at_once)
+        self._finisher = Finisher(metrics, self._wake.expect, self._wake.at_once, self._note_taken)
         common = settings, metrics, self._clock, self._finisher, self._note_taken, self._wake.soon
         self._http = HttpDeliveries(*common, sender)
         self._kafka = KafkaDeliveries(*common)
@@ -228,7 +228,7 @@ class Dispatcher:
         """Whether there is room for the next claim, by the time that a narrow one would be due."""
         for waits in (True, False):
             low = self._sizes.room(self._held, self._held_payload)
-            if self._held <= low:
+            if self._unfinished <= low:
                 return True
             if waits:
                 self._low = low
@@ -354,11 +354,16 @@ class Dispatcher:
         return len(self._http.due) + len(self._kafka.due)
 
     @property
+    def _unfinished(self) -> int:
+        """These, and results that wait to be recorded: each claim passes over the timers of all of them."""
+        return self._held + self._finisher.unrecorded
+
+    @property
     def _held_payload(self) -> int:
         return self._http.due.payload + self._kafka.due.payload
 
     def _note_taken(self) -> None:
-        if self._low >= 0 and self._held <= self._low:
+        if self._low >= 0 and self._unfinished <= self._low:
             self._low = -1
             self._room.set()
             self._wake.soon()

@@ -44,11 +44,16 @@ class Finisher:
     """
 
     def __init__(
-        self, metrics: Metrics, on_retry: Callable[[float], None], on_freed: Callable[[], None] = lambda: None
+        self,
+        metrics: Metrics,
+        on_retry: Callable[[float], None],
+        on_freed: Callable[[], None] = lambda: None,
+        on_recorded: Callable[[], None] = lambda: None,
     ) -> None:
         self._metrics = metrics
         self._on_retry = on_retry
         self._on_freed = on_freed
+        self._on_recorded = on_recorded
         self._results: list[Finished] = []
         self._unused: list[Claimed] = []
         self._ready = asyncio.Event()
@@ -78,6 +83,11 @@ class Finisher:
         """Hands back leases without an attempt."""
         self._unused.extend(leases)
         self._ready.set()
+
+    @property
+    def unrecorded(self) -> int:
+        """Results that the next batches will record."""
+        return len(self._results)
 
     @property
     def pending(self) -> int:
@@ -128,6 +138,7 @@ class Finisher:
             if self._freeing:
                 self._freeing = max(0, self._freeing - len(batch))
                 self._on_freed()
+            self._on_recorded()
         if self._unused:
             unused = self._unused[:_MAX_BATCH]
             released, held = await self._release_all(leases, unused)

@@ -117,11 +117,15 @@ class Fixture:
         self.metrics = Metrics(SETTINGS)
         self.retries: list[float] = []
         self.freed: list[int] = []  # how many results were recorded each time
-        self.finisher = Finisher(self.metrics, self.retries.append, self.note_freed)
+        self.unrecorded: list[int] = []  # results that were left each time a batch had been recorded
+        self.finisher = Finisher(self.metrics, self.retries.append, self.note_freed, self.note_recorded)
         self.leases = FakeLeases()
 
     def note_freed(self) -> None:
         self.freed.append(len(self.leases.recorded))
+
+    def note_recorded(self) -> None:
+        self.unrecorded.append(self.finisher.unrecorded)
 
     async def run(self) -> None:
         await self.finisher.run(cast(Leases, self.leases))
@@ -202,6 +206,13 @@ async def test_a_result_that_frees_other_events_is_not_announced_before_it_is_re
     async with fixture.running():
         await eventually(lambda: fixture.finisher.pending == 0)
     assert fixture.freed[-1] == 1500
+
+
+async def test_each_batch_that_was_recorded_makes_room_for_claims(fixture: Fixture) -> None:
+    fixture.finisher.add(*(result(n) for n in range(2500)))
+    assert fixture.finisher.unrecorded == 2500
+    async with fixture.running():
+        await eventually(lambda: fixture.unrecorded == [1500, 500, 0])
 
 
 async def test_no_call_carries_more_than_a_thousand_results(fixture: Fixture) -> None:
