@@ -209,7 +209,7 @@ async def test_a_result_that_frees_other_events_is_not_announced_before_it_is_re
 
 
 async def test_each_batch_that_was_recorded_makes_room_for_claims(fixture: Fixture) -> None:
-    fixture.finisher.add(*(result(n) for n in range(2500)))
+    fixture.finisher.add(*(finished(n) for n in range(2500)))
     assert fixture.finisher.unrecorded == 2500
     async with fixture.running():
         await eventually(lambda: fixture.unrecorded == [1500, 500, 0])
