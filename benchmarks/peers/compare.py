@@ -175,7 +175,15 @@ def _lateness(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def _answer(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=_LIMIT_S)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=_LIMIT_S,
+        # Else a checkout in the working directory would stand in for the version that is measured.
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )
     if done.returncode != 0:
         raise OrchestratorError(f"this failed with status {done.returncode}: {' '.join(command[:4])} …")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
