@@ -11,11 +11,9 @@ from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import LiteralString
 
-import psycopg
-from psycopg import pq
-from psycopg.adapt import Dumper
 from psycopg.rows import TupleRow
 
+from orchestrator.database.binary import Binary, array
 from orchestrator.database.connection import Connection
 from orchestrator.events.encoding import COLUMNS, ID, MAX_RETRIES, NULL, SCHEDULED_AT, EncodedRow, Kind, Options
 
@@ -39,9 +37,7 @@ _WIDTH = (1 + len(COLUMNS)).to_bytes(2)
 _TIME = b"\0\0\0\x08"
 _NO_OPTIONS = Options(*[NULL] * 5)
 _number = struct.Struct(">Ii").pack
-_array_head = struct.Struct(">iiIii").pack
 _size = struct.Struct(">i").unpack_from
-_OIDS = {"json": 114, "uuid": 2950, "timestamptz": 1184, "smallint": 21, "integer": 23, "text": 25, "interval": 1186}
 
 _FOLLOWED = ("json", "text", "text")  # headers, correlation_id and traceparent
 _OPTIONS = ("text", "text", "smallint", "interval", "timestamptz")
@@ -125,14 +121,14 @@ def copied(rows: Iterable[EncodedRow], created_at: bytes) -> bytes:
     return (_WIDTH + _TIME + created_at).join(parts)  # copied once: a batch may be megabytes long
 
 
-def timers(rows: Sequence[EncodedRow]) -> list[_Binary | None]:
+def timers(rows: Sequence[EncodedRow]) -> list[Binary | None]:
     """What the timers of the events need."""
     policies, *others = _options_of(rows)
     named = policies if policies is None else {*policies} - {NULL}
     return [*_heads(rows), *_arrays(_OPTIONS, [named, *others])]
 
 
-def arrays(rows: Sequence[EncodedRow]) -> list[_Binary | None]:
+def arrays(rows: Sequence[EncodedRow]) -> list[Binary | None]:
     jobs, payloads, ends = [], [], []
     for row in rows:
         fields = row.fields
@@ -170,7 +166,7 @@ def _followed(rows: Sequence[EncodedRow], starts: Sequence[int]) -> Sequence[Col
     return columns
 
 
-def _heads(rows: Sequence[EncodedRow]) -> list[_Binary]:
+def _heads(rows: Sequence[EncodedRow]) -> list[Binary]:
     """Arrays of what each event has, up to its kind, and of the kinds."""
     numbers: dict[Kind, bytes] = {}
     kinds = []
@@ -196,23 +192,9 @@ def _options_of(rows: Sequence[EncodedRow]) -> Sequence[Collection[bytes] | None
     return list(zip(*(row.options or _NO_OPTIONS for row in rows), strict=True))
 
 
-def _arrays(kinds: Sequence[str], columns: Sequence[Collection[bytes] | None]) -> list[_Binary | None]:
+def _arrays(kinds: Sequence[str], columns: Sequence[Collection[bytes] | None]) -> list[Binary | None]:
     return [None if column is None else _array(kind, column) for kind, column in zip(kinds, columns, strict=True)]
 
 
-class _Binary(bytes):
-    """An argument as the server receives it; its type is that of the parameter."""
-
-
-class _BinaryDumper(Dumper):
-    format = pq.Format.BINARY
-
-    def dump(self, obj: bytes) -> bytes:
-        return obj
-
-
-psycopg.adapters.register_dumper(_Binary, _BinaryDumper)
-
-
-def _array(kind: str, elements: Collection[bytes]) -> _Binary:
-    return _Binary(_array_head(1, 1, _OIDS[kind], len(elements), 1) + b"".join(elements))
+def _array(kind: str, elements: Collection[bytes]) -> Binary:
+    return array(kind, len(elements), b"".join(elements), nulls=True)

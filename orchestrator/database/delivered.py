@@ -11,10 +11,7 @@ from itertools import pairwise
 from struct import pack
 from typing import TYPE_CHECKING
 
-from psycopg import adapters
-from psycopg.abc import Buffer
-from psycopg.adapt import Dumper
-from psycopg.pq import Format
+from orchestrator.database.binary import Binary, array
 
 if TYPE_CHECKING:
     from orchestrator.database.leases import Finished
@@ -24,31 +21,6 @@ MOST_EVENTS = 200
 
 _STRETCH_MS = 10_000  # the ids of a batch begin with milliseconds of one such stretch, so that a look-up is bounded
 _MOST_S = 2000.0  # an integer holds 2,147 s of microseconds
-_UUID, _INTEGER = adapters.types["uuid"], adapters.types["int4"]
-
-
-class UuidArray(bytes):
-    """A binary ``uuid[]``."""
-
-
-class IntegerArray(bytes):
-    """A binary ``integer[]``."""
-
-
-class _UuidArrayDumper(Dumper):
-    format = Format.BINARY
-    oid = _UUID.array_oid
-
-    def dump(self, obj: Buffer) -> Buffer:
-        return obj
-
-
-class _IntegerArrayDumper(_UuidArrayDumper):
-    oid = _INTEGER.array_oid
-
-
-adapters.register_dumper(UuidArray, _UuidArrayDumper)
-adapters.register_dumper(IntegerArray, _IntegerArrayDumper)
 
 
 def is_plain(result: Finished) -> bool:
@@ -111,15 +83,15 @@ def _batches(ids: Sequence[str]) -> Iterator[int]:
         start = bisect_left(ids, f"{after[:8]}-{after[8:]}", start, min(start + MOST_EVENTS, len(ids)))
 
 
-def _uuids(ids: Sequence[str]) -> UuidArray:
+def _uuids(ids: Sequence[str]) -> Binary:
     elements = bytes.fromhex("00000010" + "00000010".join(ids).replace("-", ""))
-    return UuidArray(pack(">iiIii", 1, 0, _UUID.oid, len(ids), 1) + elements)
+    return array("uuid", len(ids), elements)
 
 
-def _offsets(times_s: Sequence[float], base_s: float) -> IntegerArray:
+def _offsets(times_s: Sequence[float], base_s: float) -> Binary:
     """Microseconds since `base_s`, which is the first of the times. Each is packed with its length, 4, in front."""
     elements = [int((time_s - base_s) * 1e6 + (4 << 32) + 0.5) for time_s in times_s]
-    return IntegerArray(pack(f">iiIii{len(elements)}q", 1, 0, _INTEGER.oid, len(elements), 1, *elements))
+    return array("int4", len(elements), pack(f">{len(elements)}q", *elements))
 
 
 def _literal(values: Sequence[float]) -> str:

@@ -189,6 +189,8 @@ class Leases:
                 cursor = await self._finishing.execute(FINISH_DELIVERED, (*arguments, self.worker))
                 row = await cursor.fetchone()
             missed = set(row[0] or ()) if row else set()
+            if not missed and len(plain) == len(ordered):
+                return []
             ordered = [result for result in ordered if result.event_id in missed or not is_plain(result)]
         return await self._record(_FINISH, ordered) if ordered else []
 

@@ -425,7 +425,9 @@ begin
   if v_limits is not null then
     v_leased := orchestrator.book_slots(v_leased, v_limits, v_now, p_lease);
   end if;
-  if v_control.resumed_at > (select min(l.due_at) from unnest(v_leased) l) then
+  if v_control.resumed_at is not null
+    and v_control.resumed_at > (select min(l.due_at) from unnest(v_leased) l)
+  then
     v_leased := orchestrator.note_pause(v_leased, v_control, v_now);
   end if;
   perform orchestrator.set_claim_again(v_now, v_again_at, v_moved or v_work.more and v_left > 0, v_locked_out);

@@ -63,16 +63,21 @@ def written(client: Client) -> list[list[Any]]:
     return [client.column(query) for query in WRITTEN]
 
 
-@pytest.mark.parametrize("dedicated", [False, True])
-def test_a_direct_submission_writes_what_a_staged_one_writes(client: Client, dedicated: bool) -> None:
+def staged_and_undone(client: Client, made: Sequence[Submission], dedicated: bool) -> list[list[Any]]:
+    """What a staged submission writes of `varied`, with dedicated lanes or without any; it is rolled back."""
     if dedicated:
         destinations(client)
     else:
         client.rows("insert into orchestrator.retry_policy (name) values ('slow')")
-    made = varied()
     with client.transaction() as _, client.connection.transaction(force_rollback=True):
         assert submit_staged(client, made) == {}
-        staged = written(client)
+        return written(client)
+
+
+@pytest.mark.parametrize("dedicated", [False, True])
+def test_a_direct_submission_writes_what_a_staged_one_writes(client: Client, dedicated: bool) -> None:
+    made = varied()
+    staged = staged_and_undone(client, made, dedicated)
     assert client.rows(COUNTS) == [(0, 0)]
     with client.transaction():
         submit_directly(client, made)

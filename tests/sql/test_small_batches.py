@@ -15,7 +15,7 @@ from psycopg.errors import (
 )
 
 from tests.sql.conftest import Connect
-from tests.sql.test_direct_submission import destinations, varied, written
+from tests.sql.test_direct_submission import staged_and_undone, varied, written
 from tests.sql.test_submit import COUNTS, submission, submit_staged
 from tests.support.copying import submit_in_one_call
 from tests.support.laws import violations
@@ -30,14 +30,8 @@ _CALL = "select * from orchestrator.submit_batch"
 
 @pytest.mark.parametrize("dedicated", [False, True])
 def test_one_call_writes_what_a_staged_submission_writes(client: Client, dedicated: bool) -> None:
-    if dedicated:
-        destinations(client)
-    else:
-        client.rows("insert into orchestrator.retry_policy (name) values ('slow')")
     made = varied()
-    with client.transaction() as _, client.connection.transaction(force_rollback=True):
-        assert submit_staged(client, made) == {}
-        staged = written(client)
+    staged = staged_and_undone(client, made, dedicated)
     client.rows(_FORBID_STAGING)
     assert submit_in_one_call(client, made) == {}
     assert written(client) == staged
