@@ -20,16 +20,18 @@ def as_before() -> Iterator[None]:
     gc.set_threshold(*thresholds)
 
 
+def is_looked_at(wanted: object) -> bool:
+    return any(each is wanted for each in gc.get_objects())
+
+
 async def test_what_is_made_until_the_process_has_started_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garbage, "_STARTED_S", 0.1)
     garbage.spare_what_stays()
     made: list[list[int]] = [[]]
-    assert gc.get_freeze_count() == 0
-    await eventually(lambda: gc.get_freeze_count() > 0)
-    looked_at = gc.get_objects()
-    assert not any(each is made for each in looked_at)
+    assert is_looked_at(made)
+    await eventually(lambda: not is_looked_at(made))
     later: list[list[int]] = [[]]
-    assert any(each is later for each in gc.get_objects())
+    assert is_looked_at(later)
 
 
 async def test_a_batch_in_use_is_looked_at_once_in_10_000_objects() -> None:
