@@ -154,7 +154,7 @@ begin
         cross join (
           select t.ctid as at, t.destination, t.lease_until from orchestrator.timer t
           where t.lane = p_lane and t.priority = 0 and t.due_at <= p_until
-          order by t.due_at desc limit least(64, 8 + p_batch / 4)) y
+          order by t.due_at desc limit 8 + p_batch / 4) y
         where y.destination <> front.destination and (p_paused is null or y.destination <> all (p_paused))
           and orchestrator.is_free(y.lease_until, p_now)
         limit greatest(1, p_batch / 4)))

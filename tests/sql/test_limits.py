@@ -348,17 +348,30 @@ def test_an_unconfigured_destination_is_forgotten_when_it_has_recovered(client: 
     assert len(client.claim()) == 3
 
 
-def test_a_lane_mate_of_a_destination_with_a_great_backlog_is_served_at_once(client: Client) -> None:
-    """Both in one shared lane: the other's events are the youngest that are due."""
-    twin = next(
+def lane_mate(client: Client) -> str:
+    """Another destination in the shared lane of NAME."""
+    return next(
         f"https://twin-{n}.example"
         for n in range(10_000)
         if client.value("select orchestrator.lane_for(%s) = orchestrator.lane_for(%s)", f"twin-{n}.example", NAME)
     )
+
+
+def test_a_lane_mate_of_a_destination_with_a_great_backlog_is_served_at_once(client: Client) -> None:
+    """Both in one shared lane: the other's events are the youngest that are due."""
+    twin = lane_mate(client)
     client.schedule_many(900, scheduled_at=NOON - seconds(60))
     client.at(NOON).schedule_many(3, destination=twin)
     client.at(NOON + seconds(1))
     assert [lease.destination for lease in client.claim(100)].count(twin) == 3
+
+
+def test_a_quarter_of_a_large_claim_is_for_the_lane_mates_of_a_flood(client: Client) -> None:
+    twin = lane_mate(client)
+    client.schedule_many(1500, scheduled_at=NOON - seconds(60))
+    client.at(NOON).schedule_many(300, destination=twin)
+    client.at(NOON + seconds(1))
+    assert [lease.destination for lease in client.claim(1000)].count(twin) == 250
 
 
 # Pauses
