@@ -105,7 +105,7 @@ begin
     , greatest(v_now, coalesce(a.due_at
       , e.scheduled_at + coalesce(orchestrator.spread_shift(e.id, coalesce(e.spread, d.spread)), '0 s')))
     , p.lane, hashtextextended(n.name, 0), coalesce(e.priority, 0), hashtextextended(e.ordering_key, 0)
-    , coalesce(a.attempts, 0), coalesce(a.attempts, 0) + e.max_retries + 1
+    , nullif(a.attempts, 0), coalesce(a.attempts, 0) + e.max_retries + 1
     , hashtextextended(e.source, 0), case when a.attempts is not null then true end
     , e.expires_at
   from unnest(p_ids, p_scheduled_at, p_due_at, p_attempts) as a (id, scheduled_at, due_at, attempts)
@@ -189,13 +189,13 @@ begin
   end if;
 
   insert into orchestrator.timer
-    (event_id, scheduled_at, due_at, lane, destination, priority, ordering, attempt, max_attempts, source, expires_at)
+    (event_id, scheduled_at, due_at, lane, destination, priority, ordering, max_attempts, source, expires_at)
   select e.id, e.scheduled_at
     , greatest(p_now, case
         when coalesce(e.spread, v_spreads[e.kind]) is null then e.scheduled_at
         else e.scheduled_at + orchestrator.spread_shift(e.id, coalesce(e.spread, v_spreads[e.kind])) end)
     , v_lanes[e.kind], v_hashes[e.kind], coalesce(e.priority, 0), hashtextextended(e.ordering_key, 0)
-    , 0, e.max_retries + 1, v_source_hashes[e.kind], e.expires_at
+    , e.max_retries + 1, v_source_hashes[e.kind], e.expires_at
   -- Not one unnest() of all: that would keep what it returns in memory first.
   from (
     select unnest(p_ids) as id, unnest(p_scheduled_at) as scheduled_at, unnest(p_max_retries) as max_retries

@@ -98,7 +98,7 @@ begin
   end if;
   -- Lanes come at random, the priorities of a lane together, the highest one first. A shared lane is behind
   -- when its first timer has been due for long. While most shared lanes are not, one destination fills it.
-  select array_agg(row(q.lane, q.priority, q.floor, p_until, null)::orchestrator.queue
+  select array_agg(row(q.lane, q.priority, q.floor, p_until, null, q.first_due)::orchestrator.queue
       order by q.place, q.priority desc)
     , array_agg(q.lane) filter (where q.limited or q.first_due < q.delayed_until)
     , case when count(*) filter (where q.behind) <= greatest(2, count(*) / 2)
@@ -121,9 +121,9 @@ begin
     select array_agg(q.queue order by q.n) filter (where q.is_first), array_agg(q.queue) filter (where not q.is_first)
     into queues, lower
     from (
-      select row(u.lane, u.priority, u.floor, u.until, u.cap)::orchestrator.queue as queue, u.n
+      select row(u.lane, u.priority, u.floor, u.until, u.cap, u.first_due)::orchestrator.queue as queue, u.n
         , row_number() over (partition by u.lane order by u.n) = 1 as is_first
-      from unnest(queues) with ordinality as u (lane, priority, floor, until, cap, n)) q;
+      from unnest(queues) with ordinality as u (lane, priority, floor, until, cap, first_due, n)) q;
   end if;
   perform set_config('orchestrator.last_own_lane', v_last::text, false);
 end $$;
@@ -160,7 +160,7 @@ begin
         limit greatest(1, p_batch / 4)))
       and orchestrator.is_free(t.lease_until, p_now)
       -- expires_at null: it never expires.
-      and t.attempt < t.max_attempts and t.expires_at > p_now is not false
+      and coalesce(t.attempt, 0) < t.max_attempts and t.expires_at > p_now is not false
     for update skip locked) t;
 end $$;
 comment on function orchestrator.lock_behind_flood(
@@ -181,7 +181,7 @@ create or replace function orchestrator.next_queues(
   p_queues orchestrator.queue[], p_lower orchestrator.queue[], p_given bigint[], p_left integer)
 returns orchestrator.queue[]
 language sql stable as $$
-  select coalesce(array_agg(row(q.lane, q.priority, q.floor, q.until, q.cap)::orchestrator.queue
+  select coalesce(array_agg(row(q.lane, q.priority, q.floor, q.until, q.cap, null)::orchestrator.queue
       order by q.asked, not q.gave_all, q.n), '{}')
   from (
     select q.lane, q.floor, q.until, q.n, q.asked, q.gave_all, q.cap - q.given as cap
@@ -191,7 +191,7 @@ language sql stable as $$
     from (
       select q.*, p_given[q.n] as given, q.n <= p_left as asked
         , p_given[q.n] = orchestrator.share_of(q.cap, q.n, p_left, cardinality(p_queues)) as gave_all
-      from unnest(p_queues) with ordinality as q (lane, priority, floor, until, cap, n)) q) q
+      from unnest(p_queues) with ordinality as q (lane, priority, floor, until, cap, first_due, n)) q) q
   -- cap null: no limit.
   where q.priority is not null and q.cap > 0 is not false
 $$;
@@ -211,13 +211,15 @@ begin
   with picked as materialized (
     -- A row for each timer, and one without a timer for each queue that gave none.
     select q.n, t.at, t.ends, t.unchecked
-    from unnest(p_queues) with ordinality as q (lane, priority, floor, until, cap, n)
+    from unnest(p_queues) with ordinality as q (lane, priority, floor, until, cap, first_due, n)
     left join lateral (
       select t.ctid as at
-        , t.attempt >= t.max_attempts + orchestrator.max_lost_leases() or t.expires_at <= p_now is true as ends
+        , coalesce(t.attempt, 0) >= t.max_attempts + orchestrator.max_lost_leases()
+          or t.expires_at <= p_now is true as ends
         , t.ordering is not null or p_rerouted or t.lane = any (p_spread) is true as unchecked
       from orchestrator.timer t
-      where t.lane = q.lane and t.priority = q.priority and t.due_at >= q.floor and t.due_at <= q.until
+      where t.lane = q.lane and t.priority = q.priority and t.due_at >= coalesce(q.first_due, q.floor)
+        and t.due_at <= q.until
         and orchestrator.is_free(t.lease_until, p_now)
         and (p_paused is null or t.destination <> all (p_paused))
         and (p_lock_numbers is null or t.ordering is null
@@ -254,7 +256,7 @@ declare
 begin
   with leased as (
     update orchestrator.timer t
-    set lease_until = p_lease_until, worker = p_worker, attempt = t.attempt + 1, busy = t.ordering
+    set lease_until = p_lease_until, worker = p_worker, attempt = coalesce(t.attempt, 0) + 1, busy = t.ordering
       , slot = case when t.lane = any (p_bounded) then t.lane end
     where t.ctid = any (p_ready)
     returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane, t.ctid as at

@@ -99,7 +99,8 @@ begin
   )
   -- again_at: when a rate has more to give, or when the next event of a bounded lane is due.
   select array_agg(row(q.lane, q.priority, q.floor, coalesce(l.until, q.until)
-        , case when l.lane is not null then l.allowed when q.lane = any (p_limited) then 0 end)::orchestrator.queue
+        , case when l.lane is not null then l.allowed when q.lane = any (p_limited) then 0 end
+        , q.first_due)::orchestrator.queue
       order by q.n)
     , coalesce(array_agg(row(l.lane, l.allowed, l.kind, l.bound is not null)::orchestrator.lane_limit order by q.n)
         filter (where l.lane is not null), '{}')
@@ -118,7 +119,7 @@ begin
             order by t.due_at limit 1) t
           order by 1 limit 1) end))
   into queues, limits, bounded, spread, locked_out, again_at
-  from unnest(p_queues) with ordinality as q (lane, priority, floor, until, cap, n)
+  from unnest(p_queues) with ordinality as q (lane, priority, floor, until, cap, first_due, n)
   left join limits l on l.lane = q.lane;
 end $$;
 comment on function orchestrator.lock_limits(

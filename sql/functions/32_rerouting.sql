@@ -184,7 +184,7 @@ begin
       where l.lane = t.lane and d.spread is not null limit 1) d
     cross join lateral (
       select e.spread from orchestrator.event e where e.id = t.event_id and e.scheduled_at = t.scheduled_at limit 1) e
-    where t.attempt = 0 and e.spread is null
+    where coalesce(t.attempt, 0) = 0 and e.spread is null
       and t.due_at < t.scheduled_at + orchestrator.spread_shift(t.event_id, d.spread)
   ), put_off as (
     update orchestrator.timer t

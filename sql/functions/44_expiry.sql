@@ -23,8 +23,8 @@ begin
     where t.ctid = any (p_at)
       and (t.ordering is null or pg_try_advisory_xact_lock(
         hashtext('orchestrator.ordering'), orchestrator.ordering_lock_number(t.ordering)))
-    returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.worker, t.lane, t.ordering, t.source, t.destination
-      , t.retrying, case when t.expires_at <= v_now then 'expired' else 'dead' end as result
+    returning t.event_id, t.scheduled_at, t.due_at, coalesce(t.attempt, 0) as attempt, t.worker, t.lane, t.ordering
+      , t.source, t.destination, t.retrying, case when t.expires_at <= v_now then 'expired' else 'dead' end as result
   ), outcomes as (
     insert into orchestrator.outcome
       (event_id, scheduled_at, due_at, finished_at, worker, attempt, result, error)

@@ -68,7 +68,8 @@ begin
   with gone as (
     delete from orchestrator.timer t
     where t.event_id = any (p_ids) and orchestrator.is_free(t.lease_until, v_now)
-    returning t.event_id, t.scheduled_at, t.attempt, t.ordering, t.source, t.destination, t.retrying
+    returning t.event_id, t.scheduled_at, coalesce(t.attempt, 0) as attempt, t.ordering, t.source, t.destination
+      , t.retrying
   ), logged as (
     insert into orchestrator.outcome (event_id, scheduled_at, finished_at, attempt, result, successor)
     select g.event_id, g.scheduled_at, v_now, g.attempt, p_result, p_successor from gone g

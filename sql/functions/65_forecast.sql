@@ -84,7 +84,7 @@ as $$
   -- A claim will put off what was submitted before its destination was given a spread.
   cross join lateral (
     select case
-      when g.spread is not null and t.attempt = 0 and t.due_at = t.scheduled_at
+      when g.spread is not null and coalesce(t.attempt, 0) = 0 and t.due_at = t.scheduled_at
       then t.due_at + orchestrator.spread_shift(t.event_id, g.spread)
       else t.due_at
     end as due_at) f
