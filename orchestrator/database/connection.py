@@ -47,6 +47,8 @@ def translated() -> Iterator[None]:
         yield
     except errors.LockNotAvailable as error:
         raise Blocked(f"another session's open transaction holds what is needed: {first_line(error)}") from error
+    except errors.QueryCanceled as error:  # see pass_on_cancel() in SQL: a lock timeout may call itself that
+        raise Blocked(f"the call waited too long for another session, or was cancelled: {first_line(error)}") from error
     except errors.ReadOnlySqlTransaction as error:
         raise DatabaseUnavailable(f"the database takes no writes: {first_line(error)}") from error
     except _AWAY as error:

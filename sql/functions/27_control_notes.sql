@@ -114,6 +114,7 @@ create or replace function orchestrator.await_destination(p_name text) returns b
 language plpgsql security definer
 set search_path = orchestrator, pg_temp as $$
 declare
+  v_began constant timestamptz := clock_timestamp();
   v_patience constant text := current_setting('lock_timeout');
 begin
   if not orchestrator.try_destination(p_name) then
@@ -124,7 +125,8 @@ begin
     perform set_config('lock_timeout', v_patience, true);
   end if;
   return true;
-exception when lock_not_available then
+exception when lock_not_available or query_canceled then
+  perform orchestrator.pass_on_cancel(sqlstate, sqlerrm, v_began + '100 ms');
   return false;
 end $$;
 comment on function orchestrator.await_destination(text) is 'try_destination() that waits up to 100 ms for each lock';

@@ -44,6 +44,7 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 as $$
 declare
+  v_began constant timestamptz := clock_timestamp();
   v_patience constant text := current_setting('lock_timeout');
   v_locked integer[] := array(
     select l.lane from orchestrator.lane l where l.lane = any (p_limited) order by l.lane for update skip locked);
@@ -57,7 +58,8 @@ begin
       order by l.lane for update;
       v_locked := p_limited;
       perform set_config('lock_timeout', v_patience, true);
-    exception when lock_not_available then null;
+    exception when lock_not_available or query_canceled then
+      perform orchestrator.pass_on_cancel(sqlstate, sqlerrm, v_began + '50 ms');
     end;
   end if;
 

@@ -28,6 +28,7 @@ set enable_mergejoin = off
 set enable_seqscan = off
 as $$
 declare
+  v_began constant timestamptz := clock_timestamp();
   v_patience constant text := current_setting('lock_timeout');
   v_blocked uuid[];
 begin
@@ -35,7 +36,8 @@ begin
   perform orchestrator.lock_events(p_ids);
   perform set_config('lock_timeout', v_patience, true);
   return p_ids;
-exception when lock_not_available then
+exception when lock_not_available or query_canceled then
+  perform orchestrator.pass_on_cancel(sqlstate, sqlerrm, v_began + '1 s');
   v_blocked := orchestrator.lock_free(p_ids) || array(
     select h.id from orchestrator.horizon h where h.id = any (p_ids)
     except

@@ -1,5 +1,6 @@
 -- Which sessions make others wait: those that have left a transaction open, and prepared transactions,
--- which belong to no session. Called by whoever was kept waiting, by doctor, and for the metrics.
+-- which belong to no session. Called by whoever was kept waiting, by doctor, and for the metrics. And what a
+-- lock timeout may look like.
 
 create or replace function orchestrator.holder_remedy(p_holder orchestrator.lock_holder) returns text
 language sql stable
@@ -132,3 +133,17 @@ as $$
 $$;
 comment on function orchestrator.holders_text(interval) is
   'holders_text() without those that have only read';
+
+-- PostgreSQL waits for a row in two steps: for its turn, and for the row. When lock_timeout fires just as the
+-- first one ends, the second one forgets that, and the error calls itself a cancel by the user.
+create or replace function orchestrator.pass_on_cancel(p_sqlstate text, p_message text, p_timed_out_at timestamptz)
+returns void
+language plpgsql as $$
+begin
+  if p_sqlstate = '57014' and clock_timestamp() < p_timed_out_at then
+    raise query_canceled using message = p_message;
+  end if;
+end $$;
+comment on function orchestrator.pass_on_cancel(text, text, timestamptz) is
+  'For handlers of lock_not_available or query_canceled: raises a cancel again, unless it may have been lock_timeout, '
+  'which cannot have fired before p_timed_out_at';

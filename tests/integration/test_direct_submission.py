@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from datetime import timedelta
-from typing import Any
+from typing import Any, LiteralString
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.support.copying import submit_directly
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.laws import violations
 from tests.support.sql_client import NOON, Client
+from tests.support.waiting import eventually
 
 MANY = 200
 LATER = NOON + timedelta(days=2)
@@ -136,6 +138,25 @@ async def test_a_batch_that_another_session_holds_up_is_blocked_after_a_moment(
             "accepted": count - 1,
             "duplicate": 1,
         }
+
+
+@WAYS
+async def test_a_batch_that_is_cancelled_while_it_waits_is_blocked(
+    settings: MakeSettings, client: Client, count: int
+) -> None:
+    """The lock timeout may call itself a cancel."""
+    made = batch(count)
+    cancel: LiteralString = """
+    select pg_cancel_backend(pid) from pg_stat_activity
+    where datname = current_database() and wait_event_type = 'Lock'
+    """
+    async with Database(settings(), role="test") as database:
+        with client.transaction():
+            submit_directly(client, made[5:6])
+            waiting = asyncio.create_task(database.submit(made))
+            await eventually(lambda: waiting.done() or client.rows(cancel))
+            with pytest.raises(Blocked):
+                await waiting
 
 
 def test_after_failures_ever_more_batches_are_staged() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, LiteralString, NamedTuple
 
 import psycopg
 import pytest
 
 from tests.sql.conftest import Connect
 from tests.support.laws import violations
-from tests.support.sql_client import NOON, Client, event, results, seconds
+from tests.support.sql_client import NOON, Client, event, results, seconds, wait_for
 from tests.support.upkeep import maintain
 
 FAR = NOON + timedelta(days=50)
@@ -202,3 +204,44 @@ def test_a_dry_run_takes_no_lock_and_a_sweep_leaves_out_locked_events(connect: C
     assert (swept.matched, swept.cancelled, swept.in_flight) == (1, 0, 0)
     holder.rows("rollback")
     assert cancel(client, source="air").cancelled == 1
+
+
+def test_a_sweep_that_is_cancelled_while_it_waits_changes_nothing(
+    connect: Connect, observer: Client, threads: ThreadPoolExecutor
+) -> None:
+    client, holder = connect(), connect()
+    locked, free = [client.schedule(source="air") for _ in range(2)]
+    holder.rows("begin")
+    holder.rows("select 1 from orchestrator.timer where event_id = %s for update", locked)
+    swept = threads.submit(cancel, client, source="air")
+    observer.wait_until_blocked(client)
+    observer.rows("select pg_cancel_backend(%s)", client.pid)
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        swept.result(10)
+    holder.rows("rollback")
+    assert [observer.status(uid) for uid in (locked, free)] == ["scheduled"] * 2
+
+
+def test_a_sweep_leaves_out_locked_events_though_the_lock_timeout_calls_itself_a_cancel(
+    connect: Connect, observer: Client, threads: ThreadPoolExecutor
+) -> None:
+    """It does when it fires between two waits for one row; here the cancel comes from outside."""
+    client, holder, next_holder = connect(), connect(), connect()
+    locked, free = [client.schedule(source="air") for _ in range(2)]
+    lock: LiteralString = "select 1 from orchestrator.timer where event_id = %s for update"
+    for each in (holder, next_holder):
+        each.rows("begin")
+    holder.rows(lock, locked)
+    next_locked = threads.submit(next_holder.rows, lock, locked)
+    observer.wait_until_blocked(next_holder)
+    began_s = time.monotonic()
+    swept = threads.submit(cancel, client, source="air")
+    observer.wait_until_blocked(client)
+    wait_for(lambda: time.monotonic() > began_s + 0.7)
+    holder.rows("rollback")
+    next_locked.result(10)
+    wait_for(lambda: time.monotonic() > began_s + 1.2)
+    observer.rows("select pg_cancel_backend(%s)", client.pid)
+    assert swept.result(10).cancelled == 1
+    next_holder.rows("rollback")
+    assert [observer.status(uid) for uid in (locked, free)] == ["scheduled", "cancelled"]
