@@ -152,11 +152,11 @@ begin
           where t.lane = p_lane and t.priority = 0 and t.due_at >= v_floor and t.due_at <= p_until
           order by t.due_at limit 1) front
         cross join (
-          select t.ctid as at, t.destination, t.lease_until from orchestrator.timer t
+          select t.ctid as at, t.destination from orchestrator.timer t
           where t.lane = p_lane and t.priority = 0 and t.due_at <= p_until
+            and orchestrator.is_free(t.lease_until, p_now)
           order by t.due_at desc limit 8 + p_batch / 4) y
         where y.destination <> front.destination and (p_paused is null or y.destination <> all (p_paused))
-          and orchestrator.is_free(y.lease_until, p_now)
         limit greatest(1, p_batch / 4)))
       and orchestrator.is_free(t.lease_until, p_now)
       -- expires_at null: it never expires.
@@ -357,6 +357,7 @@ declare
   v_bounded integer[];                -- lanes where a lease takes a slot of max_parallel
   v_spread integer[];                 -- lanes whose destination has a spread
   v_left integer := p_batch;          -- leases still wanted
+  v_spare integer := 10 * p_batch;    -- how many moved and parked timers may still be made up for
   v_ready tid[];                      -- locked timers to lease
   v_unchecked tid[];                  -- locked timers that may be in a wrong lane, or have to wait
   v_picked record;                    -- what pick_due_timers() returns
@@ -400,12 +401,15 @@ begin
   -- left of the batch evenly among the queues that filled their share before.
   loop
     if v_unchecked is not null then
-      -- Moved timers count from the next round on; timers locked elsewhere are wanted again.
-      select v_ready || c.ready, v_left + c.locked, v_lock_numbers || c.lock_numbers, v_moved or c.changed
-        , v_locked_out or c.locked > 0
-      into v_ready, v_left, v_lock_numbers, v_moved, v_locked_out
+      -- Moved timers count from the next round on. Others are wanted for those locked elsewhere, moved
+      -- or parked.
+      select v_ready || c.ready, v_left + c.locked + m.made_up, v_spare - m.made_up, v_lock_numbers || c.lock_numbers
+        , v_moved or c.changed, v_locked_out or c.locked > 0
+      into v_ready, v_left, v_spare, v_lock_numbers, v_moved, v_locked_out
       from orchestrator.reroute_or_park(
-        v_unchecked, v_control.rerouted_by is not null, p_max_parallel is not null, p_skip) c;
+        v_unchecked, v_control.rerouted_by is not null, p_max_parallel is not null, p_skip) c
+      cross join lateral (
+        select least(v_spare, cardinality(v_unchecked) - cardinality(c.ready) - c.locked) as made_up) m;
     end if;
     if cardinality(v_ready) > 0 then
       v_leased := v_leased || orchestrator.lease_timers(v_ready, v_lease_until, p_worker, v_bounded);

@@ -213,8 +213,10 @@ begin
            or l.held_by is distinct from case when coalesce(s.leases, 0) >= k.allowed then k.kind end)
   ), prolonged as (
     update orchestrator.timer t
-    set lease_until = (select s.lease_until from slot s where s.event_id = t.event_id)
+    set lease_until = s.lease_until
+    from slot s
     where t.event_id = any (array(select s.event_id from slot s where s.lease_until > s.leased_until))
+      and t.event_id = s.event_id
   ), why as (
     -- Why those start late that do.
     select s.n

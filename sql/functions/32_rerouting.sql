@@ -160,8 +160,9 @@ begin
       where t.ctid = any (p_at)
     ), moved as (
       update orchestrator.timer t
-      set lane = (select p.right_lane from placed p where p.at = t.ctid)
-      where t.ctid = any (array(select p.at from placed p where p.lane <> p.right_lane))
+      set lane = p.right_lane
+      from placed p
+      where t.ctid = p.at and p.lane <> p.right_lane
       returning t.ctid as at, t.lane
     ), free as (
       -- Of those, the ones in lanes that give any number now.
@@ -188,8 +189,9 @@ begin
       and t.due_at < t.scheduled_at + orchestrator.spread_shift(t.event_id, d.spread)
   ), put_off as (
     update orchestrator.timer t
-    set due_at = (select e.due_at from early e where e.at = t.ctid)
-    where t.ctid = any (array(select e.at from early e))
+    set due_at = e.due_at
+    from early e
+    where t.ctid = e.at
   )
   select array(select r from unnest(ready) r where r <> all (array(select e.at from early e))) into ready;
 

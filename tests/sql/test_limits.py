@@ -374,6 +374,23 @@ def test_a_quarter_of_a_large_claim_is_for_the_lane_mates_of_a_flood(client: Cli
     assert [lease.destination for lease in client.claim(1000)].count(twin) == 250
 
 
+def test_a_claim_that_moves_timers_to_their_dedicated_lane_goes_on_to_those_behind_them(client: Client) -> None:
+    twin = lane_mate(client)
+    client.schedule_many(100)
+    client.at(NOON + seconds(0.1)).schedule_many(5, destination=twin)
+    configure(client, p_rate_per_second=1)
+    assert [lease.destination for lease in client.claim(20)].count(twin) == 5
+
+
+def test_the_lane_mates_of_a_flood_do_not_wait_for_those_of_them_that_are_under_way(client: Client) -> None:
+    twin = lane_mate(client)
+    client.at(NOON - seconds(60)).schedule_many(900, scheduled_at=NOON - seconds(60))
+    client.at(NOON).schedule_many(100, destination=twin)
+    client.at(NOON + seconds(1))
+    for _ in range(4):
+        assert [lease.destination for lease in client.claim(100)].count(twin) == 25
+
+
 # Pauses
 
 
