@@ -107,8 +107,15 @@ class Writer:
         return self._database
 
     async def _holders(self) -> str:
+        """The sessions that hold a batch up; those of them that belong to suspended ingesters are ended."""
+
+        async def found(database: Ingestion) -> str:
+            holders = await database.holders()
+            await database.end_suspended()
+            return holders
+
         try:
-            return await within(_ANSWER_S, self._once(lambda database: database.holders()))
+            return await within(_ANSWER_S, self._once(found))
         except (OrchestratorError, psycopg.Error, TimeoutError):
             await self.close()
             return "unknown"

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import LiteralString
 
 import pytest
 from aiokafka import TopicPartition
@@ -162,6 +163,29 @@ async def test_an_ingester_paused_within_its_transaction_loses_the_partitions_an
     await all_read(client, topic, places + more)
     assert await sleeper.stop() == 0
     assert await awake.stop() == 0
+
+
+async def test_an_ingester_suspended_within_a_copy_gives_way_to_its_successor(
+    spawn: Spawn, database_url: str, client: Client, topic: Topic
+) -> None:
+    """Its session is not idle: PostgreSQL awaits the rows."""
+    copying: LiteralString = """
+    select pid from pg_stat_activity
+    where datname = current_database() and wait_event = 'ClientRead' and state = 'active' and query ilike 'copy%'
+    """
+    async with CuttingProxy(database_url) as proxy:
+        sleeper = spawn("ingest", **topic.environ, DATABASE_URL=proxy.url)
+        await sleeper.wait_for_log(f" of {topic.name}", 20)
+        proxy.hang_at("the-last-row")
+        last = submission(100, external_job_id="the-last-row")
+        places = await feed(topic, [*(submission(n) for n in range(100)), last])
+        await eventually(lambda: client.rows(copying), 20)
+        sleeper.pause()
+        awake = spawn("ingest", **topic.environ)
+        await read_to(client, topic.name, places, 45)
+        assert await awake.stop() == 0
+        await sleeper.kill()
+    assert len(jobs(client)) == 101
 
 
 async def test_a_database_that_is_killed_again_and_again_loses_nothing(
