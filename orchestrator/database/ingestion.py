@@ -239,12 +239,13 @@ class Ingestion:
         [(holders,)] = await self._all(HOLDERS)
         return str(holders)
 
-    async def end_suspended(self) -> None:
+    async def end_suspended(self) -> list[int]:
         """Ends the sessions of ingesters that have been within one COPY for ten seconds: their processes are suspended.
 
-        PostgreSQL itself ends those that are idle in a transaction, but not those from which it awaits rows.
+        PostgreSQL itself ends those that are idle in a transaction, but not those from which it awaits rows. Returns
+        the process ids of the sessions.
         """
-        await self._all(_END_SUSPENDED)
+        return [pid for pid, _ in await self._all(_END_SUSPENDED)]
 
     async def _set_aside(self, topic: str, rows: Sequence[EncodedRow], records: Sequence[Reject]) -> None:
         async with self._connection.cursor() as cursor:
@@ -290,7 +291,7 @@ def _storable(text: str) -> str:
 # A process that is suspended within its transaction must not block the consumer that has taken over its partitions.
 _SESSION = {"idle_in_transaction_session_timeout": "5s", "lock_timeout": "10s"}
 _END_SUSPENDED: LiteralString = """
-select pg_terminate_backend(a.pid) from pg_stat_activity a
+select a.pid, pg_terminate_backend(a.pid) from pg_stat_activity a
 where a.datname = current_database() and a.usename = current_user and a.pid <> pg_backend_pid()
   and a.application_name = current_setting('application_name')
   and a.state = 'active' and a.wait_event = 'ClientRead' and a.query_start < clock_timestamp() - interval '10 s'

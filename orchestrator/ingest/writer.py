@@ -111,7 +111,8 @@ class Writer:
 
         async def found(database: Ingestion) -> str:
             holders = await database.holders()
-            await database.end_suspended()
+            if ended := await database.end_suspended():
+                _log.warning("ended sessions of ingesters that are suspended within a batch", extra={"pids": ended})
             return holders
 
         try:

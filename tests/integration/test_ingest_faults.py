@@ -183,6 +183,7 @@ async def test_an_ingester_suspended_within_a_copy_gives_way_to_its_successor(
         sleeper.pause()
         awake = spawn("ingest", **topic.environ)
         await read_to(client, topic.name, places, 45)
+        await awake.wait_for_log("ended sessions of ingesters")
         assert await awake.stop() == 0
         await sleeper.kill()
     assert len(jobs(client)) == 101

@@ -357,21 +357,20 @@ def lane_mate(client: Client) -> str:
     )
 
 
-def test_a_lane_mate_of_a_destination_with_a_great_backlog_is_served_at_once(client: Client) -> None:
+@pytest.mark.parametrize(
+    ("backlog", "others", "batch", "served"),
+    [(900, 3, 100, 3), (1500, 300, 1000, 250)],
+    ids=["all", "a quarter of the claim"],
+)
+def test_a_lane_mate_of_a_destination_with_a_great_backlog_is_served_at_once(
+    client: Client, backlog: int, others: int, batch: int, served: int
+) -> None:
     """Both in one shared lane: the other's events are the youngest that are due."""
     twin = lane_mate(client)
-    client.schedule_many(900, scheduled_at=NOON - seconds(60))
-    client.at(NOON).schedule_many(3, destination=twin)
+    client.schedule_many(backlog, scheduled_at=NOON - seconds(60))
+    client.at(NOON).schedule_many(others, destination=twin)
     client.at(NOON + seconds(1))
-    assert [lease.destination for lease in client.claim(100)].count(twin) == 3
-
-
-def test_a_quarter_of_a_large_claim_is_for_the_lane_mates_of_a_flood(client: Client) -> None:
-    twin = lane_mate(client)
-    client.schedule_many(1500, scheduled_at=NOON - seconds(60))
-    client.at(NOON).schedule_many(300, destination=twin)
-    client.at(NOON + seconds(1))
-    assert [lease.destination for lease in client.claim(1000)].count(twin) == 250
+    assert [lease.destination for lease in client.claim(batch)].count(twin) == served
 
 
 def test_a_claim_that_moves_timers_to_their_dedicated_lane_goes_on_to_those_behind_them(client: Client) -> None:
