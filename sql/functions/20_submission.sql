@@ -219,9 +219,10 @@ comment on function orchestrator.insert_timers(
 
 create or replace function orchestrator.note_priorities(p_priorities smallint[]) returns void
 language sql security definer
-set search_path = orchestrator, pg_temp as $$
+set search_path = orchestrator, pg_temp
+set enable_seqscan = off as $$
   select orchestrator.note_control('priorities', p_priorities)
-  from orchestrator.control c
+  from orchestrator.newest_control() c
   where not c.priorities @> p_priorities
 $$;
 comment on function orchestrator.note_priorities(smallint[]) is
@@ -229,9 +230,10 @@ comment on function orchestrator.note_priorities(smallint[]) is
 
 create or replace function orchestrator.require_plain(p_last timestamptz, p_policies text[]) returns void
 language plpgsql security definer
-set search_path = orchestrator, pg_temp as $$
+set search_path = orchestrator, pg_temp
+set enable_seqscan = off as $$
 begin
-  if p_last >= (select c.horizon_at from orchestrator.control c)
+  if p_last >= (select c.horizon_at from orchestrator.newest_control() c)
     or p_policies is not null and not p_policies <@ array(select name from orchestrator.retry_policy)
   then
     raise check_violation;  -- go on row by row
@@ -327,7 +329,8 @@ returns table (n integer, id uuid, result text, field text, reason text)
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
-set plan_cache_mode = force_generic_plan as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
   v_now timestamptz;
@@ -348,7 +351,7 @@ begin
   into v_first, v_priorities
   from pg_temp.submission s;
   perform orchestrator.note_priorities(v_priorities) where v_priorities is not null;
-  select c.former_ids_until is not null into v_former_ids from orchestrator.control c;
+  select c.former_ids_until is not null into v_former_ids from orchestrator.newest_control() c;
   -- reschedule_event() has looked for former ids itself.
   perform orchestrator.recognise_former_ids() where v_former_ids and p_predecessor is null;
 
@@ -496,7 +499,7 @@ begin
   -- Keeps days from getting their partition meanwhile: whoever gives a day one waits until all that went to
   -- the horizon is there to see.
   perform pg_advisory_xact_lock_shared(hashtext('orchestrator.horizon'));
-  select * into v_control from orchestrator.control;
+  select * into v_control from orchestrator.newest_control();
   v_days := orchestrator.partition_days();
   v_first_at := orchestrator.first_day_kept(p_now)::timestamptz;
   with checked as materialized (

@@ -22,12 +22,13 @@ comment on function orchestrator.inserted_events() is
 -- before submit_direct() reads the lanes, on which reroute_remaining() does.
 create or replace function orchestrator.open_direct() returns timestamptz
 language plpgsql security definer
-set search_path = orchestrator, pg_temp as $$
+set search_path = orchestrator, pg_temp
+set enable_seqscan = off as $$
 declare
   v_now timestamptz;
 begin
   if exists (select from orchestrator.outbox_kind where kind = 'scheduled')
-    or exists (select from orchestrator.control c where c.former_ids_until is not null)
+    or exists (select from orchestrator.newest_control() c where c.former_ids_until is not null)
   then
     return null;
   end if;

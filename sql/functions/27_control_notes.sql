@@ -2,6 +2,16 @@
 -- nobody: the change is noted, and carried over at once, unless another session has locked the row. It holds
 -- from the note on. Pauses, resumes and closed breakers of a destination are noted in the same way.
 
+-- Inlined. Floors are raised once a second, which leaves a former version of the row each time, and none of
+-- them can be removed while another session holds an old snapshot. The planner knows of one row, and would
+-- read all versions: callers that are called often turn enable_seqscan off.
+create or replace function orchestrator.newest_control() returns setof orchestrator.control
+language sql stable rows 1 as $$
+  select c.* from orchestrator.control c order by c.floors_at desc limit 1
+$$;
+comment on function orchestrator.newest_control() is
+  'The row of control, found without reading its former versions. Changes that are only noted are not in it';
+
 create or replace function orchestrator.with_notes(
   p_control orchestrator.control, p_notes orchestrator.control_note[])
 returns orchestrator.control
@@ -36,9 +46,10 @@ comment on function orchestrator.with_notes(orchestrator.control, orchestrator.c
 
 create or replace function orchestrator.control_now() returns setof orchestrator.control
 language sql stable security definer rows 1
-set search_path = orchestrator, pg_temp as $$
+set search_path = orchestrator, pg_temp
+set enable_seqscan = off as $$
   select w.*
-  from orchestrator.control c
+  from orchestrator.newest_control() c
   cross join lateral orchestrator.with_notes(c, array(
     select n from orchestrator.control_note n where n.name is null order by n.note)) w
 $$;

@@ -14,14 +14,15 @@ returns table (n integer, id uuid, result text, field text, reason text, status 
 language plpgsql security definer
 set search_path = orchestrator, pg_temp
 set lock_timeout = '250 ms'
-set plan_cache_mode = force_generic_plan as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off as $$
 declare
   v_now timestamptz;
   v_first timestamptz;
   v_last timestamptz;
 begin
   if not exists (select from orchestrator.outbox_kind where kind = 'scheduled')
-    and not exists (select from orchestrator.control c where c.former_ids_until is not null)
+    and not exists (select from orchestrator.newest_control() c where c.former_ids_until is not null)
   then
     begin
       -- In this order, as insert_staged() does.

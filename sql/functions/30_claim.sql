@@ -153,7 +153,7 @@ begin
           order by t.due_at limit 1) front
         cross join (
           select t.ctid as at, t.destination from orchestrator.timer t
-          where t.lane = p_lane and t.priority = 0 and t.due_at <= p_until
+          where t.lane = p_lane and t.priority = 0 and t.due_at >= v_floor and t.due_at <= p_until
             and orchestrator.is_free(t.lease_until, p_now)
           order by t.due_at desc limit 8 + p_batch / 4) y
         where y.destination <> front.destination and (p_paused is null or y.destination <> all (p_paused))
@@ -368,7 +368,7 @@ declare
   v_again_at timestamptz;             -- when a limit allows more
 begin
   perform orchestrator.check_claim(p_batch, p_lease, p_lookahead);
-  select * into v_control from orchestrator.control where not exists (select from orchestrator.control_note);
+  select * into v_control from orchestrator.newest_control() where not exists (select from orchestrator.control_note);
   if not found then  -- notes of changes that hold already: control is read with them
     perform orchestrator.fold_notes();
     select * into v_control from orchestrator.control_now();
@@ -548,16 +548,14 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 as $$
   select min(t.due_at)
-  from orchestrator.control_now() c
-  cross join unnest(c.priorities) as p (priority)
-  cross join orchestrator.lane l
+  from orchestrator.queue_floors() q
+  join orchestrator.lane l on l.lane = q.lane and orchestrator.lane_may_give(l, orchestrator.now())
   cross join lateral (
     select t.due_at from orchestrator.timer t
-    where t.lane = l.lane and t.priority = p.priority
-      and t.due_at >= coalesce((orchestrator.floors(c, orchestrator.now()))[l.lane + 1], '-infinity')
+    where t.lane = q.lane and t.priority = q.priority and t.due_at >= q.floor
       and orchestrator.is_free(t.lease_until, orchestrator.now())
     order by t.due_at limit 1) t
-  where c.paused_at is null and orchestrator.lane_may_give(l, orchestrator.now())
+  where (select c.paused_at is null from orchestrator.control_now() c)
 $$;
 comment on function orchestrator.next_due_at() is
   'When the next event is due that is not leased, and that no pause or open breaker delays; null: none is waiting';

@@ -65,19 +65,24 @@ begin
 
   with bound as (
     -- gap: the time between two slots of the rate.
+    -- under_way_from: no timer of the lane is due before, leased or not.
     select l.*, d.rate_per_second, d.burst, d.spread, orchestrator.lane_may_give(l, p_now) as may_give
+      , case when orchestrator.floors_valid(c, p_now) then l.floor else '-infinity' end as under_way_from
       , case when l.name is not null
           then least(coalesce(d.max_parallel, p_max_parallel), floor(l.parallel_now))::integer end as bound
       , make_interval(secs => 1 / d.rate_per_second) as gap
-    from orchestrator.lane l left join orchestrator.destination d on d.name = l.name
+    from orchestrator.control_now() c
+    cross join orchestrator.lane l
+    left join orchestrator.destination d on d.name = l.name
     where l.lane = any (v_locked)
-  ), free as (
+  ), free as materialized (
     -- Slots are booked up to 10 s ahead; under a bound less, as each booking takes a place that others need.
     select b.*
       , least(p_until, p_now + case when b.bound is null then interval '10 s' else orchestrator.limited_ahead() end)
           as slots_until
       , case when b.bound is not null then greatest(0, b.bound - (
-          select count(*) from orchestrator.timer t where t.slot = b.lane and t.lease_until > p_now))::integer end
+          select count(*) from orchestrator.timer t
+          where t.slot = b.lane and t.due_at >= b.under_way_from and t.lease_until > p_now))::integer end
           as free
       , greatest(p_now, orchestrator.plausible_next_slot(b.next_slot_at, p_now, b.gap, b.burst)) - (b.burst - 1) * b.gap
           as first_slot_at

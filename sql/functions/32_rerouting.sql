@@ -24,7 +24,7 @@ begin
     perform orchestrator.fold_notes();
     return 0;
   end if;
-  select c.rerouted_by, c.rerouted_writers into v_rerouted_by, v_known from orchestrator.control c;
+  select c.rerouted_by, c.rerouted_writers into v_rerouted_by, v_known from orchestrator.newest_control() c;
   if v_rerouted_by is null then
     return 0;
   end if;

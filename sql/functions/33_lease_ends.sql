@@ -10,15 +10,12 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 as $$
   select min(t.lease_until)
-  from orchestrator.control_now() c
-  cross join unnest(c.priorities) as p (priority)
-  cross join orchestrator.lane l
+  from orchestrator.queue_floors() q
   cross join lateral (
     select f.lease_until from orchestrator.timer f
-    where f.lane = l.lane and f.priority = p.priority
-      and f.due_at >= coalesce((orchestrator.floors(c, orchestrator.now()))[l.lane + 1], '-infinity')
+    where f.lane = q.lane and f.priority = q.priority and f.due_at >= q.floor
     order by f.due_at limit 1) t
-  where c.paused_at is null
+  where (select c.paused_at is null from orchestrator.control_now() c)
 $$;
 comment on function orchestrator.next_lease_end() is
   'When the first lease ends of those events that are the first of their lane and priority; null: none of them is '

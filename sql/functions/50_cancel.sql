@@ -186,7 +186,7 @@ begin
     where e.id = p_event_id and e.scheduled_at >= v_at and e.scheduled_at < v_at + interval '1 ms';
     -- A program of another version may have told its client the id by the other formula. Only events of
     -- the same millisecond can have it.
-    if not found and exists (select from orchestrator.control c where c.former_ids_until is not null) then
+    if not found and exists (select from orchestrator.newest_control() c where c.former_ids_until is not null) then
       return query
       select e.id, e.scheduled_at from orchestrator.stored_event e
       where e.id >= orchestrator.first_id(v_at) and e.id < orchestrator.first_id(v_at + interval '1 ms')

@@ -26,8 +26,9 @@ create or replace function orchestrator.first_day_kept(p_now timestamptz) return
 language sql stable security definer
 set search_path = orchestrator, pg_temp
 set timezone = 'UTC'
+set enable_seqscan = off
 as $$
-  select p_now::date - coalesce(c.retention_days, 7) from orchestrator.control c
+  select p_now::date - coalesce(c.retention_days, 7) from orchestrator.newest_control() c
 $$;
 comment on function orchestrator.first_day_kept(timestamptz) is
   'The first day that retention keeps (7 days until configured). Events of earlier days are refused; existing ones are '
@@ -69,6 +70,7 @@ declare
   v_parent text;
   v_day date;
   v_name text;
+  v_column text;
   v_parents text[] := '{}';
   v_days date[] := '{}';
 begin
@@ -81,6 +83,13 @@ begin
       -- Takes back what default privileges gave.
       execute format('revoke all on orchestrator.%I from public, orchestrator_submit, orchestrator_dispatch'
         ', orchestrator_ingest', v_name);
+      -- Like does not copy which columns are not analyzed.
+      for v_column in
+        select a.attname from pg_attribute a
+        where a.attrelid = format('orchestrator.%I', v_parent)::regclass and a.attstattarget = 0
+      loop
+        execute format('alter table orchestrator.%I alter %I set statistics 0', v_name, v_column);
+      end loop;
       v_parents := v_parents || v_parent;
       v_days := v_days || v_day;
     exception when duplicate_table or unique_violation then

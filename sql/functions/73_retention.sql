@@ -11,7 +11,7 @@ as $$
 declare
   v_new orchestrator.control;
 begin
-  select * into v_new from orchestrator.control;
+  select * into v_new from orchestrator.newest_control();
   -- Most processes that start repeat what the database has been told. They must not wait for the row.
   if (p_retention_days, p_partition_days_ahead, p_max_schedule_ahead_days, p_archive)
       is distinct from (null, null, null, null)
@@ -85,7 +85,7 @@ declare
 begin
   detached := 0;
   dead_letters := 0;
-  if (select c.retention_days is null from orchestrator.control c) then
+  if (select c.retention_days is null from orchestrator.newest_control() c) then
     return;
   end if;
   foreach v_day in array orchestrator.partition_days() loop
@@ -168,7 +168,7 @@ declare
   v_dropped integer := 0;
 begin
   for v_name in
-    select r.name from orchestrator.retired_partition r, orchestrator.control c
+    select r.name from orchestrator.retired_partition r, orchestrator.newest_control() c
     where r.detached_at <= p_now - interval '1 hour' and (r.archived_at is not null or not c.archive)
       -- Not one that somebody attached again.
       and not exists (select from pg_inherits i where i.inhrelid = to_regclass('orchestrator.' || r.name))

@@ -26,7 +26,7 @@ declare
   v_floors timestamptz[];
   v_dedicated_floor timestamptz;
 begin
-  select * into v_control from orchestrator.control;
+  select * into v_control from orchestrator.newest_control();
   -- A snapshot from before the writers ended would not show what they wrote.
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
     return 0;
@@ -39,7 +39,7 @@ begin
   if not orchestrator.fold_control() then
     return 0;
   end if;
-  select * into v_control from orchestrator.control;
+  select * into v_control from orchestrator.newest_control();
   if v_control.rerouted_by is not null then
     return 0;
   end if;
@@ -61,7 +61,7 @@ begin
 
   -- Once more, for priorities noted by those who have just ended.
   perform orchestrator.fold_control();
-  v_control.priorities := (select c.priorities from orchestrator.control c);
+  v_control.priorities := (select c.priorities from orchestrator.newest_control() c);
   v_floors := v_control.floors;
   v_dedicated_floor := v_control.own_floor;
   if v_control.marked_at is not null then
@@ -145,12 +145,12 @@ declare
   v_lower integer;
 begin
   select count(*) into v_lower
-  from orchestrator.control c
+  from orchestrator.newest_control() c
   cross join (
     select f.n::integer - 1 as lane, f.floor
-    from orchestrator.control c cross join unnest(c.floors) with ordinality as f (floor, n)
+    from orchestrator.newest_control() c cross join unnest(c.floors) with ordinality as f (floor, n)
     union all
-    select l.lane, greatest(l.floor, c.own_floor) from orchestrator.lane l, orchestrator.control c
+    select l.lane, greatest(l.floor, c.own_floor) from orchestrator.lane l, orchestrator.newest_control() c
     where orchestrator.is_dedicated(l.lane)) f
   where f.floor > '-infinity' and orchestrator.first_due(f.lane, '-infinity', c.priorities) < f.floor;
   if v_lower > 0 then
@@ -175,3 +175,22 @@ return case when orchestrator.floors_valid(p_control, p_now) then p_control.floo
   else array_fill('-infinity'::timestamptz, array[64]) end;
 comment on function orchestrator.floors(orchestrator.control, timestamptz) is
   'The floors of shared lanes as claims may use them';
+
+-- Not inlined, so that the floor is looked up in the index of the timers: as part of a query that reads the
+-- clock, it would only be compared.
+create or replace function orchestrator.queue_floors()
+returns table (lane integer, priority smallint, floor timestamptz)
+language sql volatile security definer
+set search_path = orchestrator, pg_temp
+as $$
+  select l.lane, p.priority
+    , case when f.valid then coalesce(f.floors[l.lane + 1], l.floor) else '-infinity' end
+  from orchestrator.control_now() c
+  cross join lateral (
+    select orchestrator.floors(c, orchestrator.now()) as floors
+      , orchestrator.floors_valid(c, orchestrator.now()) as valid) f
+  cross join orchestrator.lane l
+  cross join unnest(c.priorities) as p (priority)
+$$;
+comment on function orchestrator.queue_floors() is
+  'Each lane and priority, and the floor of the lane as it may be used now: no timer of it is due before';

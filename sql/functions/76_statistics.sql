@@ -205,19 +205,13 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 as $$
   select t.due_at, t.lease_until, t.retrying
-  from orchestrator.control_now() c
-  cross join lateral (select orchestrator.floors(c, orchestrator.now()) as floors) f
-  -- Each lane, and below 0 its timers that wait for their ordering key.
-  cross join (
-    select l.lane, l.lane as own from orchestrator.lane l
-    union all
-    select -1 - l.lane, l.lane from orchestrator.lane l) l
-  cross join unnest(c.priorities) as p (priority)
+  from orchestrator.queue_floors() q
+  -- Below 0 a lane has its timers that wait for their ordering key.
+  cross join lateral (values (q.lane), (-1 - q.lane)) as l (lane)
   cross join lateral (
     select t.due_at, t.lease_until, t.retrying
     from orchestrator.timer t
-    where t.lane = l.lane and t.priority = p.priority
-      and t.due_at <= p_until and t.due_at >= coalesce(f.floors[l.own + 1], '-infinity')
+    where t.lane = l.lane and t.priority = q.priority and t.due_at >= q.floor and t.due_at <= p_until
     order by t.due_at
     limit 10000) t
 $$;

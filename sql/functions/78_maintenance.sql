@@ -152,7 +152,7 @@ set search_path = orchestrator, pg_temp
 as $$
   with gone as (
     delete from orchestrator.maintenance_run r
-    using orchestrator.control c
+    using orchestrator.newest_control() c
     where r.started_at < p_now - make_interval(days => coalesce(c.retention_days, 7))
     returning 1)
   select count(*) from gone
@@ -174,7 +174,7 @@ declare
   v_orphaned date;
   v_created bigint := 0;
 begin
-  select * into v_control from orchestrator.control;
+  select * into v_control from orchestrator.newest_control();
   if v_control.partitioned_by = 'maintenance' then
     v_created := orchestrator.create_partitions(
       greatest(p_now::date - 7, orchestrator.first_day_kept(p_now)), p_now::date + v_control.partition_days_ahead);

@@ -105,7 +105,7 @@ begin
     null;
   end;
   -- Every number that a statement sees of other transactions is below the end of its own snapshot.
-  select * into v_control from orchestrator.control;
+  select * into v_control from orchestrator.newest_control();
   if v_control.cluster is not distinct from v_cluster
     and v_control.rerouted_by >= pg_snapshot_xmax(pg_current_snapshot()) is not true
     and (

@@ -54,6 +54,26 @@ def test_a_floor_stays_at_the_first_timer_of_its_lane_leased_or_not(client: Clie
     assert raise_at(client, 4, 5, 6) == [NOON + seconds(5)]
 
 
+def test_an_attempt_keeps_its_place_under_a_bound_while_floors_rise(client: Client) -> None:
+    client.rows("select orchestrator.configure_destination('receiver.example', p_max_parallel => 2)")
+    maintain(client)
+    client.schedule(scheduled_at=NOON)
+    first = client.claim(lease_s=600)
+    for second in range(1, 60):
+        raise_at(client, second)
+        client.schedule(scheduled_at=NOON + seconds(second))
+        leases = client.claim()
+        assert len(leases) == 1
+        assert client.claim() == []
+        client.finish(results(leases))
+    client.schedule_many(3, scheduled_at=NOON + seconds(59))
+    assert len(client.claim()) == 1
+    client.finish(results(first))
+    assert len(client.claim()) == 1
+    floor = client.value("select floor from orchestrator.lane where name = 'receiver.example'")
+    assert floor == NOON
+
+
 def test_floors_rise_at_most_once_a_second(client: Client) -> None:
     raise_at(client, 1, 2)
     assert raise_at(client, 2.1, 2.5, 2.89) == [NOON + seconds(1)]
