@@ -78,6 +78,7 @@ def test_calls_read_no_more_for_what_has_ended_since_a_snapshot_was_taken(databa
     with databases.migrated() as url, Client(url) as holding, Client(url) as client:
         flow = Flow(client, name)
         flow.run(5)
+        flow.pages()  # plans are made
         holding.rows("begin isolation level repeatable read")
         holding.rows("select from orchestrator.control")
         flow.run(ROUNDS)
