@@ -191,6 +191,14 @@ class Metrics:
         self.database_pool_waiting = self._gauge(
             "database_pool_waiting", "Callers that wait for a database connection."
         )
+        self.read_replica_lag_seconds = self._gauge(
+            "read_replica_lag_seconds",
+            "How old the answers of the read replica may be; NaN: unknown.",
+            "replica",
+        )
+        self.read_replica_in_use = self._gauge(
+            "read_replica_in_use", "1 while the read replica answers queries, 0 while the primary does.", "replica"
+        )
 
     def set_pool(self, stats: Mapping[str, int]) -> None:
         """Takes over what psycopg's pool says of itself: pool_size, pool_available, requests_waiting."""
@@ -198,6 +206,11 @@ class Metrics:
         self.database_pool_size.set(size)
         self.database_pool_in_use.set(size - stats.get("pool_available", 0))
         self.database_pool_waiting.set(stats.get("requests_waiting", 0))
+
+    def set_replica(self, address: str, lag_s: float, in_use: bool) -> None:
+        """Takes over what the API knows of its read replica."""
+        self.read_replica_lag_seconds.labels(address).set(lag_s)
+        self.read_replica_in_use.labels(address).set(in_use)
 
     def set_standstills(self, paused: float, destinations_paused: float, breakers_open: float) -> None:
         self.paused.set(paused)

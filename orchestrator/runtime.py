@@ -74,7 +74,7 @@ class _Process:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
         # Other roles open their own connections; their pool only answers health checks.
         pool = settings if self._role == "api" else replace(settings, pool_min_idle=0, pool_max_size=2)
-        opening = Database(pool, role=self._role, needs=NEEDED[self._role])
+        opening = Database(pool, role=self._role, needs=NEEDED[self._role], reads_from_replica=self._role == "api")
         try:
             async with asyncio.timeout(None) as deadline, opening as database:
                 await self._run_parts(self._parts(), beside, database, deadline)

@@ -107,13 +107,14 @@ class Destinations:
         return told
 
     async def forecast(self, *, bucket_s: float, until_s: float, destination: str | None = None) -> bytes:
-        [told] = await self._rows(
-            "select orchestrator.forecast(make_interval(secs => %s), make_interval(secs => %s), %s)",
-            _checked("bucket", bucket_s),
-            _checked("until", until_s),
-            destination,
-        )
-        return told
+        with named():
+            [(told,)] = await self._database.aged_rows(
+                "select orchestrator.forecast(make_interval(secs => %s), make_interval(secs => %s), %s)",
+                _checked("bucket", bucket_s),
+                _checked("until", until_s),
+                destination,
+            )
+        return bytes(told, "utf-8")
 
     async def standstills(self) -> Standstills:
         [row] = await self._database.rows(

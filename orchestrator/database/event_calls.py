@@ -63,8 +63,12 @@ class EventCalls(Pool):
     async def events_by_external_id(
         self, external_job_id: str, *, limit: int, after: tuple[str, str] | None = None
     ) -> list[bytes]:
-        """Events as JSON, newest first; `after` is (scheduled_at, id) of the last one of the page before."""
-        rows = await self.rows(
+        """Events as JSON, newest first; `after` is (scheduled_at, id) of the last one of the page before.
+
+        A client asks for a name that it has just submitted. So only the pages after the first may be aged.
+        """
+        ask = self.rows if after is None else self.aged_rows
+        rows = await ask(
             "select orchestrator.events_by_external_id(%s, %s, %s::timestamptz, %s::uuid)",
             external_job_id,
             limit,
@@ -109,8 +113,8 @@ class EventCalls(Pool):
         return next((status if result == "not_dead" else result for result, status in rows), None)
 
     async def statistics(self) -> bytes:
-        value: str = await self.value("select orchestrator.statistics()")
-        return value.encode()
+        [(value,)] = await self.aged_rows("select orchestrator.statistics()")
+        return bytes(value, "utf-8")
 
     async def statistics_by(self, by: Sequence[str], which: Filter, *, limit: int) -> list[bytes]:
         """Counts of the last hour, or of a range, grouped by some of minute, source and destination; JSON.
@@ -118,7 +122,7 @@ class EventCalls(Pool):
         Raises ValidationError as `Destinations` does, with the field ``from`` for an empty range.
         """
         with named():
-            rows = await self.rows(
+            rows = await self.aged_rows(
                 """select row_to_json(s) from orchestrator.statistics_by(
                   coalesce(%s::timestamptz, %s::timestamptz - interval '1 hour'), %s::timestamptz, %s::text[], %s, %s) s
                 order by s.minute, s.source, s.destination, s.name limit %s""",
@@ -140,7 +144,7 @@ class EventCalls(Pool):
         Raises ValidationError for an impossible destination, with the field ``name``.
         """
         with named():
-            rows = await self.rows(
+            rows = await self.aged_rows(
                 """select orchestrator.list_dead_letters(
                   %s, %s::timestamptz, %s::uuid, %s, %s, %s::timestamptz, %s::timestamptz, %s)""",
                 limit,

@@ -27,6 +27,7 @@ from orchestrator.database.connection import (
     keep_text,
     translated,
 )
+from orchestrator.database.read_replica import ReadReplica
 from orchestrator.database.rights import ABILITIES
 from orchestrator.errors import (
     Blocked,
@@ -71,9 +72,14 @@ class Pool:
     that the change may have been made.
 
     `role` shows in pg_stat_activity; `needs` are the ABILITIES without which this process is not ready.
+    `reads_from_replica`: queries that may go to the replica of DATABASE_READ_URL do, while it is up to date.
     """
 
-    def __init__(self, settings: Settings, *, role: str, needs: Sequence[str] = ()) -> None:
+    def __init__(
+        self, settings: Settings, *, role: str, needs: Sequence[str] = (), reads_from_replica: bool = False
+    ) -> None:
+        has_replica = reads_from_replica and settings.database_read_url is not None
+        self.replica = ReadReplica(settings, self.rows) if has_replica else None
         self._needs = [ABILITIES[ability] for ability in needs]
         self._turns = asyncio.Semaphore(max(1, settings.pool_max_size - _LEFT_FOR_OTHERS))
         self._doubtful = False
@@ -96,11 +102,15 @@ class Pool:
 
     async def __aenter__(self) -> Self:
         await self._pool.open()
+        if self.replica is not None:
+            await self.replica.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.replica is not None:
+            await self.replica.__aexit__(kind, error, trace)
         await self._pool.close(timeout=_CLOSE_S)
 
     async def _run(
@@ -236,6 +246,11 @@ class Pool:
             return await (await connection.execute(query, values)).fetchall()
 
         return await self._run(work)
+
+    async def aged_rows(self, query: LiteralString, *values: object) -> list[TupleRow]:
+        """As `rows`, but from the read replica while there is one that is up to date: they may be seconds old."""
+        rows = None if self.replica is None else await self.replica.rows(query, values)
+        return await self.rows(query, *values) if rows is None else rows
 
     async def value(self, query: LiteralString, *values: object) -> Any:
         """The first column of the first row; None: there is no row."""

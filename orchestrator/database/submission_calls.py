@@ -59,8 +59,10 @@ class Submitted(NamedTuple):
 class SubmissionCalls(Pool):
     """The part of `Database` that submits."""
 
-    def __init__(self, settings: Settings, *, role: str, needs: Sequence[str] = ()) -> None:
-        super().__init__(settings, role=role, needs=needs)
+    def __init__(
+        self, settings: Settings, *, role: str, needs: Sequence[str] = (), reads_from_replica: bool = False
+    ) -> None:
+        super().__init__(settings, role=role, needs=needs, reads_from_replica=reads_from_replica)
         self._route = Route()
 
     async def submit(self, submissions: Sequence[Submission]) -> list[Submitted]:

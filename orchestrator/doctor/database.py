@@ -15,6 +15,7 @@ from orchestrator.doctor.finding import Finding, guarded, is_production, listed,
 from orchestrator.doctor.maintenance import maintenance_findings
 from orchestrator.doctor.open_transactions import open_transaction_findings
 from orchestrator.doctor.pauses_and_limits import pause_and_limit_findings
+from orchestrator.doctor.replica import replica_findings
 from orchestrator.doctor.server import server_findings
 from orchestrator.errors import OrchestratorError, UnusableDatabase, first_line
 from orchestrator.settings import Settings, database_url
@@ -65,6 +66,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             return
         yield from guarded("writes", lambda: _writes(connection))
         yield from guarded("server", lambda: server_findings(connection, settings))
+        yield from guarded("read replica", lambda: replica_findings(connection, settings))
         yield from guarded("clock", lambda: _clock(connection))
         yield from guarded("roles", lambda: _roles(connection))
         migrated = True

@@ -117,6 +117,21 @@ class Settings(KafkaSettings):
         secret=True,
         about="Address of the database. If it names several hosts, the one that takes writes is used.",
     )
+    database_read_url: str | None = defined(
+        "DATABASE_READ_URL",
+        kind=_DATABASE_URL,
+        otherwise="none: the database of `DATABASE_URL` answers",
+        secret=True,
+        about="Address of a physical replica that answers the API's statistics, forecasts and lists. "
+        "It takes its login from `DATABASE_URL` if it names none.",
+    )
+    database_read_max_lag_s: float = defined(
+        "DATABASE_READ_MAX_LAG_SECONDS",
+        kind=seconds(2, 3600),
+        default="5",
+        about="How old an answer of the replica may be. While it is further behind, the database of `DATABASE_URL` "
+        "answers.",
+    )
     pool_max_size: int = defined(
         "DB_POOL_MAX_SIZE",
         "SPRING_DATASOURCE_HIKARI_MAXIMUM_POOL_SIZE",
@@ -366,7 +381,11 @@ class Settings(KafkaSettings):
         url: database_urls.DatabaseUrl | None = values["database_url"]
         address = url or database_urls.from_parts(parts["host"], parts["port"], parts["name"])
         values["environment"] = str(values["environment"])
-        values["database_url"] = str(address.with_login(parts["user"], parts["password"]).for_writing())
+        address = address.with_login(parts["user"], parts["password"])
+        values["database_url"] = str(address.for_writing())
+        if values["database_read_url"] is not None:
+            read_url = values["database_read_url"].with_login(address.user, address.password)
+            values["database_read_url"] = str(read_url.for_reading())
         if values["allow_anonymous"] is None:
             values["allow_anonymous"] = not is_production(values["environment"])
         dropped = () if url is None else url.dropped

@@ -64,6 +64,10 @@ class DatabaseUrl:
             return self
         return replace(self, parameters={**self.parameters, TARGET: "read-write"})
 
+    def for_reading(self) -> DatabaseUrl:
+        """The same address; of several hosts, it asks for a replica first."""
+        return replace(self, parameters={TARGET: "prefer-standby", **self.parameters}) if "," in self.hosts else self
+
     def __str__(self) -> str:
         return self._written(self.password, self.parameters)
 
@@ -119,6 +123,12 @@ def parse(raw: str) -> DatabaseUrl:
 def masked(url: str) -> str:
     """`url` with every password as ``***``."""
     return parse(url).masked()
+
+
+def address(url: str) -> str:
+    """Of `url`, the hosts and the name of the database alone."""
+    parsed = parse(url)
+    return f"{parsed.hosts}/{parsed.name}"
 
 
 def _translated(pairs: Mapping[str, str]) -> dict[str, str]:

@@ -16,8 +16,8 @@ from tests.support.databases import temporary_server
 
 
 @contextmanager
-def standby_of(primary: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
-    """A hot standby, which the primary waits for with every commit from now on: what it acknowledges, both have."""
+def standby_of(primary: EmbeddedPostgres, *, synchronous: bool = True) -> Iterator[EmbeddedPostgres]:
+    """A hot standby. A `synchronous` one is waited for with every commit: what the primary acknowledges, both have."""
     standby = temporary_server()
     try:
         shutil.copy(primary.data_dir / "password", standby.data_dir / "password")
@@ -36,8 +36,9 @@ def standby_of(primary: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
                     break
             else:
                 raise AssertionError("the standby does not follow")
-            connection.execute("alter system set synchronous_standby_names = '*'")
-            connection.execute("select pg_reload_conf()")
+            if synchronous:
+                connection.execute("alter system set synchronous_standby_names = '*'")
+                connection.execute("select pg_reload_conf()")
         yield standby
     finally:
         standby.close()

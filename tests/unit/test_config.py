@@ -309,6 +309,21 @@ class TestDatabaseUrl:
             "DB_USER: no effect, because DATABASE_URL replaces it",
         )
 
+    def test_the_read_replica_takes_its_login_from_the_database(self) -> None:
+        settings = Settings.from_env(
+            {"DATABASE_URL": "postgres://a@h/d", "DB_PASSWORD": "p", "DATABASE_READ_URL": "jdbc:postgresql://r1:1,r2:2/d"}
+        )
+        assert conninfo_to_dict(settings.database_read_url or "") == {
+            "host": "r1,r2",
+            "port": "1,2",
+            "dbname": "d",
+            "user": "a",
+            "password": "p",
+            "target_session_attrs": "prefer-standby",
+        }
+        own = Settings.from_env({"DATABASE_URL": "postgres://a:p@h/d", "DATABASE_READ_URL": "postgres://b:q@r/d"})
+        assert own.database_read_url == "postgresql://b:q@r/d"
+
     def test_parameters_of_the_java_driver_are_translated_or_named(self) -> None:
         url = (
             "jdbc:postgresql://h1:1,[::1]:2/d?ssl=true&ApplicationName=a+b&targetServerType=primary"

@@ -71,6 +71,8 @@ class Health:
 
     async def exposition(self, request: Request) -> Response:
         self._metrics.set_pool(self._database.pool_stats())
+        if (replica := self._database.replica) is not None:
+            self._metrics.set_replica(replica.address, replica.lag_s, replica.in_use)
         await self._read_standstills()
         await self._read_condition()
         await self._read_holders()
