@@ -311,7 +311,11 @@ class TestDatabaseUrl:
 
     def test_the_read_replica_takes_its_login_from_the_database(self) -> None:
         settings = Settings.from_env(
-            {"DATABASE_URL": "postgres://a@h/d", "DB_PASSWORD": "p", "DATABASE_READ_URL": "jdbc:postgresql://r1:1,r2:2/d"}
+            {
+                "DATABASE_URL": "postgres://a@h/d",
+                "DB_PASSWORD": "p",
+                "DATABASE_READ_URL": "jdbc:postgresql://r1:1,r2:2/d",
+            }
         )
         assert conninfo_to_dict(settings.database_read_url or "") == {
             "host": "r1,r2",
