@@ -71,6 +71,7 @@ def table(as_json: bool) -> None:
                 "takes": setting.kind.expects,
                 "default": setting.default,
                 "secret": setting.secret,
+                "file_names": setting.file_names,
             }
             for setting in (*SETTINGS.values(), *DATABASE_PARTS.values())
         ]

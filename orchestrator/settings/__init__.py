@@ -1,6 +1,7 @@
 """Every setting, each defined once; the documented table and `orchestrator config check` are made from here.
 
-Only the environment tells one instance from another, so that one image serves many customers.
+Only the environment, and the files of secrets that it names, tell one instance from another, so that one image serves
+many customers.
 """
 
 from __future__ import annotations
@@ -404,11 +405,13 @@ def superseded(url: database_urls.DatabaseUrl | None) -> tuple[str, ...]:
 
 
 def _superseded_names(url: database_urls.DatabaseUrl | None) -> tuple[str, ...]:
-    return tuple(name for key in superseded(url) for name in DATABASE_PARTS[key].names)
+    parts = [DATABASE_PARTS[key] for key in superseded(url)]
+    return tuple(name for part in parts for name in (*part.names, *part.file_names))
 
 
 def _names() -> tuple[str, ...]:
-    return tuple(name for setting in (*SETTINGS.values(), *DATABASE_PARTS.values()) for name in setting.names)
+    every = (*SETTINGS.values(), *DATABASE_PARTS.values())
+    return tuple(name for setting in every for name in (*setting.names, *setting.file_names))
 
 
 def _read(table: Mapping[str, Setting], environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:

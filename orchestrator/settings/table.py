@@ -65,4 +65,6 @@ def render_markdown_table() -> str:
 def _line(setting: Setting) -> str:
     names = ", ".join(f"`{name}`" for name in setting.names)
     default = f"`{setting.default}`" if setting.default else _default(setting)
-    return f"| {names} | {setting.about} | {setting.kind.expects} | {default} |"
+    files = " or ".join(f"`{name}`" for name in setting.file_names)
+    takes = setting.kind.expects + (f"; {files} names a file that holds it" if files else "")
+    return f"| {names} | {setting.about} | {takes} | {default} |"
