@@ -90,7 +90,7 @@ class Setting:
             try:
                 raw = read_secret_file(raw.strip())
             except SecretFileError as wrong:
-                raise ValueError(f"{given}: {shown(raw.strip())} {wrong}") from None
+                raise type(wrong)(f"{given}: {shown(raw.strip())} {wrong}") from None
         kind = self.kinds.get(given, self.kind)
         try:
             return kind.parse(raw)

@@ -14,6 +14,10 @@ class SecretFileError(ValueError):
     """What is wrong with the file, and the remedy; never what is in it."""
 
 
+class AbsentSecretError(SecretFileError):
+    """There is no file of that name."""
+
+
 def read_secret_file(path: str) -> str:
     """The text of a file without one line end at its end. Raises SecretFileError."""
     try:
@@ -24,7 +28,7 @@ def read_secret_file(path: str) -> str:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise SecretFileError("does not exist; mount the secret there, or correct the path") from None
+        raise AbsentSecretError("does not exist; mount the secret there, or correct the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, SecretFileError):
             raise
