@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from orchestrator import file_descriptors
+from orchestrator.api.server import certificate
 from orchestrator.cli.support import console, environ, json_option, plain, print_json
 from orchestrator.database.session import SESSION, Session
 from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings
@@ -42,8 +43,9 @@ def check(env_file: Path | None, as_json: bool) -> None:
     ours = Settings.from_env(given, elsewhere=elsewhere)
     session = Session.of(ours.database_url, "…")
     connection = {**session.parameters, "options": session.options}
-    shortages = [] if elsewhere else file_descriptors.shortages(ours, file_descriptors.limit(hard=True))
-    notices = [*ours.notices, *map(_overruled, session.overruled.items()), *shortages]
+    notices = [*ours.notices, *map(_overruled, session.overruled.items())]
+    if not elsewhere:
+        notices += [*_doubts_of_certificate(ours), *file_descriptors.shortages(ours, file_descriptors.limit(hard=True))]
     if as_json:
         settings = {row.name: {"value": row.value, "source": row.source, "default": row.default} for row in rows}
         print_json({"settings": settings, "connection": connection, "notices": notices})
@@ -66,6 +68,12 @@ def check(env_file: Path | None, as_json: bool) -> None:
 
 def _no_value(row: Row) -> str:
     return f"({'in a file that is not here' if row.source.endswith(SUFFIX) else row.default})"
+
+
+def _doubts_of_certificate(settings: Settings) -> list[str]:
+    pair = certificate.load(settings)
+    doubt = None if pair is None else certificate.doubt(pair)
+    return [] if doubt is None else [doubt]
 
 
 def _overruled(setting: tuple[str, str]) -> str:
