@@ -97,7 +97,7 @@ async def test_the_api_ends_with_its_parent_however_that_ends(run: Callable[...,
         api = pair.api
         os.kill(pair.process.pid, end)
         assert await pair.process.wait() == (-signal.SIGKILL if end == signal.SIGKILL else 0)
-        await eventually(lambda api=api: not api.is_running())  # type: ignore[misc]
+        await eventually(lambda api=api: not api.is_running())  # type: ignore[misc, arg-type]
         assert "Traceback" not in pair.process.log()
 
 

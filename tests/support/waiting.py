@@ -6,12 +6,16 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
 
-async def eventually(condition: Callable[[], T | Awaitable[T]], timeout_s: float = 10.0, *, pause_s: float = 0.01) -> T:
+@overload
+async def eventually(condition: Callable[[], Awaitable[T]], timeout_s: float = 10.0, *, pause_s: float = 0.01) -> T: ...
+@overload
+async def eventually(condition: Callable[[], T], timeout_s: float = 10.0, *, pause_s: float = 0.01) -> T: ...
+async def eventually(condition: Callable[[], Any], timeout_s: float = 10.0, *, pause_s: float = 0.01) -> Any:
     """Calls `condition`, plain or async, until it returns something truthy, and returns that.
 
     Raises AssertionError with the last value when the time is over. Exceptions of the condition pass
@@ -24,7 +28,7 @@ async def eventually(condition: Callable[[], T | Awaitable[T]], timeout_s: float
             outcome = condition()
             last = await outcome if inspect.isawaitable(outcome) else outcome
             if last:
-                return last  # type: ignore[no-any-return]
+                return last
         except AssertionError as error:
             last = error
         if time.monotonic() > deadline:
