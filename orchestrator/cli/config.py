@@ -12,7 +12,6 @@ from orchestrator.cli.support import console, environ, json_option, plain, print
 from orchestrator.database.session import SESSION, Session
 from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings
 from orchestrator.settings.env_file import read_env_file
-from orchestrator.settings.secret_files import SUFFIX
 from orchestrator.settings.table import Row, render_markdown_table, settings_table
 
 
@@ -34,8 +33,8 @@ def check(env_file: Path | None, as_json: bool) -> None:
     Below the table, prints the parameters of every connection to the database, and doubtful settings that are no
     error: likely typos, and variables without effect.
 
-    With --env-file, only the variables in the file count, so that every machine gives the same answer. A secret whose
-    file is missing on this machine is then a notice, not an error.
+    With --env-file, only the variables in the file count, so that every machine gives the same answer. A file or
+    directory that is not on this machine is then a notice, not an error.
     """
     elsewhere = env_file is not None
     given = environ() if env_file is None else read_env_file(env_file)
@@ -67,7 +66,7 @@ def check(env_file: Path | None, as_json: bool) -> None:
 
 
 def _no_value(row: Row) -> str:
-    return f"({'in a file that is not here' if row.source.endswith(SUFFIX) else row.default})"
+    return f"({row.default if row.source in ('default', 'DATABASE_URL') else 'not on this machine'})"
 
 
 def _doubts_of_certificate(settings: Settings) -> list[str]:

@@ -15,6 +15,7 @@ from orchestrator.errors import SettingsError
 from orchestrator.settings import database_url as database_urls
 from orchestrator.settings.kafka import KafkaSettings, filled, topics_of_others
 from orchestrator.settings.kinds import (
+    AbsentError,
     Kind,
     Network,
     Setting,
@@ -38,7 +39,6 @@ from orchestrator.settings.kinds import (
 )
 from orchestrator.settings.notices import notices
 from orchestrator.settings.rules import contradictions
-from orchestrator.settings.secret_files import AbsentSecretError
 
 _DATABASE_URL = Kind(
     "postgresql://user:password@host:5432/database, with or without jdbc: before it",
@@ -410,8 +410,8 @@ class Settings(KafkaSettings):
     def from_env(cls, environ: Mapping[str, str], *, elsewhere: bool = False) -> Settings:
         """Reads every setting; SettingsError lists all problems, not only the first.
 
-        `elsewhere`: the variables are those of another machine. A secret whose file is not on this one is None, no
-        rule is applied to it, and a notice names it.
+        `elsewhere`: the variables are those of another machine. A setting whose file or directory is not on this one
+        is None, no rule is applied to it, and a notice names it.
         """
         problems: list[str] = []
         absent: dict[str, str] = {}
@@ -483,12 +483,12 @@ def _names() -> tuple[str, ...]:
 def _read(
     table: Mapping[str, Setting], environ: Mapping[str, str], problems: list[str], absent: dict[str, str]
 ) -> dict[str, Any]:
-    """The values by key. What is wrong goes to `problems`, and secrets without their file to `absent`."""
+    """The values by key. What is wrong goes to `problems`, and what names no file of this machine to `absent`."""
     values = {}
     for key, setting in table.items():
         try:
             values[key] = setting.read(environ)
-        except AbsentSecretError as lost:
+        except AbsentError as lost:
             absent[key] = str(lost)
         except ValueError as wrong:
             problems.append(str(wrong))

@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.events.topics import TOPIC_PATTERN
 from orchestrator.settings import jaas
-from orchestrator.settings.secret_files import SUFFIX, SecretFileError, read_secret_file
+from orchestrator.settings.secret_files import SUFFIX, AbsentSecretError, SecretFileError, read_secret_file
 from orchestrator.settings.webhook_secrets import decode_secret
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -28,13 +28,21 @@ class BadItemError(ValueError):
         super().__init__(position, item)
 
 
+class AbsentError(ValueError):
+    """What the value names is not on this machine."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of value: `expects` completes "expected …"; `parse` raises ValueError for any other value."""
+    """A kind of value: `expects` completes "expected …"; `parse` raises ValueError for any other value.
+
+    `is_path`: the value names a file or directory of the machine that it is for.
+    """
 
     expects: str
     parse: Callable[[str], Any]
     show: Callable[[Any], str] = str
+    is_path: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +80,7 @@ class Setting:
         return [name for name in (*self.names, *self.file_names) if environ.get(name, "").strip()]
 
     def read(self, environ: Mapping[str, str]) -> Any:
-        """The value in force; the text of ValueError is the line for the user."""
+        """The value in force; the text of ValueError, of which AbsentError is one, is the line for the user."""
         given, *others = self._set(environ) or [""]
         if not given:
             return None if self.default is None else self.kind.parse(self.default)
@@ -90,7 +98,8 @@ class Setting:
             try:
                 raw = read_secret_file(raw.strip())
             except SecretFileError as wrong:
-                raise type(wrong)(f"{given}: {shown(raw.strip())} {wrong}") from None
+                kind_of_error = AbsentError if isinstance(wrong, AbsentSecretError) else ValueError
+                raise kind_of_error(f"{given}: {shown(raw.strip())} {wrong}") from None
         kind = self.kinds.get(given, self.kind)
         try:
             return kind.parse(raw)
@@ -99,7 +108,8 @@ class Setting:
             raise ValueError(f"{given}: expected {kind.expects}; {got}") from None
         except ValueError:
             got = _scheme(raw) if self.secret else shown(raw)
-            raise ValueError(f"{given}: expected {kind.expects}{got and f', got {got}'}") from None
+            kind_of_error = AbsentError if kind.is_path and not os.path.lexists(raw.strip()) else ValueError
+            raise kind_of_error(f"{given}: expected {kind.expects}{got and f', got {got}'}") from None
 
 
 def defined(
@@ -237,7 +247,7 @@ def _directory(raw: str) -> str:
     return value
 
 
-directory = Kind("a directory that exists", _directory)
+directory = Kind("a directory that exists", _directory, is_path=True)
 
 
 def _pem_file(raw: str) -> str:
@@ -258,7 +268,7 @@ def _writable_directory(raw: str) -> str:
     return value
 
 
-writable_directory = Kind("a directory that exists and can be written to", _writable_directory)
+writable_directory = Kind("a directory that exists and can be written to", _writable_directory, is_path=True)
 
 
 def one_of(choices: Mapping[str, str], expects: str) -> Kind:

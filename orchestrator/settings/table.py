@@ -7,8 +7,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings, superseded
-from orchestrator.settings.kinds import Setting
-from orchestrator.settings.secret_files import AbsentSecretError
+from orchestrator.settings.kinds import AbsentError, Setting
 
 
 class Row(NamedTuple):
@@ -53,7 +52,7 @@ def settings_table(environ: Mapping[str, str], *, elsewhere: bool = False) -> li
 
 def _here(setting: Setting, environ: Mapping[str, str]) -> Any:
     """The value in force; None if its file is not on this machine."""
-    with suppress(AbsentSecretError):
+    with suppress(AbsentError):
         return setting.read(environ)
     return None
 

@@ -119,7 +119,15 @@ def test_a_secret_whose_file_is_on_another_machine_is_remarked_on_only(tmp_path:
     assert {notice.partition(":")[0] for notice in found["notices"]} == set(names)
     for name, source in (("DATABASE_URL", names[0]), ("DB_PASSWORD", names[1]), ("WEBHOOK_SECRETS", names[2])):
         assert (found["settings"][name]["value"], found["settings"][name]["source"]) == (None, source)
-    assert told(invoke("config", "check", "--env-file", path)).count("(in a file that is not here)") == len(names)
+    assert told(invoke("config", "check", "--env-file", path)).count("(not on this machine)") == len(names)
+
+
+def test_a_directory_of_another_machine_is_remarked_on_only(tmp_path: Path) -> None:
+    path = str(written(tmp_path, f"SECRETS_DIRECTORY={tmp_path}/absent\n"))
+    found = answer(invoke("config", "check", "--env-file", path, "--json"))
+    assert found["notices"] == [f"SECRETS_DIRECTORY: expected a directory that exists, got '{tmp_path}/absent'"]
+    path = str(written(tmp_path, f"ARCHIVE_DIRECTORY={path}\n"))
+    assert "ARCHIVE_DIRECTORY: expected a directory" in refused(invoke("config", "check", "--env-file", path), 2)
 
 
 def test_a_secret_whose_file_is_here_is_checked(tmp_path: Path) -> None:
