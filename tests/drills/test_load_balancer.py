@@ -17,6 +17,7 @@ import pytest
 
 from orchestrator.dev.operating_system import free_port
 from tests.conftest import Spawn
+from tests.integration.api_support import until
 from tests.support.certificates import Authority
 from tests.support.nginx import Nginx, configured, running
 from tests.support.processes import Spawned
@@ -42,7 +43,7 @@ class Instance:
     async def start(self) -> None:
         ports = {"SERVER_PORT": str(self.port), "MANAGEMENT_SERVER_PORT": str(self.management)}
         self.process: Spawned = self.spawn("api", **self.given, **ports, LOG_LEVEL="WARNING")
-        await eventually(self.is_ready, PATIENCE_S)
+        await until(self.is_ready, PATIENCE_S)
 
     async def is_ready(self) -> bool:
         assert self.process.returncode is None, self.process.log()
