@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
 
 from orchestrator.settings import Settings
+from tests.integration.api_support import until
 from tests.support.certificates import Authority
 from tests.support.nginx import CONFIGURATION, Nginx, checked, configured, running
 from tests.support.receiver import CLOSE, Answer, Receiver
@@ -29,7 +30,7 @@ def authority(tmp_path: Path) -> Authority:
 
 
 @pytest.fixture
-async def second() -> Iterator[Receiver]:
+async def second() -> AsyncIterator[Receiver]:
     async with Receiver() as receiver:
         yield receiver
 
@@ -41,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def nginx(receiver: Receiver, second: Receiver, authority: Authority, folder: Path) -> Iterator[Nginx]:
+async def nginx(receiver: Receiver, second: Receiver, authority: Authority, folder: Path) -> AsyncIterator[Nginx]:
     """Before two instances that a test scripts."""
     written = configured(folder, (receiver.port, second.port), authority.certificate("nginx"))
     with running(written):
@@ -53,12 +54,12 @@ async def nginx(receiver: Receiver, second: Receiver, authority: Authority, fold
                 except httpx.ConnectError:
                     return False
 
-            await eventually(answers)
+            await until(answers)
         yield written
 
 
 @pytest.fixture
-async def client(nginx: Nginx, authority: Authority) -> Iterator[httpx.AsyncClient]:
+async def client(nginx: Nginx, authority: Authority) -> AsyncIterator[httpx.AsyncClient]:
     context = ssl.create_default_context(cafile=authority.trusted)
     base_url = f"https://127.0.0.1:{nginx.tls}"
     async with httpx.AsyncClient(base_url=base_url, verify=context, trust_env=False, timeout=30) as client:

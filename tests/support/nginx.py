@@ -54,9 +54,13 @@ def configured(folder: Path, instances: tuple[int, int], certificate: Path, text
     return nginx
 
 
+def _program(nginx: Nginx) -> list[str]:
+    return [str(tool("nginx")), "-p", str(nginx.folder), "-c", str(nginx.folder / "nginx.conf")]
+
+
 def checked(nginx: Nginx) -> str:
     """What `nginx -t` says; it must find no fault."""
-    command = [tool("nginx"), "-t", "-p", nginx.folder, "-c", nginx.folder / "nginx.conf"]
+    command = [*_program(nginx), "-t"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -66,7 +70,7 @@ def checked(nginx: Nginx) -> str:
 def running(nginx: Nginx) -> Iterator[Nginx]:
     """Runs it in the foreground; it listens when the block begins."""
     checked(nginx)
-    command = [tool("nginx"), "-p", nginx.folder, "-c", nginx.folder / "nginx.conf", "-g", "daemon off;"]
+    command = [*_program(nginx), "-g", "daemon off;"]
     with (nginx.folder / "output.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:

@@ -30,14 +30,12 @@ _ON_THEIR_WAY_S = 0.1  # for requests that clients sent before they could know t
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, limits: ConnectionLimits, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
         super().__init__(config)
-        self._limits = limits
         self._drain_s = drain_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends each connection with its next answer, while it listens and then for a moment; idle ones after that."""
-        self._limits.draining = True
+        """Goes on for a while, answers what was on its way, and then closes what is idle."""
         await asyncio.sleep(self._drain_s)
         for each in (*self.servers, *(sockets or ())):
             each.close()
@@ -146,12 +144,13 @@ async def _run(
         timeout_keep_alive=3600,  # `ConnectionLimits` closes idle connections sooner
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout_s - drain_s)),
     )
-    server = _Server(config, limits, drain_s)
+    server = _Server(config, drain_s)
 
     async def stop_it() -> None:
         await stop.wait()
         if health is not None:
             health.stopping = True
+        limits.draining = True
         server.should_exit = True
 
     besides = [asyncio.create_task(stop_it()), asyncio.create_task(limits.sweep_for_ever())]
