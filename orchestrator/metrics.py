@@ -53,7 +53,7 @@ class Metrics:
         )
         ProcessCollector(registry=self.registry)
         build = self._gauge("build_info", "The version that runs; always 1.", "version", "python")
-        build.labels(_version(), platform.python_version()).set(1)
+        build.labels(program_version(), platform.python_version()).set(1)
 
         self.events_received_total: Callable[[str], Counter] = cache(
             self._counter("events_received_total", "Submissions received, by how they came.", "channel").labels
@@ -143,6 +143,15 @@ class Metrics:
             "route",
             "method",
             "status",
+        )
+
+        self.spans_sent_total = self._counter("spans_sent_total", "Spans that the trace collector has taken.")
+        self.spans_dropped_total: Callable[[str], Counter] = cache(
+            self._counter(
+                "spans_dropped_total",
+                "Spans that never reached the trace collector: queue_full, collector_away, refused or stopped.",
+                "reason",
+            ).labels
         )
 
         self.http_refusals_total: Callable[[str], Counter] = cache(
@@ -289,7 +298,8 @@ _MERGES: dict[str, Callable[[float, float], float]] = {
 """How the two values of a series become one. All others are added: only one of the processes feeds a gauge."""
 
 
-def _version() -> str:
+def program_version() -> str:
+    """The version that runs, as its package says."""
     try:
         return version("scheduled-event-orchestrator")
     except PackageNotFoundError:  # run from a checkout that was not installed

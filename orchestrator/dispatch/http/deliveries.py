@@ -28,8 +28,9 @@ from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
 from orchestrator.dispatch.queue.destination_queue import http_windows
 from orchestrator.dispatch.queue.due_queue import DueQueue
 from orchestrator.dispatch.queue.stalls import QUICK_S, Stalls
+from orchestrator.dispatch.spans import DeliverySpans
 from orchestrator.errors import OwnFaultError
-from orchestrator.events.tracing import with_tracing
+from orchestrator.events.tracing import followed, with_tracing
 from orchestrator.metrics import Metrics
 from orchestrator.own_faults import Postponing
 from orchestrator.settings import Settings
@@ -59,6 +60,7 @@ class HttpDeliveries:
         finisher: Finisher,
         on_taken: Callable[[], None],
         on_room: Callable[[], None],
+        spans: DeliverySpans | None,
         sender: Sender,
     ) -> None:
         self._settings = settings
@@ -66,6 +68,7 @@ class HttpDeliveries:
         self._clock = clock
         self._finisher = finisher
         self._on_taken = on_taken
+        self._spans = spans
         self._sender = sender
         windows = http_windows(settings)
         kept = min(windows.first, max(0, settings.prefetch_due - 2 * settings.batch_size) // 10)
@@ -102,6 +105,7 @@ class HttpDeliveries:
                 self._finisher.release([event])
                 continue
             self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
+            span = None if self._spans is None else self._spans.begin(event)
             began_s = time.monotonic()
             self.in_flight += 1
             attempted: Attempted | None = _CUT_SHORT
@@ -113,7 +117,8 @@ class HttpDeliveries:
                 attempted = None
                 await self._postponing.pause(fault)  # within this loop: every other event would fail alike
             except Exception as error:  # one event must not end all the others
-                _log.exception("an attempt failed unexpectedly", extra=_followed(event))
+                about = followed(event.event_id, event.correlation_id, event.traceparent)
+                _log.exception("an attempt failed unexpectedly", extra=about)
                 attempted = Attempted(RETRY, error=f"internal error: {type(error).__name__}")
             finally:
                 self.in_flight -= 1
@@ -124,12 +129,9 @@ class HttpDeliveries:
                 else:
                     due.ended(event, took_s <= QUICK_S and (attempted.error is None or not attempted.timed_out))
                     self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
+                    if span is not None and self._spans is not None:
+                        self._spans.end(span, event, attempted)
                     self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
-
-
-def _followed(event: Claimed) -> dict[str, str]:
-    """What a line of the log names an event by."""
-    return {"event_id": event.event_id} | ({"correlation_id": event.correlation_id} if event.correlation_id else {})
 
 
 def _delivery(event: Claimed, options: Options) -> Delivery:
