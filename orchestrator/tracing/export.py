@@ -171,12 +171,12 @@ class Exporter:
             connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls)
         try:
             connection.request("POST", self._path, body, self._headers)
-            answer = connection.getresponse()
-            if answer.status in _PASSING:
-                raise OSError(f"HTTP {answer.status}")
-            if not 200 <= answer.status < 300:
-                raise _RefusedError(f"HTTP {answer.status}")
-            return _refused(answer.read(_MAX_ANSWER_BYTES))
+            with connection.getresponse() as answer:
+                if answer.status in _PASSING:
+                    raise OSError(f"HTTP {answer.status}")
+                if not 200 <= answer.status < 300:
+                    raise _RefusedError(f"HTTP {answer.status}")
+                return _refused(answer.read(_MAX_ANSWER_BYTES))
         finally:
             connection.close()
 
