@@ -70,7 +70,7 @@ class _Process:
             _log.warning("%s", shortage)
         settings = replace(settings, http_max_connections=file_descriptors.deliveries(settings, limit))
         self._settings = settings
-        _log.info("starting", extra={"database": database_url.masked(settings.database_url), "pid": os.getpid()})
+        _log.info("starting", extra={"database": database_url.masked(settings.database_url)})
         if self._role == "ingest" and settings.kafka_servers is None:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
         # Other roles open their own connections; their pool only answers health checks.
