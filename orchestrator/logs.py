@@ -202,7 +202,7 @@ def _text(value: object) -> str:
 
 class _Discreet(logging.Formatter):
     def formatException(self, ei: Any) -> str:  # noqa: N802  # logging's name
-        return _ROWS.sub(r"\1: (left out)", super().formatException(ei))
+        return _bounded(_ROWS.sub(r"\1: (left out)", super().formatException(ei)), MAX_TRACE_CHARS)
 
 
 class JsonFormatter(_Discreet):
@@ -232,7 +232,7 @@ class JsonFormatter(_Discreet):
         for key, value in extra_fields(record).items():
             line.setdefault(_bounded(key), _plain(value, _DEPTH))
         if record.exc_info:
-            line["exception"] = _bounded(self.formatException(record.exc_info), MAX_TRACE_CHARS)
+            line["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             line["stack"] = _bounded(self.formatStack(record.stack_info), MAX_TRACE_CHARS)
         text = json.dumps(line)

@@ -233,9 +233,10 @@ class Finisher:
         for exception in exceptions:
             if (attempt := given.get(_lease(exception))) is None:
                 continue  # blocked, and set aside
-            context = followed(exception.event_id, attempt.correlation_id, attempt.traceparent)
+            context: dict[str, object] = {}
+            context |= followed(exception.event_id, attempt.correlation_id, attempt.traceparent)
             if attempt.error:
-                context |= {"attempt": str(attempt.attempt), "error": attempt.error}
+                context |= {"attempt": attempt.attempt, "error": attempt.error}
             if exception.result == "retried":
                 self._metrics.events_retried_total.inc()
                 _log.info("attempt failed, will be repeated", extra=context)
