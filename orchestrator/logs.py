@@ -168,10 +168,12 @@ class LogFile(logging.Handler):
 
 def _bounded(text: str, most: int = MAX_TEXT_CHARS) -> str:
     """The text, without its middle where it is too long, and with lone surrogates written as escapes."""
+    if not text.isascii():
+        text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) > most:
         half = most // 2
         text = f"{text[:half]}… {len(text) - 2 * half} characters left out …{text[-half:]}"
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+    return text
 
 
 def _plain(value: object, depth: int) -> Any:
