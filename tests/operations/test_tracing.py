@@ -139,6 +139,24 @@ async def test_each_attempt_is_a_span_of_its_own_and_the_receiver_continues_it(
     assert client.value("select correlation_id from orchestrator.event_status where id = %s", event_id) == TRACE
 
 
+async def test_a_record_of_a_delivery_to_kafka_has_the_context_of_its_attempt(
+    settings: MakeSettings, client: Client, kafka: Kafka, collector: Collector
+) -> None:
+    topic = kafka.unique("deliveries")
+    await kafka.create_topic(topic)
+    async with dispatching(settings(**kafka.environ, **traced(collector))):
+        client.schedule(destination=topic, delivery_type="KAFKA", scheduled_at=soon(0), traceparent=SAMPLED)
+        (record,) = await arrived(kafka.servers, topic, 1)
+        spans = await spans_of(collector, TRACE, "claim", "attempt", "finish")
+    attempt = spans["attempt"]
+    assert record_headers(record)["traceparent"] == attempt.context
+    assert (attempt.kind, attempt.parent, spans["finish"].parent) == ("producer", PARENT, attempt.span)
+    assert (attempt.attributes["messaging.system"], attempt.attributes["messaging.destination.name"]) == (
+        "kafka",
+        topic,
+    )
+
+
 async def test_a_trace_that_is_not_sampled_makes_no_span_and_is_passed_on_as_it_came(
     settings: MakeSettings, client: Client, collector: Collector, receiver: Receiver
 ) -> None:

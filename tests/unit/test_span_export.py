@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,9 @@ from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 from orchestrator.tracing import Span, Tracer, export
 from orchestrator.tracing.export import MAX_QUEUED, Exporter
+from tests.support.certificates import Authority
 from tests.support.collector import Collector, collecting
+from tests.support.tools import tool
 from tests.support.waiting import eventually
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -67,6 +71,22 @@ async def test_a_span_arrives_whole_with_the_headers_of_the_settings(collector: 
     assert got.service["service.name"] == "shop"
     assert (collector.headers[0]["x-key"], collector.headers[0]["x-other"]) == ("a,b", "c")
     assert (exporting.sent(), exporting.dropped("stopped")) == (1, 0)
+
+
+async def test_a_collector_with_tls_is_trusted_by_the_authorities_that_the_settings_name(tmp_path: Path) -> None:
+    authority = Authority(str(tool("openssl")), tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(authority.certificate("collector"))
+    with collecting(tls) as collector:
+        trusting = Exporting(chosen(collector.url, OTEL_EXPORTER_OTLP_CERTIFICATE=str(authority.trusted)))
+        trusting.exporter.put(span())
+        await eventually(lambda: trusting.sent() == 1)
+        await trusting.exporter.close()
+        distrusting = Exporting(chosen(collector.url))
+        distrusting.exporter.put(span())
+        await eventually(lambda: distrusting.dropped("collector_away") == 1)
+        await distrusting.exporter.close()
+        assert len(collector.spans) == 1
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
