@@ -60,7 +60,7 @@ class Metrics:
         build = self._gauge(
             "build_info", "The version that runs, and in which role; always 1.", "version", "python", "role"
         )
-        build.labels(_version(), platform.python_version(), role).set(1)
+        build.labels(program_version(), platform.python_version(), role).set(1)
         self.log_lines_total: Callable[[str], Counter] = cache(
             self._counter("log_lines_total", "Lines logged as warning, error or critical.", "level").labels
         )
@@ -174,6 +174,15 @@ class Metrics:
             "route",
             "method",
             "status",
+        )
+
+        self.spans_sent_total = self._counter("spans_sent_total", "Spans that the trace collector has taken.")
+        self.spans_dropped_total: Callable[[str], Counter] = cache(
+            self._counter(
+                "spans_dropped_total",
+                "Spans that never reached the trace collector: queue_full, collector_away, refused or stopped.",
+                "reason",
+            ).labels
         )
 
         self.http_refusals_total: Callable[[str], Counter] = cache(
@@ -459,7 +468,8 @@ _MERGES: dict[str, Callable[[float, float], float]] = {
 """How the two values of a series become one. All others are added: only one of the processes feeds a gauge."""
 
 
-def _version() -> str:
+def program_version() -> str:
+    """The version that runs, as its package says."""
     try:
         return version("scheduled-event-orchestrator")
     except PackageNotFoundError:  # run from a checkout that was not installed

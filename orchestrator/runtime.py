@@ -31,6 +31,7 @@ from orchestrator.maintenance.upkeep import maintain, prepare
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings, database_url
 from orchestrator.startup import until_done
+from orchestrator.tracing import Tracer, tracing
 
 Role = Literal["run", "api", "ingest", "dispatch", "maintain"]
 Part = Callable[[asyncio.Event], Awaitable[None]]
@@ -71,15 +72,21 @@ class _Process:
             _log.warning("%s", shortage)
         settings = replace(settings, http_max_connections=file_descriptors.deliveries(settings, limit))
         self._settings = settings
-        _log.info("starting", extra={"database": database_url.masked(settings.database_url), "pid": os.getpid()})
+        _log.info("starting", extra={"database": database_url.masked(settings.database_url)})
         if self._role == "ingest" and settings.kafka_servers is None:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
         # Other roles open their own connections; their pool only answers health checks.
         pool = settings if self._role == "api" else replace(settings, pool_min_idle=0, pool_max_size=2)
         opening = Database(pool, role=self._role, needs=NEEDED[self._role], reads_from_replica=self._role == "api")
+        # An API has a tracer of its own, and maintenance makes no spans.
+        traced = settings if self._role in ("run", "ingest", "dispatch") else replace(settings, otlp_endpoint=None)
         try:
-            async with asyncio.timeout(None) as deadline, opening as database:
-                await self._run_parts(self._parts(), beside, database, deadline)
+            async with (
+                tracing(traced, self._metrics, self._role) as tracer,
+                asyncio.timeout(None) as deadline,
+                opening as database,
+            ):
+                await self._run_parts(self._parts(tracer), beside, database, deadline)
         except TimeoutError:
             raise OrchestratorError(
                 f"not all work had ended after SHUTDOWN_TIMEOUT_SECONDS ({settings.shutdown_timeout_s:g}); claimed "
@@ -89,15 +96,15 @@ class _Process:
             raise _cause(self._failures[0])
         _log.info("stopped")
 
-    def _parts(self) -> list[Part]:
+    def _parts(self, tracer: Tracer | None) -> list[Part]:
         settings, metrics = self._settings, self._metrics
         parts: list[Part] = []
         if self._role in ("run", "dispatch"):
-            parts.append(lambda stop: _dispatch(settings, metrics, stop))
+            parts.append(lambda stop: _dispatch(settings, metrics, stop, tracer))
             if settings.kafka_servers is not None:
                 parts.append(lambda stop: _publish(settings, metrics, stop))
         if self._role == "ingest" or (self._role == "run" and settings.kafka_servers is not None):
-            parts.append(lambda stop: _ingest(settings, metrics, stop))
+            parts.append(lambda stop: _ingest(settings, metrics, stop, tracer))
         if self._role in ("run", "maintain"):
             parts.append(lambda stop: maintain(settings, metrics, stop))
         return parts
@@ -184,18 +191,18 @@ async def _serve_management(settings: Settings, database: Database, metrics: Met
     await serve_management(settings, database, metrics, stop=stop)
 
 
-async def _dispatch(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
+async def _dispatch(settings: Settings, metrics: Metrics, stop: asyncio.Event, tracer: Tracer | None) -> None:
     from orchestrator.dispatch.dispatcher import Dispatcher
     from orchestrator.dispatch.http.sender import HttpSender
 
     async with HttpSender(settings) as sender:
-        await Dispatcher(settings, metrics, sender).run(stop)
+        await Dispatcher(settings, metrics, sender, tracer).run(stop)
 
 
-async def _ingest(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
+async def _ingest(settings: Settings, metrics: Metrics, stop: asyncio.Event, tracer: Tracer | None) -> None:
     from orchestrator.ingest import ingest
 
-    await ingest(settings, metrics, stop)
+    await ingest(settings, metrics, stop, tracer)
 
 
 async def _publish(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:

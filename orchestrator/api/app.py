@@ -25,9 +25,11 @@ from orchestrator.api.routes.destinations import DestinationRoutes
 from orchestrator.api.routes.events import EventRoutes
 from orchestrator.api.routes.health import Health
 from orchestrator.api.routes.submit import SubmitBatch, SubmitOne
+from orchestrator.api.spans import SPAN
 from orchestrator.database import Database
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
+from orchestrator.tracing import tracing
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +105,8 @@ class Edge:
             route = scope.get("route")
             pattern = route.path_format if isinstance(route, Route) else "none"
             self._seconds(pattern, _method(scope), str(status)).observe(time.perf_counter() - began)
+            if (span := scope.get(SPAN)) is not None:
+                span.end(scope, pattern, status)
 
 
 def _method(scope: Scope) -> str:
@@ -124,10 +128,10 @@ async def api_app(settings: Settings, database: Database, metrics: Metrics, heal
         return Response(described, media_type="application/json")
 
     on_aside = metrics.submissions_set_aside_total("http").inc
-    async with intake(settings, database, on_aside) as taken:
+    async with tracing(settings, metrics, "api") as tracer, intake(settings, database, on_aside) as taken:
         routes = [
-            Route("/api/v1/events", SubmitOne(settings, guard, taken, metrics), methods=["POST"]),
-            Route("/api/v1/events/batch", SubmitBatch(settings, guard, taken, metrics), methods=["POST"]),
+            Route("/api/v1/events", SubmitOne(settings, guard, taken, metrics, tracer), methods=["POST"]),
+            Route("/api/v1/events/batch", SubmitBatch(settings, guard, taken, metrics, tracer), methods=["POST"]),
             Route("/api/v1/events/cancel", events.cancel, methods=["POST"]),
             Route("/api/v1/events/statistics", events.statistics, methods=["GET"]),
             Route("/api/v1/events/external/{external_job_id:segment}", events.newest, methods=["GET", "DELETE"]),

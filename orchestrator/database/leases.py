@@ -55,7 +55,7 @@ class Claimed(msgspec.Struct, gc=False):
 class Finished(msgspec.Struct, gc=False):
     """The result of an attempt: ``delivered``, ``retry`` or ``fail``; times in Unix seconds by the database's clock.
 
-    `timer` is where the claim left it, None: unknown. `correlation_id` is for the log alone.
+    `timer` is where the claim left it, None: unknown. `correlation_id` and `traceparent` are for logs and traces alone.
     """
 
     event_id: str
@@ -73,6 +73,7 @@ class Finished(msgspec.Struct, gc=False):
     scheduled_at: str = ""
     due_at: float = 0.0
     timer: str | None = None
+    traceparent: str | None = None
 
 
 class NotDelivered(NamedTuple):

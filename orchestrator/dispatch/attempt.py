@@ -71,6 +71,7 @@ def finished(event: Claimed, attempted: Attempted, started_at: float, took_s: fl
         event.scheduled_at,
         event.due_at,
         event.timer,
+        event.traceparent,
     )
 
 

@@ -28,11 +28,13 @@ from orchestrator.dispatch.finisher import ANSWER_S, Finisher
 from orchestrator.dispatch.http.deliveries import HttpDeliveries, Sender
 from orchestrator.dispatch.kafka_deliveries import KafkaDeliveries
 from orchestrator.dispatch.lock_holders import LockHolders
+from orchestrator.dispatch.spans import DeliverySpans
 from orchestrator.dispatch.wake import Wake
 from orchestrator.errors import Blocked, DatabaseUnavailable, OrchestratorError
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 from orchestrator.tasks import end, within
+from orchestrator.tracing import Tracer
 
 _LOCKED_GAP_S = 0.1  # before claiming again events that are due but locked by another session; doubles up to
 _LAST_LOCKED_GAP_S = 1.0
@@ -56,14 +58,15 @@ _log = logging.getLogger(__name__)
 class Dispatcher:
     """One per process. `run` works until `stop` is set, then ends within SHUTDOWN_TIMEOUT_SECONDS."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, sender: Sender) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, sender: Sender, tracer: Tracer | None = None) -> None:
         self._settings = settings
         self._metrics = metrics
         self._clock = DatabaseClock()
         self._sizes = ClaimSizes(settings)
         self._wake = Wake(self._clock, settings.lookahead_s)
-        self._finisher = Finisher(metrics, self._wake.expect, self._wake.at_once, self._note_taken)
-        common = settings, metrics, self._clock, self._finisher, self._note_taken, self._wake.soon
+        self._spans = None if tracer is None else DeliverySpans(tracer)
+        self._finisher = Finisher(metrics, self._wake.expect, self._wake.at_once, self._note_taken, self._spans)
+        common = settings, metrics, self._clock, self._finisher, self._note_taken, self._wake.soon, self._spans
         self._http = HttpDeliveries(*common, sender)
         self._kafka = KafkaDeliveries(*common)
         self._name = f"{settings.deployment} {socket.gethostname()}:{os.getpid()}"
@@ -207,6 +210,8 @@ class Dispatcher:
             received_s = time.monotonic()
             self._clock.sample(claims.database_s, sent_s, received_s)
             self._metrics.claim_seconds.observe(received_s - sent_s)
+            if self._spans is not None:
+                self._spans.claimed(claims.events, received_s - sent_s)
             self._note_claimed(claims)
             if self._stopping.is_set():
                 self._finisher.release(claims.events)

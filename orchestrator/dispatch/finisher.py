@@ -14,7 +14,9 @@ from contextlib import suppress
 
 from orchestrator.database import Claimed, Finished, Leases, NotDelivered
 from orchestrator.dispatch.lock_holders import LockHolders
+from orchestrator.dispatch.spans import DeliverySpans
 from orchestrator.errors import Blocked, ValidationError
+from orchestrator.events.tracing import followed
 from orchestrator.metrics import Metrics
 
 ANSWER_S = 30.0
@@ -49,11 +51,13 @@ class Finisher:
         on_retry: Callable[[float], None],
         on_freed: Callable[[], None] = lambda: None,
         on_recorded: Callable[[], None] = lambda: None,
+        spans: DeliverySpans | None = None,
     ) -> None:
         self._metrics = metrics
         self._on_retry = on_retry
         self._on_freed = on_freed
         self._on_recorded = on_recorded
+        self._spans = spans
         self._results: list[Finished] = []
         self._unused: list[Claimed] = []
         self._ready = asyncio.Event()
@@ -129,12 +133,18 @@ class Finisher:
     async def _record_batch(self, leases: Leases) -> None:
         if self._results:
             batch = self._results[:_MAX_BATCH]
+            began_s = time.monotonic()
             with self._metrics.finish_seconds.time():
                 exceptions = await self._finish_all(leases, batch)
+            took_s = time.monotonic() - began_s
             del self._results[: len(batch)]
             blocked = {_lease(exception) for exception in exceptions if exception.result == "blocked"}
             self._aside += [result for result in batch if _lease(result) in blocked]
-            self._report([result for result in batch if _lease(result) not in blocked], exceptions)
+            recorded = [result for result in batch if _lease(result) not in blocked]
+            self._report(recorded, exceptions)
+            if self._spans is not None:
+                ends = {_lease(exception): exception.result for exception in exceptions}
+                self._spans.recorded(recorded, ends, took_s)
             if self._freeing:
                 self._freeing = max(0, self._freeing - len(batch))
                 self._on_freed()
@@ -207,7 +217,8 @@ class Finisher:
                 middle = len(batch) // 2
                 return await self._finish(record, batch[:middle]) + await self._finish(record, batch[middle:])
             (result,) = batch
-            context = {"event_id": result.event_id, "attempt": result.attempt, "reason": str(error)}
+            context: dict[str, object] = {"attempt": result.attempt, "error": str(error)}
+            context |= followed(result.event_id, result.correlation_id, result.traceparent)
             if result.error in (None, _REFUSED) and not result.response:
                 _log.error("the database refused a result; its lease runs out", extra=context)
                 return [NotDelivered(result.event_id, "stale", None, result.attempt)]
@@ -222,11 +233,10 @@ class Finisher:
         for exception in exceptions:
             if (attempt := given.get(_lease(exception))) is None:
                 continue  # blocked, and set aside
-            context = {"event_id": exception.event_id}
+            context: dict[str, object] = {}
+            context |= followed(exception.event_id, attempt.correlation_id, attempt.traceparent)
             if attempt.error:
-                context |= {"attempt": str(attempt.attempt), "error": attempt.error}
-            if attempt.correlation_id:
-                context["correlation_id"] = attempt.correlation_id
+                context |= {"attempt": attempt.attempt, "error": attempt.error}
             if exception.result == "retried":
                 self._metrics.events_retried_total.inc()
                 _log.info("attempt failed, will be repeated", extra=context)

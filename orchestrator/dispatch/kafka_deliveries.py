@@ -33,6 +33,7 @@ from orchestrator.dispatch.http.secrets import SECRET_WAIT_S, SecretError, Secre
 from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
 from orchestrator.dispatch.queue.due_queue import DueQueue
 from orchestrator.dispatch.queue.stalls import QUICK_S, Stalls
+from orchestrator.dispatch.spans import Begun, DeliverySpans
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
 from orchestrator.events.destination_name import destination_name
 from orchestrator.events.topics import topic_rules
@@ -62,6 +63,7 @@ class _Attempt(NamedTuple):
     started_at: float
     began_s: float
     payload_bytes: int
+    span: Begun | None
 
 
 class KafkaDeliveries:
@@ -80,6 +82,7 @@ class KafkaDeliveries:
         finisher: Finisher,
         on_taken: Callable[[], None],
         on_room: Callable[[], None],
+        spans: DeliverySpans | None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -88,6 +91,7 @@ class KafkaDeliveries:
         self._on_taken = on_taken
         self._needed_s = settings.http_timeout_s + RECORDING_S
         self._secrets = Secrets(settings.secrets_directory)
+        self._spans = spans
         self._topics = topic_rules(settings)
         self._bytes = 0
         self._acknowledged = asyncio.Event()
@@ -156,7 +160,8 @@ class KafkaDeliveries:
                 self._finisher.release([event])
                 continue
             note_lateness(event, started_at, self._metrics)
-            attempt = _Attempt(event, options, started_at, began_s, len(event.payload))
+            span = None if self._spans is None else self._spans.begin(event)
+            attempt = _Attempt(event, options, started_at, began_s, len(event.payload), span)
             attempts.append(attempt)
             self._bytes += attempt.payload_bytes
         self.in_flight += len(attempts)
@@ -214,6 +219,9 @@ class KafkaDeliveries:
             name = destination_name("KAFKA", attempt.event.destination)
             self._metrics.destination_attempts_total.count("KAFKA", name, attempted.verdict)
             self._bytes -= attempt.payload_bytes
+            if attempt.span is not None and self._spans is not None:
+                topic = attempt.event.destination or self._settings.topic_ready
+                self._spans.end(attempt.span, attempt.event, attempted, topic)
             results.append(finished(attempt.event, attempted, attempt.started_at, took_s))
         self.in_flight -= len(attempts)
         self._finisher.add(*results, at_once=any(attempt.options.bound for attempt in attempts))

@@ -206,7 +206,7 @@ FIELDS = (
         f"1 to {MAX_CORRELATION_ID_CHARS} printable ASCII characters, no space at either end, or null",
         {"type": ["string", "null"], "pattern": CORRELATION_ID_PATTERN},
         "An id to follow it by through several systems, sent along as the header X-Correlation-ID. By default that "
-        "header of the request, where it is valid.",
+        "header of the request, where it is valid, else the trace id of `traceparent`.",
     ),
     Field(
         "traceparent",

@@ -31,7 +31,7 @@ from orchestrator.events.rules import (
 from orchestrator.events.submission import JsonError, Limits, OutOfRangeError, Submission, SubmissionError
 from orchestrator.events.times import EARLIEST, LATEST, ScheduledAt, expires_at_fault, scheduled_at_fault
 from orchestrator.events.topics import TopicRules
-from orchestrator.events.tracing import Carried, CorrelationId, Traceparent, in_version_00
+from orchestrator.events.tracing import Carried, CorrelationId, Traceparent, in_version_00, trace_id, with_tracestate
 
 
 class Wire(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -88,16 +88,20 @@ def submission_row(
     given_id: str | None = None,
     topics: TopicRules | None = None,
     carried: Carried | None = None,
+    follow: Callable[[Submission], Submission] | None = None,
 ) -> EncodedRow:
     """The row of COPY for a submission that came as a Kafka record; `given_id` is its EVENT_ID_HEADER.
 
-    Raises as `parse_submission` does, with one rule, and SubmissionError when the event cannot have the id given.
+    `follow` puts the submission into the span that keeps it. Raises as `parse_submission` does, with one rule, and
+    SubmissionError when the event cannot have the id given.
     """
     submission = _one(raw, limits, topics, carried, 1)
     if given_id is not None:
         if fault := given_id_fault(given_id, submission):
             raise SubmissionError([(EVENT_ID_HEADER, fault)])
         submission = msgspec.structs.replace(submission, id=given_id)
+    if follow is not None:
+        submission = follow(submission)
     return encode_row(submission, n)
 
 
@@ -258,6 +262,17 @@ def _valid(
         expires_at = expires_at.astimezone(UTC)
     if at.tzinfo is not UTC:
         at = at.astimezone(UTC)
+    headers, correlation_id, traceparent = wire.headers, wire.correlation_id, wire.traceparent
+    if traceparent is not None:
+        traceparent = in_version_00(traceparent)
+    if carried is not None:
+        correlation_id = correlation_id or carried.correlation_id
+        if traceparent is None:
+            traceparent = carried.traceparent
+            if carried.tracestate is not None:
+                headers = with_tracestate(headers, carried.tracestate)
+    if correlation_id is None and traceparent is not None:
+        correlation_id = trace_id(traceparent)
     if kind != "HTTP" and topics is not None and (fault := topics.fault(kind, wire.destination)):
         raise SubmissionError([("destination", fault)])
     return Submission(
@@ -270,15 +285,15 @@ def _valid(
         kind,
         wire.destination,
         payload,
-        _encode(wire.headers) if wire.headers else None,
+        _encode(headers) if headers else None,
         limits.max_retries if wire.max_retries is None else int(wire.max_retries),
         wire.retry_policy,
         key,
         int(wire.priority) if wire.priority else None,
         wire.spread_seconds,
         expires_at,
-        wire.correlation_id or (carried and carried.correlation_id),
-        in_version_00(wire.traceparent) if wire.traceparent else carried and carried.traceparent,
+        correlation_id,
+        traceparent,
     )
 
 

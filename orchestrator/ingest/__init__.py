@@ -10,6 +10,7 @@ from orchestrator.ingest.submissions import Submissions
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 from orchestrator.tasks import retrieve
+from orchestrator.tracing import Tracer
 
 _BATCH_BYTES = 24 << 20  # of all consumers of a process together; each holds two batches
 _LEAST_BATCH_BYTES = 256 << 10
@@ -19,12 +20,12 @@ _LAST_S = 1.0
 __all__ = ["Consumer", "consumers", "ingest"]
 
 
-async def ingest(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> None:
+async def ingest(settings: Settings, metrics: Metrics, stop: asyncio.Event, tracer: Tracer | None = None) -> None:
     """Runs KAFKA_CONSUMER_CONCURRENCY consumers of submissions and one of commands until `stop` is set.
 
     Then it ends within SHUTDOWN_TIMEOUT_SECONDS: batches under way are written, or the next consumer reads them again.
     """
-    running = [asyncio.create_task(consumer.run()) for consumer in consumers(settings, metrics)]
+    running = [asyncio.create_task(consumer.run()) for consumer in consumers(settings, metrics, tracer)]
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([stopping, *running], return_when=asyncio.FIRST_COMPLETED)
@@ -42,13 +43,15 @@ async def ingest(settings: Settings, metrics: Metrics, stop: asyncio.Event) -> N
             task.result()
 
 
-def consumers(settings: Settings, metrics: Metrics, *, stall_s: float = 30.0) -> list[Consumer]:
+def consumers(
+    settings: Settings, metrics: Metrics, tracer: Tracer | None = None, *, stall_s: float = 30.0
+) -> list[Consumer]:
     """All consumers of one process, the one of commands last. One that does not move for `stall_s` is rebuilt."""
     count = settings.kafka_concurrency
     batch_bytes = max(_LEAST_BATCH_BYTES, min(_LARGEST_BATCH_BYTES, _BATCH_BYTES // count // 2))
 
     def submissions() -> Submissions:
-        return Submissions(settings, metrics, batch_bytes)
+        return Submissions(settings, metrics, batch_bytes, tracer)
 
     return [
         *(

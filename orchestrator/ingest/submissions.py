@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from orchestrator.database.ingestion import Ingestion, Move, Reject
 from orchestrator.errors import ValidationError
@@ -10,10 +11,18 @@ from orchestrator.events.encoding import EncodedRow
 from orchestrator.events.ids import EVENT_ID_HEADER
 from orchestrator.events.parsing import submission_row
 from orchestrator.events.topics import topic_rules
-from orchestrator.events.tracing import CORRELATION_ID_HEADER, TRACEPARENT_HEADER, Carried, carried
+from orchestrator.events.tracing import (
+    CORRELATION_ID_HEADER,
+    TRACEPARENT_HEADER,
+    TRACESTATE_HEADER,
+    Carried,
+    carried,
+)
 from orchestrator.ingest.partition import ConsumedRecord
+from orchestrator.ingest.spans import IngestSpans
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
+from orchestrator.tracing import Tracer
 
 _MAX_RECORDS = 10_000
 
@@ -21,11 +30,12 @@ _MAX_RECORDS = 10_000
 class Submissions:
     """Up to 10,000 records, or `max_bytes` of them and one more."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, max_bytes: int) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, max_bytes: int, tracer: Tracer | None = None) -> None:
         self._settings = settings
         self._topics = topic_rules(settings)
         self._metrics = metrics
         self._max_bytes = max_bytes
+        self._spans = None if tracer is None else IngestSpans(tracer, settings.kafka_group)
         self._rows: list[EncodedRow] = []
         self._kept: list[ConsumedRecord] = []
         self._rejects: list[Reject] = []
@@ -37,7 +47,7 @@ class Submissions:
 
     def add(self, records: Sequence[ConsumedRecord]) -> None:
         """Parses records; what is wrong with one becomes its reject."""
-        limits, rows, kept = self._settings, self._rows, self._kept
+        limits, rows, kept, spans = self._settings, self._rows, self._kept, self._spans
         size_bytes = 0
         for record in records:
             value = record.value
@@ -46,7 +56,8 @@ class Submissions:
                     raise ValidationError("body", "expected a submission, got a record without a value")
                 size_bytes += len(value)
                 given_id, told = _told(record) if record.headers else (None, None)
-                rows.append(submission_row(value, limits, len(rows), given_id, self._topics, told))
+                follow = None if spans is None else partial(spans.follow, record)
+                rows.append(submission_row(value, limits, len(rows), given_id, self._topics, told, follow))
             except ValidationError as error:
                 self._rejects.append(reject(record, error.field, error.reason))
             else:
@@ -63,13 +74,15 @@ class Submissions:
         self._metrics.events_persisted_total("kafka").inc(done.accepted)
         self._metrics.events_duplicate_total.inc(done.duplicates)
         self._metrics.events_rejected_total.inc(len(self._rejects) + done.refused)
+        if self._spans is not None:
+            self._spans.end(topic, len(self._rows) + len(self._rejects))
 
 
 def _told(record: ConsumedRecord) -> tuple[str | None, Carried | None]:
     """What the headers say: the id, and what the event is followed by; of one that is repeated, the first."""
     headers = {name: value or b"" for name, value in reversed(record.headers)}
     given_id = headers.get(EVENT_ID_HEADER)
-    told = carried(headers.get(CORRELATION_ID_HEADER), headers.get(TRACEPARENT_HEADER))
+    told = carried(headers.get(CORRELATION_ID_HEADER), headers.get(TRACEPARENT_HEADER), headers.get(TRACESTATE_HEADER))
     return None if given_id is None else given_id.decode(errors="replace"), told
 
 

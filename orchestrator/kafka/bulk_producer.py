@@ -123,7 +123,7 @@ class BulkProducer(Generic[T]):
 
     def _connected(self, producer: AIOKafkaProducer) -> None:
         if self.away is not None:
-            _log.warning("Kafka is back", extra={"role": self._role})
+            _log.warning("Kafka is back", extra={"producer": self._role})
         self.away = None
         self._broken.clear()
         self._topics = set()
@@ -138,7 +138,7 @@ class BulkProducer(Generic[T]):
 
     def _disconnected(self, error: KafkaUnavailable) -> None:
         if self.away is None:
-            _log.warning("Kafka is away; trying again", extra={"role": self._role, "error": str(error)})
+            _log.warning("Kafka is away; trying again", extra={"producer": self._role, "error": str(error)})
         self._producer = None
         self.away = error
         self._queues.drop(error)

@@ -115,4 +115,4 @@ class _Minutes:
 def _fields(told: Upkeep) -> dict[str, Any]:
     if told.skipped is not None:
         return {"skipped": told.skipped}
-    return {"took_ms": told.took_ms, "more": told.more} | {name: n for name, n in told.did.items() if n}
+    return {"took_ms": told.took_ms, "more": told.more, "did": {name: n for name, n in told.did.items() if n}}

@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.errors import SettingsError
 from orchestrator.settings import database_url as database_urls
+from orchestrator.settings import otlp
 from orchestrator.settings.kafka import KafkaSettings, filled, topics_of_others
 from orchestrator.settings.kinds import (
     AbsentError,
@@ -392,6 +393,57 @@ class Settings(KafkaSettings):
         kind=one_of({"json": "json", "console": "console"}, "json or console"),
         otherwise="console on a terminal, else json",
         about="Form of log lines: one JSON object per line, or text for people.",
+    )
+    otlp_endpoint: str | None = defined(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        kind=otlp.endpoint,
+        otherwise="none: no spans are made",
+        about="Base URL of the collector that takes spans over OTLP/HTTP; `/v1/traces` is added. It needs the extra "
+        "`tracing`.",
+    )
+    otlp_headers: tuple[tuple[str, str], ...] = defined(
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        kind=otlp.headers,
+        default="",
+        secret=True,
+        about="Headers of each request to the collector, such as a key.",
+    )
+    otlp_protocol: str = defined(
+        "OTEL_EXPORTER_OTLP_PROTOCOL",
+        kind=otlp.protocol,
+        default="http/protobuf",
+        about="How spans are sent to the collector.",
+    )
+    otlp_timeout_s: float = defined(
+        "OTEL_EXPORTER_OTLP_TIMEOUT",
+        kind=milliseconds(1, 60000),
+        default="10000",
+        about="Longest wait for the collector to connect or to answer, in milliseconds.",
+    )
+    otlp_certificate: str | None = defined(
+        "OTEL_EXPORTER_OTLP_CERTIFICATE",
+        kind=otlp.certificate,
+        otherwise="the authorities of this machine",
+        about="PEM file of the authorities that the collector's certificate is checked against.",
+    )
+    otlp_service_name: str | None = defined(
+        "OTEL_SERVICE_NAME",
+        kind=text(),
+        otherwise="`DEPLOYMENT_NAME`",
+        about="Name of this service in traces.",
+    )
+    traces_sampler: str = defined(
+        "OTEL_TRACES_SAMPLER",
+        kind=otlp.sampler,
+        default="parentbased_always_on",
+        about="Which traces are recorded. The samplers that begin with `parentbased_` honour the flag of a traceparent "
+        "that comes in, and decide only about traces that begin here.",
+    )
+    traces_sampler_arg: float = defined(
+        "OTEL_TRACES_SAMPLER_ARG",
+        kind=otlp.ratio,
+        default="1",
+        about="Part of the traces that the `traceidratio` samplers record.",
     )
     notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """One line for each doubtful variable that is no error: likely typos, variables without effect."""

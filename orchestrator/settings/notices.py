@@ -24,7 +24,7 @@ _WITHOUT_EFFECT = {
     r"(SPRING|MANAGEMENT|LOGGING)_\w+": "it is a setting of Spring that has no counterpart here",
     r"JAVA_OPTS|JAVA_TOOL_OPTIONS|JDK_JAVA_OPTIONS|JVM_OPTS": "there is no JVM here",
 }
-_OURS = ("SCHEDULER_", "SERVER_SSL_", "HTTP_MAX_", "API_MAX_", "DB_", "KAFKA_", "OUTBOX_")
+_OURS = ("SCHEDULER_", "SERVER_SSL_", "HTTP_MAX_", "API_MAX_", "DB_", "KAFKA_", "OUTBOX_", "OTEL_")
 # Kubernetes and Docker set these for every neighbouring service, also for one that is called "db".
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?|ENV_\w+)")
 

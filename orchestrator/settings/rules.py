@@ -75,6 +75,22 @@ def _parquet_can_be_written(v: Mapping[str, Any]) -> str | None:
     )
 
 
+def _spans_can_be_encoded(v: Mapping[str, Any]) -> str | None:
+    if v["otlp_endpoint"] is None or _is_installed("opentelemetry.proto"):
+        return None
+    return (
+        "OTEL_EXPORTER_OTLP_ENDPOINT: traces need opentelemetry-proto, which is not installed; run: pip install "
+        "'scheduled-event-orchestrator[tracing]', or unset it"
+    )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
 def _sessions_can_write(v: Mapping[str, Any]) -> str | None:
     url: DatabaseUrl | None = v["database_url"]
     wanted = None if url is None else url.parameters.get(TARGET)
@@ -167,6 +183,7 @@ _RULES = (
     _body_holds_payload,
     _partitions_within_reach,
     _parquet_can_be_written,
+    _spans_can_be_encoded,
     _sessions_can_write,
     _ports_differ,
     _login_module_is_known,

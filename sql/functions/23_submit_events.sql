@@ -120,7 +120,7 @@ begin
       , coalesce(i.max_retries::integer, 3), i.retry_policy, i.ordering_key
       , (i.event ->> 'priority')::smallint
       , make_interval(secs => (i.event ->> 'spread_seconds')::double precision)
-      , i.expires_at, i.correlation_id, i.traceparent
+      , i.expires_at, coalesce(i.correlation_id, substr(i.traceparent, 4, 32)), i.traceparent
     from item i
     where i.problem is null
   )

@@ -13,6 +13,7 @@ from orchestrator.dispatch.http.deliveries import Sender
 from orchestrator.dispatch.http.sender import HttpSender
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
+from orchestrator.tracing import Tracer, tracing
 from tests.support.laws import Arrival, violations
 from tests.support.receiver import Received
 from tests.support.sql_client import Client
@@ -22,10 +23,12 @@ from tests.support.waiting import eventually
 class Running:
     """A dispatcher at work."""
 
-    def __init__(self, settings: Settings, sender: Sender) -> None:
-        self.metrics = Metrics(settings)
+    def __init__(
+        self, settings: Settings, sender: Sender, metrics: Metrics | None = None, tracer: Tracer | None = None
+    ) -> None:
+        self.metrics = metrics or Metrics(settings)
         self._stop = asyncio.Event()
-        self.task = asyncio.create_task(Dispatcher(settings, self.metrics, sender).run(self._stop))
+        self.task = asyncio.create_task(Dispatcher(settings, self.metrics, sender, tracer).run(self._stop))
 
     async def stop(self) -> None:
         self._stop.set()
@@ -48,8 +51,9 @@ class Running:
 @asynccontextmanager
 async def dispatching(settings: Settings, sender: Sender | None = None) -> AsyncIterator[Running]:
     """A dispatcher that has claimed once already, and is stopped when the block ends."""
-    async with HttpSender(settings) as http:
-        running = Running(settings, sender or http)
+    metrics = Metrics(settings)
+    async with HttpSender(settings) as http, tracing(settings, metrics, "dispatch") as tracer:
+        running = Running(settings, sender or http, metrics, tracer)
         try:
             await running.claims()
             yield running

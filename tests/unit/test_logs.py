@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ def test_a_line_names_the_happening_the_logger_and_the_subject(
         "customer": "ocean",
         "environment": "development",
         "role": "dispatch",
+        "pid": os.getpid(),
         "event_id": "e1",
         "attempt": 2,
     }

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.events.parsing import parse_batch, parse_submission, submission_row
 from orchestrator.events.submission import Submission, SubmissionError
-from orchestrator.events.tracing import Carried, carried, with_tracing
+from orchestrator.events.tracing import Carried, carried, followed, with_tracing
 from tests.support.copying import fields_of
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -89,7 +89,7 @@ def test_a_field_goes_before_the_header_and_null_leaves_it_to_the_header() -> No
     both = parsed(told, correlation_id="of the field", traceparent=TRACE)
     assert (both.correlation_id, both.traceparent) == ("of the field", TRACE)
     neither = parsed(told, correlation_id=None)
-    assert (neither.correlation_id, neither.traceparent) == told
+    assert (neither.correlation_id, neither.traceparent) == told[:2]
     assert parsed().correlation_id is parsed().traceparent is None
 
 
@@ -118,3 +118,47 @@ def test_a_delivery_has_what_the_event_is_followed_by_in_place_of_its_own_header
     assert with_tracing(None, None, None) is None
     assert with_tracing(own, "c", None) == {"Traceparent": "own", "x-other": "o", "x-correlation-id": "c"}
     assert with_tracing(None, "c", TRACE) == {"x-correlation-id": "c", "traceparent": TRACE}
+
+
+def test_the_trace_id_stands_in_for_a_correlation_id_that_nobody_gave() -> None:
+    assert parsed(traceparent=TRACE).correlation_id == TRACE[3:35]
+    assert parsed(Carried(None, OTHER)).correlation_id == OTHER[3:35]
+    assert parsed(Carried(None, OTHER), traceparent=TRACE).correlation_id == TRACE[3:35]
+    assert parsed(Carried("told", OTHER), traceparent=TRACE).correlation_id == "told"
+
+
+@pytest.mark.parametrize(
+    "state", ["a=b", "vendor@x/y=t61rcWkgMzE,rojo=00f067aa0ba902b7", "a=b , c=d e", f"a={'b' * 200}"]
+)
+def test_a_tracestate_becomes_a_header_of_the_event_that_came_with_it(state: str) -> None:
+    told = carried(None, TRACE.encode(), f" {state}\t".encode())
+    assert told == Carried(None, TRACE, state)
+    assert json.loads(parsed(told).headers or b"") == {"tracestate": state}
+    assert json.loads(parsed(told, headers={"x": "y"}).headers or b"") == {"x": "y", "tracestate": state}
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["", "a", "=b", "A=b", "a=b,", "a=\x00", "a=b\nc=d", "a=é", "a=b=c", ",".join(["a=b"] * 33), f"a={'b' * 600}"],
+)
+def test_any_other_tracestate_is_ignored(state: str) -> None:
+    assert carried(None, TRACE.encode(), state.encode()) == Carried(None, TRACE)
+
+
+def test_a_tracestate_means_nothing_without_its_traceparent() -> None:
+    assert carried(b"c", None, b"a=b") == carried(b"c", b"wrong", b"a=b") == Carried("c", None)
+    assert parsed(Carried(None, OTHER, "a=b"), traceparent=TRACE).headers is None
+
+
+def test_a_tracestate_takes_no_header_of_the_event_away() -> None:
+    told = Carried(None, TRACE, "a=b")
+    own = {"Tracestate": "own"}
+    full = {f"x-{n}": "y" for n in range(20)}
+    assert json.loads(parsed(told, headers=own).headers or b"") == own
+    assert json.loads(parsed(told, headers=full).headers or b"") == full
+
+
+def test_a_line_of_the_log_names_an_event_by_all_that_is_known() -> None:
+    assert followed("e", None, None) == {"event_id": "e"}
+    ids = {"trace_id": "4bf92f3577b34da6a3ce929d0e0e4736", "span_id": "00f067aa0ba902b7"}
+    assert followed("e", "c", TRACE) == {"event_id": "e", "correlation_id": "c"} | ids

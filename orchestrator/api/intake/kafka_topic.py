@@ -12,6 +12,7 @@ from orchestrator.errors import KafkaUnavailable, OrchestratorError
 from orchestrator.events.encoding import encode_submission
 from orchestrator.events.ids import EVENT_ID_HEADER
 from orchestrator.events.submission import Submission
+from orchestrator.events.tracing import CORRELATION_ID_HEADER, TRACEPARENT_HEADER, followed
 from orchestrator.kafka.bulk_producer import BulkProducer, bulk_producer
 from orchestrator.kafka.partition_queues import OutgoingRecord, RecordRefusedError
 from orchestrator.settings import Settings
@@ -67,9 +68,10 @@ class SubmissionTopic:
             self._waiting -= len(submissions)
         if not errors:
             return [Submitted(submission.id, "queued") for submission in submissions]
-        for error in errors.values():
+        for n, error in errors.items():
             if not isinstance(error, RecordRefusedError):
-                _log.warning("Kafka has not confirmed a submission", extra={"error": str(error)})
+                about = followed(submissions[n].id, submissions[n].correlation_id, submissions[n].traceparent)
+                _log.warning("Kafka has not confirmed a submission", extra=about | {"error": str(error)})
                 raise KafkaUnavailable(_UNKNOWN)
         return [
             _too_large(submission) if n in errors else Submitted(submission.id, "queued")
@@ -98,6 +100,10 @@ class SubmissionTopic:
 def _record(submission: Submission, item: _Item) -> OutgoingRecord[_Item]:
     key = submission.ordering_key or submission.external_job_id or submission.id
     headers = [] if submission.external_job_id is not None else [(EVENT_ID_HEADER, submission.id.encode())]
+    if submission.correlation_id is not None:
+        headers.append((CORRELATION_ID_HEADER, submission.correlation_id.encode()))
+    if submission.traceparent is not None:
+        headers.append((TRACEPARENT_HEADER, submission.traceparent.encode()))
     return OutgoingRecord(key.encode(), encode_submission(submission), headers, item)
 
 

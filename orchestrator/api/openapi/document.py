@@ -52,7 +52,10 @@ def document(settings: Settings) -> dict[str, Any]:
 _KEYS = f"An API key, `orch_…`. Its scopes are of {', '.join(SCOPES)}; admin implies the others."
 
 
-_LOCATION = {"Location": header("The path of the event.", {"type": "string", "format": "uri-reference"})}
+_FOLLOWED = {
+    "X-Correlation-ID": {"description": "What to follow it by, if there is an id.", "schema": {"type": "string"}}
+}
+_LOCATION = _FOLLOWED | {"Location": header("The path of the event.", {"type": "string", "format": "uri-reference"})}
 _ID: Schema = {
     "name": "id",
     "in": "path",
@@ -177,13 +180,13 @@ def _submit_paths(settings: Settings) -> dict[str, Any]:
     queued = settings.kafka_servers is not None
     direct = not queued or settings.submit_fallback is not None
     one: dict[str, Any] = {}
-    many: dict[str, Any] = {"200": answer("What became of each event.", "BatchResult")}
+    many: dict[str, Any] = {"200": answer("What became of each event.", "BatchResult", _FOLLOWED)}
     if direct:
         one["201"] = answer("The event is kept.", "Submitted", _LOCATION)
         one["200"] = answer("The event was kept before; nothing has changed.", "Submitted", _LOCATION)
     if queued:
         one["202"] = answer("Kafka has the event; it can be read and cancelled within moments.", "Submitted", _LOCATION)
-        many["202"] = answer("Kafka has the accepted events; they can be read within moments.", "BatchResult")
+        many["202"] = answer("Kafka has the accepted events; they can be read soon.", "BatchResult", _FOLLOWED)
     return {
         "/api/v1/events": {
             "post": operation(

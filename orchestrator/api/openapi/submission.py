@@ -62,7 +62,11 @@ _EXAMPLES = [
 
 FOLLOWED_BY: tuple[Schema, ...] = tuple(
     {"name": name, "in": "header", "schema": {"type": "string"}, "description": f"The `{field}` of events without one."}
-    for name, field in (("X-Correlation-ID", "correlation_id"), ("traceparent", "traceparent"))
+    for name, field in (
+        ("X-Correlation-ID", "correlation_id"),
+        ("traceparent", "traceparent"),
+        ("tracestate", "headers: tracestate"),
+    )
 )
 """Headers with which events may be submitted; one that is not valid is ignored."""
 

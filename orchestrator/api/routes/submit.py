@@ -12,19 +12,29 @@ from orchestrator.api.auth import Guard
 from orchestrator.api.http import header, read_json, send_json
 from orchestrator.api.intake import Intake
 from orchestrator.api.problems import Problem
+from orchestrator.api.spans import SPAN, SubmitSpan
 from orchestrator.database import Submitted
 from orchestrator.errors import ValidationError
 from orchestrator.events.parsing import batch_items, parse_submission
 from orchestrator.events.submission import Submission
 from orchestrator.events.topics import TopicRules, topic_rules
-from orchestrator.events.tracing import CORRELATION_ID_HEADER, TRACEPARENT_HEADER, Carried, carried
+from orchestrator.events.tracing import (
+    CORRELATION_ID_HEADER,
+    TRACEPARENT_HEADER,
+    TRACESTATE_HEADER,
+    Carried,
+    carried,
+    trace_id,
+)
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
+from orchestrator.tracing import Tracer
 
 _encode = msgspec.json.Encoder().encode
 _STATUSES = {"accepted": "scheduled", "duplicate": "duplicate", "queued": "accepted"}
 _SLICE_S = 0.01
 _CORRELATION_ID, _TRACEPARENT = CORRELATION_ID_HEADER.encode(), TRACEPARENT_HEADER.encode()
+_TRACESTATE = TRACESTATE_HEADER.encode()
 _CODES = {"accepted": 201, "duplicate": 200, "queued": 202}
 
 
@@ -66,7 +76,9 @@ class BatchAnswer(msgspec.Struct):
 
 
 class _Submitting:
-    def __init__(self, settings: Settings, guard: Guard, intake: Intake, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, guard: Guard, intake: Intake, metrics: Metrics, tracer: Tracer | None
+    ) -> None:
         self._settings = settings
         self._topics = topic_rules(settings)
         self._guard = guard
@@ -74,17 +86,29 @@ class _Submitting:
         self._received = metrics.events_received_total("http")
         self._persisted = metrics.events_persisted_total("http")
         self._metrics = metrics
+        self._tracer = tracer
+
+    def _told(self, scope: Scope) -> tuple[Carried | None, SubmitSpan | None]:
+        """What the headers say, for the events of the request; with a tracer, that they are children of its span."""
+        told = carried(header(scope, _CORRELATION_ID), header(scope, _TRACEPARENT), header(scope, _TRACESTATE))
+        if self._tracer is None:
+            return told, None
+        span = scope[SPAN] = SubmitSpan(self._tracer, told)
+        return span.told, span
 
 
 class SubmitOne(_Submitting):
     """Keeps one event: 201, or 200 if it was kept before; or hands it to Kafka: 202."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        told, span = self._told(scope)
         await self._guard.require(scope, "submit")
         raw = await read_json(scope, receive, self._settings.max_body_bytes)
         self._received.inc()
         try:
-            submission = parse_submission(raw, self._settings, self._topics, _carried(scope))
+            submission = parse_submission(raw, self._settings, self._topics, told)
+            if span is not None:
+                submission = span.follow(submission)
             kept = await self._intake.submit(submission)
             if kept.result not in _STATUSES:
                 raise _refusal(kept)
@@ -105,18 +129,21 @@ class SubmitOne(_Submitting):
             kept.status,
         )
         location = (b"location", b"/api/v1/events/" + kept.id.encode())
-        await send_json(send, _CODES[kept.result], _encode(answer), location)
+        await send_json(send, _CODES[kept.result], _encode(answer), location, *_followed_by(submission.correlation_id))
 
 
 class SubmitBatch(_Submitting):
     """Keeps many events in one transaction, or hands them to Kafka, with a result for each."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        told, span = self._told(scope)
         await self._guard.require(scope, "submit")
         raw = await read_json(scope, receive, self._settings.max_body_bytes)
-        items = await _parsed(raw, self._settings, self._topics, _carried(scope))
+        items = await _parsed(raw, self._settings, self._topics, told)
         self._received.inc(len(items))
         valid = [item for item in items if isinstance(item, Submission)]
+        if span is not None:
+            span.link(valid)
         kept = await self._intake.submit_all(valid) if valid else []
         answer = _batch_answer(items, kept)
         queued = any(each.result == "queued" for each in kept)
@@ -124,11 +151,19 @@ class SubmitBatch(_Submitting):
             self._persisted.inc(answer.accepted)
         self._metrics.events_duplicate_total.inc(answer.duplicates)
         self._metrics.events_rejected_total.inc(answer.rejected)
-        await send_json(send, 202 if queued else 200, _encode(answer))
+        await send_json(send, 202 if queued else 200, _encode(answer), *_followed_by(_correlation_id(told)))
 
 
-def _carried(scope: Scope) -> Carried | None:
-    return carried(header(scope, _CORRELATION_ID), header(scope, _TRACEPARENT))
+def _correlation_id(told: Carried | None) -> str | None:
+    """That of the events of a batch which say nothing themselves."""
+    if told is None:
+        return None
+    return told.correlation_id or (told.traceparent and trace_id(told.traceparent))
+
+
+def _followed_by(correlation_id: str | None) -> list[tuple[bytes, bytes]]:
+    """The header that tells a client what to look for."""
+    return [] if correlation_id is None else [(_CORRELATION_ID, correlation_id.encode())]
 
 
 async def _parsed(

@@ -29,8 +29,9 @@ from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
 from orchestrator.dispatch.queue.destination_queue import http_windows
 from orchestrator.dispatch.queue.due_queue import DueQueue
 from orchestrator.dispatch.queue.stalls import QUICK_S, Stalls
+from orchestrator.dispatch.spans import DeliverySpans
 from orchestrator.errors import OwnFaultError
-from orchestrator.events.tracing import with_tracing
+from orchestrator.events.tracing import followed, with_tracing
 from orchestrator.metrics import Metrics
 from orchestrator.own_faults import Postponing
 from orchestrator.settings import Settings
@@ -60,6 +61,7 @@ class HttpDeliveries:
         finisher: Finisher,
         on_taken: Callable[[], None],
         on_room: Callable[[], None],
+        spans: DeliverySpans | None,
         sender: Sender,
     ) -> None:
         self._settings = settings
@@ -67,6 +69,7 @@ class HttpDeliveries:
         self._clock = clock
         self._finisher = finisher
         self._on_taken = on_taken
+        self._spans = spans
         self._sender = sender
         windows = http_windows(settings)
         kept = min(windows.first, max(0, settings.prefetch_due - 2 * settings.batch_size) // 10)
@@ -103,6 +106,7 @@ class HttpDeliveries:
                 self._finisher.release([event])
                 continue
             note_lateness(event, started_at, self._metrics)
+            span = None if self._spans is None else self._spans.begin(event)
             began_s = time.monotonic()
             self.in_flight += 1
             attempted: Attempted | None = _CUT_SHORT
@@ -114,7 +118,8 @@ class HttpDeliveries:
                 attempted = None
                 await self._postponing.pause(fault)  # within this loop: every other event would fail alike
             except Exception as error:  # one event must not end all the others
-                _log.exception("an attempt failed unexpectedly", extra=_followed(event))
+                about = followed(event.event_id, event.correlation_id, event.traceparent)
+                _log.exception("an attempt failed unexpectedly", extra=about)
                 attempted = Attempted(RETRY, error=f"internal error: {type(error).__name__}")
             finally:
                 self.in_flight -= 1
@@ -127,12 +132,9 @@ class HttpDeliveries:
                     name = due.ended(event, quick)
                     self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
                     self._metrics.destination_attempts_total.count("HTTP", name, attempted.verdict)
+                    if span is not None and self._spans is not None:
+                        self._spans.end(span, event, attempted)
                     self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
-
-
-def _followed(event: Claimed) -> dict[str, str]:
-    """What a line of the log names an event by."""
-    return {"event_id": event.event_id} | ({"correlation_id": event.correlation_id} if event.correlation_id else {})
 
 
 def _delivery(event: Claimed, options: Options) -> Delivery:

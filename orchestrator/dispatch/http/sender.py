@@ -41,6 +41,7 @@ from orchestrator.dispatch.http.signing import Signer
 from orchestrator.dispatch.http.ssrf_guard import AddressRefusedError, SsrfGuard
 from orchestrator.dispatch.http.tls import tls_fault
 from orchestrator.errors import OwnFaultError
+from orchestrator.events.tracing import CORRELATION_ID_HEADER, TRACEPARENT_HEADER, followed
 from orchestrator.own_faults import own_fault
 
 if TYPE_CHECKING:
@@ -122,12 +123,12 @@ class HttpSender:
         except OwnFaultError:
             raise
         except Exception as error:
-            return self._not_connected(error, destination, timeout_s, delivery.event_id)
+            return self._not_connected(error, destination, timeout_s, delivery)
         if answer.error is None and 200 <= answer.status < 300:
             return Attempted(DELIVERED, answer.status)
         head = head_of(answer.received)
         if head is None:
-            return self._unanswered(answer.error, destination, timeout_s, delivery.event_id)
+            return self._unanswered(answer.error, destination, timeout_s, delivery)
 
         def discreet(text: str) -> str:
             signed = headers | {"webhook-signature": signature}
@@ -158,7 +159,9 @@ class HttpSender:
             headers |= custom_headers({name: read(secret) for name, secret in delivery.secret_headers.items()})
         return headers
 
-    def _not_connected(self, error: Exception, destination: Destination, timeout_s: float, event_id: str) -> Attempted:
+    def _not_connected(
+        self, error: Exception, destination: Destination, timeout_s: float, delivery: Delivery
+    ) -> Attempted:
         """The outcome of an attempt that got no connection."""
         host, port, _ = destination.origin
         place = f"{host}:{port}"
@@ -181,11 +184,11 @@ class HttpSender:
             case OSError():
                 reason = f"no connection to {place}: {error.strerror or type(error).__name__}"
             case _:
-                return _unexpected(error, event_id)
+                return _unexpected(error, delivery)
         return Attempted(RETRY, error=reason)
 
     def _unanswered(
-        self, error: Exception | None, destination: Destination, timeout_s: float, event_id: str
+        self, error: Exception | None, destination: Destination, timeout_s: float, delivery: Delivery
     ) -> Attempted:
         """The outcome of an attempt that got no status line. Raises OwnFaultError when this machine is at fault."""
         place = destination.place
@@ -203,7 +206,7 @@ class HttpSender:
             case OSError():
                 reason = f"connection closed by {place} before it answered"
             case _:
-                return _unexpected(error, event_id)
+                return _unexpected(error, delivery)
         return Attempted(RETRY, error=reason)
 
 
@@ -227,8 +230,10 @@ def _request(
     return b"%b%b\r\n%b" % (destination.head, head.encode(), delivery.payload)
 
 
-def _unexpected(error: Exception | None, event_id: str) -> Attempted:
-    _log.error("a delivery failed unexpectedly", extra={"event_id": event_id}, exc_info=error)
+def _unexpected(error: Exception | None, delivery: Delivery) -> Attempted:
+    sent = delivery.headers or {}
+    about = followed(delivery.event_id, sent.get(CORRELATION_ID_HEADER), sent.get(TRACEPARENT_HEADER))
+    _log.error("a delivery failed unexpectedly", extra=about, exc_info=error)
     return Attempted(RETRY, error=f"internal error: {type(error).__name__}")
 
 
