@@ -11,27 +11,26 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 /
 SAME    = [ -e $(VENV)/bin/python ] && [ "$$('$(PYTHON)' -VV 2>&1)" = "$$($(VENV)/bin/python -VV 2>&1)" ]
 OTHER  := $(if $(filter file,$(origin PYTHON)),,$(shell $(SAME) || echo other))
 
-# What only some tests need, which else are skipped and say so: Debian's packages.
-TEST_TOOLS := nginx openssl pgbouncer python3-venv util-linux
-TESTS      :=
-MINUTES    := 5
-SEED       :=
+TESTS   :=
+MINUTES := 5
+SEED    :=
 
-.PHONY: help setup run demo test check explore test-tools lint format docs bench clean FORCE
+.PHONY: help setup run demo test drills check explore test-tools lint format docs bench clean FORCE
 
 help:
 	@echo 'make setup       create .venv with everything in it (the other targets do so when it is missing)'
 	@echo 'make run         PostgreSQL, a broker and every role on this machine, data kept between runs'
 	@echo 'make demo        10,000 events through all of it, with a table of what became of them'
 	@echo 'make test        the whole test suite, or TESTS=tests/unit; alike for everybody'
+	@echo 'make drills      what takes long: an installed wheel, backups and restores, rolling upgrades, real monitoring'
 	@echo 'make check       make lint and make test: what a change must pass'
 	@echo 'make explore     the property tests from other seeds for MINUTES=5; SEED=123 repeats what was found'
-	@echo 'make test-tools  install with apt-get what some tests need, or say what is missing'
+	@echo 'make test-tools  install what some tests need, in .tools and with apt-get, or say what is missing'
 	@echo 'make lint        form, types and imports'
 	@echo 'make docs        write docs/reference from the program, for a test fails while it is stale'
 	@echo 'make format      put the code into its form'
 	@echo 'make bench       every benchmark, one JSON object each; takes about an hour'
-	@echo 'make clean       remove .venv and caches; data of `make run` stays'
+	@echo 'make clean       remove .venv, .tools and caches; data of `make run` stays'
 
 setup: $(STAMP)
 	@:
@@ -65,7 +64,10 @@ demo: setup
 	$(VENV)/bin/orchestrator demo
 
 test: setup
-	$(VENV)/bin/pytest -n 3 --dist loadgroup $(TESTS)
+	$(VENV)/bin/pytest -n 3 --dist loadgroup $(or $(TESTS),--ignore=tests/drills)
+
+drills: setup
+	$(VENV)/bin/pytest -n 3 --dist loadgroup tests/drills
 
 check: lint test
 
@@ -73,14 +75,7 @@ explore: setup
 	$(VENV)/bin/python -m tests.support.exploring --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 test-tools:
-	@missing=; for p in $(TEST_TOOLS); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
-	[ -n "$$missing" ] || exit 0; \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		export DEBIAN_FRONTEND=noninteractive; log=$$(mktemp); \
-		{ apt-get -q update; apt-get -qy -o DPkg::Lock::Timeout=300 install --no-install-recommends $$missing; } </dev/null >$$log 2>&1 \
-			|| { tail -n 5 $$log; echo "Not installed:$$missing. Tests that need them are skipped." >&2; }; \
-		rm -f $$log; \
-	else echo "Some tests are skipped without these packages of Debian:$$missing" >&2; fi
+	@PYTHON='$(PYTHON)' .ci/test-tools
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -101,5 +96,5 @@ bench: setup
 		$(VENV)/bin/orchestrator bench $$scenario --json || exit 1; done
 
 clean:
-	rm -rf $(VENV) .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-* .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

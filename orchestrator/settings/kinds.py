@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.events.topics import TOPIC_PATTERN
 from orchestrator.settings import jaas
+from orchestrator.settings.secret_files import SUFFIX, SecretFileError, read_secret_file
 from orchestrator.settings.webhook_secrets import decode_secret
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -41,8 +42,8 @@ class Setting:
     """One setting. The first of `names` is the one the documentation uses, the others are accepted as well.
 
     `default` is text as it would be in the environment, or None; `otherwise` then says what holds without a value.
-    The values of `secret` settings never appear in messages. `kinds` holds the names that take another kind of value;
-    `agree` says whether the values of two names may both be set.
+    The values of `secret` settings never appear in messages, and may stand in files. `kinds` holds the names that take
+    another kind of value; `agree` says whether the values of two names may both be set.
     """
 
     names: tuple[str, ...]
@@ -58,15 +59,26 @@ class Setting:
     def name(self) -> str:
         return self.names[0]
 
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The variables that may name a file which holds the value."""
+        return tuple(name + SUFFIX for name in self.names) if self.secret else ()
+
     def given(self, environ: Mapping[str, str]) -> str | None:
-        """The first of its names that is set. An empty variable is unset: Compose and Helm write such."""
-        return next((name for name in self.names if environ.get(name, "").strip()), None)
+        """The first of its variables that is set. An empty variable is unset: Compose and Helm write such."""
+        return next(iter(self._set(environ)), None)
+
+    def _set(self, environ: Mapping[str, str]) -> list[str]:
+        return [name for name in (*self.names, *self.file_names) if environ.get(name, "").strip()]
 
     def read(self, environ: Mapping[str, str]) -> Any:
         """The value in force; the text of ValueError is the line for the user."""
-        given, *others = [name for name in self.names if environ.get(name, "").strip()] or [""]
+        given, *others = self._set(environ) or [""]
         if not given:
             return None if self.default is None else self.kind.parse(self.default)
+        for name in self.names:
+            if {name, name + SUFFIX} <= {given, *others}:
+                raise ValueError(f"{name} and {name}{SUFFIX}: both are set; keep one of them")
         value = self._parsed(given, environ[given])
         for other in others:
             if not self.agree(value, self._parsed(other, environ[other])):
@@ -74,6 +86,11 @@ class Setting:
         return value
 
     def _parsed(self, given: str, raw: str) -> Any:
+        if given in self.file_names:
+            try:
+                raw = read_secret_file(raw.strip())
+            except SecretFileError as wrong:
+                raise type(wrong)(f"{given}: {shown(raw.strip())} {wrong}") from None
         kind = self.kinds.get(given, self.kind)
         try:
             return kind.parse(raw)

@@ -15,16 +15,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Spawned:
-    """``python -m orchestrator <arguments>`` of the checkout at `root`; what it prints goes to a file."""
+    """``python -m orchestrator <arguments>`` of the checkout at `root`; what it prints goes to a file.
+
+    Another `program` is started in `root` too.
+    """
 
     def __init__(
-        self, arguments: tuple[str, ...], env: Mapping[str, str], log_file: Path, *, root: Path = ROOT
+        self,
+        arguments: tuple[str, ...],
+        env: Mapping[str, str],
+        log_file: Path,
+        *,
+        root: Path = ROOT,
+        program: tuple[str, ...] = (sys.executable, "-m", "orchestrator"),
     ) -> None:
         self.name = " ".join(arguments)
         self._log_file = log_file
         with log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator", *arguments],
+                [*program, *arguments],
                 cwd=root,
                 env=_inherited() | {"PYTHONUNBUFFERED": "1"} | dict(env),
                 stdin=subprocess.DEVNULL,
