@@ -163,6 +163,11 @@ class Metrics:
         self.event_delivery_seconds: Callable[[str, str], Histogram] = self._histograms(
             "event_delivery_seconds", "How long attempts took.", DURATION_BUCKETS_S, "delivery_type", "outcome"
         )
+        self.event_loop_lag_seconds = self._histograms(
+            "event_loop_lag_seconds",
+            "How late the event loop ran a timer, looked at once a second.",
+            LATENESS_BUCKETS_S,
+        )()
         self.claim_seconds = self._histograms("claim_seconds", "How long claims took.", DURATION_BUCKETS_S)()
         self.finish_seconds = self._histograms(
             "finish_seconds", "How long it took to record outcomes.", DURATION_BUCKETS_S

@@ -26,6 +26,7 @@ from orchestrator.database.blocking import OnConnected, blocking
 from orchestrator.database.customer import check_customer
 from orchestrator.database.rights import NEEDED
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
+from orchestrator.event_loop import watch_lag
 from orchestrator.garbage import spare_what_stays
 from orchestrator.maintenance.upkeep import maintain, prepare
 from orchestrator.metrics import Metrics
@@ -65,6 +66,7 @@ class _Process:
         settings = self._settings
         self._handle_signals()
         self._metrics.count_log_lines()
+        watch_lag(self._metrics.event_loop_lag_seconds.observe)
         for notice in settings.notices:
             _log.warning("%s", notice)
         limit = file_descriptors.raise_limit()

@@ -19,7 +19,7 @@ import pytest
 
 from orchestrator.dev.operating_system import free_port
 from tests.conftest import Spawn
-from tests.integration.api_support import status
+from tests.integration.api_support import status, until
 from tests.support.dockerfile import health_check
 from tests.support.processes import ROOT, Spawned
 from tests.support.receiver import Receiver
@@ -112,7 +112,7 @@ async def test_the_installed_program_migrates_and_delivers_without_the_checkout(
     ports = {"SERVER_PORT": str(api), "MANAGEMENT_SERVER_PORT": str(management)}
     process = start("run", DATABASE_URL=empty_database_url, **ports)
     async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
-        await eventually(lambda: _answers(client, f"http://127.0.0.1:{management}/ready"), 60)
+        await until(lambda: _answers(client, f"http://127.0.0.1:{management}/ready"), 60)
         event = {
             "source": "drill",
             "external_job_id": "installed",
@@ -169,12 +169,12 @@ async def test_the_health_check_of_the_image_succeeds_on_a_busy_host_and_fails_w
     async def healthy() -> bool:
         return await exit_status() == 0
 
-    await eventually(healthy, 60)
+    await until(healthy, 60)
     with every_core_taken(8):
         # The engine asks again and again, and counts only failures in a row.
         assert [await exit_status() for _ in range(5)] == [0] * 5
     process.pause()
     assert await exit_status() != 0
     process.resume()
-    await eventually(healthy, 60)
+    await until(healthy, 60)
     assert await process.stop() == 0

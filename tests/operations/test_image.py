@@ -12,12 +12,11 @@ from fnmatch import fnmatch
 import pytest
 
 from tests.conftest import Spawn
-from tests.integration.api_support import free_port
+from tests.integration.api_support import free_port, until
 from tests.support.dockerfile import health_check, instructions
 from tests.support.processes import ROOT
 from tests.support.receiver import Answer, Receiver
 from tests.support.tools import tool
-from tests.support.waiting import eventually
 
 _FROM = re.compile(r"(\S+)(?: AS (\S+))?")
 _EXACT = re.compile(r"[\w./-]+:[\w.-]*\d{8}[\w.-]*|[\w./-]+:\d+\.\d+\.\d+[\w.-]*|\S+@sha256:[0-9a-f]{64}")
@@ -81,12 +80,12 @@ async def test_the_health_check_asks_the_management_port_or_else_that_of_the_api
     ports = {"MANAGEMENT_SERVER_PORT": management, "SERVER_PORT": api}
     assert await checked(**ports) != 0  # nobody listens yet
     process = spawn("api", **ports)
-    await eventually(lambda: _healthy(ports), 30)
+    await until(lambda: _healthy(ports), 30)
     # The API has a port of its own, where nothing but health would be found under this path.
     assert await checked(SERVER_PORT=api) != 0
     assert await process.stop() == 0
     process = spawn("api", SERVER_PORT=api)
-    await eventually(lambda: _healthy({"MANAGEMENT_SERVER_PORT": "", "SERVER_PORT": api}), 30)
+    await until(lambda: _healthy({"MANAGEMENT_SERVER_PORT": "", "SERVER_PORT": api}), 30)
     assert await process.stop() == 0
 
 

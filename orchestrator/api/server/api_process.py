@@ -164,6 +164,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
     from orchestrator.api.server.server import serve
     from orchestrator.database import Database
     from orchestrator.database.rights import NEEDED
+    from orchestrator.event_loop import watch_lag
     from orchestrator.garbage import spare_what_stays
 
     link = await Link.over(end)
@@ -174,6 +175,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
     logs.configure(settings, role)
     metrics = Metrics(settings, role)
     metrics.count_log_lines()
+    watch_lag(metrics.event_loop_lag_seconds.observe)
     stop = asyncio.Event()
     deliverer = Deliverer(link, stop)
     listener = asyncio.create_task(deliverer.listen())
