@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -23,11 +23,13 @@ from orchestrator.histograms import Histogram, Histograms
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
+    from orchestrator.database.backups import Backup
     from orchestrator.database.maintenance import Condition
 
 Samples = dict[str, list[tuple[str, dict[str, str], float]]]
 """By metric: name, labels and value of each of its samples."""
 PREFIX = "orchestrator"
+BACKUP_KINDS = ("logical", "base", "verify", "wal")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LATENESS_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 DURATION_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -182,6 +184,18 @@ class Metrics:
         self.dead_letters_expiring = self._gauge(
             "dead_letters_expiring", "Those of them that retention drops within a day, up to 10,000."
         )
+        self.backup_last_success_timestamp_seconds: Callable[[str], Gauge] = cache(
+            self._gauge(
+                "backup_last_success_timestamp_seconds",
+                "When the last good backup of this cluster was made; NaN: unknown, or never.",
+                "kind",
+            ).labels
+        )
+        self.backup_failing: Callable[[str], Gauge] = cache(
+            self._gauge(
+                "backup_failing", "1 while the last backup of a kind failed, or WAL is not archived, else 0.", "kind"
+            ).labels
+        )
         # Without the prefix, as alerts of older installations know it.
         self.outbox_event_pending_total = Gauge(
             "outbox_event_pending_total", "Messages that wait in the outbox, up to 10,000.", registry=self.registry
@@ -214,6 +228,14 @@ class Metrics:
         self.horizon_events.set(unknown if found is None else found.horizon)
         self.dead_letters.set(unknown if found is None else found.dead_letters)
         self.dead_letters_expiring.set(unknown if found is None else found.expiring)
+
+    def set_backups(self, found: Iterable[Backup] | None) -> None:
+        """Sets the gauges of backups; None: unknown."""
+        known = {each.kind: each for each in found or ()}
+        for kind in BACKUP_KINDS:
+            last_s = known[kind].last_success_s if kind in known else None
+            self.backup_last_success_timestamp_seconds(kind).set(math.nan if last_s is None else last_s)
+            self.backup_failing(kind).set(float(known[kind].problem is not None) if kind in known else math.nan)
 
     def exposition(self, beside: Samples | None = None) -> tuple[bytes, str]:
         """All series as Prometheus reads them, and their content type.

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from orchestrator.api.server.process_link import Deliverer
 from orchestrator.database import Database
+from orchestrator.database.backups import backups
 from orchestrator.database.destinations import Destinations
 from orchestrator.database.maintenance import condition
 from orchestrator.errors import OrchestratorError
@@ -101,11 +102,14 @@ class Health:
         self._condition_at = time.monotonic()
         try:
             found = await within(CHECK_TIMEOUT_S, condition(self._database))
+            kept = await within(CHECK_TIMEOUT_S, backups(self._database))
         except (TimeoutError, OrchestratorError) as error:
             _log.debug("metrics: the condition of maintenance is unknown", extra={"error": str(error)})
             self._metrics.set_condition(None)
+            self._metrics.set_backups(None)
         else:
             self._metrics.set_condition(found)
+            self._metrics.set_backups(kept)
 
     async def _read_holders(self) -> None:
         """Asks the database which sessions hold others up, at most once in CONDITION_CACHE_S."""
