@@ -60,6 +60,10 @@ declare
   v_last constant date := orchestrator.now()::date + (select c.partition_days_ahead from orchestrator.control c);
   v_parent text;
 begin
+  -- Whoever changes partition_days_ahead means pg_partman, too.
+  update partman.part_config set premake = c.partition_days_ahead
+  from orchestrator.control c
+  where parent_table in ('orchestrator.event', 'orchestrator.outcome') and premake <> c.partition_days_ahead;
   foreach v_parent in array array['event', 'outcome'] loop
     if to_regclass('orchestrator.' || orchestrator.partition_name(v_parent, v_last)) is null then
       perform partman.run_maintenance('orchestrator.' || v_parent, p_analyze => false);
