@@ -1,6 +1,7 @@
 -- Hands the partition sets event and outcome to pg_partman 5, which creates their partitions from then
 -- on, or takes them back. For sites that manage all their partitions in one way; nothing here needs it.
--- pg_partman must be installed in schema partman.
+-- pg_partman must be installed in schema partman. tests/drills/test_extensions.py has run this with 5.5.0 on
+-- PostgreSQL 18.6, as Debian packages them.
 --
 --   psql -d DATABASE -f ops/pg_partman.sql
 --   psql -d DATABASE -v back=1 -f ops/pg_partman.sql  # takes them back
