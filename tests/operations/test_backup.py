@@ -81,8 +81,8 @@ def cut_in_half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def full(fresh: Path, at_bytes: int) -> dict[str, str]:
-    """A pg_dump and a pg_basebackup whose disk is full after so many bytes."""
+def full(fresh: Path, at_bytes: int) -> str:
+    """A PATH on which the disks of pg_dump and pg_basebackup are full after so many bytes."""
     programs = fresh / "programs"
     programs.mkdir()
     for name in ("pg_dump", "pg_basebackup"):
@@ -90,7 +90,7 @@ def full(fresh: Path, at_bytes: int) -> dict[str, str]:
         real = find_installation().bin_dir / name
         script.write_text(f'#!/bin/bash\ntrap "" XFSZ\nulimit -f {at_bytes // 1024}\nexec {real} "$@"\n')
         script.chmod(0o755)
-    return {"PATH": f"{programs}:{find_installation().bin_dir}:{os.environ['PATH']}"}
+    return f"{programs}:{find_installation().bin_dir}:{os.environ['PATH']}"
 
 
 # Form
@@ -167,7 +167,7 @@ def test_old_dumps_are_deleted_only_when_a_newer_good_one_exists(backed_up: Site
         (folder / f"{name}.dump").write_text(name)
         (folder / f"{name}.dump.sha256").write_text(name)
     backed_up.own(fresh)
-    backed_up.refused("dump", root=fresh, **full(fresh, 65536))
+    backed_up.refused("dump", root=fresh, PATH=full(fresh, 65536))
     assert f"{old}.dump" in dumps(fresh)
     made = backed_up.made("dump", root=fresh)
     kept = {name.split(".")[0] for name in dumps(fresh)}
@@ -176,7 +176,7 @@ def test_old_dumps_are_deleted_only_when_a_newer_good_one_exists(backed_up: Site
 
 def test_a_dump_that_fills_the_disk_fails_is_recorded_and_leaves_the_others(backed_up: Site, fresh: Path) -> None:
     made = backed_up.made("dump", root=fresh)
-    told = backed_up.refused("dump", root=fresh, **full(fresh, 65536))
+    told = backed_up.refused("dump", root=fresh, PATH=full(fresh, 65536))
     assert "dump: pg_dump failed: " in told
     assert dumps(fresh) == [made.name, f"{made.name}.sha256"]
     assert last(backed_up, "logical")[0].startswith("pg_dump failed: ")
@@ -185,6 +185,20 @@ def test_a_dump_that_fills_the_disk_fails_is_recorded_and_leaves_the_others(back
     assert "the last good dump is 0 minutes old" in doctor.stdout
     backed_up.made("dump", root=fresh)
     assert last(backed_up, "logical")[0] is None
+
+
+def test_a_dump_that_is_truncated_unnoticed_by_pg_dump_is_not_kept(backed_up: Site, fresh: Path) -> None:
+    programs = fresh / "programs"
+    programs.mkdir()
+    script = programs / "pg_dump"
+    script.write_text(
+        f'#!/bin/bash\n{find_installation().bin_dir}/pg_dump "$@"\n'
+        'for last; do :; done\nfile=${last#--file=}\ntruncate -s -2000 "$file"\n'
+    )
+    script.chmod(0o755)
+    path = f"{programs}:{find_installation().bin_dir}:{os.environ['PATH']}"
+    assert "dump: pg_restore failed: " in backed_up.refused("dump", root=fresh, PATH=path)
+    assert dumps(fresh) == []
 
 
 def test_what_a_killed_dump_left_is_removed_by_the_next_one(backed_up: Site, fresh: Path) -> None:
@@ -233,7 +247,7 @@ def test_a_dump_of_a_server_that_is_away_fails_and_keeps_what_there_is(backed_up
         ("archive-wal", {"BACKUP_DIRECTORY": "/nowhere"}, "expected two arguments, %p %f"),
     ],
 )
-def test_a_wrong_setting_is_named(backed_up: Site, script: str, env: dict[str, str], told: str) -> None:
+def test_a_wrong_setting_is_named(backed_up: Site, script: str, env: dict[str, Any], told: str) -> None:
     said = backed_up.refused(script, **env)
     assert told in said
     assert "hush" not in said
@@ -270,7 +284,7 @@ def test_a_backup_is_full_when_the_one_before_it_cannot_be_built_upon(backed_up:
 
 def test_a_physical_backup_that_fills_the_disk_fails_and_leaves_the_others(backed_up: Site, kept: Path) -> None:
     before = backups(kept)
-    told = backed_up.refused("base-backup", "--full", root=kept, **full(kept, 1 << 20))
+    told = backed_up.refused("base-backup", "--full", root=kept, PATH=full(kept, 1 << 20))
     assert "base-backup: pg_basebackup failed: " in told
     assert backups(kept) == before
     assert [path for path in (kept / "base").iterdir() if path.name.startswith(".")] == []

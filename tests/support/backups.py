@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from orchestrator.database.migrate import migrate
 from orchestrator.dev.operating_system import until
@@ -24,8 +25,9 @@ DATABASE = "orchestrator"
 class Site:
     """A server, its scripts in `scripts`, and its backups in `root`."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, **tuning: str) -> None:
         self.home = home
+        self.closing = ExitStack()
         self.root = home / "backup"
         self.scripts = home / "scripts"
         self.root.mkdir()
@@ -36,7 +38,7 @@ class Site:
         self._tuning = TEST_TUNING | {
             "archive_mode": "on", "archive_command": archive, "summarize_wal": "on",
             "wal_keep_size": "0", "full_page_writes": "on",
-        }  # fmt: skip
+        } | tuning  # fmt: skip
         self.server = EmbeddedPostgres.temporary(tuning=self._tuning, parent=home)
 
     @property
@@ -63,7 +65,9 @@ class Site:
             "DATABASE_URL": self.url if self.cluster.exists() else "",
         } | env
         account = self._account
-        as_account = {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+        as_account: dict[str, Any] = (
+            {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+        )
         return subprocess.Popen(
             [str(self.scripts / script), *arguments], env={name: value for name, value in given.items() if value},
             cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -109,35 +113,39 @@ class Site:
         self.own(copied)
         return copied
 
-    @contextmanager
-    def restored(self, into: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
-        """Starts the server whose directory was restored, and returns when it takes writes."""
-        shutil.copy(self.server.data_dir / "password", into.data_dir / "password")
-        self.own(into.data_dir / "password")
-        with into:
-            wait_for_writes(into)
-            yield into
+    def restore(self, to: str, *options: str) -> EmbeddedPostgres:
+        """Restores to a moment, and returns when the server takes writes.
 
-    def empty_server(self) -> EmbeddedPostgres:
-        """A server to be restored: nothing is in its directory yet."""
-        return EmbeddedPostgres.temporary(tuning=self._tuning, parent=self.home)
+        It has the address of the one that is lost, if that does not run.
+        """
+        server = EmbeddedPostgres.temporary(tuning=self._tuning, parent=self.home)
+        self.closing.callback(server.close)
+        if not self.server.is_running():
+            server.port = self.server.port
+        self.made("restore", "--to", to, "--into", str(server.data_dir / "cluster"), *options, DATABASE_URL="")
+        password = server.data_dir / "password"
+        shutil.copy(self.server.data_dir / "password", password)
+        self.own(password)
+        server.start()
+        with Client(server.url()) as client:
+            for _ in until(120):
+                if client.value("select pg_is_in_recovery()") is False:
+                    return server
+        raise AssertionError("it is still in recovery")
 
-
-def wait_for_writes(server: EmbeddedPostgres) -> None:
-    with Client(server.url()) as client:
-        for _ in until(60):
-            if client.value("select pg_is_in_recovery()") is False:
-                return
-    raise AssertionError("it is still in recovery")
+    def lose(self) -> None:
+        """Ends the server as a crash does, and loses its disk."""
+        self.server.kill()
+        shutil.rmtree(self.cluster)
 
 
 @contextmanager
-def site() -> Iterator[Site]:
+def site(**tuning: str) -> Iterator[Site]:
     """A site whose server runs, with a migrated database; all of it is removed at the end."""
     home = Path(tempfile.mkdtemp(prefix="orchestrator-backup-", dir=scratch_directory()))
     try:
-        made = Site(home)
-        with made.server:
+        made = Site(home, **tuning)
+        with made.closing, made.server:
             migrate(made.server.ensure_database(DATABASE))
             yield made
     finally:
