@@ -9,6 +9,9 @@
 --
 --   select orchestrator.configure_retention(p_retention_days => 30, p_partition_days_ahead => 30);
 --
+-- tests/drills/test_extensions.py has run this with pg_cron 1.6.8 on PostgreSQL 18.6, as Debian packages
+-- them.
+--
 -- pg_cron cannot write files: to archive days before they are dropped, run `orchestrator maintain`
 -- somewhere.
 

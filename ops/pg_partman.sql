@@ -1,6 +1,7 @@
 -- Hands the partition sets event and outcome to pg_partman 5, which creates their partitions from then
 -- on, or takes them back. For sites that manage all their partitions in one way; nothing here needs it.
--- pg_partman must be installed in schema partman.
+-- pg_partman must be installed in schema partman. tests/drills/test_extensions.py has run this with 5.5.0 on
+-- PostgreSQL 18.6, as Debian packages them.
 --
 --   psql -d DATABASE -f ops/pg_partman.sql
 --   psql -d DATABASE -v back=1 -f ops/pg_partman.sql  # takes them back
@@ -60,6 +61,10 @@ declare
   v_last constant date := orchestrator.now()::date + (select c.partition_days_ahead from orchestrator.control c);
   v_parent text;
 begin
+  -- Whoever changes partition_days_ahead means pg_partman, too.
+  update partman.part_config set premake = c.partition_days_ahead
+  from orchestrator.control c
+  where parent_table in ('orchestrator.event', 'orchestrator.outcome') and premake <> c.partition_days_ahead;
   foreach v_parent in array array['event', 'outcome'] loop
     if to_regclass('orchestrator.' || orchestrator.partition_name(v_parent, v_last)) is null then
       perform partman.run_maintenance('orchestrator.' || v_parent, p_analyze => false);

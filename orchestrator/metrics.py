@@ -10,7 +10,7 @@ import logging
 import math
 import operator
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -25,12 +25,14 @@ from orchestrator.histograms import Histogram, Histograms
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
+    from orchestrator.database.backups import Backup
     from orchestrator.database.maintenance import Condition
     from orchestrator.database.vital_signs import HeldDestination, Outlook, VitalSigns
 
 Samples = dict[str, list[tuple[str, dict[str, str], float]]]
 """By metric: name, labels and value of each of its samples."""
 PREFIX = "orchestrator"
+BACKUP_KINDS = ("logical", "base", "verify", "wal")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LATE_S = 1.0
 """An attempt that begins later than this after it was due is late."""
@@ -267,6 +269,18 @@ class Metrics:
         self.dead_letters_expiring = self._gauge(
             "dead_letters_expiring", "Those of them that retention drops within a day, up to 10,000."
         )
+        self.backup_last_success_timestamp_seconds: Callable[[str], Gauge] = cache(
+            self._gauge(
+                "backup_last_success_timestamp_seconds",
+                "When the last good backup of this cluster was made; NaN: unknown, or never.",
+                "kind",
+            ).labels
+        )
+        self.backup_failing: Callable[[str], Gauge] = cache(
+            self._gauge(
+                "backup_failing", "1 while the last backup of a kind failed, or WAL is not archived, else 0.", "kind"
+            ).labels
+        )
         # Without the prefix, as alerts of older installations know it.
         self.outbox_event_pending_total = Gauge(
             "outbox_event_pending_total",
@@ -384,6 +398,14 @@ class Metrics:
     def count_log_lines(self) -> None:
         """Counts from now on what this process logs as warning or worse."""
         logging.getLogger().addHandler(_LogLines(self.log_lines_total))
+
+    def set_backups(self, found: Iterable[Backup] | None) -> None:
+        """Sets the gauges of backups; None: unknown."""
+        known = {each.kind: each for each in found or ()}
+        for kind in BACKUP_KINDS:
+            last_s = known[kind].last_success_s if kind in known else None
+            self.backup_last_success_timestamp_seconds(kind).set(math.nan if last_s is None else last_s)
+            self.backup_failing(kind).set(float(known[kind].problem is not None) if kind in known else math.nan)
 
     def exposition(self, beside: Samples | None = None) -> tuple[bytes, str]:
         """All series as Prometheus reads them, and their content type.

@@ -209,7 +209,8 @@ grant execute on function
   orchestrator.first_day_kept(timestamptz),
   orchestrator.first_id(timestamptz),
   orchestrator.batch_holds(uuid, timestamptz, uuid, uuid, uuid[]),
-  orchestrator.batch_outcomes(orchestrator.delivered_batch)
+  orchestrator.batch_outcomes(orchestrator.delivered_batch),
+  orchestrator.backups()
 to orchestrator_read, orchestrator_ops;
 
 -- Operating: destinations and pauses.
@@ -236,6 +237,7 @@ grant execute on function
   orchestrator.archived_partition(text),
   orchestrator.hand_partitions_to(text),
   orchestrator.set_customer(text),
+  orchestrator.record_backup(text, timestamptz, timestamptz, bigint, text, text),
   orchestrator.create_api_key(text, bytea, text[]),
   orchestrator.revoke_api_key(text),
   orchestrator.find_api_key(bytea),

@@ -12,6 +12,7 @@ from orchestrator.database.connection import BlockingConnection, connect_blockin
 from orchestrator.database.customer import customer_of, handing_over
 from orchestrator.database.rights import ABILITIES
 from orchestrator.doctor.backlog import backlog_findings
+from orchestrator.doctor.backups import backup_findings
 from orchestrator.doctor.finding import Finding, guarded, is_production, listed, ok, problem, warning
 from orchestrator.doctor.maintenance import maintenance_findings
 from orchestrator.doctor.open_transactions import open_transaction_findings
@@ -80,6 +81,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             yield from guarded("partitions", lambda: _partitions(connection, settings))
             yield from guarded("API keys", lambda: _api_keys(connection, settings))
             yield from maintenance_findings(connection, settings)
+            yield from guarded("backups", lambda: backup_findings(connection, settings))
             yield from backlog_findings(connection)
             yield from pause_and_limit_findings(connection)
             yield from open_transaction_findings(connection)

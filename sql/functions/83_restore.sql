@@ -85,6 +85,19 @@ $$;
 comment on function orchestrator.staging_problem() is
   'Why nobody can submit, and what to do about it; null: submissions are possible';
 
+create or replace function orchestrator.this_cluster() returns bigint
+language plpgsql stable security definer
+set search_path = orchestrator, pg_temp
+as $$
+begin
+  return (select s.system_identifier from pg_control_system() s);
+exception when insufficient_privilege then
+  return null;
+end $$;
+comment on function orchestrator.this_cluster() is
+  'Returns the system identifier, which a physical backup brings along and a dump does not. '
+  'Null: the owner of the schema may not read it';
+
 -- Transaction numbers only rise within a cluster, and start again in another. Those that a dump brought
 -- along may lie far ahead. Messages with such numbers become the oldest ones, and keep their own order:
 -- no running transaction can write a message below the oldest number.
@@ -96,14 +109,9 @@ set enable_seqscan = off
 as $$
 declare
   v_control orchestrator.control;
-  v_cluster bigint;
+  v_cluster constant bigint := orchestrator.this_cluster();
   v_moved bigint;
 begin
-  begin
-    select s.system_identifier into v_cluster from pg_control_system() s;
-  exception when insufficient_privilege then
-    null;
-  end;
   -- Every number that a statement sees of other transactions is below the end of its own snapshot.
   select * into v_control from orchestrator.newest_control();
   if v_control.cluster is not distinct from v_cluster

@@ -1,7 +1,7 @@
 """The scripts of ops/, run by psql.
 
 What they call of pg_cron and pg_partman stands here with its documented signature, and does as little as they count
-on: the extensions themselves are not to be had for tests.
+on. tests/drills/test_extensions.py runs them with the extensions themselves, where the server has them.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ READING = {
     "list_rejects", "ingest_offsets", "outbox_pending", "get_destination", "list_destinations", "destination_for",
     "backlog_forecast", "forecast", "changed_rights",
     "first_day_kept", "first_id", "batch_holds", "batch_outcomes",
+    "backups",
 }  # fmt: skip
 OPERATING = {
     "run_maintenance", "reroute_remaining", "create_partitions", "pass_dead_letter", "configure_destination",
@@ -50,7 +51,7 @@ OPERATING = {
     "destination_json", "create_api_key", "revoke_api_key",
     "set_ingest_offset", "get_reject", "resubmitted_reject", "redrive_event", "retry_outbox_failures",
     "redrive_dead_letters", "purge_dead_letters", "configure_retention", "partitions_to_archive", "archived_partition",
-    "hand_partitions_to", "set_customer",
+    "hand_partitions_to", "set_customer", "record_backup",
 }  # fmt: skip
 ALLOWED = {
     "orchestrator_submit": SHARED | SUBMITTING | KEYS | CHANGING,

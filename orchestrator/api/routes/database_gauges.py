@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, LiteralString
 
 from orchestrator.database import Database
+from orchestrator.database.backups import backups
 from orchestrator.database.destinations import Destinations, Standstills
 from orchestrator.database.maintenance import condition
 from orchestrator.database.vital_signs import held_destinations, outlook, vital_signs
@@ -50,6 +51,7 @@ class DatabaseGauges:
         self._others = [
             Reading("the state of the database", 15.0, lambda: vital_signs(database), metrics.set_vital_signs),
             Reading("maintenance", 15.0, lambda: condition(database), metrics.set_condition),
+            Reading("backups", 60.0, lambda: backups(database), metrics.set_backups),
             Reading("lock holders", 15.0, lambda: database.value(_HOLDERS), self._show_holders),
             Reading("held destinations", 15.0, lambda: held_destinations(database), metrics.set_held_destinations),
             Reading("what falls due soon", 60.0, lambda: outlook(database), metrics.set_outlook),
