@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +32,22 @@ LOCATIONS = (
 """Where kubeconform finds them (``-schema-location``)."""
 
 KUBERNETES = "1.37.0"
-_KINDS = """
-    configmap-v1 cronjob-batch-v1 deployment-apps-v1 horizontalpodautoscaler-autoscaling-v2 ingress-networking-v1
-    job-batch-v1 namespace-v1 networkpolicy-networking-v1 persistentvolumeclaim-v1 poddisruptionbudget-policy-v1
-    secret-v1 service-v1 serviceaccount-v1 statefulset-apps-v1
-""".split()
+_KINDS = (
+    "configmap-v1",
+    "cronjob-batch-v1",
+    "deployment-apps-v1",
+    "horizontalpodautoscaler-autoscaling-v2",
+    "ingress-networking-v1",
+    "job-batch-v1",
+    "namespace-v1",
+    "networkpolicy-networking-v1",
+    "persistentvolumeclaim-v1",
+    "poddisruptionbudget-policy-v1",
+    "secret-v1",
+    "service-v1",
+    "serviceaccount-v1",
+    "statefulset-apps-v1",
+)
 _REFERENCE = re.compile(r'"\$ref": "[^"#]*#/(?:\$defs|definitions)/([^"]+)"')
 _MOST_S = 240.0
 """Everything together; what is not there by then is missing."""
@@ -100,7 +113,7 @@ _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
 """
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """What is missing, and why."""
 
 
@@ -114,12 +127,12 @@ class _Deadline:
                 command, cwd=cwd, capture_output=True, text=True, timeout=max(1.0, self._end_s - time.monotonic())
             )
         except FileNotFoundError:
-            raise Unavailable(f"{command[0]} is not installed") from None
+            raise UnavailableError(f"{command[0]} is not installed") from None
         except subprocess.TimeoutExpired:
-            raise Unavailable(f"{command[0]} had no answer within the time for everything") from None
+            raise UnavailableError(f"{command[0]} had no answer within the time for everything") from None
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-            raise Unavailable(f"{command[0]} failed: {last[:300]}")
+            raise UnavailableError(f"{command[0]} failed: {last[:300]}")
         return done.stdout
 
 
@@ -184,13 +197,12 @@ def _write(directory: Path, schemas: Iterable[tuple[str, Schema]]) -> None:
 
 
 def _kubernetes(directory: Path) -> None:
-    try:
-        import kubernetes_validate
-    except ImportError:
-        raise Unavailable("the Python package kubernetes-validate is not installed") from None
-    source = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / f"v{KUBERNETES}-local-strict"
+    found = find_spec("kubernetes_validate")
+    if found is None or found.origin is None:
+        raise UnavailableError("the Python package kubernetes-validate is not installed")
+    source = Path(found.origin).parent / "kubernetes-json-schema" / f"v{KUBERNETES}-local-strict"
     if not source.is_dir():
-        raise Unavailable(f"kubernetes-validate has no schemas of Kubernetes {KUBERNETES}")
+        raise UnavailableError(f"kubernetes-validate has no schemas of Kubernetes {KUBERNETES}")
     held = json.loads((source / "_definitions.json").read_text())
     definitions = held.get("$defs") or held["definitions"]
     schemas = ((f"{kind}.json", json.loads((source / f"{kind}.json").read_text())) for kind in _KINDS)
@@ -212,7 +224,9 @@ def _strimzi(directory: Path, deadline: _Deadline) -> None:
         (folder / "pom.xml").write_text(_POM)
         mvn = ("mvn", "--batch-mode", "--quiet", "dependency:copy-dependencies", "-DoutputDirectory=jars")
         deadline.run(*mvn, cwd=folder)
-        arguments = [f"io.strimzi.api.kafka.model.{_package(kind)}.{kind}={folder / kind}.yaml" for kind in _STRIMZI_KINDS]
+        arguments = [
+            f"io.strimzi.api.kafka.model.{_package(kind)}.{kind}={folder / kind}.yaml" for kind in _STRIMZI_KINDS
+        ]
         deadline.run(java, "-cp", "jars/*", "io.strimzi.crdgenerator.CrdGenerator", "--yaml", *arguments, cwd=folder)
         for kind in _STRIMZI_KINDS:
             documents = yaml.load_all((folder / f"{kind}.yaml").read_text(encoding="utf-8"), _LOADER)
@@ -235,7 +249,7 @@ def _java(deadline: _Deadline) -> Path:
         version = re.search(r"java\.specification\.version = (\d+)", _properties(java_path, deadline))
         if version and int(version[1]) >= _JAVA:
             return java_path
-    raise Unavailable(f"no Java {_JAVA} or newer is installed")
+    raise UnavailableError(f"no Java {_JAVA} or newer is installed")
 
 
 def _properties(java: Path, deadline: _Deadline) -> str:
@@ -248,11 +262,11 @@ def make(directory: Path) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
     deadline = _Deadline(_MOST_S)
     parts: dict[str, tuple[str, Callable[[], None]]] = {
-        "kubernetes": (KUBERNETES + " " + " ".join(_KINDS), lambda: _kubernetes(directory))
+        "kubernetes": (KUBERNETES + " " + " ".join(_KINDS), partial(_kubernetes, directory))
     }
     for name, module in MODULES.items():
-        parts[name] = (f"{module.version} {' '.join(module.files)}", lambda m=module: _module(m, directory, deadline))
-    parts["strimzi"] = (STRIMZI, lambda: _strimzi(directory, deadline))
+        parts[name] = (f"{module.version} {' '.join(module.files)}", partial(_module, module, directory, deadline))
+    parts["strimzi"] = (STRIMZI, partial(_strimzi, directory, deadline))
     missing = []
     for name, (wanted, work) in parts.items():
         stamp = directory / f"{name}.stamp"
@@ -260,7 +274,7 @@ def make(directory: Path) -> list[str]:
             continue
         try:
             work()
-        except Unavailable as error:
+        except UnavailableError as error:
             missing.append(f"schemas of {name}: {error}")
         else:
             stamp.write_text(wanted)
