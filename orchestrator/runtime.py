@@ -23,6 +23,7 @@ import uvloop
 from orchestrator import file_descriptors
 from orchestrator.database import Database, migrate, translated
 from orchestrator.database.blocking import OnConnected, blocking
+from orchestrator.database.customer import check_customer
 from orchestrator.database.rights import NEEDED
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
 from orchestrator.garbage import spare_what_stays
@@ -203,9 +204,17 @@ async def _publish(settings: Settings, metrics: Metrics, stop: asyncio.Event) ->
 
 
 async def _until_usable(settings: Settings, database: Database, role: Role, stop: asyncio.Event) -> None:
-    """Returns when the database can be used, or at `stop`. Raises OrchestratorError when it is not migrated."""
+    """Returns when the database can be used, or at `stop`.
+
+    Raises OrchestratorError when it is not migrated, or another customer's.
+    """
     url = settings.database_url
     if not await until_done("schema", lambda: blocking(partial(_require_schema, url)), stop):
+        return
+    customer = settings.named_customer
+    if customer is not None and not await until_done(
+        "customer", lambda: blocking(partial(check_customer, url, customer)), stop
+    ):
         return
     if role in ("run", "api") and not await until_done("API keys", lambda: _require_keys(settings, database), stop):
         return

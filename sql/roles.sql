@@ -85,6 +85,7 @@ grant execute on function
   orchestrator.holders_text(interval),
   orchestrator.holders_text(interval, interval),
   orchestrator.prove_writing(),
+  orchestrator.customer(),
   orchestrator.staging_problem()
 to orchestrator_submit, orchestrator_dispatch, orchestrator_ingest, orchestrator_ops, orchestrator_read;
 
@@ -228,6 +229,7 @@ grant execute on function
   orchestrator.partitions_to_archive(),
   orchestrator.archived_partition(text),
   orchestrator.hand_partitions_to(text),
+  orchestrator.set_customer(text),
   orchestrator.create_api_key(text, bytea, text[]),
   orchestrator.revoke_api_key(text),
   orchestrator.find_api_key(bytea),

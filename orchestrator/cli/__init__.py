@@ -68,6 +68,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "config": ("orchestrator.cli.config:config", "Check and document the settings."),
         "keys": ("orchestrator.cli.keys:keys", "Manage the keys of the HTTP API."),
         "doctor": ("orchestrator.cli.doctor:doctor", "Find what is wrong with this installation, and how to fix it."),
+        "smoke": ("orchestrator.cli.smoke:smoke", "Send an event through a running deployment, and say what fails."),
     },
     "Try": {
         "dev": ("orchestrator.cli.dev:dev", "Run everything on this machine, including a database."),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from orchestrator import file_descriptors
 from orchestrator.cli.support import console, environ, json_option, plain, print_json
 from orchestrator.database.session import SESSION, Session
 from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings
-from orchestrator.settings.table import render_markdown_table, settings_table
+from orchestrator.settings.env_file import read_env_file
+from orchestrator.settings.table import Row, render_markdown_table, settings_table
 
 
 @click.group()
@@ -17,19 +20,28 @@ def config() -> None:
 
 
 @config.command()
+@click.option(
+    "--env-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Check the variables in this file instead of those of the environment.",
+)
 @json_option
-def check(as_json: bool) -> None:
+def check(env_file: Path | None, as_json: bool) -> None:
     """Print the settings in force, with secrets masked; exit with 2 if one is wrong.
 
     Below the table, prints the parameters of every connection to the database, and doubtful settings that are no
     error: likely typos, and variables without effect.
+
+    With --env-file, only the variables in the file count, so that every machine gives the same answer. A file or
+    directory that is not on this machine is then a notice, not an error.
     """
-    given = environ()
-    rows = settings_table(given)
-    ours = Settings.from_env(given)
+    elsewhere = env_file is not None
+    given = environ() if env_file is None else read_env_file(env_file)
+    rows = settings_table(given, elsewhere=elsewhere)
+    ours = Settings.from_env(given, elsewhere=elsewhere)
     session = Session.of(ours.database_url, "…")
     connection = {**session.parameters, "options": session.options}
-    shortages = file_descriptors.shortages(ours, file_descriptors.limit(hard=True))
+    shortages = [] if elsewhere else file_descriptors.shortages(ours, file_descriptors.limit(hard=True))
     notices = [*ours.notices, *map(_overruled, session.overruled.items()), *shortages]
     if as_json:
         settings = {row.name: {"value": row.value, "source": row.source, "default": row.default} for row in rows}
@@ -40,7 +52,7 @@ def check(as_json: bool) -> None:
 
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     for row in rows:
-        value = f"({row.default})" if row.value is None else plain(row.value)
+        value = plain(_no_value(row) if row.value is None else row.value)
         style = "dim" if row.source == "default" else ""
         table.add_row(row.name, Text(value, overflow="fold"), row.source, style=style)
     out = console()
@@ -49,6 +61,10 @@ def check(as_json: bool) -> None:
         out.print(Text(f"every connection to the database: {name}={plain(value)}", style="dim", overflow="fold"))
     for notice in notices:
         out.print(Text(f"! {plain(notice)}", style="yellow"))
+
+
+def _no_value(row: Row) -> str:
+    return f"({row.default if row.source in ('default', 'DATABASE_URL') else 'not on this machine'})"
 
 
 def _overruled(setting: tuple[str, str]) -> str:
@@ -71,6 +87,7 @@ def table(as_json: bool) -> None:
                 "takes": setting.kind.expects,
                 "default": setting.default,
                 "secret": setting.secret,
+                "file_names": setting.file_names,
             }
             for setting in (*SETTINGS.values(), *DATABASE_PARTS.values())
         ]

@@ -29,6 +29,8 @@ def migrate(check: bool, as_json: bool) -> None:
 
     Safe to run at any time and from many replicas at once: it works in one transaction under a lock, and does nothing
     if the schema is up to date. The user needs the rights to create a schema and roles.
+
+    It records CUSTOMER_NAME in a database that has no customer yet, and refuses a database of another customer.
     """
     from orchestrator.database import migrate as migrations
     from orchestrator.database import translated
@@ -47,7 +49,9 @@ def migrate(check: bool, as_json: bool) -> None:
             exit_with(not pending)
             return
         told = Retention.given(ours, environ())
-        report = migrations.migrate(ours.database_url, days_ahead=told.partition_days_ahead, retention=told)
+        report = migrations.migrate(
+            ours.database_url, days_ahead=told.partition_days_ahead, retention=told, customer=ours.named_customer
+        )
     if as_json:
         print_json({"applied": report.applied, "partitions_created": report.partitions_created})
     elif report.applied:

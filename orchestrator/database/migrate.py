@@ -21,6 +21,7 @@ from psycopg import sql
 
 from orchestrator.database.blocking import OnConnected
 from orchestrator.database.connection import BlockingConnection, connect_blocking
+from orchestrator.database.customer import record_customer, require_customer
 from orchestrator.database.maintenance import CONFIGURE, Retention
 from orchestrator.errors import DatabaseUnavailable, InDoubt, OrchestratorError
 
@@ -76,14 +77,21 @@ class _File:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def migrate(database_url: str, *, days_ahead: int | None = None, retention: Retention | None = None) -> Report:
+def migrate(
+    database_url: str,
+    *,
+    days_ahead: int | None = None,
+    retention: Retention | None = None,
+    customer: str | None = None,
+) -> Report:
     """Applies what is pending, and then makes partitions up to `days_ahead` days from now, None: as configured.
 
-    A new schema is told of `retention` at once, before anybody could run its maintenance.
+    A new schema is told of `retention` at once, before anybody could run its maintenance. `customer` is recorded as
+    the one whose database this is.
 
     Raises DatabaseUnavailable when the server cannot be reached, OrchestratorError when the database is newer than
-    this program, was migrated with another text of a versioned file, or is too old a server, when others did not
-    let go of a table for half a minute, and when its owner may not make temporary tables.
+    this program, is another customer's, was migrated with another text of a versioned file, or is too old a server,
+    when others did not let go of a table for half a minute, and when its owner may not make temporary tables.
     """
     with _connect(database_url) as connection:
         if connection.info.server_version < MINIMUM_VERSION:
@@ -99,7 +107,7 @@ def migrate(database_url: str, *, days_ahead: int | None = None, retention: Rete
         while True:
             began = time.monotonic()
             try:
-                applied = _apply_pending(connection, retention, busy)
+                applied = _apply_pending(connection, retention, customer, busy)
                 break
             except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
                 ended = time.monotonic()
@@ -116,12 +124,16 @@ def migrate(database_url: str, *, days_ahead: int | None = None, retention: Rete
         return Report(applied, _make_partitions(connection, days_ahead))
 
 
-def _apply_pending(connection: BlockingConnection, retention: Retention | None, busy: list[str]) -> list[str]:
+def _apply_pending(
+    connection: BlockingConnection, retention: Retention | None, customer: str | None, busy: list[str]
+) -> list[str]:
     """`busy` are tables that others did not let go of, the last one first; it is added to when there is another."""
     with connection.transaction():
         connection.execute(_LOCK)
         _apply(connection, _bootstrap())
         pending = _pending(_versioned(), _repeatable(), _recorded(connection))
+        if customer is not None:
+            require_customer(connection, customer)
         if not pending and _rights_differ(connection):
             pending = _repeatable()[-1:]
         if any(file.name.startswith("schema/") for file in pending):
@@ -133,6 +145,8 @@ def _apply_pending(connection: BlockingConnection, retention: Retention | None, 
             connection.execute(_RECORD, (file.name, file.checksum))
         if pending and retention is not None:
             connection.execute(CONFIGURE, retention)
+        if customer is not None:
+            record_customer(connection, customer)
         _require_staging(connection)
     return [file.name for file in pending]
 

@@ -60,6 +60,11 @@ class ReceiverProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but ancestry
 
+    def close(self) -> None:
+        """Closes its connection, which the end of the server does not."""
+        if self._transport is not None:
+            self._transport.close()
+
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)

@@ -9,6 +9,7 @@ import psycopg
 
 from orchestrator.database import migrate
 from orchestrator.database.connection import BlockingConnection, connect_blocking
+from orchestrator.database.customer import customer_of, handing_over
 from orchestrator.database.rights import ABILITIES
 from orchestrator.doctor.backlog import backlog_findings
 from orchestrator.doctor.finding import Finding, guarded, is_production, listed, ok, problem, warning
@@ -72,6 +73,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             migrated = migrated and finding.level != "problem"
             yield finding
         if migrated:
+            yield from guarded("customer", lambda: _customer(connection, settings))
             yield from guarded("rights", lambda: _rights(connection, settings))
             yield from guarded("partitions", lambda: _partitions(connection, settings))
             yield from guarded("API keys", lambda: _api_keys(connection, settings))
@@ -165,6 +167,18 @@ def _grants(connection: BlockingConnection) -> Iterator[Finding]:
     shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
     what = f"rights differ from those that migrate gave, as after pg_restore --no-acl: {shown or 'roles.sql is new'}"
     yield problem("grants", what, "run orchestrator migrate")
+
+
+def _customer(connection: BlockingConnection, settings: Settings) -> Iterator[Finding]:
+    recorded, ours = customer_of(connection), settings.named_customer
+    if recorded is None:
+        yield ok("customer", "no customer is recorded: any may use this database")
+    elif ours in (None, recorded):
+        yield ok("customer", f"this is the database of {recorded}")
+    else:
+        what = f"this is the database of {recorded}, and CUSTOMER_NAME is {ours}: processes do not start"
+        mend = f"correct CUSTOMER_NAME or DATABASE_URL; to hand the database over: {handing_over(ours)}"
+        yield problem("customer", what, mend)
 
 
 def _rights(connection: BlockingConnection, settings: Settings) -> Iterator[Finding]:

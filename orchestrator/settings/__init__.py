@@ -1,6 +1,7 @@
 """Every setting, each defined once; the documented table and `orchestrator config check` are made from here.
 
-Only the environment tells one instance from another, so that one image serves many customers.
+Only the environment, and the files of secrets that it names, tell one instance from another, so that one image serves
+many customers.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 
 from orchestrator.errors import SettingsError
 from orchestrator.settings import database_url as database_urls
-from orchestrator.settings.kafka import KafkaSettings, filled
+from orchestrator.settings.kafka import KafkaSettings, filled, topics_of_others
 from orchestrator.settings.kinds import (
+    AbsentError,
     Kind,
     Network,
     Setting,
@@ -349,20 +351,34 @@ class Settings(KafkaSettings):
     """One line for each doubtful variable that is no error: likely typos, variables without effect."""
 
     @property
+    def named_customer(self) -> str | None:
+        """The customer, if it was given a name of its own."""
+        return None if self.customer == SETTINGS["customer"].default else self.customer
+
+    @property
     def prefetch_due(self) -> int:
         """Events that a dispatcher may hold once they are due, while claims have not grown."""
         return self.prefetch or max(1000, 2 * self.batch_size)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Reads every setting; SettingsError lists all problems, not only the first."""
+    def from_env(cls, environ: Mapping[str, str], *, elsewhere: bool = False) -> Settings:
+        """Reads every setting; SettingsError lists all problems, not only the first.
+
+        `elsewhere`: the variables are those of another machine. A setting whose file or directory is not on this one
+        is None, no rule is applied to it, and a notice names it.
+        """
         problems: list[str] = []
-        values = _read(SETTINGS, environ, problems)
-        parts = _read(DATABASE_PARTS, environ, problems)
+        absent: dict[str, str] = {}
+        values = _read(SETTINGS, environ, problems, absent)
+        parts = _read(DATABASE_PARTS, environ, problems, absent)
         values |= filled(values)
         problems += contradictions(values)
+        if not elsewhere:
+            problems += absent.values()
         if problems:
             raise SettingsError(problems)
+        values |= {key: None for key in absent if key in SETTINGS}
+        parts = dict.fromkeys(DATABASE_PARTS) | parts
         url: database_urls.DatabaseUrl | None = values["database_url"]
         address = url or database_urls.from_parts(parts["host"], parts["port"], parts["name"])
         values["environment"] = str(values["environment"])
@@ -370,7 +386,8 @@ class Settings(KafkaSettings):
         if values["allow_anonymous"] is None:
             values["allow_anonymous"] = not is_production(values["environment"])
         dropped = () if url is None else url.dropped
-        return cls(**values, notices=notices(environ, _names(), _superseded_names(url), dropped))
+        doubtful = notices(environ, _names(), _superseded_names(url), dropped)
+        return cls(**values, notices=(*absent.values(), *doubtful, *topics_of_others(values)))
 
 
 _KAFKA = [each.name for each in fields(KafkaSettings)]
@@ -404,18 +421,25 @@ def superseded(url: database_urls.DatabaseUrl | None) -> tuple[str, ...]:
 
 
 def _superseded_names(url: database_urls.DatabaseUrl | None) -> tuple[str, ...]:
-    return tuple(name for key in superseded(url) for name in DATABASE_PARTS[key].names)
+    parts = [DATABASE_PARTS[key] for key in superseded(url)]
+    return tuple(name for part in parts for name in (*part.names, *part.file_names))
 
 
 def _names() -> tuple[str, ...]:
-    return tuple(name for setting in (*SETTINGS.values(), *DATABASE_PARTS.values()) for name in setting.names)
+    every = (*SETTINGS.values(), *DATABASE_PARTS.values())
+    return tuple(name for setting in every for name in (*setting.names, *setting.file_names))
 
 
-def _read(table: Mapping[str, Setting], environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
+def _read(
+    table: Mapping[str, Setting], environ: Mapping[str, str], problems: list[str], absent: dict[str, str]
+) -> dict[str, Any]:
+    """The values by key. What is wrong goes to `problems`, and what names no file of this machine to `absent`."""
     values = {}
     for key, setting in table.items():
         try:
             values[key] = setting.read(environ)
+        except AbsentError as lost:
+            absent[key] = str(lost)
         except ValueError as wrong:
             problems.append(str(wrong))
     return values

@@ -180,6 +180,19 @@ class KafkaSettings:
     )
 
 
+def topics_of_others(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """One line for each topic that is named as the default of another customer's would be."""
+    found = []
+    for key, tail in _TOPICS.items():
+        owner, _, rest = values[key].partition(".")
+        if rest == tail and owner != values["customer"]:
+            name = f"KAFKA_{key.upper()}"
+            found.append(
+                f"{name}: {values[key]} looks like a topic of {owner}, but CUSTOMER_NAME is {values['customer']}"
+            )
+    return tuple(found)
+
+
 def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     """Unset settings of Kafka that follow from other settings."""
     made: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.events.topics import TOPIC_PATTERN
 from orchestrator.settings import jaas
+from orchestrator.settings.secret_files import SUFFIX, AbsentSecretError, SecretFileError, read_secret_file
 from orchestrator.settings.webhook_secrets import decode_secret
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -27,13 +28,21 @@ class BadItemError(ValueError):
         super().__init__(position, item)
 
 
+class AbsentError(ValueError):
+    """What the value names is not on this machine."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of value: `expects` completes "expected …"; `parse` raises ValueError for any other value."""
+    """A kind of value: `expects` completes "expected …"; `parse` raises ValueError for any other value.
+
+    `is_path`: the value names a file or directory of the machine that it is for.
+    """
 
     expects: str
     parse: Callable[[str], Any]
     show: Callable[[Any], str] = str
+    is_path: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +50,8 @@ class Setting:
     """One setting. The first of `names` is the one the documentation uses, the others are accepted as well.
 
     `default` is text as it would be in the environment, or None; `otherwise` then says what holds without a value.
-    The values of `secret` settings never appear in messages. `kinds` holds the names that take another kind of value;
-    `agree` says whether the values of two names may both be set.
+    The values of `secret` settings never appear in messages, and may stand in files. `kinds` holds the names that take
+    another kind of value; `agree` says whether the values of two names may both be set.
     """
 
     names: tuple[str, ...]
@@ -58,15 +67,26 @@ class Setting:
     def name(self) -> str:
         return self.names[0]
 
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The variables that may name a file which holds the value."""
+        return tuple(name + SUFFIX for name in self.names) if self.secret else ()
+
     def given(self, environ: Mapping[str, str]) -> str | None:
-        """The first of its names that is set. An empty variable is unset: Compose and Helm write such."""
-        return next((name for name in self.names if environ.get(name, "").strip()), None)
+        """The first of its variables that is set. An empty variable is unset: Compose and Helm write such."""
+        return next(iter(self._set(environ)), None)
+
+    def _set(self, environ: Mapping[str, str]) -> list[str]:
+        return [name for name in (*self.names, *self.file_names) if environ.get(name, "").strip()]
 
     def read(self, environ: Mapping[str, str]) -> Any:
-        """The value in force; the text of ValueError is the line for the user."""
-        given, *others = [name for name in self.names if environ.get(name, "").strip()] or [""]
+        """The value in force; the text of ValueError, of which AbsentError is one, is the line for the user."""
+        given, *others = self._set(environ) or [""]
         if not given:
             return None if self.default is None else self.kind.parse(self.default)
+        for name in self.names:
+            if {name, name + SUFFIX} <= {given, *others}:
+                raise ValueError(f"{name} and {name}{SUFFIX}: both are set; keep one of them")
         value = self._parsed(given, environ[given])
         for other in others:
             if not self.agree(value, self._parsed(other, environ[other])):
@@ -74,6 +94,12 @@ class Setting:
         return value
 
     def _parsed(self, given: str, raw: str) -> Any:
+        if given in self.file_names:
+            try:
+                raw = read_secret_file(raw.strip())
+            except SecretFileError as wrong:
+                kind_of_error = AbsentError if isinstance(wrong, AbsentSecretError) else ValueError
+                raise kind_of_error(f"{given}: {shown(raw.strip())} {wrong}") from None
         kind = self.kinds.get(given, self.kind)
         try:
             return kind.parse(raw)
@@ -82,7 +108,8 @@ class Setting:
             raise ValueError(f"{given}: expected {kind.expects}; {got}") from None
         except ValueError:
             got = _scheme(raw) if self.secret else shown(raw)
-            raise ValueError(f"{given}: expected {kind.expects}{got and f', got {got}'}") from None
+            kind_of_error = AbsentError if kind.is_path and not os.path.lexists(raw.strip()) else ValueError
+            raise kind_of_error(f"{given}: expected {kind.expects}{got and f', got {got}'}") from None
 
 
 def defined(
@@ -220,7 +247,7 @@ def _directory(raw: str) -> str:
     return value
 
 
-directory = Kind("a directory that exists", _directory)
+directory = Kind("a directory that exists", _directory, is_path=True)
 
 
 def _writable_directory(raw: str) -> str:
@@ -231,7 +258,7 @@ def _writable_directory(raw: str) -> str:
     return value
 
 
-writable_directory = Kind("a directory that exists and can be written to", _writable_directory)
+writable_directory = Kind("a directory that exists and can be written to", _writable_directory, is_path=True)
 
 
 def one_of(choices: Mapping[str, str], expects: str) -> Kind:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings, superseded
-from orchestrator.settings.kinds import Setting
+from orchestrator.settings.kinds import AbsentError, Setting
 
 
 class Row(NamedTuple):
@@ -22,18 +23,24 @@ class Row(NamedTuple):
     about: str
 
 
-def settings_table(environ: Mapping[str, str]) -> list[Row]:
-    """One row for each setting, in the order of the reference. SettingsError as from `Settings.from_env`."""
-    settings = Settings.from_env(environ)
+def settings_table(environ: Mapping[str, str], *, elsewhere: bool = False) -> list[Row]:
+    """One row for each setting, in the order of the reference.
+
+    `elsewhere`, and SettingsError, as `Settings.from_env`.
+    """
+    settings = Settings.from_env(environ, elsewhere=elsewhere)
     rows = {key: _row(setting, getattr(settings, key), environ) for key, setting in SETTINGS.items()}
     if settings.kafka_sasl_jaas is not None:
         login = SETTINGS["kafka_sasl_jaas"].given(environ) or ""
         for key in ("kafka_sasl_username", "kafka_sasl_password"):
             if rows[key].source == "default":
                 rows[key] = rows[key]._replace(source=login)
-    replaced = superseded(SETTINGS["database_url"].read(environ))
+    url = _here(SETTINGS["database_url"], environ)
+    if url is None and rows["database_url"].source != "default":  # the parts do not say what its file does
+        rows["database_url"] = rows["database_url"]._replace(value=None)
+    replaced = superseded(url)
     parts = [
-        _row(setting, setting.read(environ), environ)
+        _row(setting, _here(setting, environ), environ)
         if key not in replaced
         else Row(setting.name, None, "DATABASE_URL", _default(setting), setting.about)
         for key, setting in DATABASE_PARTS.items()
@@ -41,6 +48,13 @@ def settings_table(environ: Mapping[str, str]) -> list[Row]:
     place = list(rows).index("database_url") + 1
     in_order = list(rows.values())
     return in_order[:place] + parts + in_order[place:]
+
+
+def _here(setting: Setting, environ: Mapping[str, str]) -> Any:
+    """The value in force; None if its file is not on this machine."""
+    with suppress(AbsentError):
+        return setting.read(environ)
+    return None
 
 
 def _row(setting: Setting, value: object, environ: Mapping[str, str]) -> Row:
@@ -65,4 +79,6 @@ def render_markdown_table() -> str:
 def _line(setting: Setting) -> str:
     names = ", ".join(f"`{name}`" for name in setting.names)
     default = f"`{setting.default}`" if setting.default else _default(setting)
-    return f"| {names} | {setting.about} | {setting.kind.expects} | {default} |"
+    files = " or ".join(f"`{name}`" for name in setting.file_names)
+    takes = setting.kind.expects + (f"; {files} names a file that holds it" if files else "")
+    return f"| {names} | {setting.about} | {takes} | {default} |"

@@ -17,7 +17,7 @@ ROLES = ["orchestrator_submit", "orchestrator_dispatch", "orchestrator_ingest", 
 SHARED = {
     "now", "event_id", "random_event_id", "bucket", "bucket_of_key", "destination_name", "spread_shift",
     "partition_bounds", "standstills", "lock_holders", "holder_text", "holder_remedy", "holders_text", "prove_writing",
-    "staging_problem",
+    "staging_problem", "customer",
 }  # fmt: skip
 SUBMITTING = {
     "open_direct", "submit_direct", "submit_batch",
@@ -50,7 +50,7 @@ OPERATING = {
     "destination_json", "create_api_key", "revoke_api_key",
     "set_ingest_offset", "get_reject", "resubmitted_reject", "redrive_event", "retry_outbox_failures",
     "redrive_dead_letters", "purge_dead_letters", "configure_retention", "partitions_to_archive", "archived_partition",
-    "hand_partitions_to",
+    "hand_partitions_to", "set_customer",
 }  # fmt: skip
 ALLOWED = {
     "orchestrator_submit": SHARED | SUBMITTING | KEYS | CHANGING,

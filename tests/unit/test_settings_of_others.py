@@ -280,3 +280,10 @@ def test_the_deployment_of_each_customer_moves_over_unchanged() -> None:
     assert (settings.kafka_sasl_username, settings.kafka_sasl_password) == ("ocean", 'a"b')
     assert not settings.allow_anonymous
     assert [notice.partition(":")[0] for notice in settings.notices] == ["KAFKA_STREAMS_APP_ID", "REDIS_HOST"]
+
+
+def test_a_topic_that_is_named_as_another_customers_is_pointed_out() -> None:
+    environ = {"CUSTOMER_NAME": "air", "KAFKA_TOPIC_SUBMISSION": "ocean.event.submissions", "KAFKA_TOPIC_DLQ": "dead"}
+    assert Settings.from_env(environ).notices == (
+        "KAFKA_TOPIC_SUBMISSION: ocean.event.submissions looks like a topic of ocean, but CUSTOMER_NAME is air",
+    )
