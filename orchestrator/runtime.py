@@ -56,13 +56,14 @@ class _Process:
     def __init__(self, settings: Settings, role: Role) -> None:
         self._settings = settings
         self._role = role
-        self._metrics = Metrics(settings)
+        self._metrics = Metrics(settings, role)
         self._stop = asyncio.Event()
         self._failures: list[Exception] = []
 
     async def run(self, beside: Sequence[Part]) -> None:
         settings = self._settings
         self._handle_signals()
+        self._metrics.count_log_lines()
         for notice in settings.notices:
             _log.warning("%s", notice)
         limit = file_descriptors.raise_limit()

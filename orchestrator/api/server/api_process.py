@@ -172,6 +172,8 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
         return 1
     settings, role = pickle.loads(given)  # noqa: S301  # from our own parent, over a socket that only it has
     logs.configure(settings, role)
+    metrics = Metrics(settings, role)
+    metrics.count_log_lines()
     stop = asyncio.Event()
     deliverer = Deliverer(link, stop)
     listener = asyncio.create_task(deliverer.listen())
@@ -182,7 +184,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
             await serve(
                 settings,
                 database,
-                Metrics(settings),
+                metrics,
                 stop=stop,
                 listeners=listeners,
                 deliverer=deliverer,
