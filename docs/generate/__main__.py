@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from docs.generate import DIRECTORY, pages
+from docs.generate import DIRECTORY, kubernetes, pages
 from orchestrator.database.migrate import migrate
 from orchestrator.dev.postgres import EmbeddedPostgres
 
+kubernetes.write()
 with EmbeddedPostgres.temporary() as server:
     database_url = server.ensure_database("orchestrator")
     migrate(database_url)
