@@ -6,10 +6,11 @@ when the series are read, so that counting costs nothing more.
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -19,16 +20,20 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from orchestrator.destination_attempts import DestinationAttempts
 from orchestrator.histograms import Histogram, Histograms
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.database.maintenance import Condition
+    from orchestrator.database.vital_signs import HeldDestination, Outlook, VitalSigns
 
 Samples = dict[str, list[tuple[str, dict[str, str], float]]]
 """By metric: name, labels and value of each of its samples."""
 PREFIX = "orchestrator"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LATE_S = 1.0
+"""An attempt that begins later than this after it was due is late."""
 LATENESS_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 DURATION_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
@@ -41,7 +46,7 @@ class Metrics:
     small sets: the pattern of a route, never a path or an id. Times are in seconds.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, role: str = "") -> None:
         self.registry = CollectorRegistry()
         self._labelled = _Labelled(
             self.registry,
@@ -52,8 +57,13 @@ class Metrics:
             },
         )
         ProcessCollector(registry=self.registry)
-        build = self._gauge("build_info", "The version that runs; always 1.", "version", "python")
-        build.labels(_version(), platform.python_version()).set(1)
+        build = self._gauge(
+            "build_info", "The version that runs, and in which role; always 1.", "version", "python", "role"
+        )
+        build.labels(_version(), platform.python_version(), role).set(1)
+        self.log_lines_total: Callable[[str], Counter] = cache(
+            self._counter("log_lines_total", "Lines logged as warning, error or critical.", "level").labels
+        )
 
         self.events_received_total: Callable[[str], Counter] = cache(
             self._counter("events_received_total", "Submissions received, by how they came.", "channel").labels
@@ -62,12 +72,18 @@ class Metrics:
             "events_duplicate_total", "Submissions that repeated an event already kept."
         )
         self.events_rejected_total = self._counter("events_rejected_total", "Submissions refused as invalid.")
+        self.events_persisted_total: Callable[[str], Counter] = cache(
+            self._counter("events_persisted_total", "Submissions kept as new events.", "channel").labels
+        )
         self.events_claimed_total = self._counter("events_claimed_total", "Events claimed for delivery.")
         self.events_delivered_total = self._counter("events_delivered_total", "Events delivered.")
         self.events_retried_total = self._counter("events_retried_total", "Attempts that failed and will be repeated.")
         self.events_dead_total = self._counter("events_dead_total", "Events that ran out of attempts.")
         self.events_stale_total = self._counter(
             "events_stale_total", "Attempts whose lease had passed on before they were finished."
+        )
+        self.leases_expired_total = self._counter(
+            "leases_expired_total", "Leases that had run out without a result when their events were claimed again."
         )
         self.events_released_total = self._counter(
             "events_released_total", "Events given back unattempted, as a stopping dispatcher does."
@@ -109,6 +125,12 @@ class Metrics:
         self.ingest_lag = self._gauge(
             "ingest_lag", "Records that wait in a partition assigned to this process.", "topic", "partition"
         )
+        self.ingest_position = self._gauge(
+            "ingest_position",
+            "Offset up to which the records of a partition assigned to this process are kept.",
+            "topic",
+            "partition",
+        )
         self.ingest_halted_partitions = self._gauge(
             "ingest_halted_partitions", "Partitions that wait for an operator's decision; the log says which.", "topic"
         )
@@ -129,9 +151,23 @@ class Metrics:
         self.event_lateness_seconds = self._histograms(
             "event_lateness_seconds", "Time from when an attempt was due until it began.", LATENESS_BUCKETS_S
         )()
+        self.events_late_total = self._counter(
+            "events_late_total",
+            "Attempts that began over a second late, although no pause, breaker or limit held their event back.",
+        )
+        self.destination_attempts_total = DestinationAttempts(
+            self.registry,
+            f"{PREFIX}_destination_attempts_total",
+            "Attempts that ended, by host and port or topic; beyond 50 of them in a process, all others are one.",
+        )
         self.event_delivery_seconds: Callable[[str, str], Histogram] = self._histograms(
             "event_delivery_seconds", "How long attempts took.", DURATION_BUCKETS_S, "delivery_type", "outcome"
         )
+        self.event_loop_lag_seconds = self._histograms(
+            "event_loop_lag_seconds",
+            "How late the event loop ran a timer, looked at once a second.",
+            LATENESS_BUCKETS_S,
+        )()
         self.claim_seconds = self._histograms("claim_seconds", "How long claims took.", DURATION_BUCKETS_S)()
         self.finish_seconds = self._histograms(
             "finish_seconds", "How long it took to record outcomes.", DURATION_BUCKETS_S
@@ -156,6 +192,40 @@ class Metrics:
         self.events_held = self._gauge("events_held", "Claimed events that wait in memory to become due.")
         self.events_backlog = self._gauge(
             "events_backlog", "Events that are due and not claimed, as a dispatcher last saw."
+        )
+        self.database_up = self._gauge(
+            "database_up", "1 while the database answers what the metrics ask of it, else 0."
+        )
+        self.due_oldest_age_seconds = self._gauge(
+            "due_oldest_age_seconds",
+            "How long the oldest event has been due that waits for no pause, breaker or rate; NaN: unknown.",
+        )
+        self.events_due_soon = self._gauge(
+            "events_due_soon", "Events that fall due within this time from now, up to 100,000; NaN: unknown.", "within"
+        )
+        self.xmin_horizon_age_seconds = self._gauge(
+            "xmin_horizon_age_seconds", "Age of the oldest transaction that holds vacuum back; NaN: unknown."
+        )
+        self.xmin_horizon_age_transactions = self._gauge(
+            "xmin_horizon_age_transactions",
+            "Transactions since the oldest snapshot that holds vacuum back, replication slots included; NaN: unknown.",
+        )
+        self.timer_rows = self._gauge(
+            "timer_rows", "Rows of the table of live events, by PostgreSQL's estimate; NaN: unknown.", "state"
+        )
+        self.timer_bytes = self._gauge("timer_bytes", "Size of the table of live events; NaN: unknown.", "part")
+        self.database_size_bytes = self._gauge("database_size_bytes", "Size of the database; NaN: unknown.")
+        self.database_connections = self._gauge(
+            "database_connections", "Sessions on the database's server; NaN: unknown."
+        )
+        self.database_connections_max = self._gauge(
+            "database_connections_max", "The server's max_connections; NaN: unknown."
+        )
+        self.destination_standstill_seconds = self._gauge(
+            "destination_standstill_seconds",
+            "How long a destination has been paused or its breaker open, for up to 50 of them.",
+            "destination",
+            "reason",
         )
         self.paused = self._gauge("paused", "1 while everything is paused, else 0; NaN while the database is away.")
         self.destinations_paused = self._gauge("destinations_paused", "Destinations that are paused by themselves.")
@@ -184,28 +254,96 @@ class Metrics:
         )
         # Without the prefix, as alerts of older installations know it.
         self.outbox_event_pending_total = Gauge(
-            "outbox_event_pending_total", "Messages that wait in the outbox, up to 10,000.", registry=self.registry
+            "outbox_event_pending_total",
+            "Messages that wait in the outbox, up to 10,000; a gauge, whose name alerts of older installations know.",
+            registry=self.registry,
+        )
+        self.outbox_oldest_age_seconds = self._gauge(
+            "outbox_oldest_age_seconds", "How long the oldest message in the outbox has waited; NaN: unknown."
         )
         self.database_pool_size = self._gauge("database_pool_size", "Open database connections.")
         self.database_pool_in_use = self._gauge("database_pool_in_use", "Database connections in use.")
         self.database_pool_waiting = self._gauge(
             "database_pool_waiting", "Callers that wait for a database connection."
         )
+        self.database_pool_max = self._gauge("database_pool_max", "Most database connections that may be open.")
+        self.database_pool_requests_total = self._counter(
+            "database_pool_requests_total", "Callers that asked for a database connection."
+        )
+        self.database_pool_waits_total = self._counter(
+            "database_pool_waits_total", "Callers that had to wait for a database connection."
+        )
+        self.database_pool_wait_seconds_total = self._counter(
+            "database_pool_wait_seconds_total", "How long callers have waited for database connections, in all."
+        )
+        self.database_pool_timeouts_total = self._counter(
+            "database_pool_timeouts_total", "Callers that got no database connection in time."
+        )
+        self._pool_seen: dict[str, float] = {}
 
     def set_pool(self, stats: Mapping[str, int]) -> None:
-        """Takes over what psycopg's pool says of itself: pool_size, pool_available, requests_waiting."""
+        """Takes over what psycopg's pool says of itself, which counts from when it was opened; what it lacks is 0."""
         size = stats.get("pool_size", 0)
         self.database_pool_size.set(size)
+        self.database_pool_max.set(stats.get("pool_max", 0))
         self.database_pool_in_use.set(size - stats.get("pool_available", 0))
         self.database_pool_waiting.set(stats.get("requests_waiting", 0))
+        for name, counter, unit in (
+            ("requests_num", self.database_pool_requests_total, 1),
+            ("requests_queued", self.database_pool_waits_total, 1),
+            ("requests_wait_ms", self.database_pool_wait_seconds_total, 1000),
+            ("requests_errors", self.database_pool_timeouts_total, 1),
+        ):
+            total = stats.get(name, 0) / unit
+            counter.inc(max(0.0, total - self._pool_seen.get(name, 0.0)))
+            self._pool_seen[name] = total
 
     def set_standstills(self, paused: float, destinations_paused: float, breakers_open: float) -> None:
         self.paused.set(paused)
         self.destinations_paused.set(destinations_paused)
         self.breakers_open.set(breakers_open)
 
+    def set_outbox(self, pending: float, oldest_s: float) -> None:
+        """NaN: unknown."""
+        self.outbox_event_pending_total.set(pending)
+        self.outbox_oldest_age_seconds.set(oldest_s)
+
+    def set_vital_signs(self, found: VitalSigns | None) -> None:
+        """None: unknown, as in the methods below."""
+        signs = [math.nan] * 9 if found is None else found
+        for gauge, value in zip(
+            (
+                self.due_oldest_age_seconds,
+                self.xmin_horizon_age_seconds,
+                self.xmin_horizon_age_transactions,
+                self.timer_rows.labels("live"),
+                self.timer_rows.labels("dead"),
+                self.timer_bytes.labels("table"),
+                self.timer_bytes.labels("indexes"),
+                self.database_connections,
+                self.database_connections_max,
+            ),
+            signs,
+            strict=True,
+        ):
+            gauge.set(value)
+
+    def set_held_destinations(self, found: Sequence[HeldDestination] | None) -> None:
+        self.destination_standstill_seconds.clear()
+        for name, reason, held_s in found or ():
+            self.destination_standstill_seconds.labels(name, reason).set(held_s)
+
+    def set_outlook(self, found: Outlook | None) -> None:
+        if found is None:
+            self.events_due_soon.clear()
+            self.database_size_bytes.set(math.nan)
+            return
+        for within, count in found.due.items():
+            self.events_due_soon.labels(within).set(count)
+        self.database_size_bytes.set(found.database_bytes)
+
     def set_condition(self, found: Condition | None) -> None:
-        """Sets the gauges of maintenance; None: unknown."""
+        """Sets the gauges of maintenance."""
         unknown = math.nan
         self.maintenance_age_seconds.set(unknown if found is None or found.age_s is None else found.age_s)
         self.maintenance_failing_steps.set(unknown if found is None else len(found.problems))
@@ -214,6 +352,10 @@ class Metrics:
         self.horizon_events.set(unknown if found is None else found.horizon)
         self.dead_letters.set(unknown if found is None else found.dead_letters)
         self.dead_letters_expiring.set(unknown if found is None else found.expiring)
+
+    def count_log_lines(self) -> None:
+        """Counts from now on what this process logs as warning or worse."""
+        logging.getLogger().addHandler(_LogLines(self.log_lines_total))
 
     def exposition(self, beside: Samples | None = None) -> tuple[bytes, str]:
         """All series as Prometheus reads them, and their content type.
@@ -237,6 +379,20 @@ class Metrics:
 
     def _histograms(self, name: str, about: str, bounds: tuple[float, ...], *labels: str) -> Callable[..., Histogram]:
         return Histograms(self.registry, f"{PREFIX}_{name}", about, bounds, labels).labelled
+
+
+class _LogLines(logging.Handler):
+    """Counts lines by their level."""
+
+    def __init__(self, totals: Callable[[str], Counter]) -> None:
+        super().__init__(logging.WARNING)
+        self._totals = totals
+        for level in ("warning", "error", "critical"):  # a counter that appears with its first line hides that line
+            totals(level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "critical" if record.levelno >= logging.CRITICAL else None
+        self._totals(level or ("error" if record.levelno >= logging.ERROR else "warning")).inc()
 
 
 class _Labelled(Collector):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -105,6 +106,7 @@ class _Publisher:
                         await self._round(outbox, producer)
                         failures = 0
             except Exception as error:
+                self._metrics.set_outbox(math.nan, math.nan)
                 if not isinstance(error, OrchestratorError | TimeoutError):
                     _log.exception("publishing the outbox failed unexpectedly")
                 elif not failures:
@@ -146,8 +148,8 @@ class _Publisher:
 
     async def _count(self, outbox: Outbox) -> None:
         self._counted_s = time.monotonic()
-        self._pending = await within(_ANSWER_S, outbox.pending())
-        self._metrics.outbox_event_pending_total.set(self._pending)
+        self._pending, oldest_s = await within(_ANSWER_S, outbox.backlog())
+        self._metrics.set_outbox(self._pending, oldest_s)
 
     async def _rest(self, earliest_s: float, latest_s: float) -> None:
         """Waits for a notification of messages, but at least until `earliest_s` and at most until `latest_s`."""

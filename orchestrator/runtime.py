@@ -25,6 +25,7 @@ from orchestrator.database import Database, migrate, translated
 from orchestrator.database.blocking import OnConnected, blocking
 from orchestrator.database.rights import NEEDED
 from orchestrator.errors import DatabaseUnavailable, OrchestratorError, SettingsError, UnusableDatabase
+from orchestrator.event_loop import watch_lag
 from orchestrator.garbage import spare_what_stays
 from orchestrator.maintenance.upkeep import maintain, prepare
 from orchestrator.metrics import Metrics
@@ -55,13 +56,15 @@ class _Process:
     def __init__(self, settings: Settings, role: Role) -> None:
         self._settings = settings
         self._role = role
-        self._metrics = Metrics(settings)
+        self._metrics = Metrics(settings, role)
         self._stop = asyncio.Event()
         self._failures: list[Exception] = []
 
     async def run(self, beside: Sequence[Part]) -> None:
         settings = self._settings
         self._handle_signals()
+        self._metrics.count_log_lines()
+        watch_lag(self._metrics.event_loop_lag_seconds.observe)
         for notice in settings.notices:
             _log.warning("%s", notice)
         limit = file_descriptors.raise_limit()

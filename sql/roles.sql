@@ -78,6 +78,11 @@ grant execute on function
   orchestrator.spread_shift(uuid, interval),
   orchestrator.partition_bounds(),
   orchestrator.standstills(),
+  orchestrator.oldest_due_at(),
+  orchestrator.due_soon(interval, integer),
+  orchestrator.xmin_horizon(),
+  orchestrator.vital_signs(),
+  orchestrator.held_destinations(integer),
   orchestrator.lock_holders(interval),
   orchestrator.lock_holders(interval, interval),
   orchestrator.holder_text(orchestrator.lock_holder),
@@ -152,6 +157,7 @@ grant execute on function
   orchestrator.outbox_published(tid[]),
   orchestrator.outbox_failed(tid[], text[]),
   orchestrator.outbox_pending(),
+  orchestrator.outbox_backlog(),
   orchestrator.raise_floors(),
   orchestrator.repair_after_restore(),
   orchestrator.settle_restored()
@@ -257,7 +263,7 @@ begin
         , 'kept_answer', 'prove_writing', 'claim_due_events', 'claim_for_dispatch', 'finish_events'
         , 'finish_free_events', 'finish_delivered', 'release_events', 'release_free_events', 'raise_floors'
         , 'next_due_at', 'next_lease_end', 'backlog', 'advance_offsets', 'ingest_offsets', 'outbox_batch'
-        , 'outbox_published', 'outbox_pending', 'staging_problem')
+        , 'outbox_published', 'outbox_pending', 'outbox_backlog', 'staging_problem')
   loop
     execute format('alter function %s set timezone = ''UTC'' set datestyle = ISO set intervalstyle = postgres '
       'set extra_float_digits = 1', v_function);

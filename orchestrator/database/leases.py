@@ -19,6 +19,7 @@ from orchestrator.settings import Settings
 
 NOTIFY_CHANNEL = "orchestrator_due"
 _LEAST_PLAIN = 8  # fewer results cost more to encode for finish_delivered() than it saves
+_EXPIRED = 11  # the column `lane`, which in the row of the claim itself counts leases that had run out
 _PATIENCE = "100ms"  # claims and other finishes hold their locks for less
 
 
@@ -91,13 +92,14 @@ class Claims(NamedTuple):
 
     `database_s` was read before claiming. `again_at` says when limits, breakers or moves make another claim
     worthwhile; None: nothing but the caller's own poll. `locked_out`: how many claims in a row have left out lanes or
-    ordering keys that another session has locked.
+    ordering keys that another session has locked. `expired`: how many events had been leased before, without a result.
     """
 
     database_s: float
     events: list[Claimed]
     again_at: float | None
     locked_out: int = 0
+    expired: int = 0
 
 
 class Leases:
@@ -143,12 +145,13 @@ class Leases:
                 _CLAIM, (batch, self.worker, lease_s, lookahead_s, lanes, max_parallel)
             )
             rows = await cursor.fetchall()
-        _, locked_out, database_s, again_at, lease_until, *_ = rows.pop()
+        claim = rows.pop()
+        _, locked_out, database_s, again_at, lease_until, *_ = claim
         events = [Claimed(database_s, *row) for row in rows]
         for event in events:  # most rows hold nothing where they are like the others
             event.start_at = event.start_at or event.due_at
             event.lease_until = event.lease_until or lease_until
-        return Claims(database_s, events, again_at, locked_out or 0)
+        return Claims(database_s, events, again_at, locked_out or 0, claim[_EXPIRED] or 0)
 
     async def ensure_dedicated_lane(self, delivery_type: str, destination: str | None) -> int | None:
         """The dedicated lane of a destination, made unless there is one; None: too many were made this way."""

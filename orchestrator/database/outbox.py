@@ -54,11 +54,12 @@ class Outbox:
             values = (rules.ready, list(rules.own), list(rules.allowed))
             await self._connection.execute("select orchestrator.configure_topics(%s, %s, %s)", values)
 
-    async def pending(self) -> int:
-        """The number of messages that wait, counted up to 10,000."""
+    async def backlog(self) -> tuple[int, float]:
+        """How many messages wait, counted up to 10,000, and for how many seconds the oldest of them has."""
         with translated():
-            row = await (await self._connection.execute("select orchestrator.outbox_pending()")).fetchone()
-        return row[0] if row else 0
+            query = "select pending, oldest_seconds from orchestrator.outbox_backlog()"
+            [backlog] = await (await self._connection.execute(query)).fetchall()
+        return backlog
 
     @asynccontextmanager
     async def batch(self, limit: int, floor: int) -> AsyncGenerator[list[Message], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from orchestrator.database import Claimed, Finished
-from orchestrator.metrics import Metrics
+from orchestrator.metrics import LATE_S, Metrics
 
 RECORDING_S = 1.0
 """An attempt must end this long before its lease does, so that its result can be recorded."""
@@ -30,6 +30,14 @@ class Attempted(NamedTuple):
     @property
     def timed_out(self) -> bool:
         return self.error is not None and self.error.startswith("timeout: ")
+
+
+def note_lateness(event: Claimed, started_at: float, metrics: Metrics) -> None:
+    """Counts how late an attempt begins; it counts as late only if no pause, breaker or limit held its event back."""
+    late_s = started_at - event.due_at
+    metrics.event_lateness_seconds.observe(late_s)
+    if late_s > LATE_S and event.waited is None:
+        metrics.events_late_total.inc()
 
 
 def slot_missed(event: Claimed, started_at: float, metrics: Metrics) -> bool:

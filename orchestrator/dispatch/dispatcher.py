@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import random
 import socket
@@ -168,6 +169,7 @@ class Dispatcher:
 
     async def _back_off(self, level: int, message: str, error: str) -> None:
         self._failures += 1
+        self._metrics.events_backlog.set(math.nan)
         wait_s = backoff_s(self._failures)
         waiting = {"error": error, "retry_in_s": round(wait_s, 3), "results_waiting": self._finisher.pending}
         _log.log(level, message, extra=waiting)
@@ -240,6 +242,8 @@ class Dispatcher:
 
     def _take_in(self, claims: Claims) -> None:
         self._metrics.events_claimed_total.inc(len(claims.events))
+        if claims.expired:
+            self._metrics.leases_expired_total.inc(claims.expired)
         if claims.events:
             self._given.set()
             self._locked_gap_s = _LOCKED_GAP_S

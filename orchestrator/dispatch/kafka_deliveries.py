@@ -23,6 +23,7 @@ from orchestrator.dispatch.attempt import (
     Attempted,
     finished,
     has_expired,
+    note_lateness,
     rfc3339,
     slot_missed,
 )
@@ -33,6 +34,7 @@ from orchestrator.dispatch.options import NO_OPTIONS, Options, options_of
 from orchestrator.dispatch.queue.due_queue import DueQueue
 from orchestrator.dispatch.queue.stalls import QUICK_S, Stalls
 from orchestrator.errors import KafkaUnavailable, OrchestratorError, OwnFaultError
+from orchestrator.events.destination_name import destination_name
 from orchestrator.events.topics import topic_rules
 from orchestrator.events.tracing import with_tracing
 from orchestrator.kafka.bulk_producer import BulkProducer, bulk_producer
@@ -153,7 +155,7 @@ class KafkaDeliveries:
             if too_late or (options.rate and slot_missed(event, started_at, self._metrics)):
                 self._finisher.release([event])
                 continue
-            self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
+            note_lateness(event, started_at, self._metrics)
             attempt = _Attempt(event, options, started_at, began_s, len(event.payload))
             attempts.append(attempt)
             self._bytes += attempt.payload_bytes
@@ -209,6 +211,8 @@ class KafkaDeliveries:
         for attempt in attempts:
             took_s = now_s - attempt.began_s
             observe(took_s)
+            name = destination_name("KAFKA", attempt.event.destination)
+            self._metrics.destination_attempts_total.count("KAFKA", name, attempted.verdict)
             self._bytes -= attempt.payload_bytes
             results.append(finished(attempt.event, attempted, attempt.started_at, took_s))
         self.in_flight -= len(attempts)

@@ -65,6 +65,7 @@ class PartitionReader:
         self._watch = watch
         self._halt_reports = halt_reports
         self._lag = metrics.ingest_lag
+        self._position = metrics.ingest_position
         self._new_batch = new_batch
         self._partitions: dict[int, Partition] = {}
         self._turns: deque[int] = deque()
@@ -112,6 +113,7 @@ class PartitionReader:
         await self._source.mirrored(_MIRRORED_S)
         for number in self._partitions:
             self._lag.remove(self._topic, number)
+            self._position.remove(self._topic, number)
 
     # Where to read
 
@@ -129,6 +131,7 @@ class PartitionReader:
                 source.place(number, partition.place(positions.get(number), *bounds[number]))
             except HaltError as error:
                 self._halt(partition, error)
+            self._position.labels(self._topic, number).set(partition.next_offset)
         self._turns.extend(numbers)
         _log.info("reading partitions %s of %s", numbers, self._topic)
         self._tick()
@@ -231,7 +234,9 @@ class PartitionReader:
 
     async def _write_batch(self, batch: Batch, steps: Mapping[int, Step]) -> None:
         await self._writer.write(batch, [step.move() for step in steps.values()])
-        self._written |= {step.partition: step.next_offset for step in steps.values()}
+        for step in steps.values():
+            self._written[step.partition] = step.next_offset
+            self._position.labels(self._topic, step.partition).set(step.next_offset)
 
     async def _wait_for_writing(self, timeout_s: float) -> None:
         if self._writing is not None:

@@ -60,6 +60,7 @@ class Submissions:
         )
         self._metrics.events_received_total("kafka").inc(len(self._rows) + len(self._rejects))
         self._metrics.submissions_set_aside_total("kafka").inc(len(self._rows) - sum(done))
+        self._metrics.events_persisted_total("kafka").inc(done.accepted)
         self._metrics.events_duplicate_total.inc(done.duplicates)
         self._metrics.events_rejected_total.inc(len(self._rejects) + done.refused)
 

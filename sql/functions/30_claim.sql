@@ -253,20 +253,26 @@ returns orchestrator.leased[]
 language plpgsql as $$
 declare
   v_leased orchestrator.leased[];
+  v_expired bigint;
 begin
   with leased as (
     update orchestrator.timer t
     set lease_until = p_lease_until, worker = p_worker, attempt = coalesce(t.attempt, 0) + 1, busy = t.ordering
       , slot = case when t.lane = any (p_bounded) then t.lane end
     where t.ctid = any (p_ready)
-    returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane, t.ctid as at
+    returning t.event_id, t.scheduled_at, t.due_at, t.attempt, t.lane, t.ctid as at, old.lease_until
   )
   -- Events that were overdue when they came are all due at that moment; their ids, which begin with
   -- scheduled_at, keep their order.
   select array_agg(row(l.event_id, l.scheduled_at, l.due_at, l.attempt, l.lane
       , l.due_at, p_lease_until, null, null, l.at)::orchestrator.leased)
-  into v_leased
+    , count(l.lease_until)
+  into v_leased, v_expired
   from (select * from leased order by due_at, event_id) l;
+  if v_expired > 0 then
+    v_expired := v_expired + coalesce(nullif(current_setting('orchestrator.leases_expired', true), '')::bigint, 0);
+    perform set_config('orchestrator.leases_expired', v_expired::text, true);
+  end if;
   return v_leased;
 end $$;
 comment on function orchestrator.lease_timers(tid[], timestamptz, integer, integer[]) is
@@ -535,11 +541,16 @@ begin
   due_at := date_part('epoch', v_now);
   start_at := nullif(current_setting('orchestrator.claim_again_at', true), '')::double precision;
   lease_until := date_part('epoch', v_lease_until);
+  lane := nullif(current_setting('orchestrator.leases_expired', true), '')::integer;
+  if lane is not null then
+    perform set_config('orchestrator.leases_expired', '', true);
+  end if;
   return next;
 end $$;
 comment on function orchestrator.claim_for_dispatch(integer, integer, interval, interval, integer[], integer) is
   'claim_due_events() for dispatchers: times in Unix seconds; start_at only where it is not due_at, lease_until where '
-  'it is not that of the claim. The last row is the claim: its time, and when to claim again';
+  'it is not that of the claim. The last row is the claim: its time, when to claim again, and in lane how many leases '
+  'had expired';
 
 create or replace function orchestrator.next_due_at() returns timestamptz
 language sql volatile security definer

@@ -186,3 +186,12 @@ set search_path = orchestrator, pg_temp as $$
   select count(*) from (select from orchestrator.outbox limit 10000) o
 $$;
 comment on function orchestrator.outbox_pending() is 'Messages waiting to be published, counted up to 10,000';
+
+create or replace function orchestrator.outbox_backlog(out pending bigint, out oldest_seconds double precision)
+language sql volatile security definer
+set search_path = orchestrator, pg_temp as $$
+  select count(*), coalesce(greatest(0, extract(epoch from orchestrator.now() - min(o.created_at))), 0)
+  from (select o.created_at from orchestrator.outbox o limit 10000) o
+$$;
+comment on function orchestrator.outbox_backlog() is
+  'outbox_pending(), and for how long the oldest of those messages has waited, in seconds';

@@ -17,7 +17,7 @@ ROLES = ["orchestrator_submit", "orchestrator_dispatch", "orchestrator_ingest", 
 SHARED = {
     "now", "event_id", "random_event_id", "bucket", "bucket_of_key", "destination_name", "spread_shift",
     "partition_bounds", "standstills", "lock_holders", "holder_text", "holder_remedy", "holders_text", "prove_writing",
-    "staging_problem",
+    "staging_problem", "oldest_due_at", "due_soon", "xmin_horizon", "vital_signs", "held_destinations",
 }  # fmt: skip
 SUBMITTING = {
     "open_direct", "submit_direct", "submit_batch",
@@ -30,7 +30,7 @@ DISPATCHING = {
     "register_worker", "claim_due_events", "claim_for_dispatch", "finish_events", "release_events", "next_due_at",
     "next_lease_end", "backlog", "finish_free_events", "finish_delivered", "release_free_events",
     "ensure_dedicated_lane", "own_lane", "raise_floors", "set_outbox", "outbox_batch", "outbox_published",
-    "outbox_failed", "outbox_pending",
+    "outbox_failed", "outbox_pending", "outbox_backlog",
     "repair_after_restore", "settle_restored",
     "configure_topics",
 }  # fmt: skip

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
 import time
 from http import HTTPStatus
 
@@ -13,26 +11,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from orchestrator.api.routes.database_gauges import CHECK_TIMEOUT_S, DatabaseGauges
 from orchestrator.api.server.process_link import Deliverer
 from orchestrator.database import Database
-from orchestrator.database.destinations import Destinations
-from orchestrator.database.maintenance import condition
 from orchestrator.errors import OrchestratorError
 from orchestrator.metrics import Metrics
 from orchestrator.tasks import within
 
-CHECK_TIMEOUT_S = 2.0
 CACHE_S = 1.0
-STANDSTILLS_CACHE_S = 5.0
-CONDITION_CACHE_S = 15.0
 
 LIVENESS_PATHS = ("/health", "/actuator/health/liveness")
 READINESS_PATHS = ("/ready", "/actuator/health", "/actuator/health/readiness")
 METRICS_PATHS = ("/metrics", "/actuator/prometheus")
 
 _SILENT = "the process that delivers does not answer"
-
-_log = logging.getLogger(__name__)
 
 
 class Health:
@@ -42,10 +34,7 @@ class Health:
         self._database = database
         self._metrics = metrics
         self._deliverer = deliverer
-        self._destinations = Destinations(database)
-        self._standstills_at = -STANDSTILLS_CACHE_S
-        self._condition_at = -CONDITION_CACHE_S
-        self._holders_at = -CONDITION_CACHE_S
+        self._gauges = DatabaseGauges(database, metrics)
         self._lock = asyncio.Lock()
         self._checked_at = -CACHE_S
         self._reason: str | None = None
@@ -71,54 +60,12 @@ class Health:
 
     async def exposition(self, request: Request) -> Response:
         self._metrics.set_pool(self._database.pool_stats())
-        await self._read_standstills()
-        await self._read_condition()
-        await self._read_holders()
+        await self._gauges.refresh()
         theirs = {} if self._deliverer is None else await self._deliverer.samples()
         if theirs is None:  # without its samples, counters would seem to restart at zero
             return Response(f"{_SILENT}\n", HTTPStatus.SERVICE_UNAVAILABLE, media_type="text/plain")
         text, content_type = self._metrics.exposition(theirs)
         return Response(text, headers={"content-type": content_type})
-
-    async def _read_standstills(self) -> None:
-        """Asks the database what is paused or held by a circuit breaker, at most once in STANDSTILLS_CACHE_S."""
-        if time.monotonic() - self._standstills_at < STANDSTILLS_CACHE_S:
-            return
-        self._standstills_at = time.monotonic()
-        try:
-            found = await within(CHECK_TIMEOUT_S, self._destinations.standstills())
-        except (TimeoutError, OrchestratorError) as error:
-            _log.debug("metrics: pauses and circuit breakers are unknown", extra={"error": str(error)})
-            self._metrics.set_standstills(math.nan, math.nan, math.nan)
-        else:
-            paused = found.paused_at is not None
-            self._metrics.set_standstills(float(paused), found.destinations_paused, found.breakers_open)
-
-    async def _read_condition(self) -> None:
-        """Asks the database for the condition of its maintenance, at most once in CONDITION_CACHE_S."""
-        if time.monotonic() - self._condition_at < CONDITION_CACHE_S:
-            return
-        self._condition_at = time.monotonic()
-        try:
-            found = await within(CHECK_TIMEOUT_S, condition(self._database))
-        except (TimeoutError, OrchestratorError) as error:
-            _log.debug("metrics: the condition of maintenance is unknown", extra={"error": str(error)})
-            self._metrics.set_condition(None)
-        else:
-            self._metrics.set_condition(found)
-
-    async def _read_holders(self) -> None:
-        """Asks the database which sessions hold others up, at most once in CONDITION_CACHE_S."""
-        if time.monotonic() - self._holders_at < CONDITION_CACHE_S:
-            return
-        self._holders_at = time.monotonic()
-        try:
-            asked = self._database.value("select count(*) from orchestrator.lock_holders()")
-            count = await within(CHECK_TIMEOUT_S, asked)
-        except (TimeoutError, OrchestratorError) as error:
-            _log.debug("metrics: the sessions that hold others up are unknown", extra={"error": str(error)})
-            count = math.nan
-        self._metrics.lock_holders.set(count)
 
     async def _database_fault(self) -> str | None:
         """Why the database cannot be used, or None. Asks it at most once in CACHE_S, however many requests come."""

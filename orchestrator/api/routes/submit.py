@@ -72,6 +72,7 @@ class _Submitting:
         self._guard = guard
         self._intake = intake
         self._received = metrics.events_received_total("http")
+        self._persisted = metrics.events_persisted_total("http")
         self._metrics = metrics
 
 
@@ -93,6 +94,8 @@ class SubmitOne(_Submitting):
         duplicate = kept.result == "duplicate"
         if duplicate:
             self._metrics.events_duplicate_total.inc()
+        elif kept.result != "queued":
+            self._persisted.inc()
         answer = Answer(
             kept.id,
             submission.external_job_id,
@@ -116,9 +119,12 @@ class SubmitBatch(_Submitting):
         valid = [item for item in items if isinstance(item, Submission)]
         kept = await self._intake.submit_all(valid) if valid else []
         answer = _batch_answer(items, kept)
+        queued = any(each.result == "queued" for each in kept)
+        if not queued:
+            self._persisted.inc(answer.accepted)
         self._metrics.events_duplicate_total.inc(answer.duplicates)
         self._metrics.events_rejected_total.inc(answer.rejected)
-        await send_json(send, 202 if any(each.result == "queued" for each in kept) else 200, _encode(answer))
+        await send_json(send, 202 if queued else 200, _encode(answer))
 
 
 def _carried(scope: Scope) -> Carried | None:

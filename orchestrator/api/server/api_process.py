@@ -164,6 +164,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
     from orchestrator.api.server.server import serve
     from orchestrator.database import Database
     from orchestrator.database.rights import NEEDED
+    from orchestrator.event_loop import watch_lag
     from orchestrator.garbage import spare_what_stays
 
     link = await Link.over(end)
@@ -172,6 +173,9 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
         return 1
     settings, role = pickle.loads(given)  # noqa: S301  # from our own parent, over a socket that only it has
     logs.configure(settings, role)
+    metrics = Metrics(settings, role)
+    metrics.count_log_lines()
+    watch_lag(metrics.event_loop_lag_seconds.observe)
     stop = asyncio.Event()
     deliverer = Deliverer(link, stop)
     listener = asyncio.create_task(deliverer.listen())
@@ -182,7 +186,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
             await serve(
                 settings,
                 database,
-                Metrics(settings),
+                metrics,
                 stop=stop,
                 listeners=listeners,
                 deliverer=deliverer,

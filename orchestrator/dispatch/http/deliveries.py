@@ -18,6 +18,7 @@ from orchestrator.dispatch.attempt import (
     Attempted,
     finished,
     has_expired,
+    note_lateness,
     rfc3339,
     slot_missed,
 )
@@ -101,7 +102,7 @@ class HttpDeliveries:
                 due.ended(event)
                 self._finisher.release([event])
                 continue
-            self._metrics.event_lateness_seconds.observe(started_at - event.due_at)
+            note_lateness(event, started_at, self._metrics)
             began_s = time.monotonic()
             self.in_flight += 1
             attempted: Attempted | None = _CUT_SHORT
@@ -122,8 +123,10 @@ class HttpDeliveries:
                     due.ended(event)
                     self._finisher.release([event])
                 else:
-                    due.ended(event, took_s <= QUICK_S and (attempted.error is None or not attempted.timed_out))
+                    quick = took_s <= QUICK_S and (attempted.error is None or not attempted.timed_out)
+                    name = due.ended(event, quick)
                     self._metrics.event_delivery_seconds("HTTP", attempted.verdict).observe(took_s)
+                    self._metrics.destination_attempts_total.count("HTTP", name, attempted.verdict)
                     self._finisher.add(finished(event, attempted, started_at, took_s), at_once=options.bound)
 
 

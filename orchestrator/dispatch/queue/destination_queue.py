@@ -50,6 +50,7 @@ class DestinationQueue:
         "lane",
         "last_at",
         "limited_s",
+        "name",
         "running",
         "slow",
         "slow_s",
@@ -57,7 +58,8 @@ class DestinationQueue:
         "window",
     )
 
-    def __init__(self, delivery_type: str, destination: str | None, window: int) -> None:
+    def __init__(self, name: str, delivery_type: str, destination: str | None, window: int) -> None:
+        self.name = name
         self.delivery_type = delivery_type
         self.destination = destination
         self.events: deque[Claimed] = deque()

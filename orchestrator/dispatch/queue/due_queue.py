@@ -143,8 +143,10 @@ class DueQueue:
         self.payload += len(first.payload)
         return self._gone(taken)
 
-    def ended(self, event: Claimed, quick: bool | None = None) -> None:
-        """Ends an event's time under way. The caller calls `get` next, so that no other waiter is woken.
+    def ended(self, event: Claimed, quick: bool | None = None) -> str:
+        """Ends an event's time under way; returns the name of its destination.
+
+        The caller calls `get` next, so that no other waiter is woken.
 
         `quick` says whether the attempt was quick; None: there was none. A full window grows with each quick attempt,
         and goes back to its first size after a slow one.
@@ -168,6 +170,7 @@ class DueQueue:
                 self.recover(queue)
             elif queue.has_room:
                 self._on_room()
+        return queue.name
 
     def stall(self, queue: DestinationQueue, window: int, keep: int) -> list[Claimed]:
         """Narrows the window of a destination, and takes out all of its events except the first `keep`."""
@@ -225,7 +228,7 @@ class DueQueue:
             name = destination_name(event.delivery_type, event.destination)
             queue = self._queues.get(name)
             if queue is None:
-                queue = DestinationQueue(event.delivery_type, event.destination, self._windows.first)
+                queue = DestinationQueue(name, event.delivery_type, event.destination, self._windows.first)
                 self._queues[name] = queue
             self._by_destination[event.destination] = queue
         return queue
