@@ -157,11 +157,11 @@ def smoke(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Send an event through the deployment whose API is at URL, and say what does not work.
+    """Send an event through a running deployment, and say what fails.
 
-    Asks for health, submits an event that is due in a moment, sees it arrive, submits and cancels another, and reads
-    the metrics. Exits with 1 at the first step that fails, and cancels what it has left behind; what cannot be
-    cancelled expires.
+    URL is that of its API. Asks for health, submits an event that is due in a moment, sees it arrive, submits and
+    cancels another, and reads the metrics. Exits with 1 at the first step that fails, and cancels what it has left
+    behind; what cannot be cancelled expires.
 
     It receives the event itself, or names a --destination or --topic of yours. With WEBHOOK_SECRETS in its
     environment it also checks the signature.
