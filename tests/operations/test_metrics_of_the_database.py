@@ -12,9 +12,9 @@ from orchestrator.database import Database
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 from tests.conftest import MakeSettings
+from tests.integration.api_support import until
 from tests.support.cutting_proxy import CuttingProxy
 from tests.support.sql_client import Client
-from tests.support.waiting import eventually
 
 SHARED = {
     "orchestrator_due_oldest_age_seconds",
@@ -61,13 +61,13 @@ async def test_the_gauges_of_a_database_that_goes_away_are_unknown_and_come_back
                 await gauges.refresh()
                 return shown(metrics)["orchestrator_database_up"] == [0]
 
-            await eventually(is_away, 60.0)
+            await until(is_away, 60.0)
             found = shown(metrics)
             assert [name for name in SHARED if not all(map(math.isnan, found[name]))] == []
             assert found["orchestrator_events_due_soon"] == []
 
             proxy.mend()
-            await eventually(lambda: _is_back(gauges, metrics), 60.0)
+            await until(lambda: _is_back(gauges, metrics), 60.0)
             found = shown(metrics)
             assert not [name for name in SHARED if any(map(math.isnan, found[name]))]
 
