@@ -188,6 +188,12 @@ class Metrics:
         )
         self.http_connections = self._gauge("http_connections", "Open connections of the API's clients.")
 
+        self.tls_certificate_expiry_timestamp_seconds: Callable[[str], Gauge] = self._gauge(
+            "tls_certificate_expiry_timestamp_seconds",
+            "When the certificate of a listener ends, in Unix time; no series without TLS.",
+            "listener",
+        ).labels
+
         self.events_in_flight = self._gauge("events_in_flight", "Deliveries under way.")
         self.events_held = self._gauge("events_held", "Claimed events that wait in memory to become due.")
         self.events_backlog = self._gauge(

@@ -26,6 +26,13 @@ _REFUSED = re.compile(
 )
 
 
+# Also what libpq says when TLS cannot be agreed on as DATABASE_URL demands.
+_UNTRUSTED = re.compile(
+    r"(?:SSL error: certificate verify failed|server certificate for .* does not match host name"
+    r'|root certificate file "[^"]*" does not exist|server does not support SSL).*'
+)
+
+
 async def until_done(
     step: str, work: Callable[[], Awaitable[None]], stop: asyncio.Event, *, answer_s: float = ANSWER_S
 ) -> bool:
@@ -40,8 +47,10 @@ async def until_done(
         except (DatabaseUnavailable, TimeoutError) as error:
             if stop.is_set():
                 break
-            if refusal := _refusal(error):
+            if refusal := _refusal(error, _REFUSED):
                 raise OrchestratorError(f"DATABASE_URL: the server refuses it: {refusal}") from error
+            if refusal := _refusal(error, _UNTRUSTED):
+                raise OrchestratorError(f"DATABASE_URL: the server is not trusted: {refusal}") from error
             failures += 1
             wait_s = backoff_s(failures)
             why = str(error).splitlines()[0] if str(error) else f"no answer within {answer_s:g} s"
@@ -56,9 +65,9 @@ async def until_done(
     return False
 
 
-def _refusal(error: BaseException) -> str | None:
-    """Why the servers refuse the login; None unless every one that was tried does."""
+def _refusal(error: BaseException, known: re.Pattern[str]) -> str | None:
+    """Why the login fails for good; None unless it does so with every server that was tried."""
     text = str(error)
     tried = [line for line in text.splitlines() if line.startswith("- ")] or [text]
-    found = [_REFUSED.search(each) for each in tried]
+    found = [known.search(each) for each in tried]
     return found[0].group() if all(found) and found[0] else None

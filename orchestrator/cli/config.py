@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from orchestrator import file_descriptors
+from orchestrator.api.server import certificate
 from orchestrator.cli.support import console, environ, json_option, plain, print_json
 from orchestrator.database.session import SESSION, Session
 from orchestrator.settings import DATABASE_PARTS, SETTINGS, Settings
@@ -42,8 +43,10 @@ def check(env_file: Path | None, as_json: bool) -> None:
     ours = Settings.from_env(given, elsewhere=elsewhere)
     session = Session.of(ours.database_url, "…")
     connection = {**session.parameters, "options": session.options}
+    pair = None if elsewhere else certificate.load(ours)
+    doubts = [] if pair is None or (text := certificate.doubt(pair)) is None else [text]
     shortages = [] if elsewhere else file_descriptors.shortages(ours, file_descriptors.limit(hard=True))
-    notices = [*ours.notices, *map(_overruled, session.overruled.items()), *shortages]
+    notices = [*ours.notices, *map(_overruled, session.overruled.items()), *doubts, *shortages]
     if as_json:
         settings = {row.name: {"value": row.value, "source": row.source, "default": row.default} for row in rows}
         print_json({"settings": settings, "connection": connection, "notices": notices})

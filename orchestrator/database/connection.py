@@ -52,7 +52,7 @@ def translated() -> Iterator[None]:
     except errors.ReadOnlySqlTransaction as error:
         raise DatabaseUnavailable(f"the database takes no writes: {first_line(error)}") from error
     except _AWAY as error:
-        raise DatabaseUnavailable(f"the database is away: {first_line(error)}") from error
+        raise DatabaseUnavailable(f"the database is away: {away(error)}") from error
     except _NOT_MIGRATED as error:
         raise OrchestratorError(
             f"the database lacks this program's schema ({first_line(error)}); run: orchestrator migrate"
@@ -67,6 +67,22 @@ def _remedy(error: errors.InsufficientPrivilege) -> str:
     if "create temporary tables" in str(error):
         return "grant temporary on the database to who owns the schema: submissions go through one"
     return "grant the user one of the roles in sql/roles.sql; after a restore without rights, run: orchestrator migrate"
+
+
+# What libpq says of TLS, and what to do.
+_TLS_FAULTS = {
+    "certificate verify failed": "give the authority of the server's certificate as sslrootcert in DATABASE_URL; if it "
+    "is that one, the certificate has expired: renew it on the server",
+    "does not match host name": "name the server in DATABASE_URL as its certificate does",
+    "root certificate file": "mount the file that sslrootcert names in DATABASE_URL",
+    "server does not support SSL": "turn on ssl in the server's configuration",
+}
+
+
+def away(error: BaseException) -> str:
+    """Why the database cannot be reached, on one line, with the remedy where the cause is TLS."""
+    text = first_line(error)
+    return next((f"{text}; {remedy}" for fault, remedy in _TLS_FAULTS.items() if fault in text), text)
 
 
 def is_lost(error: OrchestratorError) -> bool:

@@ -6,11 +6,16 @@ import http.client
 import importlib.util
 import json
 import socket
+import ssl
 import sys
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from orchestrator import file_descriptors
+from orchestrator.api.server.certificate import doubt, load
 from orchestrator.doctor.finding import Finding, counted, is_production, ok, problem, warning
+from orchestrator.errors import SettingsError
 from orchestrator.own_faults import trusts_nobody
 from orchestrator.settings import Settings
 
@@ -20,7 +25,8 @@ _PROBE_S = 2.0
 def machine_findings(settings: Settings) -> Iterator[Finding]:
     yield _webhook_secrets(settings)
     yield from _allowed_networks(settings)
-    yield _port("SERVER_PORT", settings.server_host, settings.server_port)
+    yield _port("SERVER_PORT", settings.server_host, settings.server_port, _tls(settings))
+    yield _certificate(settings)
     if settings.management_port is not None:
         yield _port("MANAGEMENT_SERVER_PORT", settings.server_host, settings.management_port)
     yield _file_descriptors(settings)
@@ -54,12 +60,35 @@ def _allowed_networks(settings: Settings) -> Iterator[Finding]:
             )
 
 
-def _port(setting: str, host: str, port: int) -> Finding:
+def _certificate(settings: Settings) -> Finding:
+    try:
+        pair = load(settings)
+    except SettingsError as error:
+        return problem("certificate", str(error), "mend the file; a running API takes it within seconds")
+    if pair is None:
+        return ok("certificate", "the API speaks no TLS itself")
+    text = doubt(pair)
+    if text is None:
+        return ok("certificate", f"the API's is valid until {datetime.fromtimestamp(pair.ends_at, UTC):%Y-%m-%d}")
+    level = warning if pair.begins_at <= time.time() < pair.ends_at else problem
+    return level("certificate", text, "renew SERVER_SSL_CERT_FILE and SERVER_SSL_KEY_FILE; no restart is needed")
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    """What to ask the API's port with, whoever has signed its certificate."""
+    if settings.ssl_cert_file is None:
+        return None
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def _port(setting: str, host: str, port: int, tls: ssl.SSLContext | None = None) -> Finding:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        if _is_ours(host, port):
+        if _is_ours(host, port, tls):
             return ok("ports", f"{setting} {port}: an orchestrator answers there")
         return problem(
             "ports",
@@ -69,18 +98,22 @@ def _port(setting: str, host: str, port: int) -> Finding:
     return ok("ports", f"{setting} {port} is free")
 
 
-def _is_ours(host: str, port: int) -> bool:
-    """Whether the port answers /health as an orchestrator does."""
+def _is_ours(host: str, port: int, tls: ssl.SSLContext | None) -> bool:
+    """Whether the port answers as an orchestrator does: /health, a problem, or by demanding a certificate."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # compared, not listened on
     connection = http.client.HTTPConnection(reachable, port, timeout=_PROBE_S)
+    if tls is not None:
+        connection = http.client.HTTPSConnection(reachable, port, timeout=_PROBE_S, context=tls)
     try:
         connection.request("GET", "/health")
         answer = json.loads(connection.getresponse().read(10_000))
+    except ssl.SSLError as error:
+        return "CERTIFICATE_REQUIRED" in (error.reason or "")
     except (OSError, ValueError, http.client.HTTPException):
         return False
     finally:
         connection.close()
-    return isinstance(answer, dict) and "checks" in answer
+    return isinstance(answer, dict) and ("checks" in answer or "urn:orchestrator:problem" in str(answer.get("type")))
 
 
 def _file_descriptors(settings: Settings) -> Finding:

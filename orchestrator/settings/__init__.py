@@ -28,6 +28,7 @@ from orchestrator.settings.kinds import (
     networks,
     one_of,
     password,
+    pem_file,
     seconds,
     stages_agree,
     text,
@@ -110,6 +111,29 @@ class Settings(KafkaSettings):
         kind=whole(1, 65535),
         otherwise="the API's port",
         about="Port that serves health and metrics, if they are to be apart from the API.",
+    )
+    ssl_cert_file: str | None = defined(
+        "SERVER_SSL_CERT_FILE",
+        "SERVER_SSL_CERTIFICATE",
+        kind=pem_file,
+        otherwise="none: no TLS",
+        about="File (PEM) of the API's certificate, and of the authorities between it and the root. With it, the API's "
+        "port speaks TLS. A changed file is read again.",
+    )
+    ssl_key_file: str | None = defined(
+        "SERVER_SSL_KEY_FILE",
+        "SERVER_SSL_CERTIFICATE_PRIVATE_KEY",
+        "SERVER_SSL_CERTIFICATEPRIVATEKEY",
+        kind=pem_file,
+        otherwise="none",
+        about="File (PEM) of the private key of `SERVER_SSL_CERT_FILE`, without a passphrase.",
+    )
+    ssl_client_ca_file: str | None = defined(
+        "SERVER_SSL_CLIENT_CA_FILE",
+        kind=pem_file,
+        otherwise="none: clients need no certificate",
+        about="File (PEM) of the authorities that must have signed the certificates of the API's clients. With it, the "
+        "API takes no client without such a certificate.",
     )
     database_url: str = defined(
         "DATABASE_URL",
@@ -326,6 +350,13 @@ class Settings(KafkaSettings):
         kind=seconds(0, 600),
         default="20",
         about="Longest time for a stopping process to finish its work. It releases events that are left.",
+    )
+    shutdown_drain_s: float = defined(
+        "SHUTDOWN_DRAIN_SECONDS",
+        kind=seconds(0, 600),
+        default="0",
+        about="How long a stopping API goes on taking requests while it is not ready, and ends each connection with an "
+        "answer, so that load balancers move on. Part of `SHUTDOWN_TIMEOUT_SECONDS`.",
     )
     log_level: str = defined(
         "LOG_LEVEL",

@@ -125,7 +125,7 @@ def _scheme(raw: str) -> str:
 # The text before an @, and any value named like a password, in whichever setting it was put by mistake.
 _LOGIN = re.compile(r"[^\s/,;'\"]*@")
 _NAMED = re.compile(r"(?i)(\w*(?:password|passwd|secret|token|api_?key)\w*\s*[=:]\s*)(\"[^\"]*\"?|'[^']*'?|[^\s&;,]+)")
-_KEYS = re.compile(r"whsec_\S+|orch_[A-Za-z0-9_-]+")
+_KEYS = re.compile(r"whsec_\S+|orch_[A-Za-z0-9_-]+|-----BEGIN[\s\S]*")
 
 
 def shown(raw: str) -> str:
@@ -238,6 +238,16 @@ def _directory(raw: str) -> str:
 
 
 directory = Kind("a directory that exists", _directory)
+
+
+def _pem_file(raw: str) -> str:
+    value: str = text(4096).parse(raw).removeprefix("file:")  # as Spring writes it
+    if not value or value.startswith(("classpath:", "-----")):
+        raise ValueError
+    return value
+
+
+pem_file = Kind("the path of a PEM file", _pem_file)
 
 
 def _writable_directory(raw: str) -> str:

@@ -14,13 +14,17 @@ _WITHOUT_EFFECT = {
     "submissions",
     r"(SPRING_KAFKA_|KAFKA_)(PROPERTIES_)?SSL_(TRUST|KEY)_?STORE_\w+": "certificates are PEM files here: "
     "KAFKA_SSL_CA_FILE, KAFKA_SSL_CERT_FILE and KAFKA_SSL_KEY_FILE",
+    r"SERVER_SSL_((KEY|TRUST)_?STORE|KEY_?(ALIAS|PASSWORD)|BUNDLE)\w*": "certificates are PEM files here: "
+    "SERVER_SSL_CERT_FILE and SERVER_SSL_KEY_FILE",
+    r"SERVER_SSL_(CLIENT_?AUTH|TRUST_?CERTIFICATE)\w*": "SERVER_SSL_CLIENT_CA_FILE demands certificates of clients",
+    r"SERVER_SSL_ENABLED": "the API speaks TLS when SERVER_SSL_CERT_FILE is set, and only then",
     r"SPRING_APPLICATION_NAME": "DEPLOYMENT_NAME is the name of the deployment",
     r"SPRING_(JPA|FLYWAY|LIQUIBASE)_\w+": "orchestrator migrate creates and upgrades the schema",
     r"WORKFLOW_\w+": "max_retries, retry policies and the timeouts of destinations replace it",
     r"(SPRING|MANAGEMENT|LOGGING)_\w+": "it is a setting of Spring that has no counterpart here",
     r"JAVA_OPTS|JAVA_TOOL_OPTIONS|JDK_JAVA_OPTIONS|JVM_OPTS": "there is no JVM here",
 }
-_OURS = ("SCHEDULER_", "HTTP_MAX_", "API_MAX_", "DB_", "KAFKA_", "OUTBOX_")
+_OURS = ("SCHEDULER_", "SERVER_SSL_", "HTTP_MAX_", "API_MAX_", "DB_", "KAFKA_", "OUTBOX_")
 # Kubernetes and Docker set these for every neighbouring service, also for one that is called "db".
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?|ENV_\w+)")
 

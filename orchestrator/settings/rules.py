@@ -130,6 +130,21 @@ def _certificate_has_key(v: Mapping[str, Any]) -> str | None:
     return "KAFKA_SSL_CERT_FILE and KAFKA_SSL_KEY_FILE: expected both or neither; set the other too"
 
 
+def _server_certificate_has_key(v: Mapping[str, Any]) -> str | None:
+    if (v["ssl_cert_file"] is None) != (v["ssl_key_file"] is None):
+        return "SERVER_SSL_CERT_FILE and SERVER_SSL_KEY_FILE: expected both or neither; set the other too"
+    if v["ssl_client_ca_file"] is None or v["ssl_cert_file"] is not None:
+        return None
+    return "SERVER_SSL_CLIENT_CA_FILE: expected SERVER_SSL_CERT_FILE too; without TLS no client can show a certificate"
+
+
+def _drain_is_part_of_stop(v: Mapping[str, Any]) -> str | None:
+    if v["shutdown_drain_s"] == 0 or v["shutdown_drain_s"] < v["shutdown_timeout_s"]:
+        return None
+    most, got = v["shutdown_timeout_s"], v["shutdown_drain_s"]
+    return f"SHUTDOWN_DRAIN_SECONDS: expected less than SHUTDOWN_TIMEOUT_SECONDS ({most:g}), got {got:g}"
+
+
 def _topics_differ(v: Mapping[str, Any]) -> str | None:
     # Records written to a topic that is also read would come back for ever.
     for read in ("topic_submission", "topic_processing"):
@@ -158,6 +173,8 @@ _RULES = (
     _logins_agree,
     _login_is_whole,
     _certificate_has_key,
+    _server_certificate_has_key,
+    _drain_is_part_of_stop,
     _topics_differ,
     _fallback_has_cause,
 )

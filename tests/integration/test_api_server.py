@@ -131,6 +131,47 @@ async def test_requests_under_way_are_finished_before_the_server_stops(chosen: S
     assert json.loads(await database.statistics())["scheduled"] == 1
 
 
+async def test_a_stopping_server_answers_what_was_on_its_way_and_ends_the_connection(
+    chosen: Settings, database: Database
+) -> None:
+    stop = asyncio.Event()
+    serving = asyncio.create_task(serve(chosen, database, Metrics(chosen), stop=stop))
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{chosen.server_port}", trust_env=False) as client:
+        await until(lambda: _is(200, client, "/health"))
+        new, begun, kept = [await asyncio.open_connection("127.0.0.1", chosen.server_port) for _ in range(3)]
+        kept[1].write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        begun[1].write(b"GET /health HTTP/1.1\r\n")
+        assert b"connection: close" not in await kept[0].readuntil(b"}}}")
+        await until(lambda: _is(200, client, "/health"))  # so that the server has read what has begun
+    stop.set()
+    for _, writer in (new, kept):
+        writer.write(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n")
+    await until(lambda: _refuses_connections(chosen.server_port))
+    begun[1].write(b"Host: a\r\n\r\n")
+    for reader, writer in (new, begun, kept):
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"\r\nconnection: close\r\n" in answer
+        writer.close()
+    await serving
+
+
+async def test_during_a_drain_the_server_takes_requests_and_is_not_ready(settings: MakeSettings) -> None:
+    chosen = settings(SHUTDOWN_DRAIN_SECONDS="1.5")
+    stop = asyncio.Event()
+    async with Database(chosen, role="api") as database:
+        serving = asyncio.create_task(serve(chosen, database, Metrics(chosen), stop=stop))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{chosen.server_port}", trust_env=False) as client:
+            await until(lambda: _is(200, client, "/ready"))
+            stop.set()
+            await until(lambda: _is(503, client, "/ready"))
+            answer = await client.post("/api/v1/events", json=submission())
+            assert (answer.status_code, answer.headers["connection"]) == (201, "close")
+            assert not serving.done()
+        await serving
+    assert await _refuses_connections(chosen.server_port)
+
+
 async def _refuses_connections(port: int) -> bool:
     try:
         _, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -490,6 +490,50 @@ def test_the_settings_that_the_environment_gives_are_known() -> None:
     }
 
 
+def test_a_certificate_of_the_api_is_named_as_spring_names_it_too() -> None:
+    spring = {
+        "SERVER_SSL_CERTIFICATE": "file:/etc/tls/tls.crt",
+        "SERVER_SSL_CERTIFICATE_PRIVATE_KEY": "/etc/tls/tls.key",
+    }
+    settings = Settings.from_env(spring)
+    assert (settings.ssl_cert_file, settings.ssl_key_file) == ("/etc/tls/tls.crt", "/etc/tls/tls.key")
+    assert Settings.from_env({}).ssl_cert_file is None
+
+
+def test_a_certificate_and_its_key_come_together_and_before_those_of_clients() -> None:
+    both = "SERVER_SSL_CERT_FILE and SERVER_SSL_KEY_FILE: expected both or neither; set the other too"
+    assert problem(SERVER_SSL_CERT_FILE="/a") == both
+    assert problem(SERVER_SSL_KEY_FILE="/a", SERVER_SSL_CLIENT_CA_FILE="/a") == both
+    assert problem(SERVER_SSL_CLIENT_CA_FILE="/a").startswith(
+        "SERVER_SSL_CLIENT_CA_FILE: expected SERVER_SSL_CERT_FILE"
+    )
+
+
+@pytest.mark.parametrize("given", ["-----BEGIN PRIVATE KEY-----\nMIIEs3cret", "classpath:tls.key", "file:", "a\nb"])
+def test_a_key_is_the_path_of_a_file_and_is_never_repeated(given: str) -> None:
+    line = problem(SERVER_SSL_CERT_FILE="/a", SERVER_SSL_KEY_FILE=given)
+    assert line.startswith("SERVER_SSL_KEY_FILE: expected the path of a PEM file, got ")
+    assert "s3cret" not in line
+
+
+def test_settings_of_tls_that_spring_knows_and_this_product_does_not_are_pointed_out() -> None:
+    given = {"SERVER_SSL_KEY_STORE": "a.p12", "SERVER_SSL_ENABLED": "true", "SERVER_SSL_CLIENT_AUTH": "need"}
+    notices = Settings.from_env(given).notices
+    assert [notice.split(":")[0] for notice in notices] == sorted(given)
+    assert all("no effect; " in notice for notice in notices)
+    assert Settings.from_env({"SERVER_SSL_CERTFILE": "/a"}).notices == (
+        "SERVER_SSL_CERTFILE: not a setting; did you mean SERVER_SSL_CERT_FILE?",
+    )
+
+
+def test_a_drain_is_shorter_than_the_stop_that_it_is_part_of() -> None:
+    assert problem(SHUTDOWN_DRAIN_SECONDS="20") == (
+        "SHUTDOWN_DRAIN_SECONDS: expected less than SHUTDOWN_TIMEOUT_SECONDS (20), got 20"
+    )
+    assert Settings.from_env({"SHUTDOWN_DRAIN_SECONDS": "5"}).shutdown_drain_s == 5
+    assert Settings.from_env({"SHUTDOWN_TIMEOUT_SECONDS": "0"}).shutdown_drain_s == 0
+
+
 @pytest.mark.parametrize("raw", ["0", "-1", "100001", "many"])
 def test_the_bound_for_each_destination_is_a_whole_number_from_one_upwards(raw: str) -> None:
     assert problem(CUSTOMER_MAX_PARALLEL=raw).startswith("CUSTOMER_MAX_PARALLEL: expected a whole number from 1")

@@ -186,7 +186,7 @@ class Connection(HttpToolsProtocol):
             self.server_state.default_headers,
             asyncio.Event(),
             self.expect_100_continue,
-            version != "1.0" and parser.should_keep_alive(),
+            version != "1.0" and parser.should_keep_alive() and not self._limits.draining,
             self.on_response_complete,
         )
         if self._unanswered:
@@ -272,7 +272,12 @@ class Connection(HttpToolsProtocol):
             self._limits.give_back(self)
             self._enter(CLOSING)
             self.transport.write(refusal.response)
-            self.transport.write_eof()
+            if self.transport.can_write_eof():  # with TLS the client closes, or the deadline does
+                self.transport.write_eof()
+
+    def shutdown(self) -> None:
+        if self.stage != HEAD:  # whose request is answered, as the last one
+            super().shutdown()
 
     # Limits of all clients
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from orchestrator import file_descriptors
 from orchestrator.api.server import refusals
+from orchestrator.api.server.certificate import Certificate
 from orchestrator.api.server.connection import CLOSING, IDLE, Connection
+from orchestrator.api.server.handshake import Handshake
 from orchestrator.api.server.refusals import Refusal
 from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
@@ -47,17 +49,23 @@ class ConnectionLimits:
         self._max_per_address = settings.api_max_connections_per_address or math.inf
         self._max_bodies_bytes = _BODIES_BYTES + 4 * settings.max_body_bytes
         self._metrics = metrics
-        self._connections: dict[Connection, None] = {}
+        self._connections: dict[Connection | Handshake, None] = {}
         self._addresses: Counter[str] = Counter()
         self._bodies_bytes = 0
         self._full_until_s = -math.inf
         self._unsaid: Counter[str] = Counter()
+        self.draining = False
+        """Whether each connection is to end with its next answer."""
 
     def connection(self, **given: Any) -> Connection:
         """Makes the protocol of a connection, for uvicorn."""
         return Connection(self, **given)
 
-    def admit(self, connection: Connection) -> None:
+    def handshake(self, certificate: Certificate, **given: Any) -> Handshake:
+        """Makes the protocol of a connection that begins with TLS."""
+        return Handshake(self, certificate, **given)
+
+    def admit(self, connection: Connection | Handshake) -> None:
         """Takes a new connection in, or refuses it."""
         address = connection.address = _network(connection.client[0] if connection.client else "")
         self._connections[connection] = None
@@ -68,7 +76,7 @@ class ConnectionLimits:
         elif len(self._connections) > self._max_connections and not self._make_room(connection):
             self._turn_away(connection, refusals.CONNECTIONS)
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: Connection | Handshake) -> None:
         """Forgets a closed connection."""
         self.give_back(connection)
         del self._connections[connection]
@@ -82,7 +90,7 @@ class ConnectionLimits:
         self._bodies_bytes += size
         return self._bodies_bytes <= self._max_bodies_bytes
 
-    def give_back(self, connection: Connection) -> None:
+    def give_back(self, connection: Connection | Handshake) -> None:
         """Notes that the connection holds no body any more."""
         if connection.body_bytes:
             self._bodies_bytes -= connection.body_bytes
@@ -93,11 +101,11 @@ class ConnectionLimits:
         self._metrics.http_refusals_total(refusal.reason).inc()
         self._unsaid[refusal.reason] += 1
 
-    def _turn_away(self, connection: Connection, refusal: Refusal) -> None:
+    def _turn_away(self, connection: Connection | Handshake, refusal: Refusal) -> None:
         late = len(self._connections) - self._max_connections
         connection.refuse(refusal, linger=late <= self._max_connections // _LATE)
 
-    def _make_room(self, newest: Connection) -> bool:
+    def _make_room(self, newest: Connection | Handshake) -> bool:
         """Closes some connections that wait for their clients; whether there were any."""
         if newest.since < self._full_until_s:
             return False
@@ -129,7 +137,7 @@ class ConnectionLimits:
                 _log.warning("refused connections or requests", extra={"refused": dict(self._unsaid)})
                 self._unsaid.clear()
 
-    def _sweep(self, connections: Iterable[Connection], now_s: float) -> None:
+    def _sweep(self, connections: Iterable[Connection | Handshake], now_s: float) -> None:
         for connection in connections:
             if now_s >= connection.deadline:
                 connection.overdue()

@@ -63,5 +63,7 @@ NO_HEAD = _refusal(
 NO_BODY = _refusal(
     "body_timeout", "timeout", "The body of the request was not complete in time (API_BODY_TIMEOUT_SECONDS)."
 )
+# Nobody can be told why before TLS is agreed on.
+HANDSHAKE = Refusal("tls_handshake", b"")
 # The client reads nothing, so that no answer can be sent.
 UNREAD = Refusal("unread_answer", b"")

@@ -7,12 +7,14 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, cast
 
 import uvicorn
 
 from orchestrator.api.app import Edge, api_app, management_app
 from orchestrator.api.routes.health import Health
+from orchestrator.api.server.certificate import Certificate, load
 from orchestrator.api.server.connection_limits import ConnectionLimits
 from orchestrator.api.server.listening import BACKLOG, Listeners, listen, listening
 from orchestrator.api.server.process_link import Deliverer
@@ -24,7 +26,22 @@ from orchestrator.settings import Settings
 _log = logging.getLogger(__name__)
 
 
+_ON_THEIR_WAY_S = 0.1  # for requests that clients sent before they could know that the server stops
+
+
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+        super().__init__(config)
+        self._drain_s = drain_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Goes on for a while, answers what was on its way, and then closes what is idle."""
+        await asyncio.sleep(self._drain_s)
+        for each in (*self.servers, *(sockets or ())):
+            each.close()
+        await asyncio.sleep(_ON_THEIR_WAY_S)
+        await super().shutdown(sockets)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield  # the caller handles signals
@@ -44,14 +61,16 @@ async def serve(
 
     Health and metrics are on the same port, or on `management_port` if it is set; there they answer until the API has
     stopped, and are not ready from `stop` on. They include the `deliverer`, if that is another process.
-    Raises OrchestratorError when a port is taken.
+    Raises OrchestratorError when a port is taken, and SettingsError when the certificate cannot be used.
     """
+    pair = load(settings)
+    certificate = None if pair is None else Certificate(settings, metrics, pair)
     health = Health(database, metrics, deliverer)
     with contextlib.ExitStack() as sockets:
         api, management = listeners or sockets.enter_context(listening(settings))
         on_serving()
         if management is None:
-            await _serve_api(settings, database, metrics, health, api, stop)
+            await _serve_api(settings, database, metrics, health, api, certificate, stop)
             return
         async with asyncio.TaskGroup() as group:
             api_stopped = asyncio.Event()
@@ -59,7 +78,7 @@ async def serve(
             limits = ConnectionLimits(settings, metrics, MANAGEMENT)
             group.create_task(_run(settings, app, limits, management, stop=api_stopped))
             try:
-                await _serve_api(settings, database, metrics, health, api, stop)
+                await _serve_api(settings, database, metrics, health, api, certificate, stop)
             finally:
                 api_stopped.set()
 
@@ -83,10 +102,21 @@ async def _serve_api(
     metrics: Metrics,
     health: Health,
     listener: socket.socket,
+    certificate: Certificate | None,
     stop: asyncio.Event,
 ) -> None:
+    limits = ConnectionLimits(settings, metrics)
     async with api_app(settings, database, metrics, health) as app:
-        await _run(settings, app, ConnectionLimits(settings, metrics), listener, stop=stop, health=health)
+        await _run(
+            settings,
+            app,
+            limits,
+            listener,
+            stop=stop,
+            health=health,
+            certificate=certificate,
+            drain_s=settings.shutdown_drain_s,
+        )
 
 
 async def _run(
@@ -97,10 +127,13 @@ async def _run(
     *,
     stop: asyncio.Event,
     health: Health | None = None,
+    certificate: Certificate | None = None,
+    drain_s: float = 0.0,
 ) -> None:
+    made = limits.connection if certificate is None else partial(limits.handshake, certificate)
     config = uvicorn.Config(
         app,
-        http=cast(Any, limits.connection),
+        http=cast(Any, made),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -109,17 +142,20 @@ async def _run(
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=3600,  # `ConnectionLimits` closes idle connections sooner
-        timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout_s)),
+        timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout_s - drain_s)),
     )
-    server = _Server(config)
+    server = _Server(config, drain_s)
 
     async def stop_it() -> None:
         await stop.wait()
         if health is not None:
             health.stopping = True
+        limits.draining = True
         server.should_exit = True
 
-    besides = asyncio.create_task(stop_it()), asyncio.create_task(limits.sweep_for_ever())
+    besides = [asyncio.create_task(stop_it()), asyncio.create_task(limits.sweep_for_ever())]
+    if certificate is not None:
+        besides.append(asyncio.create_task(certificate.watch()))
     _log.info("listening", extra={"address": "{}:{}".format(*listener.getsockname()[:2])})
     try:
         await server.serve(sockets=[listener])
