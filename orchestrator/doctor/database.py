@@ -19,6 +19,7 @@ from orchestrator.doctor.open_transactions import open_transaction_findings
 from orchestrator.doctor.pauses_and_limits import pause_and_limit_findings
 from orchestrator.doctor.replica import replica_findings
 from orchestrator.doctor.server import server_findings
+from orchestrator.doctor.vital_signs import vital_sign_findings
 from orchestrator.errors import OrchestratorError, UnusableDatabase, first_line
 from orchestrator.settings import Settings, database_url
 
@@ -85,6 +86,7 @@ def database_findings(settings: Settings) -> Iterator[Finding]:
             yield from backlog_findings(connection)
             yield from pause_and_limit_findings(connection)
             yield from open_transaction_findings(connection)
+            yield from vital_sign_findings(connection)
 
 
 def _pooler(connection: BlockingConnection) -> Finding:

@@ -14,10 +14,13 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from orchestrator.database.connection import connect_blocking
 from orchestrator.database.migrate import migrate
+from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dev.postgres_install import find_installation
+from orchestrator.doctor.server import server_findings
 from orchestrator.settings import Settings
-from tests.support.databases import temporary_server
+from tests.support.databases import scratch_directory, temporary_server
 from tests.support.dockerfile import instructions
 from tests.support.processes import ROOT
 from tests.support.tools import tool
@@ -229,6 +232,29 @@ def test_the_certificate_of_the_load_balancer_is_good_for_this_machine(made: Pat
     result = subprocess.run([*asked, "-checkend", str(300 * 86400)], capture_output=True, text=True)
     assert result.returncode == 0
     assert "DNS:localhost, IP Address:127.0.0.1" in result.stdout
+
+
+def test_doctor_finds_the_settings_of_the_database_server_well(services: dict[str, Compose]) -> None:
+    program, *flags = services["postgres"]["command"]
+    assert program == "postgres"
+    given = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    # Of an extension that the server here has not.
+    assert given.pop("shared_preload_libraries") == "pg_cron"
+    assert given.pop("cron.database_name") in DATABASES.values()
+    assert given.pop("cron.use_background_workers") == "on"
+    with (
+        EmbeddedPostgres.temporary(tuning=given, parent=scratch_directory()) as server,
+        connect_blocking(server.url(), "doctor") as connection,
+    ):
+        asked = "select name, current_setting(name) from pg_settings where name = any (%s)"
+        assert dict(connection.execute(asked, (list(given),)).fetchall()) == given
+        for name in DATABASES:
+            settings = Settings.from_env({"DATABASE_URL": server.url(), **bounds(services[name]["environment"])})
+            assert {finding.level for finding in server_findings(connection, settings)} == {"ok"}
+
+
+def bounds(environ: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name.startswith("DB_POOL_")}
 
 
 @pytest.fixture
