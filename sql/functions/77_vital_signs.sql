@@ -39,9 +39,12 @@ as $$
     cross join orchestrator.queue_floors() q
     -- Below 0 a lane has its timers that wait for their ordering key.
     cross join lateral (values (q.lane), (-1 - q.lane)) as l (lane)
+    -- The limit makes it look up each lane in the index: a join would read all timers.
     cross join lateral (
       select from orchestrator.timer t
-      where t.lane = l.lane and t.priority = q.priority and t.due_at > n.now and t.due_at <= n.now + p_within) t
+      where t.lane = l.lane and t.priority = q.priority and t.due_at > n.now and t.due_at <= n.now + p_within
+      order by t.due_at
+      limit p_most) t
     limit p_most) t
 $$;
 comment on function orchestrator.due_soon(interval, integer) is
