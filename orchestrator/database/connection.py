@@ -52,7 +52,7 @@ def translated() -> Iterator[None]:
     except errors.ReadOnlySqlTransaction as error:
         raise DatabaseUnavailable(f"the database takes no writes: {first_line(error)}") from error
     except _AWAY as error:
-        raise DatabaseUnavailable(f"the database is away: {away(error)}") from error
+        raise DatabaseUnavailable(f"the database is away: {with_remedies(first_line(error))}") from error
     except _NOT_MIGRATED as error:
         raise OrchestratorError(
             f"the database lacks this program's schema ({first_line(error)}); run: orchestrator migrate"
@@ -79,10 +79,13 @@ _TLS_FAULTS = {
 }
 
 
-def away(error: BaseException) -> str:
-    """Why the database cannot be reached, on one line, with the remedy where the cause is TLS."""
-    text = first_line(error)
-    return next((f"{text}; {remedy}" for fault, remedy in _TLS_FAULTS.items() if fault in text), text)
+def with_remedies(text: str) -> str:
+    """The text of an error, in which each line that tells of a fault of TLS ends with what to do."""
+    return "\n".join(line + _tls_remedy(line) for line in text.strip().splitlines())
+
+
+def _tls_remedy(line: str) -> str:
+    return next((f"; {remedy}" for fault, remedy in _TLS_FAULTS.items() if fault in line), "")
 
 
 def is_lost(error: OrchestratorError) -> bool:

@@ -20,7 +20,7 @@ import psycopg
 from psycopg import sql
 
 from orchestrator.database.blocking import OnConnected
-from orchestrator.database.connection import BlockingConnection, away, connect_blocking
+from orchestrator.database.connection import BlockingConnection, connect_blocking, with_remedies
 from orchestrator.database.customer import record_customer, require_customer
 from orchestrator.database.maintenance import CONFIGURE, Retention
 from orchestrator.errors import DatabaseUnavailable, InDoubt, OrchestratorError
@@ -211,7 +211,7 @@ def _connect(database_url: str) -> BlockingConnection:
     try:
         return connect_blocking(database_url, "migrate")
     except psycopg.OperationalError as error:
-        raise DatabaseUnavailable(f"the database cannot be reached: {away(error)}") from error
+        raise DatabaseUnavailable(f"the database cannot be reached: {with_remedies(str(error))}") from error
 
 
 def sql_directory() -> Path:

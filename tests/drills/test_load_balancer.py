@@ -145,7 +145,6 @@ async def test_a_restart_of_each_instance_and_a_kill_fail_no_request_and_lose_no
     nginx = configured(folder, (instances[0].port, instances[1].port), authority.certificate("nginx"))
     await asyncio.gather(*(instance.start() for instance in instances))
     with running(nginx):
-        await eventually(lambda: (folder / "nginx.pid").exists(), PATIENCE_S)
         async with loaded(nginx, authority.trusted) as load:
             await load.more(100)
             for instance in instances:

@@ -149,7 +149,6 @@ async def test_every_process_is_replaced_under_load_and_nothing_is_lost_or_early
     nginx = configured(tmp_path / "nginx", (roles[4].port, roles[5].port), certificate)
     load = Load(topic, receiver.url("/hook"))
     with running(nginx), Client(url) as client:
-        await eventually((tmp_path / "nginx" / "nginx.pid").exists, PATIENCE_S)
         tasks = [asyncio.create_task(load.rest(f"http://127.0.0.1:{nginx.plain}")), asyncio.create_task(load.kafka())]
 
         async def progress() -> None:

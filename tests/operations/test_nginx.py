@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from orchestrator.settings import Settings
-from tests.integration.api_support import until
 from tests.support.certificates import Authority
 from tests.support.nginx import CONFIGURATION, Nginx, checked, configured, running
 from tests.support.receiver import CLOSE, Answer, Receiver
@@ -46,15 +45,6 @@ async def nginx(receiver: Receiver, second: Receiver, authority: Authority, fold
     """Before two instances that a test scripts."""
     written = configured(folder, (receiver.port, second.port), authority.certificate("nginx"))
     with running(written):
-        async with httpx.AsyncClient(trust_env=False) as client:
-
-            async def answers() -> bool:
-                try:
-                    return (await client.get(f"http://127.0.0.1:{written.plain}/balancer/health")).status_code == 204
-                except httpx.ConnectError:
-                    return False
-
-            await until(answers)
         yield written
 
 
@@ -165,3 +155,4 @@ async def test_what_is_too_large_or_not_for_clients_does_not_reach_an_instance(
     for path in ("/metrics", "/health", "/ready", "/actuator/prometheus"):
         assert (await client.get(path)).status_code == 404
     assert not receiver.requests + second.requests
+    assert (await client.get("/balancer/health")).status_code == 204

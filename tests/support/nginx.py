@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orchestrator.dev.operating_system import free_port
+from orchestrator.dev.operating_system import free_port, until
 from tests.support.processes import ROOT
 from tests.support.tools import tool
+
+_STARTS_S = 30.0
 
 CONFIGURATION = ROOT / "ops" / "nginx" / "nginx.conf"
 
@@ -74,7 +77,20 @@ def running(nginx: Nginx) -> Iterator[Nginx]:
     with (nginx.folder / "output.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
+        _await_listening(process, nginx)
         yield nginx
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(20)
+
+
+def _await_listening(process: subprocess.Popen[bytes], nginx: Nginx) -> None:
+    for _ in until(_STARTS_S):
+        assert process.poll() is None, (nginx.folder / "output.log").read_text() + nginx.errors()
+        try:
+            for port in (nginx.plain, nginx.tls):
+                socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+        except OSError:
+            continue
+        return
+    raise AssertionError(f"nginx does not listen after {_STARTS_S:g} s: {nginx.errors()}")
