@@ -15,7 +15,7 @@ _MENDS = {
     "logical": "see the log of ops/backup/dump, which should run every night",
     "base": "see the log of ops/backup/base-backup, which should run every night",
     "verify": "see the log of ops/backup/verify, which names what cannot be restored",
-    "wal": "see the server's log; it keeps all WAL that is not archived until its disk is full",
+    "wal": "set archive_timeout = 60s, and see the server's log: it keeps unarchived WAL until its disk is full",
 }
 
 
@@ -45,9 +45,7 @@ def _finding(backup: Backup) -> Finding:
     name, old_s, mend = _NAMES[kind], _OLD_S[kind], _MENDS[kind]
     last = f"the last good {name} is {_age(age_s)} old" if age_s is not None else f"there is no {name} of this cluster"
     if trouble is not None:
-        return problem(
-            "backups", f"the {name} failed: {trouble}; {last}" if kind != "wal" else f"{trouble}; {last}", mend
-        )
+        return problem("backups", f"{name}: {trouble}; {last}", mend)
     if age_s is None or age_s > 2 * old_s:
         return problem("backups", last, mend)
     return warning("backups", last, mend) if age_s > old_s else ok("backups", last)

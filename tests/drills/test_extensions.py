@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import subprocess
 from datetime import timedelta
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -23,8 +22,8 @@ from tests.support.waiting import eventually
 def run(url: str, script: str, **variables: str) -> None:
     """Runs a script of ops/ in psql; it must succeed."""
     given = [argument for name, value in variables.items() for argument in ("-v", f"{name}={value}")]
-    psql: Path = find_installation().bin_dir / "psql"
-    command = [psql, "-X", "-q", "-d", url, *given, "-f", ROOT / "ops" / script]
+    psql = str(find_installation().bin_dir / "psql")
+    command = [psql, "-X", "-q", "-d", url, *given, "-f", str(ROOT / "ops" / script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -31,7 +32,8 @@ def backed_up() -> Iterator[Site]:
     with site() as made:
         made.made("dump")
         for _ in range(3):
-            made.made("base-backup")
+            done = made.run("base-backup")
+            assert (done.returncode, done.stderr) == (0, "")
             made.archive_all()
         yield made
 
@@ -97,7 +99,9 @@ def full(fresh: Path, at_bytes: int) -> str:
 
 
 def test_the_scripts_have_no_faults_that_shellcheck_knows() -> None:
-    scripts = sorted(str(path) for path in SCRIPTS.iterdir() if path.suffix in ("", ".sh"))
+    scripts = sorted(str(path) for path in SCRIPTS.iterdir() if path.suffix == ".sh" or os.access(path, os.X_OK))
+    scripts = [path for path in scripts if Path(path).is_file()]
+    assert len(scripts) == 7
     done = subprocess.run(
         [tool("shellcheck"), "-x", "-P", "SCRIPTDIR", *scripts], capture_output=True, text=True, check=False
     )
@@ -201,28 +205,59 @@ def test_a_dump_that_is_truncated_unnoticed_by_pg_dump_is_not_kept(backed_up: Si
     assert dumps(fresh) == []
 
 
-def test_what_a_killed_dump_left_is_removed_by_the_next_one(backed_up: Site, fresh: Path) -> None:
+def hanging(fresh: Path, program: str) -> str:
+    """A PATH on which the program does its work and then hangs; it tells so by the file ``hangs``."""
     programs = fresh / "programs"
     programs.mkdir()
-    script = programs / "pg_dump"
+    script = programs / program
     script.write_text(
-        f'#!/bin/bash\n{find_installation().bin_dir}/pg_dump "$@"\necho $$ >{fresh}/pid\nread -r <>{fresh}/never\n'
+        f'#!/bin/bash\n{find_installation().bin_dir}/{program} "$@"\ntouch {fresh}/hangs\nread -r <>{fresh}/never\n'
     )
     script.chmod(0o755)
     os.mkfifo(fresh / "never")
-    backed_up.own(fresh)
-    path = f"{programs}:{find_installation().bin_dir}:{os.environ['PATH']}"
-    process = backed_up.start("dump", root=fresh, PATH=path)
+    return f"{programs}:{find_installation().bin_dir}:{os.environ['PATH']}"
+
+
+@contextmanager
+def hung(site: Site, root: Path, path: str, script: str, *arguments: str) -> Iterator[None]:
+    """A script that hangs in one of its programs, and is killed at the end with all of them."""
+    site.own(root)
+    process = site.start(script, *arguments, root=root, PATH=path)
     for _ in until(30):
-        if (fresh / "pid").exists() and (fresh / "pid").read_text().strip():
+        if (root / "hangs").exists():
             break
-    assert [name.endswith(".partial") for name in dumps(fresh)] == [True]
-    assert "another dump is at work" in backed_up.refused("dump", root=fresh)
+    yield
     os.killpg(process.pid, 9)
     process.communicate(timeout=30)
+
+
+def test_what_a_killed_dump_left_is_removed_by_the_next_one(backed_up: Site, fresh: Path) -> None:
+    with hung(backed_up, fresh, hanging(fresh, "pg_dump"), "dump"):
+        assert [name.endswith(".partial") for name in dumps(fresh)] == [True]
+        assert "another dump is at work" in backed_up.refused("dump", root=fresh)
     assert len(dumps(fresh)) == 1
     made = backed_up.made("dump", root=fresh)
     assert dumps(fresh) == [made.name, f"{made.name}.sha256"]
+
+
+def test_what_a_killed_base_backup_left_is_removed_by_the_next_one(backed_up: Site, fresh: Path) -> None:
+    with hung(backed_up, fresh, hanging(fresh, "pg_verifybackup"), "base-backup"):
+        assert "another base-backup, or verify, is at work" in backed_up.refused("base-backup", root=fresh)
+    assert backups(fresh) == []
+    assert os.listdir(fresh / "base") == [".made"]
+    made = backed_up.made("base-backup", root=fresh)
+    assert backups(fresh) == [made]
+    assert os.listdir(fresh / "base") == [made.parent.name]
+
+
+def test_what_a_killed_restore_left_is_removed_by_the_next_one(backed_up: Site, kept: Path) -> None:
+    arguments = ["restore", "--to", "latest", "--into", str(kept / "restored")]
+    with hung(backed_up, kept, hanging(kept, "pg_verifybackup"), *arguments):
+        assert not (kept / "restored").exists()
+    assert (kept / "restored.partial").exists()
+    backed_up.made(*arguments, root=kept, DATABASE_URL="")
+    assert (kept / "restored" / "recovery.signal").exists()
+    assert not (kept / "restored.partial").exists()
 
 
 def test_a_dump_of_a_server_that_is_away_fails_and_keeps_what_there_is(backed_up: Site, fresh: Path) -> None:
@@ -253,6 +288,19 @@ def test_a_wrong_setting_is_named(backed_up: Site, script: str, env: dict[str, A
     assert "hush" not in said
 
 
+def test_a_login_needs_no_more_rights_than_the_guide_says(backed_up: Site, fresh: Path) -> None:
+    with psycopg.connect(backed_up.url, autocommit=True) as admin:
+        admin.execute("create role night login replication password 'secret'")
+        admin.execute("grant pg_read_all_data, orchestrator_ops to night")
+    server = urlsplit(backed_up.url)
+    url = f"postgresql://night:secret@{server.hostname}:{server.port}/orchestrator"
+    for script in ("dump", "base-backup", "base-backup"):
+        backed_up.made(script, root=fresh, DATABASE_URL=url)
+    backed_up.archive_all()
+    backed_up.made("verify", DATABASE_URL=url)
+    assert [last(backed_up, kind)[0] for kind in ("logical", "base", "verify")] == [None] * 3
+
+
 # Physical backups
 
 
@@ -262,13 +310,7 @@ def test_an_incremental_backup_is_smaller_and_a_new_chain_ends_an_old_one(backed
     assert last(backed_up, "base")[1] < sum(path.stat().st_size for path in first.rglob("*") if path.is_file()) / 2
     chains = {first.parent.name}
     for _ in range(2):
-        # Names have seconds.
-        for _ in until(5):
-            done = backed_up.run("base-backup", "--full", root=fresh)
-            if done.returncode == 0:
-                break
-        assert done.returncode == 0, done.stderr
-        chains.add(Path(done.stdout.strip()).parent.name)
+        chains.add(backed_up.made("base-backup", "--full", root=fresh).parent.name)
     assert len(chains) == 3
     assert sorted(path.name for path in (fresh / "base").iterdir()) == sorted(chains)[1:]
 
@@ -291,12 +333,31 @@ def test_a_physical_backup_that_fills_the_disk_fails_and_leaves_the_others(backe
     assert last(backed_up, "base")[0].startswith("pg_basebackup failed: ")
 
 
+def test_backups_that_are_complete_within_one_second_have_names_of_their_own(backed_up: Site, fresh: Path) -> None:
+    programs = fresh / "programs"
+    programs.mkdir()
+    real = find_installation().bin_dir / "psql"
+    # The clock of the database stands still for as long as the first two names are asked for.
+    (programs / "psql").write_text(
+        f"""#!/bin/bash
+        input=$(cat)
+        case $input in *YYYYMMDD*) echo >>{fresh}/asked; set -- $(wc -l <{fresh}/asked)
+            echo 2026112{{}}T000000Z | sed "s/{{}}/$(($1 < 4 ? 1 : $1))/"; exit ;; esac
+        exec {real} "$@" <<<"$input"
+        """
+    )
+    (programs / "psql").chmod(0o755)
+    backed_up.own(fresh)
+    path = f"{programs}:{find_installation().bin_dir}:{os.environ['PATH']}"
+    first, second = (backed_up.made("base-backup", root=fresh, PATH=path, BACKUP_CHAIN_DAYS="9999") for _ in range(2))
+    assert backups(fresh) == [first, second]
+    assert (first.name, second.name) == ("20261121T000000Z", "20261124T000000Z")
+    assert not (first / ".made").exists()
+
+
 def test_wal_before_the_first_chain_that_is_kept_is_deleted(backed_up: Site, kept: Path) -> None:
     assert len(segments(kept)) > 2
-    for _ in until(5):
-        done = backed_up.run("base-backup", "--full", root=kept, BACKUP_KEEP_CHAINS="1")
-        if done.returncode == 0:
-            break
+    backed_up.made("base-backup", "--full", root=kept, BACKUP_KEEP_CHAINS="1")
     [only] = backups(kept)
     begins = re.search(r"file ([0-9A-F]{24})", (only / "backup_label").read_text())
     assert begins is not None
@@ -354,6 +415,28 @@ def test_a_missing_segment_ends_the_recovery_and_a_broken_one_stops_the_server(
     shutil.rmtree(fresh / "wal")
     assert backed_up.run("restore-wal", one, into, root=fresh).returncode == 200
     assert not Path(into).exists()
+
+
+def test_wal_that_cannot_be_archived_is_told_of_until_it_is(backed_up: Site) -> None:
+    with Client(backed_up.url) as client:
+        client.rows("alter system set archive_command = 'false'")
+        try:
+            client.rows("select pg_reload_conf()")
+            client.rows("select pg_logical_emit_message(false, 'tests', 'x')")
+            client.rows("select pg_switch_wal()")
+            problem = "select problem from orchestrator.backups() where kind = 'wal'"
+            for _ in until(60):
+                if client.value(problem) is not None:
+                    break
+            assert client.value(problem).startswith("archive_command failed for 0000")
+            doctor = invoke("doctor", env={"DATABASE_URL": backed_up.url, "COLUMNS": "400"})
+            assert "archived WAL: archive_command failed for 0000" in doctor.stdout
+            assert doctor.exit_code == 1
+        finally:
+            client.rows("alter system reset archive_command")
+            client.rows("select pg_reload_conf()")
+        backed_up.archive_all()
+        assert client.value(problem) is None
 
 
 # Verification
