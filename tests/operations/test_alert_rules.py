@@ -59,7 +59,7 @@ def checks() -> Iterator[tuple[str, bool]]:
 
 def known_series() -> set[str]:
     """Every series of docs/reference/metrics.md, as queries name it."""
-    known = set()
+    known: set[str] = set()
     for line in (ROOT / "docs/reference/metrics.md").read_text(encoding="utf-8").splitlines():
         if found := re.match(r"\| `(\w+)` \| (\w+) \|", line):
             name, kind = found.groups()
