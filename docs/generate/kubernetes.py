@@ -39,7 +39,10 @@ def rules(directory: Path) -> str:
 
 
 class _Readable(yaml.SafeDumper):
-    """Keeps the lines of an expression."""
+    """Keeps the lines of an expression, and indents lists."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
