@@ -35,7 +35,21 @@ def rules(directory: Path) -> str:
         "metadata": {"name": "orchestrator", "labels": labels},
         "spec": {"groups": groups},
     }
-    return _WRITTEN + yaml.safe_dump(rule, sort_keys=False, width=120, allow_unicode=True)
+    return _WRITTEN + yaml.dump(rule, Dumper=_Readable, sort_keys=False, width=1000, allow_unicode=True)
+
+
+class _Readable(yaml.SafeDumper):
+    """Keeps the lines of an expression, and indents lists."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Readable.add_representer(str, _text)
 
 
 def write() -> None:

@@ -11,6 +11,11 @@ overlay=$(dirname "$0")/overlays/$1
 namespace=$(sed -n 's/^namespace: *//p' "$overlay/kustomization.yaml")
 processes='api,ingest,dispatch,maintain'
 
+# Those of the objects of a kind.
+names() {
+    sed -n "/^kind: $1\$/,/^---\$/ s/^  name: //p" "$manifests"
+}
+
 # All of it renders, or nothing is begun.
 manifests=$(mktemp)
 trap 'rm -f "$manifests"' EXIT
@@ -19,7 +24,7 @@ $KUBECTL kustomize "$overlay" >"$manifests"
 # A Job cannot be changed: those of the release before make room.
 $KUBECTL delete job migrate topics --namespace "$namespace" --ignore-not-found --wait
 $KUBECTL apply -f "$manifests" -l "app.kubernetes.io/component notin ($processes)"
-for job in $(sed -n '/^kind: Job$/,/^---$/ s/^  name: //p' "$manifests"); do
+for job in $(names Job); do
     if ! $KUBECTL wait --namespace "$namespace" --for=condition=Complete --timeout="$TIMEOUT" "job/$job"; then
         echo "$0: job $job did not complete; nothing else was changed. Its log:" >&2
         $KUBECTL logs --namespace "$namespace" --tail=20 "job/$job" >&2 || true
@@ -27,6 +32,6 @@ for job in $(sed -n '/^kind: Job$/,/^---$/ s/^  name: //p' "$manifests"); do
     fi
 done
 $KUBECTL apply -f "$manifests" -l "app.kubernetes.io/component in ($processes)"
-for deployment in $(sed -n '/^kind: Deployment$/,/^---$/ s/^  name: //p' "$manifests"); do
+for deployment in $(names Deployment); do
     $KUBECTL rollout status --namespace "$namespace" --timeout="$TIMEOUT" "deployment/$deployment"
 done

@@ -411,6 +411,14 @@ def test_replicas_follow_cpu_and_memory(rendered: Rendered) -> None:
         assert re.findall(r'deployment="([^"]*)"', told["prometheus"]["query"]) == [deployment]
 
 
+def test_replicas_follow_series_that_the_program_has() -> None:
+    known = (ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
+    queries = re.findall(r"query: '(.*)'", "".join(path.read_text() for path in KUBERNETES.rglob("keda/*.yaml")))
+    names = re.findall(r"orchestrator_\w+", "".join(queries))
+    assert len(names) == 2
+    assert [name for name in names if f"| `{name}` |" not in known] == []
+
+
 # --- the network
 
 METADATA = ["169.254.169.254", "169.254.170.2", "168.63.129.16", "100.100.100.200", "fd00:ec2::254", "fd20:ce::254"]
@@ -581,8 +589,15 @@ def test_topics_rights_and_groups_are_those_of_the_settings(rendered: Rendered) 
 
 def test_backups_are_kept_for_thirty_days() -> None:
     rendered = customer("air")
-    backup = rendered.named("CronJob", "backup")
+    backup, verify = (rendered.named("CronJob", name) for name in ("backup", "backup-verify"))
     assert backup is not None
+    assert verify is not None
+    pods = [each["spec"]["jobTemplate"]["spec"]["template"]["spec"] for each in (backup, verify)]
+    assert [pod["containers"][0].pop("command")[1] for pod in deepcopy(pods)] == [
+        "/opt/backup/dump",
+        "/opt/backup/verify",
+    ]
+    assert pods[0]["volumes"] == pods[1]["volumes"]
     assert (backup["spec"]["schedule"], backup["spec"]["timeZone"]) == ("0 2 * * *", "Etc/UTC")
     (container,) = backup["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     assert {"name": "BACKUP_KEEP_DAYS", "value": "30"} in container["env"]
