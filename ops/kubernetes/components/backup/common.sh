@@ -107,10 +107,10 @@ query() {
 }
 
 # Takes the lock of a kind of work in BACKUP_DIRECTORY. Programs started later share it: if this script is killed, the
-# next one waits for what it has left running.
+# next one is refused until what it has left running has ended.
 lock() {
     exec 9>"$root/.$1.lock"
-    flock -n 9 || die "another $1 is at work in $root; wait for it"
+    flock -n 9 || die "another ${2:-$1} is at work in $root; wait for it"
 }
 
 # From now on a failure is recorded in the database, and what is left half made is removed.
