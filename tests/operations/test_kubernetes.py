@@ -579,9 +579,12 @@ def test_topics_rights_and_groups_are_those_of_the_settings(rendered: Rendered) 
     assert {each["partitions"] for each in topics.values()} == {settings.kafka_partitions}
     (user,) = rendered.of("KafkaUser")
     assert user["metadata"]["name"] == settings.kafka_sasl_username
-    rights = {rule["resource"]["type"]: rule["resource"] for rule in user["spec"]["authorization"]["acls"]}
-    assert all(topic.startswith(rights["topic"]["name"]) for topic in topics)
-    assert rights["group"]["name"] == settings.kafka_group
+    rules = [rule["resource"] for rule in user["spec"]["authorization"]["acls"]]
+    prefix, *literal = [rule["name"] for rule in rules if rule["type"] == "topic"]
+    assert all(topic.startswith(prefix) for topic in topics)
+    others = [topic for topic in settings.kafka_allow_topics if not topic.startswith(prefix)]
+    assert sorted(literal) == sorted(others)
+    assert [rule["name"] for rule in rules if rule["type"] == "group"] == [settings.kafka_group]
     assert {each["metadata"]["labels"]["strimzi.io/cluster"] for each in rendered.of("KafkaTopic", "KafkaUser")} == {
         rendered.of("Kafka")[0]["metadata"]["name"]
     }
