@@ -269,7 +269,15 @@ def methods(*classes: type) -> set[str]:
 
 def test_every_method_that_changes_data_is_tested_with_a_lost_reply() -> None:
     asking = {
-        *("Database.rows", "Database.value", "Database.once", "Database.done_once", "Database.event", "Database.ready"),
+        *(
+            "Database.rows",
+            "Database.aged_rows",
+            "Database.value",
+            "Database.once",
+            "Database.done_once",
+            "Database.event",
+            "Database.ready",
+        ),
         *("Database.events_by_external_id", "Database.statistics", "Database.statistics_by", "Database.dead_letters"),
         *("Database.holders", "Database.api_key", "Database.count_api_keys", "Database.list_api_keys"),
         *("Destinations.page", "Destinations.get", "Destinations.governing", "Destinations.forecast"),
