@@ -27,7 +27,7 @@ help:
 	@echo 'make explore     the property tests from other seeds for MINUTES=5; SEED=123 repeats what was found'
 	@echo 'make test-tools  install what some tests need, in .tools and with apt-get, or say what is missing'
 	@echo 'make lint        form, types and imports'
-	@echo 'make docs        write docs/reference from the program, for a test fails while it is stale'
+	@echo 'make docs        write what is made from other files (reference, dashboards, copies); tests fail while it is stale'
 	@echo 'make format      put the code into its form'
 	@echo 'make bench       every benchmark, one JSON object each; takes about an hour'
 	@echo 'make clean       remove .venv, .tools and caches; data of `make run` stays'
@@ -89,6 +89,7 @@ format: setup
 
 docs: setup
 	$(VENV)/bin/python -m docs.generate
+	$(VENV)/bin/python -m ops.grafana.generate
 
 bench: setup
 	@for scenario in lifecycle deliver-http steady herd api ingest deliver-kafka pipeline rate parallel fairness claim \

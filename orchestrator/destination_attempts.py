@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,13 +14,14 @@ MOST_DESTINATIONS = 50
 OTHER = "other"
 _OUTCOMES = ("delivered", "retry", "fail")
 _FORGOTTEN_S = 3600.0
+_LOOK_EVERY_S = 60.0
 _LABELS = ("delivery_type", "destination", "outcome")
 
 
 class DestinationAttempts(Collector):
     """Tells the first 50 destinations apart, and counts the others together as ``other``.
 
-    When there are 50, one without an attempt for an hour makes room for the next new one. For one thread.
+    When there are 50, those without an attempt for an hour make room for new ones, once a minute. For one thread.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class DestinationAttempts(Collector):
         self._counts: dict[tuple[str, str], dict[str, int]] = {}
         self._others: dict[str, dict[str, int]] = {}
         self._seen: dict[tuple[str, str], tuple[int, float]] = {}
+        self._looked_s = -math.inf
         self.labels = _LABELS
         registry.register(self)
 
@@ -58,12 +61,14 @@ class DestinationAttempts(Collector):
         yield family
 
     def _counts_of_new(self, delivery_type: str, destination: str) -> dict[str, int]:
-        if len(self._counts) >= MOST_DESTINATIONS:
+        if len(self._counts) >= MOST_DESTINATIONS and self._monotonic() >= self._looked_s + _LOOK_EVERY_S:
+            self._looked_s = self._monotonic()
             self._forget()
-        new = dict.fromkeys(_OUTCOMES, 0)
         if len(self._counts) >= MOST_DESTINATIONS:
-            return self._others.setdefault(delivery_type, new)
-        self._counts[delivery_type, destination] = new
+            if delivery_type not in self._others:
+                self._others[delivery_type] = dict.fromkeys(_OUTCOMES, 0)
+            return self._others[delivery_type]
+        self._counts[delivery_type, destination] = new = dict.fromkeys(_OUTCOMES, 0)
         return new
 
     def _forget(self) -> None:

@@ -79,7 +79,7 @@ class _Process:
             raise SettingsError("KAFKA_BOOTSTRAP_SERVERS: required to ingest; set it to the brokers, host:port")
         # Other roles open their own connections; their pool only answers health checks.
         pool = settings if self._role == "api" else replace(settings, pool_min_idle=0, pool_max_size=2)
-        opening = Database(pool, role=self._role, needs=NEEDED[self._role], reads_from_replica=self._role == "api")
+        opening = Database(pool, role=self._role, needs=NEEDED[self._role], serves_clients=self._role == "api")
         # An API has a tracer of its own, and maintenance makes no spans.
         traced = settings if self._role in ("run", "ingest", "dispatch") else replace(settings, otlp_endpoint=None)
         try:

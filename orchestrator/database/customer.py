@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from typing import LiteralString
+
 import psycopg
 
 from orchestrator.database.blocking import OnConnected
-from orchestrator.database.connection import BlockingConnection, connect_blocking, translated
+from orchestrator.database.connection import BlockingConnection, Connection, connect_blocking, translated
 from orchestrator.errors import OrchestratorError
+
+_IS_MIGRATED: LiteralString = "select to_regproc('orchestrator.customer') is not null"
+_CUSTOMER: LiteralString = "select orchestrator.customer()"
 
 
 def customer_of(connection: BlockingConnection) -> str | None:
     """The customer on record; None also before the database is migrated."""
-    exists = connection.execute("select to_regproc('orchestrator.customer') is not null").fetchone()
-    if exists != (True,):
+    if connection.execute(_IS_MIGRATED).fetchone() != (True,):
         return None
-    row = connection.execute("select orchestrator.customer()").fetchone()
+    row = connection.execute(_CUSTOMER).fetchone()
     return None if row is None else row[0]
+
+
+async def require_customer_of_session(connection: Connection, customer: str) -> None:
+    """As `require_customer`, in an event loop."""
+    if await (await connection.execute(_IS_MIGRATED)).fetchone() == (True,):
+        row = await (await connection.execute(_CUSTOMER)).fetchone()
+        _require(None if row is None else row[0], customer)
 
 
 def require_customer(connection: BlockingConnection, customer: str) -> None:
     """Raises OrchestratorError when the database is another customer's."""
-    recorded = customer_of(connection)
+    _require(customer_of(connection), customer)
+
+
+def _require(recorded: str | None, customer: str) -> None:
     if recorded not in (None, customer):
         raise OrchestratorError(
             f"CUSTOMER_NAME: expected {recorded}, whose database this is, got {customer}; correct CUSTOMER_NAME or "

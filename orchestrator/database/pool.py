@@ -27,6 +27,7 @@ from orchestrator.database.connection import (
     keep_text,
     translated,
 )
+from orchestrator.database.customer import require_customer_of_session
 from orchestrator.database.read_replica import ReadReplica
 from orchestrator.database.rights import ABILITIES
 from orchestrator.errors import (
@@ -72,14 +73,16 @@ class Pool:
     that the change may have been made.
 
     `role` shows in pg_stat_activity; `needs` are the ABILITIES without which this process is not ready.
-    `reads_from_replica`: queries that may go to the replica of DATABASE_READ_URL do, while it is up to date.
+    `serves_clients`: this is the API's. Queries that may go to the replica of DATABASE_READ_URL do, while it is up to
+    date, and no session of another customer's database is used, so that nothing is kept there before the process ends.
     """
 
     def __init__(
-        self, settings: Settings, *, role: str, needs: Sequence[str] = (), reads_from_replica: bool = False
+        self, settings: Settings, *, role: str, needs: Sequence[str] = (), serves_clients: bool = False
     ) -> None:
-        has_replica = reads_from_replica and settings.database_read_url is not None
+        has_replica = serves_clients and settings.database_read_url is not None
         self.replica = ReadReplica(settings, self.rows) if has_replica else None
+        self._customer = settings.named_customer if serves_clients else None
         self._needs = [ABILITIES[ability] for ability in needs]
         self._turns = asyncio.Semaphore(max(1, settings.pool_max_size - _LEFT_FOR_OTHERS))
         self._doubtful = False
@@ -99,6 +102,13 @@ class Pool:
 
     async def _configure(self, connection: Connection) -> None:
         keep_text(connection)
+        if self._customer is None:
+            return
+        try:
+            await require_customer_of_session(connection, self._customer)
+        except BaseException:
+            await connection.close()
+            raise
 
     async def __aenter__(self) -> Self:
         await self._pool.open()

@@ -60,9 +60,9 @@ class SubmissionCalls(Pool):
     """The part of `Database` that submits."""
 
     def __init__(
-        self, settings: Settings, *, role: str, needs: Sequence[str] = (), reads_from_replica: bool = False
+        self, settings: Settings, *, role: str, needs: Sequence[str] = (), serves_clients: bool = False
     ) -> None:
-        super().__init__(settings, role=role, needs=needs, reads_from_replica=reads_from_replica)
+        super().__init__(settings, role=role, needs=needs, serves_clients=serves_clients)
         self._route = Route()
 
     async def submit(self, submissions: Sequence[Submission]) -> list[Submitted]:

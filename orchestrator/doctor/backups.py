@@ -10,7 +10,7 @@ from orchestrator.doctor.finding import Finding, is_production, ok, problem, war
 from orchestrator.settings import Settings
 
 _NAMES = {"logical": "dump", "base": "physical backup", "verify": "verification of backups", "wal": "archived WAL"}
-_OLD_S = {"logical": 26 * 3600.0, "base": 26 * 3600.0, "verify": 50 * 3600.0, "wal": 900.0}
+_OLD_S = {"logical": 26 * 3600.0, "base": 26 * 3600.0, "verify": 50 * 3600.0, "wal": 3600.0}
 _MENDS = {
     "logical": "see the log of ops/backup/dump, which should run every night",
     "base": "see the log of ops/backup/base-backup, which should run every night",

@@ -63,7 +63,7 @@ def _certificate(raw: str) -> str:
     return path
 
 
-certificate = Kind("a PEM file of certificates that can be read", _certificate)
+certificate = Kind("a PEM file of certificates that can be read", _certificate, is_path=True)
 
 SAMPLERS = {
     name: name

@@ -120,7 +120,7 @@ class Exporter:
         failure: Exception | None = None
         for failures in range(1, _TRIES + 1):
             try:
-                refused = self._post(self._encoded(batch))
+                refused = max(0, min(len(batch), self._post(self._encoded(batch))))
             except _RefusedError as error:
                 reason, failure = "refused", error
                 break
@@ -161,7 +161,7 @@ class Exporter:
         _log.warning("the trace collector does not take spans; deliveries are not affected", extra=context)
 
     def _post(self, body: bytes) -> int:
-        """How many spans of the batch the collector has refused. Raises OSError or HTTPException if it may be tried
+        """How many spans the collector says that it has refused. Raises OSError or HTTPException if it may be tried
         again, else _RefusedError.
         """
         # A connection for each batch: there is one a second, and none to find half closed.

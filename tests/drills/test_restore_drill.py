@@ -345,6 +345,10 @@ async def test_a_restored_server_can_be_backed_up_and_restored_again(lost: Site)
     await asyncio.to_thread(lost.made, "base-backup")
     with Client(lost.url) as client:
         first = client.schedule(external_job_id="first")
+        ended = client.value("select date_trunc('second', clock_timestamp())::text")
+        # A backup is named for the next full second, and serves from then on.
+        passed = f"select clock_timestamp() > '{ended}'::timestamptz + interval '1 s'"
+        await eventually(lambda: client.value(passed))
         moment = client.value("select clock_timestamp()::text")
         client.schedule(external_job_id="undone")
     await asyncio.to_thread(lost.archive_all)

@@ -57,7 +57,7 @@ class Api:
 @asynccontextmanager
 async def reading_api(settings: Settings) -> AsyncIterator[Api]:
     async with (
-        Database(settings, role="api", reads_from_replica=True) as database,
+        Database(settings, role="api", serves_clients=True) as database,
         running_api(settings, database) as http,
     ):
         yield Api(http)

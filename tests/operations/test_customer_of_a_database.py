@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from orchestrator.database import Database
 from orchestrator.errors import OrchestratorError
 from orchestrator.runtime import Role, _Process
 from tests.conftest import MakeSettings, Spawn
+from tests.integration.api_support import running_api, submission
 from tests.integration.cli_support import invoke, refused, told
 from tests.support.sql_client import Client
 
@@ -51,6 +53,15 @@ async def test_a_process_of_another_customer_does_not_start(settings: MakeSettin
     with pytest.raises(OrchestratorError) as caught:
         await process.run(())
     assert str(caught.value) == WRONG
+
+
+async def test_an_api_keeps_nothing_in_the_database_of_another_customer(settings: MakeSettings, oceans: str) -> None:
+    wrong = settings(DATABASE_URL=oceans, ALLOW_ANONYMOUS="true", **AIR)
+    async with Database(wrong, role="api", serves_clients=True) as database, running_api(wrong, database) as http:
+        assert (await http.post("/api/v1/events", json=submission())).status_code == 503
+        assert (await http.get("/ready")).status_code == 503
+    with Client(oceans) as client:
+        assert client.value("select count(*) from orchestrator.event") == 0
 
 
 async def test_processes_of_the_customer_and_those_without_a_name_start(spawn: Spawn, oceans: str) -> None:

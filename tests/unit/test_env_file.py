@@ -122,6 +122,12 @@ def test_a_secret_whose_file_is_on_another_machine_is_remarked_on_only(tmp_path:
     assert told(invoke("config", "check", "--env-file", path)).count("(not on this machine)") == len(names)
 
 
+def test_certificates_of_another_machine_are_remarked_on_only(tmp_path: Path) -> None:
+    path = str(written(tmp_path, f"OTEL_EXPORTER_OTLP_CERTIFICATE={tmp_path}/absent.pem\n"))
+    [notice] = answer(invoke("config", "check", "--env-file", path, "--json"))["notices"]
+    assert notice.startswith("OTEL_EXPORTER_OTLP_CERTIFICATE: expected a PEM file")
+
+
 def test_a_directory_of_another_machine_is_remarked_on_only(tmp_path: Path) -> None:
     path = str(written(tmp_path, f"SECRETS_DIRECTORY={tmp_path}/absent\n"))
     found = answer(invoke("config", "check", "--env-file", path, "--json"))

@@ -119,6 +119,19 @@ async def test_spans_that_a_collector_refuses_of_a_batch_count_as_dropped(collec
     assert exporting.sent() == 0
 
 
+@pytest.mark.parametrize("nonsense", [600, -3, 2**62])
+async def test_a_collector_that_miscounts_ends_nothing(collector: Collector, nonsense: int) -> None:
+    collector.refuses = nonsense
+    exporting = Exporting(chosen(collector.url))
+    exporting.exporter.put(span())
+    await eventually(lambda: exporting.dropped("refused") + exporting.sent() == 1)
+    collector.refuses = 0
+    before = exporting.sent()
+    exporting.exporter.put(span())
+    await eventually(lambda: exporting.sent() == before + 1)
+    await exporting.exporter.close()
+
+
 async def test_a_collector_that_is_away_is_told_once_and_costs_only_spans(caplog: pytest.LogCaptureFixture) -> None:
     exporting = Exporting(chosen(f"http://127.0.0.1:{free_port()}", OTEL_EXPORTER_OTLP_HEADERS="x-key=s3cret"))
     with caplog.at_level(logging.WARNING):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -47,6 +48,7 @@ class DatabaseGauges:
     def __init__(self, database: Database, metrics: Metrics) -> None:
         self._metrics = metrics
         self._up = False
+        self._lock = asyncio.Lock()
         self._first = Reading("pauses and breakers", 5.0, Destinations(database).standstills, self._show_standstills)
         self._others = [
             Reading("the state of the database", 15.0, lambda: vital_signs(database), metrics.set_vital_signs),
@@ -59,16 +61,21 @@ class DatabaseGauges:
 
     async def refresh(self) -> None:
         """Asks what is old, for seconds at most. If the first question has no answer, it asks no other."""
+        async with self._lock:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
         until_s = time.monotonic() + _ALL_S
         if self._first.is_old:
             self._up = await self._read(self._first, CHECK_TIMEOUT_S)
-            self._metrics.database_up.set(self._up)
         for reading in self._others:
+            left_s = until_s - time.monotonic()
             if not self._up:
                 reading.show(None)
                 reading.asked_s = -math.inf
-            elif reading.is_old:
-                await self._read(reading, min(CHECK_TIMEOUT_S, until_s - time.monotonic()))
+            elif reading.is_old and left_s > 0:
+                self._up = await self._read(reading, min(CHECK_TIMEOUT_S, left_s))
+        self._metrics.database_up.set(self._up)
 
     async def _read(self, reading: Reading, timeout_s: float) -> bool:
         """Whether the database has answered, if only with an error."""

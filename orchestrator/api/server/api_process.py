@@ -182,7 +182,7 @@ async def _serve(end: socket.socket, listeners: Listeners) -> int:
     status = 0
     spare_what_stays()
     try:
-        async with Database(settings, role="api", needs=NEEDED[role], reads_from_replica=True) as database:
+        async with Database(settings, role="api", needs=NEEDED[role], serves_clients=True) as database:
             await serve(
                 settings,
                 database,
