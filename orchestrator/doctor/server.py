@@ -8,7 +8,8 @@ from orchestrator.database.connection import BlockingConnection
 from orchestrator.doctor.finding import Finding, ok, problem, warning
 from orchestrator.settings import Settings
 
-_OWN_CONNECTIONS = 3  # of a dispatcher, besides the pool
+OWN_CONNECTIONS = 9
+"""Of `orchestrator run`, besides its pool and its consumers; ops/deployments/README.md lists them."""
 
 _DURABILITY = {
     "fsync": (problem, "a crash of the machine can destroy the whole database", "set fsync = on, then restart"),
@@ -42,7 +43,8 @@ def server_findings(connection: BlockingConnection, settings: Settings) -> Itera
     else:
         yield ok("autovacuum", "autovacuum is on")
     available = int(values["max_connections"]) - int(values["superuser_reserved_connections"])
-    needed = settings.pool_max_size + _OWN_CONNECTIONS
+    consumers = settings.kafka_concurrency if settings.kafka_servers is not None else 0
+    needed = settings.pool_max_size + consumers + OWN_CONNECTIONS
     if needed > available:
         yield warning(
             "connections",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.doctor.server import OWN_CONNECTIONS
 from orchestrator.settings import Settings
 from orchestrator.settings.env_file import read_env_file
 from tests.integration.cli_support import answer, invoke
@@ -18,7 +19,6 @@ FILES = sorted((ROOT / "ops" / "deployments").glob("*.env"))
 REPLICAS = 3
 OTHERS = 11  # migrate, doctor, backups and people
 RESERVED = 3  # superuser_reserved_connections
-OF_A_REPLICA = 9  # besides the API's pool and the consumers of submissions
 EVENTS_A_DAY = 10_000_000
 
 CUSTOMERS: dict[str, tuple[int, int, int, int, int, int, int]] = {
@@ -97,7 +97,7 @@ def test_no_two_deployments_share_a_database_a_topic_or_a_group() -> None:
 
 def most_connections(settings: Settings) -> int:
     """What one process of `orchestrator run` can open."""
-    return settings.pool_max_size + settings.kafka_concurrency + OF_A_REPLICA
+    return settings.pool_max_size + settings.kafka_concurrency + OWN_CONNECTIONS
 
 
 def table() -> dict[str, list[int]]:
