@@ -34,7 +34,8 @@ if ! ops/kubernetes/rollout.sh "$customer"; then
     go_back "the rollout failed"
 fi
 
-kubectl port-forward --namespace "$namespace" deployment/api 18080:8080 19080:9080 >/dev/null &
+# The ports by name: a customer's SERVER_PORT is its own affair.
+kubectl port-forward --namespace "$namespace" deployment/api 18080:http 19080:management >/dev/null &
 forward=$!
 trap 'kill "$forward" 2>/dev/null || true' EXIT
 for _ in {1..30}; do

@@ -14,7 +14,7 @@ _SCRIPTS = ("common.sh", "dump", "verify")
 def files() -> dict[Path, str]:
     """Each file and what it should hold."""
     kubernetes = OPS / "kubernetes"
-    made = {kubernetes / "components" / "monitoring" / "rules.yaml": rules(OPS / "prometheus" / "rules")}
+    made = {kubernetes / "monitoring-rules" / "rules.yaml": rules(OPS / "prometheus" / "rules")}
     for settings in sorted((OPS / "deployments").glob("*.env")):
         made[kubernetes / "overlays" / settings.stem / "deployment.env"] = settings.read_text(encoding="utf-8")
     for script in _SCRIPTS:

@@ -1,4 +1,5 @@
-# Where dumps and, with CloudNativePG, physical backups go. RDS keeps its own apart from it.
+# Where CloudNativePG, if the database runs in the cluster, puts base backups and WAL. RDS keeps its own apart from it,
+# and the nightly dump stays in its volume in the cluster.
 
 resource "aws_s3_bucket" "backup" {
   bucket_prefix = "${local.name}-backup-"
@@ -25,7 +26,7 @@ resource "aws_s3_bucket_server_side_encryption_configuration" "backup" {
   }
 }
 
-# A dump that somebody overwrites or deletes can still be had for a week.
+# What somebody overwrites or deletes can still be had for a week.
 resource "aws_s3_bucket_versioning" "backup" {
   bucket = aws_s3_bucket.backup.id
 
@@ -44,8 +45,9 @@ resource "aws_s3_bucket_lifecycle_configuration" "backup" {
 
     filter {}
 
+    # No age ends a backup here: the last one would go while backups fail. CloudNativePG deletes (retentionPolicy).
     expiration {
-      days = var.backup_retention_days
+      expired_object_delete_marker = true
     }
 
     noncurrent_version_expiration {

@@ -85,7 +85,7 @@ resource "aws_route_table_association" "private" {
   route_table_id = aws_route_table.private[count.index].id
 }
 
-# Dumps go to the bucket without passing through NAT.
+# Base backups and WAL go to the bucket without passing through NAT.
 resource "aws_vpc_endpoint" "s3" {
   vpc_id          = aws_vpc.this.id
   service_name    = "com.amazonaws.${var.region}.s3"

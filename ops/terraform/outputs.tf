@@ -24,12 +24,12 @@ output "secrets_role_arn" {
 }
 
 output "backup_role_arn" {
-  description = "Role for the service account of CloudNativePG, if the database runs in the cluster."
+  description = "Role for CloudNativePG, if the database runs in the cluster: backup-role in the ConfigMap database of the overlay."
   value       = aws_iam_role.service["backup"].arn
 }
 
 output "backup_bucket" {
-  description = "Bucket of backups."
+  description = "Bucket of its base backups and WAL: backup-bucket in the ConfigMap database of the overlay."
   value       = aws_s3_bucket.backup.bucket
 }
 

@@ -42,13 +42,13 @@ variable "database_instance_class" {
 }
 
 variable "database_version" {
-  description = "Version of PostgreSQL; 18 or newer."
+  description = "Version of PostgreSQL, 18 or newer; the major alone is the newest of it that RDS has."
   type        = string
-  default     = "18.1"
+  default     = "18"
 
   validation {
     condition     = can(regex("^[0-9]+(\\.[0-9]+)?$", var.database_version)) && try(tonumber(split(".", var.database_version)[0]) >= 18, false)
-    error_message = "database_version: expected PostgreSQL 18 or newer, such as 18.1."
+    error_message = "database_version: expected PostgreSQL 18 or newer, such as 18."
   }
 }
 
@@ -81,7 +81,7 @@ variable "read_replica" {
 }
 
 variable "backup_retention_days" {
-  description = "Days for which the database can be restored to any moment, and dumps are kept."
+  description = "Days for which RDS can be restored to any moment. CloudNativePG has its own: retentionPolicy in ops/kubernetes."
   type        = number
   default     = 30
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.support.manifests import KUBERNETES, Rendered, render
 from tests.support.processes import ROOT
 from tests.support.tools import tool
 
@@ -92,12 +96,14 @@ esac
 """
 
 
-def deployed(tmp_path: Path, rollout: str = "exit 0", smoke: str = "exit 0") -> tuple[int, str, str]:
+def deployed(
+    tmp_path: Path, rollout: str = "exit 0", smoke: str = "exit 0", customer: str = "ocean"
+) -> tuple[int, str, str]:
     """The exit code of the script, what was called in order, and what it complained of."""
     scripts = {
         "bin/kubectl": KUBECTL,
         "bin/kustomize": '#!/bin/sh\necho "kustomize $*" >>"$CALLS"\n',
-        "bin/curl": "#!/bin/sh\n",
+        "bin/curl": '#!/bin/sh\ngrep -q port-forward "$CALLS"\n',
         "bin/orchestrator": f'#!/bin/sh\necho "orchestrator $*" >>"$CALLS"\n{smoke}\n',
         "ops/kubernetes/rollout.sh": f'#!/bin/sh\necho "rollout $*" >>"$CALLS"\n{rollout}\n',
         ".github/deploy.sh": (ROOT / ".github" / "deploy.sh").read_text(),
@@ -107,14 +113,14 @@ def deployed(tmp_path: Path, rollout: str = "exit 0", smoke: str = "exit 0") -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         path.chmod(0o755)
-    overlay = tmp_path / "ops" / "kubernetes" / "overlays" / "ocean"
+    overlay = tmp_path / "ops" / "kubernetes" / "overlays" / customer
     overlay.mkdir(parents=True)
-    (overlay / "kustomization.yaml").write_text("namespace: of-ocean\n")
+    (overlay / "kustomization.yaml").write_text(f"namespace: of-{customer}\n")
     calls, generations = tmp_path / "calls", tmp_path / "generations"
     generations.write_text("1 1")
     path_variable = f"{tmp_path / 'bin'}:/usr/bin:/bin"
     done = subprocess.run(
-        [tmp_path / ".github" / "deploy.sh", "ocean", "registry/image@sha256:1", "https://receiver/smoke"],
+        [tmp_path / ".github" / "deploy.sh", customer, "registry/image@sha256:1", "https://receiver/smoke"],
         env={"PATH": path_variable, "CALLS": str(calls), "GENERATIONS": str(generations)},
         capture_output=True,
         text=True,
@@ -153,3 +159,57 @@ def test_after_a_failed_migration_nothing_is_undone(tmp_path: Path) -> None:
     assert code == 1
     assert "undo" not in calls
     assert "nothing was rolled out" in complaint
+
+
+@pytest.mark.parametrize("customer", sorted(path.name for path in (KUBERNETES / "overlays").iterdir()))
+def test_the_smoke_test_reaches_the_ports_that_the_customer_has(tmp_path: Path, customer: str) -> None:
+    rendered = Rendered(render(KUBERNETES / "overlays" / customer))
+    (api,) = [pod for pod in rendered.ours if pod.name == "Deployment api"]
+    settings = rendered.settings(api)
+    code, calls, _ = deployed(tmp_path, customer=customer)
+    assert code == 0
+    (forwarded,) = re.findall(rf"^kubectl port-forward --namespace of-{customer} deployment/api (.+)$", calls, re.M)
+    ports = dict(each.split(":") for each in forwarded.split())
+    reached = {local: api.ports()[name] for local, name in ports.items()}
+    assert reached == {"18080": settings.server_port, "19080": settings.management_port}
+
+
+def all_deployed(tmp_path: Path, customers: object, keys: str) -> tuple[int, list[str], str]:
+    """What the last step of the workflow does: exit code, each customer with its key, and what it complained of."""
+    if shutil.which("jq") is None:
+        pytest.skip("jq is not installed; runners of GitHub have it, and Debian has a package of that name")
+    script = yaml.safe_load((ROOT / ".github" / "workflows" / "deploy.yml").read_text())["jobs"]["deploy"]["steps"][-1]
+    calls, deploy = tmp_path / "calls", tmp_path / ".github" / "deploy.sh"
+    calls.touch()
+    deploy.parent.mkdir()
+    deploy.write_text(
+        '#!/bin/sh\necho "$1 $ORCHESTRATOR_API_KEY${SMOKE_API_KEYS-}" >>"$CALLS"\ngrep -q true "$KUBECONFIG"\n'
+    )
+    deploy.chmod(0o755)
+    given = {"CUSTOMERS": json.dumps(customers), "SMOKE_API_KEYS": keys, "KUBECONFIG_TEXT": "true"}
+    done = subprocess.run(
+        ["bash", "-e", "-c", script["run"]],
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "RUNNER_TEMP": str(tmp_path), "CALLS": str(calls)}
+        | {"IMAGE": "registry/image", "DIGEST": "sha256:1", "SMOKE_DESTINATION": "https://receiver/smoke"}
+        | given,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert given.keys() < script["env"].keys()
+    assert not (tmp_path / "kubeconfig").exists()
+    return done.returncode, calls.read_text().splitlines(), done.stderr
+
+
+def test_each_customer_is_tested_with_its_own_key(tmp_path: Path) -> None:
+    keys = json.dumps({"air": "orch_air", "ocean": "orch_ocean", "rail": "orch_rail"})
+    assert all_deployed(tmp_path, ["ocean", "air"], keys) == (0, ["ocean orch_ocean", "air orch_air"], "")
+
+
+@pytest.mark.parametrize("keys", ['{"ocean": "orch_ocean"}', '{"ocean": "orch_ocean", "air": ""}', "orch_ocean", ""])
+def test_without_a_key_of_every_customer_none_is_touched(tmp_path: Path, keys: str) -> None:
+    code, calls, complaint = all_deployed(tmp_path, ["ocean", "air"], keys)
+    assert (code, calls) == (1, [])
+    assert "SMOKE_API_KEYS: expected a key for" in complaint
+    assert "orch_ocean" not in complaint

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from ipaddress import ip_address, ip_network
@@ -24,7 +26,7 @@ KUBERNETES = ROOT / "ops" / "kubernetes"
 SCHEMAS = ROOT / ".tools" / "kubernetes-schemas"
 OURS = "scheduled-event-orchestrator"
 WORKLOADS = ("Deployment", "StatefulSet", "Job", "CronJob")
-SECRETS = {
+STORE = {
     "database-password": "a-password",
     "kafka-password": "another-password",
     "webhook-secrets": "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=",
@@ -122,22 +124,30 @@ class Rendered:
         return data
 
     def environment(self, pod: Pod) -> dict[str, str]:
-        """What the program in a pod reads, with each secret in place of the file that it is in."""
+        """What the program in a pod reads; secrets are in files of the pod."""
         given: dict[str, str] = {}
         for container in pod.containers:
             for source in container.get("envFrom", []):
                 given |= self.data(source["configMapRef"]["name"])
             given |= {each["name"]: each["value"] for each in container.get("env", []) if "value" in each}
-        read = dict(given)
-        for name, path in given.items():
-            secret = name.removesuffix("_FILE")
-            if secret in SECRET_NAMES and secret != name and path:
-                del read[name]
-                read[secret] = SECRETS[mounted_secrets(pod)[path]]
-        return {name: value for name, value in read.items() if value}
+        return {name: value for name, value in given.items() if value}
+
+    def secret(self, name: str, key: str) -> str:
+        """What a Secret holds: what the overlay says, or else what a store would."""
+        if (found := self.named("Secret", name)) is None:
+            return STORE[key]
+        return base64.b64decode(found["data"][key]).decode()
 
     def settings(self, pod: Pod) -> Settings:
-        return Settings.from_env(self.environment(pod))
+        """The settings as the program finds them, which refuses the file of a secret that is empty."""
+        environment = self.environment(pod)
+        with tempfile.TemporaryDirectory() as directory:
+            for name, path in environment.items():
+                if name.removesuffix("_FILE") in SECRET_NAMES - {name}:
+                    file = Path(directory, name)
+                    file.write_text(self.secret(*mounted_secrets(pod)[path]))
+                    environment[name] = str(file)
+            return Settings.from_env(environment)
 
     def autoscalers(self) -> Iterator[tuple[str, int, int]]:
         """Name of a Deployment, and its least and most replicas."""
@@ -154,15 +164,16 @@ SECRET_NAMES = {
 }
 
 
-def mounted_secrets(pod: Pod) -> dict[str, str]:
-    """Path in the pod of each file of a secret, and its key."""
+def mounted_secrets(pod: Pod) -> dict[str, tuple[str, str]]:
+    """Path in the pod of each file of a secret, and the name of its Secret and its key."""
     volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, str]] = {}
     for mount in (mount for each in pod.containers for mount in each.get("volumeMounts", [])):
         volume = volumes[mount["name"]]
         sources = [source["secret"] for source in volume.get("projected", {}).get("sources", []) if "secret" in source]
         for secret in (*sources, *([volume["secret"]] if "secret" in volume else [])):
-            found |= {f"{mount['mountPath']}/{item['path']}": item["key"] for item in secret["items"]}
+            name = secret.get("name", secret.get("secretName"))
+            found |= {f"{mount['mountPath']}/{item['path']}": (name, item["key"]) for item in secret["items"]}
     return found
 
 

@@ -168,12 +168,12 @@ run "only_the_pods_reach_the_database_and_the_brokers" {
   }
 }
 
-run "backups_are_private_and_end_after_thirty_days" {
+run "backups_are_private_and_no_age_ends_them" {
   command = plan
 
   assert {
-    condition     = aws_s3_bucket_lifecycle_configuration.backup.rule[0].expiration[0].days == 30
-    error_message = "expected 30 days"
+    condition     = aws_s3_bucket_lifecycle_configuration.backup.rule[0].expiration[0].days == 0 && aws_s3_bucket_lifecycle_configuration.backup.rule[0].noncurrent_version_expiration[0].noncurrent_days == 7
+    error_message = "expected a week for what was deleted, and no end for what was not"
   }
   assert {
     condition     = aws_s3_bucket_public_access_block.backup.block_public_acls && aws_s3_bucket_public_access_block.backup.restrict_public_buckets
@@ -191,6 +191,10 @@ run "the_service_accounts_are_those_of_the_overlay" {
   assert {
     condition     = aws_secretsmanager_secret.orchestrator.name == "event-scheduler-ocean"
     error_message = "expected the entry that the ExternalSecret asks for"
+  }
+  assert {
+    condition     = local.service_accounts.backup == "system:serviceaccount:event-scheduler-ocean:postgres"
+    error_message = "expected the account that CloudNativePG makes for the cluster called postgres"
   }
 }
 
