@@ -2,7 +2,7 @@
 #   docker build --build-arg REVISION="$(git rev-parse HEAD)" --tag scheduled-event-orchestrator:0.1.0 .
 # Runs with a read-only root file system, without capabilities, as 10001:10001.
 
-# Debian's own Python: 40 MB, without pip, and mended by Debian for years.
+# Debian's own Python: 40 MB with certificates, without pip, and mended by Debian for years.
 FROM debian:trixie-20260918-slim AS base
 # Versions of packages are not pinned: Debian keeps the newest of a release only, and that is the one to have.
 # hadolint ignore=DL3008

@@ -7,9 +7,11 @@ cd "${1:-/secrets}"
 
 # Writes standard input under the name, all or nothing. Those who read it are other users.
 keep() {
+    # One that was left behind may not be written to, not even by root without capabilities.
+    rm -f "$1.new"
     cat >"$1.new"
     chmod 0444 "$1.new"
-    mv "$1.new" "$1"
+    mv -f "$1.new" "$1"
 }
 
 for name in postgres orchestrator ocean air; do

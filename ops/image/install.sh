@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes the environment that the image ships: what it depends on first, because that changes less often.
+# Makes the environment that the image ships: what it depends on first, with the extra `tracing`, because that
+# changes less often.
 #
 #   PIP=…/pip ops/image/install.sh dependencies TARGET     an environment with them alone, without pip
 #   PIP=…/pip ops/image/install.sh program TARGET [ROOT]   adds this checkout's program to it, below ROOT if given
@@ -32,7 +33,8 @@ dependencies)
     "${PYTHON:-python3}" -m venv --without-pip "$target"
     needed=$(mktemp)
     "$target/bin/python" -c 'import tomllib
-print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >"$needed"
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["tracing"], sep="\n")' >"$needed"
     install --requirement "$needed" --constraint ops/image/constraints.txt
     rm "$needed"
     strip_packages "$target"

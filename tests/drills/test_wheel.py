@@ -96,9 +96,11 @@ def project() -> dict[str, str]:
 async def test_the_installed_program_says_its_version_and_checks_its_settings(start: Start) -> None:
     version = start("--version", DATABASE_URL="")
     assert (await version.wait(), version.log()) == (0, f"{project()['version']}\n")
-    check = start("config", "check", DATABASE_URL="postgresql://a:hidden@db/x", MANAGEMENT_SERVER_PORT="9080")
-    assert await check.wait() == 0
+    given = {"MANAGEMENT_SERVER_PORT": "9080", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
+    check = start("config", "check", DATABASE_URL="postgresql://a:hidden@db/x", **given)
+    assert await check.wait() == 0, check.log()
     assert "9080" in check.log()
+    assert "http://collector:4318" in check.log()
     assert "hidden" not in check.log()
 
 
@@ -109,8 +111,12 @@ async def test_the_installed_program_migrates_and_delivers_without_the_checkout(
     migrate = start("migrate", DATABASE_URL=empty_database_url)
     assert await migrate.wait(60) == 0, migrate.log()
     api, management = free_port(), free_port()
-    ports = {"SERVER_PORT": str(api), "MANAGEMENT_SERVER_PORT": str(management)}
-    process = start("run", DATABASE_URL=empty_database_url, **ports)
+    given = {
+        "SERVER_PORT": str(api),
+        "MANAGEMENT_SERVER_PORT": str(management),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url("/collector"),
+    }
+    process = start("run", DATABASE_URL=empty_database_url, **given)
     async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
         await until(lambda: _answers(client, f"http://127.0.0.1:{management}/ready"), 60)
         event = {
@@ -122,7 +128,7 @@ async def test_the_installed_program_migrates_and_delivers_without_the_checkout(
         }
         answer = await client.post(f"http://127.0.0.1:{api}/api/v1/events", json=event)
         assert answer.status_code in (200, 201, 202), answer.text
-        await eventually(lambda: receiver.received("/hook"), 30)
+        await eventually(lambda: receiver.received("/hook") and receiver.received("/collector/v1/traces"), 30)
     assert json.loads(receiver.received("/hook")[0].body) == {"from": "the wheel"}
     assert await process.stop(60) == 0, process.log()
     # It ran as from a read-only file system: every module had been compiled, and nothing was written.

@@ -6,20 +6,25 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 from psycopg import sql
 
+from orchestrator.api.auth import key_hash
 from orchestrator.database.connection import connect_blocking
 from orchestrator.database.migrate import migrate
 from orchestrator.dev.postgres import EmbeddedPostgres
 from orchestrator.dev.postgres_install import find_installation
 from orchestrator.doctor.server import server_findings
 from orchestrator.settings import Settings
+from tests.conftest import Spawn
+from tests.integration.api_support import until
 from tests.support.databases import scratch_directory, temporary_server
 from tests.support.dockerfile import instructions
 from tests.support.processes import ROOT
@@ -116,6 +121,8 @@ def test_services_start_in_the_order_of_health(services: dict[str, Compose]) -> 
             waits = {other: how["condition"] for other, how in each["depends_on"].items()}
             assert any(other.endswith("migrate") for other in waits), name
             assert any(other.endswith("topics") for other in waits), name
+            # In production it would end for want of a key, and be started again for ever.
+            assert any(other.endswith("key") for other in waits), name
 
 
 def test_no_service_waits_for_one_of_a_profile_that_it_is_not_in(services: dict[str, Compose]) -> None:
@@ -167,7 +174,21 @@ def test_a_customer_reads_its_own_secrets_alone(services: dict[str, Compose]) ->
         if each["image"] == OURS and name != "secrets":
             customer = name.partition("-")[0] if name.startswith(("ocean", "air")) else "orchestrator"
             assert volumes == {f"secrets-{customer}"}, name
-            assert all(mount["read_only"] for mount in each["volumes"]), name
+            writable = {mount["source"] for mount in each["volumes"] if not mount.get("read_only")}
+            assert writable == (volumes if name.endswith("key") else set()), name
+
+
+def running(services: dict[str, Compose]) -> dict[str, Compose]:
+    """The services of our image that do not end."""
+    return {name: each for name, each in services.items() if each.get("command") in (["run"], ["api"])}
+
+
+def settings_of(service: Compose, made: Path) -> Settings:
+    """Those that the service gets, with the secrets in `made`."""
+    (source,) = [mount["source"] for mount in service["volumes"] if mount["type"] == "volume"]
+    directory = made / source.removeprefix("secrets-")
+    environ = service["environment"].items()
+    return Settings.from_env({name: value.replace("/run/secrets/", f"{directory}/") for name, value in environ})
 
 
 @pytest.fixture
@@ -180,9 +201,24 @@ def made(tmp_path: Path) -> Path:
 
 
 def make_secrets(directory: Path) -> None:
-    script = ["bash", str(ROOT / "ops" / "compose" / "secrets.sh"), str(directory)]
-    result = subprocess.run(script, capture_output=True, text=True)
+    result = as_in_a_container("secrets.sh", directory)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def as_in_a_container(script: str, directory: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script of ops/compose as the user that owns the directory, who has no capabilities."""
+    command = ["bash", str(ROOT / "ops" / "compose" / script), str(directory)]
+    if os.geteuid() == 0:
+        command = [str(tool("setpriv")), "--bounding-set=-all", *command]
+    # The program is the checkout's.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environ, "PATH": path})
+
+
+def left_by_a_crash(made: Path) -> None:
+    """What a run leaves that died before it gave a file its name."""
+    for name in ("ocean/database_password", "nginx/tls.crt"):
+        (made / f"{name}.new").touch(0o444)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -193,18 +229,115 @@ def test_settings_of_every_service_are_known_and_right(services: dict[str, Compo
     for name, each in services.items():
         if each["image"] != OURS or name == "secrets":
             continue
-        (source,) = [mount["source"] for mount in each["volumes"]]
-        directory = made / source.removeprefix("secrets-")
-        environ = {
-            variable: value.replace("/run/secrets/", f"{directory}/") for variable, value in each["environment"].items()
-        }
-        settings = Settings.from_env(environ)
+        settings = settings_of(each, made)
         # ops/deployments has settings of the schedulers before this one, which are to be reported.
         former = {notice for notice in settings.notices if notice.startswith(("KAFKA_STREAMS_APP_ID", "REDIS_"))}
         assert set(settings.notices) - former == set(), name
         assert (former == set()) is not name.startswith(("ocean", "air")), name
-        password = (directory / "database_password").read_text().strip()
+        deployment = name.partition("-")[0] if name.startswith(("ocean", "air")) else "orchestrator"
+        password = (made / deployment / "database_password").read_text().strip()
         assert f":{password}@postgres" in settings.database_url, name
+
+
+def test_a_stopping_service_has_time_to_finish_the_deliveries_under_way(
+    services: dict[str, Compose], made: Path
+) -> None:
+    assert set(running(services)) == {*DATABASES, "api-1", "api-2"}
+    for name, each in running(services).items():
+        settings = settings_of(each, made)
+        # To record the outcome, and to end.
+        assert settings.shutdown_timeout_s >= settings.http_timeout_s + 5, name
+        assert int(each["stop_grace_period"].removesuffix("s")) >= settings.shutdown_timeout_s + 10, name
+
+
+def test_the_database_server_has_a_connection_for_everybody(services: dict[str, Compose], made: Path) -> None:
+    needed = 0
+    for each in running(services).values():
+        settings = settings_of(each, made)
+        # The rule of ops/deployments/README.md. An instance of the API alone needs fewer.
+        needed += settings.pool_max_size + settings.kafka_concurrency + 9
+    given = dict(flag.removeprefix("--").split("=", 1) for flag in services["postgres"]["command"][1:])
+    most = int(given["max_connections"])
+    # Twenty for commands and people, three that PostgreSQL keeps for superusers.
+    assert needed + 20 + 3 <= most
+    limits = services["postgres"]["deploy"]["resources"]["limits"]
+    assert most + int(given["max_worker_processes"]) + 20 <= limits["pids"]
+
+
+def make_key(directory: Path, environ: dict[str, str]) -> str:
+    """What the service `key` prints."""
+    result = as_in_a_container("key.sh", directory, **environ)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def key_names(database_url: str) -> set[str]:
+    with psycopg.connect(database_url) as connection:
+        return {name for (name,) in connection.execute("select name from orchestrator.api_key")}
+
+
+async def test_a_deployment_in_production_starts_with_the_key_that_compose_made(
+    services: dict[str, Compose],
+    database_url: str,
+    environ: Callable[..., dict[str, str]],
+    spawn: Spawn,
+    tmp_path: Path,
+) -> None:
+    assert services["ocean"]["environment"]["ENVIRONMENT"] == "production"
+    given = environ(DATABASE_URL=database_url, ENVIRONMENT="production")
+    refused = spawn("run", **given)
+    assert await refused.wait() != 0
+    assert "API keys: expected at least one" in refused.log()
+
+    printed = make_key(tmp_path, given)
+    file = tmp_path / "api_key"
+    key = file.read_text().strip()
+    assert key_hash(key) == stored_hash(database_url)
+    assert key not in printed
+    assert file.stat().st_mode & 0o777 == 0o400
+    process = spawn("run", **given)
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
+        url = f"http://127.0.0.1:{given['SERVER_PORT']}/api/v1/events/statistics"
+        await until(lambda: answers(client, url, None, 401), 60)
+        assert await answers(client, url, key, 200)
+    assert await process.stop() == 0
+    assert make_key(tmp_path, given) == ""
+    assert file.read_text().strip() == key
+
+
+def stored_hash(database_url: str) -> bytes:
+    with psycopg.connect(database_url) as connection:
+        ((found,),) = connection.execute("select key_hash from orchestrator.api_key").fetchall()
+    return bytes(found)
+
+
+async def answers(client: httpx.AsyncClient, url: str, key: str | None, status: int) -> bool:
+    headers = {} if key is None else {"X-API-Key": key}
+    try:
+        return (await client.get(url, headers=headers)).status_code == status
+    except httpx.TransportError:
+        return False
+
+
+def test_a_key_that_was_not_kept_is_made_again_and_those_of_operators_stay(
+    database_url: str, environ: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    given = environ(DATABASE_URL=database_url)
+    file = tmp_path / "api_key"
+    # The process died while it wrote the file: before the key was there, and after that.
+    (tmp_path / "api_key.new").touch(0o400)
+    make_key(tmp_path, given)
+    lost = file.read_text()
+    file.unlink()
+    make_key(tmp_path, given)
+    assert file.read_text() not in ("", lost)
+    assert key_hash(file.read_text().strip()) == stored_hash(database_url)
+    with psycopg.connect(database_url) as connection:
+        connection.execute("select orchestrator.revoke_api_key(name) from orchestrator.api_key")
+        connection.execute("select orchestrator.create_api_key('operator', sha256('x'), '{admin}')")
+    make_key(tmp_path, given)
+    assert key_names(database_url) == {"operator"}
+    assert not file.exists()
 
 
 def test_the_secrets_of_an_installation_stay_and_are_its_own(made: Path, tmp_path: Path) -> None:
@@ -219,7 +352,9 @@ def test_the_secrets_of_an_installation_stay_and_are_its_own(made: Path, tmp_pat
     assert {path.stat().st_mode & 0o777 for path in made.rglob("*") if path.is_file()} == {0o444}
     make_secrets(made)
     assert contents(made) == before
-    # One that a full disk left empty is made again, and the others stay.
+    # One that a full disk left empty is made again, and the others stay. Even root without capabilities, as in the
+    # container, may not write to what was made read-only before the process died.
+    left_by_a_crash(made)
     (made / "ocean" / "database_password").write_bytes(b"")
     (made / "nginx" / "tls.crt").write_bytes(b"")
     make_secrets(made)
