@@ -365,7 +365,8 @@ class Settings(KafkaSettings):
         "SHUTDOWN_TIMEOUT_SECONDS",
         kind=seconds(0, 600),
         default="20",
-        about="Longest time for a stopping process to finish its work. It releases events that are left.",
+        about="Longest time for a stopping process to finish its work. Deliveries under way have four fifths of it. "
+        "It releases events that are left.",
     )
     shutdown_drain_s: float = defined(
         "SHUTDOWN_DRAIN_SECONDS",
