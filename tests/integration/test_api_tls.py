@@ -145,10 +145,11 @@ async def serving(settings: Settings, authority: Authority) -> AsyncIterator[Ser
         await eventually(lambda: served.open == 0)
         yield served
     finally:
-        for writer in served.writers:
-            writer.transport.abort()
         if loops:
             loops[0].call_soon_threadsafe(stop.set)
+        for writer in served.writers:
+            if not writer.is_closing():  # before Python 3.11.3, a closed one cannot be aborted
+                writer.transport.abort()
         await running
 
 
