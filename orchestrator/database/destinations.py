@@ -107,14 +107,14 @@ class Destinations:
         return told
 
     async def forecast(self, *, bucket_s: float, until_s: float, destination: str | None = None) -> bytes:
-        with named():
-            [(told,)] = await self._database.aged_rows(
-                "select orchestrator.forecast(make_interval(secs => %s), make_interval(secs => %s), %s)",
-                _checked("bucket", bucket_s),
-                _checked("until", until_s),
-                destination,
-            )
-        return bytes(told, "utf-8")
+        [told] = await self._rows(
+            "select orchestrator.forecast(make_interval(secs => %s), make_interval(secs => %s), %s)",
+            _checked("bucket", bucket_s),
+            _checked("until", until_s),
+            destination,
+            aged=True,
+        )
+        return told
 
     async def standstills(self) -> Standstills:
         [row] = await self._database.rows(
@@ -122,9 +122,11 @@ class Destinations:
         )
         return Standstills(*row)
 
-    async def _rows(self, query: LiteralString, *values: object) -> list[bytes]:
+    async def _rows(self, query: LiteralString, *values: object, aged: bool = False) -> list[bytes]:
+        """The texts that a query answers; `aged` ones may come from the read replica."""
+        ask = self._database.aged_rows if aged else self._database.rows
         with named():
-            return [row[0].encode() for row in await self._database.rows(query, *values)]
+            return [row[0].encode() for row in await ask(query, *values)]
 
     async def _changed(self, query: LiteralString, *values: object, waits: bool = True) -> bytes | None:
         """Runs a query that changes something; returns the one text that it answers, None when it answers no row."""

@@ -113,8 +113,8 @@ class EventCalls(Pool):
         return next((status if result == "not_dead" else result for result, status in rows), None)
 
     async def statistics(self) -> bytes:
-        [(value,)] = await self.aged_rows("select orchestrator.statistics()")
-        return bytes(value, "utf-8")
+        value: str = (await self.aged_rows("select orchestrator.statistics()"))[0][0]
+        return value.encode()
 
     async def statistics_by(self, by: Sequence[str], which: Filter, *, limit: int) -> list[bytes]:
         """Counts of the last hour, or of a range, grouped by some of minute, source and destination; JSON.

@@ -67,7 +67,7 @@ def _partitions_within_reach(v: Mapping[str, Any]) -> str | None:
 
 
 def _parquet_can_be_written(v: Mapping[str, Any]) -> str | None:
-    if v["archive_format"] != "parquet" or find_spec("pyarrow") is not None:
+    if v["archive_format"] != "parquet" or _is_installed("pyarrow"):
         return None
     return (
         "ARCHIVE_FORMAT: parquet needs pyarrow, which is not installed; install "
