@@ -29,6 +29,7 @@ from tests.integration.cli_support import invoke, told
 from tests.operations.test_deployments import most_connections
 from tests.support.brokers import Kafka, KafkaBroker
 from tests.support.databases import Databases
+from tests.support.kafka_clients import started
 from tests.support.processes import ROOT, Spawned
 from tests.support.receiver import Answer, Receiver
 from tests.support.sql_client import Client
@@ -90,13 +91,9 @@ class Customer:
         assert answer.json()["rejected"] == 0
 
     async def produce(self, *values: bytes) -> None:
-        producer = AIOKafkaProducer(bootstrap_servers=self.kafka.servers)
-        await producer.start()
-        try:
+        async with started(AIOKafkaProducer(bootstrap_servers=self.kafka.servers)) as producer:
             for value in values:
                 await producer.send_and_wait(f"{self.name}.event.submissions", value)
-        finally:
-            await producer.stop()
 
     def jobs_received(self) -> list[str]:
         bodies = [json.loads(each.body) for each in self.receiver.received(f"/{self.name}")]
@@ -210,17 +207,13 @@ async def test_nothing_of_one_customer_appears_in_another(
 
 async def committed_topics(customer: Customer) -> set[str]:
     """The topics of which this customer's group has told Kafka a position; it does so now and then."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=customer.kafka.servers)
-    await admin.start()
-    try:
+    async with started(AIOKafkaAdminClient(bootstrap_servers=customer.kafka.servers)) as admin:
 
         async def found() -> set[str]:
             offsets = await admin.list_consumer_group_offsets(f"event-scheduler-{customer.name}")
             return {partition.topic for partition, position in offsets.items() if position.offset >= 0}
 
         return await eventually(found, PATIENCE_S, pause_s=0.2)
-    finally:
-        await admin.close()
 
 
 def no_more_connections_than_the_sizes_say(customer: Customer) -> None:

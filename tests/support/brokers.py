@@ -38,6 +38,7 @@ from orchestrator.dev.operating_system import exclusive, until
 from orchestrator.errors import OrchestratorError
 from orchestrator.kafka.topics import controller_elected
 from tests.support.databases import scratch_directory
+from tests.support.kafka_clients import started
 from tests.support.waiting import eventually
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -98,12 +99,8 @@ class Kafka:
 
     @asynccontextmanager
     async def _administration(self) -> AsyncIterator[Any]:
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.servers)
-        try:
-            await admin.start()
+        async with started(AIOKafkaAdminClient(bootstrap_servers=self.servers)) as admin:
             yield admin
-        finally:
-            await admin.close()
 
 
 class KafkaBroker(Kafka):

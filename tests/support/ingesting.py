@@ -22,6 +22,7 @@ from orchestrator.metrics import Metrics
 from orchestrator.settings import Settings
 from tests.support.brokers import Kafka
 from tests.support.cutting_proxy import CuttingProxy
+from tests.support.kafka_clients import started
 from tests.support.sql_client import Client
 from tests.support.waiting import eventually
 
@@ -75,32 +76,21 @@ class Topic(NamedTuple):
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self.kafka.servers, group_id=self.name, enable_auto_commit=False, auto_offset_reset="none"
         )
-        await consumer.start()
-        try:
+        async with started(consumer):
             found = [await consumer.committed(TopicPartition(self.name, number)) for number in range(partitions)]
             return {number: offset for number, offset in enumerate(found) if offset is not None}
-        finally:
-            await consumer.stop()
 
 
 @asynccontextmanager
 async def admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
-    client = AIOKafkaAdminClient(bootstrap_servers=kafka.servers)
-    await client.start()
-    try:
+    async with started(AIOKafkaAdminClient(bootstrap_servers=kafka.servers)) as client:
         yield client
-    finally:
-        await client.close()
 
 
 @asynccontextmanager
 async def producing(topic: Topic, **arguments: Any) -> AsyncIterator[AIOKafkaProducer]:
-    producer = AIOKafkaProducer(bootstrap_servers=topic.kafka.servers, linger_ms=5, **arguments)
-    await producer.start()
-    try:
+    async with started(AIOKafkaProducer(bootstrap_servers=topic.kafka.servers, linger_ms=5, **arguments)) as producer:
         yield producer
-    finally:
-        await producer.stop()
 
 
 async def feed(

@@ -6,6 +6,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
+from tests.support.kafka_clients import started
 from tests.support.waiting import eventually
 
 _IDLE_MS = 500
@@ -14,8 +15,7 @@ _IDLE_MS = 500
 async def records(servers: str, topic: str) -> list[Any]:
     """Every record of the topic, in order within each partition."""
     consumer = AIOKafkaConsumer(bootstrap_servers=servers, auto_offset_reset="earliest", enable_auto_commit=False)
-    await consumer.start()
-    try:
+    async with started(consumer):
         partitions: list[TopicPartition] = await eventually(lambda: _partitions(consumer, topic))
         consumer.assign(partitions)
         ends = await consumer.end_offsets(partitions)
@@ -24,8 +24,6 @@ async def records(servers: str, topic: str) -> list[Any]:
             for batch in (await consumer.getmany(timeout_ms=_IDLE_MS)).values():
                 found += batch
         return found
-    finally:
-        await consumer.stop()
 
 
 async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> list[TopicPartition]:
