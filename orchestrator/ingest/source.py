@@ -27,7 +27,7 @@ from aiokafka.errors import (
 
 from orchestrator.errors import KafkaUnavailable
 from orchestrator.ingest.partition import ConsumedRecord
-from orchestrator.kafka.client import client_arguments, kafka_errors
+from orchestrator.kafka.client import client_arguments, kafka_errors, start
 from orchestrator.settings import Settings
 
 _CALL_S = 30.0  # for brokers to answer
@@ -106,7 +106,7 @@ class Source:
             with kafka_errors():
                 # Joining may have to wait until the group has given up a lost member.
                 async with asyncio.timeout(_CALL_S + settings.kafka_session_timeout_s):
-                    await consumer.start()
+                    await start(consumer)
         except UnknownTopicOrPartitionError:
             await source._close()
             raise _no_topic(topic) from None

@@ -30,10 +30,12 @@ from orchestrator.errors import KafkaUnavailable, OrchestratorError, SettingsErr
 from orchestrator.kafka.producer import Producer
 from orchestrator.own_faults import own_fault
 from orchestrator.settings import Settings
+from orchestrator.tasks import end
 
 _REQUEST_TIMEOUT_S = 15.0
 _METADATA_AGE_S = 60.0  # how soon partitions that were added are noticed
 _START_TIMEOUT_S = 8.0
+_START_GRACE_S = 0.5
 _STOP_TIMEOUT_S = 5.0
 _EXPLAIN_TIMEOUT_S = 2.0
 
@@ -99,6 +101,22 @@ def _unreadable(name: str, file: str | None, error: OSError) -> str:
     return f"{name}: expected PEM without a password, got {file!r}: {reason}"
 
 
+async def start(client: Any) -> None:
+    """Starts a client of aiokafka; a start that is cancelled has half a second to end by itself.
+
+    Cut off at once, aiokafka forgets the connection that it is making, and the event loop logs an error for it.
+    """
+    starting = asyncio.create_task(client.start())
+    try:
+        await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        try:
+            await asyncio.wait([starting], timeout=_START_GRACE_S)
+        finally:
+            await end(starting)
+        raise
+
+
 @asynccontextmanager
 async def started_producer(settings: Settings, role: str, *, linger_ms: int = 10) -> AsyncIterator[AIOKafkaProducer]:
     """A producer for as long as the context lasts: every record acknowledged by all replicas in sync, in lz4.
@@ -117,7 +135,7 @@ async def started_producer(settings: Settings, role: str, *, linger_ms: int = 10
     )
     try:
         async with asyncio.timeout(_START_TIMEOUT_S):
-            await producer.start()
+            await start(producer)
     except (KafkaError, OSError) as error:  # TimeoutError is one
         await producer.abandon()
         raise await start_failure(settings, role, error) from error

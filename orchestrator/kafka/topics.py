@@ -12,7 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.kafka.client import client_arguments, kafka_errors, start_failure
+from orchestrator.kafka.client import client_arguments, kafka_errors, start, start_failure
 from orchestrator.settings import Settings
 
 _START_TIMEOUT_S = 5.0
@@ -102,7 +102,7 @@ async def log_bounds(settings: Settings, topic: str, partitions: int) -> dict[in
     try:
         with kafka_errors():
             async with asyncio.timeout(_DEADLINE_S):
-                await consumer.start()
+                await start(consumer)
                 begins, ends = await consumer.beginning_offsets(numbered), await consumer.end_offsets(numbered)
     finally:
         await consumer.stop()
@@ -143,7 +143,7 @@ async def _administration(settings: Settings) -> AsyncIterator[Any]:
     try:
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                await admin.start()
+                await start(admin)
         except (KafkaError, OSError) as error:  # TimeoutError is one
             raise await start_failure(settings, "topics", error) from error
         with kafka_errors():
