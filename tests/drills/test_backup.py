@@ -178,6 +178,12 @@ def test_old_dumps_are_deleted_only_when_a_newer_good_one_exists(backed_up: Site
     assert kept == {young, other, made.stem}
 
 
+def test_dumps_of_the_same_second_have_names_of_their_own(backed_up: Site, fresh: Path) -> None:
+    made = [backed_up.made("dump", root=fresh).name for _ in range(4)]
+    assert len(set(made)) == 4
+    assert dumps(fresh) == sorted(name for each in made for name in (each, f"{each}.sha256"))
+
+
 def test_a_dump_that_fills_the_disk_fails_is_recorded_and_leaves_the_others(backed_up: Site, fresh: Path) -> None:
     made = backed_up.made("dump", root=fresh)
     told = backed_up.refused("dump", root=fresh, PATH=full(fresh, 65536))
