@@ -141,6 +141,20 @@ record() {
 # The time of the database, a second from now: nothing that was done before it is younger.
 stamp() { query "select to_char(clock_timestamp() at time zone 'UTC' + interval '1 s', 'YYYYMMDD\"T\"HH24MISS\"Z\"')"; }
 
+# A stamp with which nothing exists yet: `free_stamp SUFFIX PREFIX...`. Names have seconds, and are never used twice.
+free_stamp() {
+    local time prefix
+    time=$(stamp) || return
+    for prefix in "${@:2}"; do
+        if [[ -e $prefix$time$1 ]]; then
+            sleep 0.2
+            free_stamp "$@"
+            return
+        fi
+    done
+    printf %s "$time"
+}
+
 bytes_of() { du -sb -- "$1" | cut -f 1; }
 
 # Sends the content of a compressed file to standard output.

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -178,10 +179,22 @@ def test_old_dumps_are_deleted_only_when_a_newer_good_one_exists(backed_up: Site
     assert kept == {young, other, made.stem}
 
 
-def test_dumps_of_the_same_second_have_names_of_their_own(backed_up: Site, fresh: Path) -> None:
-    made = [backed_up.made("dump", root=fresh).name for _ in range(4)]
-    assert len(set(made)) == 4
-    assert dumps(fresh) == sorted(name for each in made for name in (each, f"{each}.sha256"))
+@pytest.mark.parametrize(
+    ("script", "folder", "name"), [("dump", "dumps", "orchestrator-{}.dump"), ("base-backup", "base", "{}")]
+)
+def test_a_backup_waits_for_a_name_that_is_free(
+    backed_up: Site, fresh: Path, script: str, folder: str, name: str
+) -> None:
+    (fresh / folder).mkdir()
+    now = datetime.now(UTC)
+    seconds = [now + timedelta(seconds=ahead) for ahead in range(8)]
+    taken = [fresh / folder / name.format(f"{each:%Y%m%dT%H%M%SZ}") for each in seconds]
+    for path in taken:
+        path.write_text("taken")
+    backed_up.own(fresh)
+    made = backed_up.made(script, root=fresh)
+    assert made.relative_to(fresh / folder).parts[0] > taken[-1].name
+    assert {path.read_text() for path in taken} == {"taken"}
 
 
 def test_a_dump_that_fills_the_disk_fails_is_recorded_and_leaves_the_others(backed_up: Site, fresh: Path) -> None:
