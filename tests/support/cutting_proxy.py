@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
+
+from tests.support.serving import serving
 
 _READY_FOR_QUERY = b"Z\x00\x00\x00\x05I"  # what a server sends last, when the transaction has been committed
 
@@ -16,8 +18,8 @@ class CuttingProxy:
 
     def __init__(self, database_url: str) -> None:
         self._target = urlsplit(database_url)
-        self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._serving = AsyncExitStack()
+        self._port = 0
         self._armed: bytes | None = None
         self._later: list[bytes] = []
         self._way = ""
@@ -31,10 +33,8 @@ class CuttingProxy:
     @property
     def url(self) -> str:
         """The database's URL by way of this proxy."""
-        assert self._server is not None
-        port = self._server.sockets[0].getsockname()[1]
         login = self._target.netloc.rpartition("@")[0]
-        return urlunsplit(self._target._replace(netloc=f"{login}@127.0.0.1:{port}"))
+        return urlunsplit(self._target._replace(netloc=f"{login}@127.0.0.1:{self._port}"))
 
     def cut_after(self, text: str, *later: str) -> None:
         """The next statement that contains the text is forwarded; its reply is not, and the connection ends.
@@ -80,31 +80,22 @@ class CuttingProxy:
         self._refusing = True
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._port = await self._serving.enter_async_context(serving(self._accept))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
-        await self._server.wait_closed()
+        await self._serving.aclose()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
         try:
-            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            with suppress(ConnectionError, asyncio.CancelledError):
                 if self._hanging:
                     await asyncio.Event().wait()
                 if not self._refusing:
                     await self._forward(reader, writer)
         finally:
-            self._connections.discard(task)
             writer.close()
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

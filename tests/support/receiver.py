@@ -11,11 +11,13 @@ import contextlib
 import math
 import time
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
 from typing import Literal, Self
 
+from tests.support.serving import serving
 from tests.support.waiting import eventually
 
 
@@ -60,8 +62,7 @@ class Receiver:
         self.connections = 0
         self.port = 0
         self._scripts: dict[str, list[Answer]] = {}
-        self._handlers: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._serving = AsyncExitStack()
 
     def url(self, path: str = "/") -> str:
         return f"http://127.0.0.1:{self.port}{path}"
@@ -89,24 +90,15 @@ class Receiver:
         return (await eventually(arrived, timeout_s))[0]
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
+        self.port = await self._serving.enter_async_context(serving(self._accept, port=self.port))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for handler in self._handlers:
-            handler.cancel()
-        await asyncio.gather(*self._handlers, return_exceptions=True)
-        await self._server.wait_closed()
+        await self._serving.aclose()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._handlers.add(task)
         self.connections += 1
         number = self.connections
         try:
@@ -115,7 +107,6 @@ class Receiver:
                 while await self._exchange(reader, writer, number):
                     pass
         finally:
-            self._handlers.discard(task)
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from types import TracebackType
 from typing import Self
+
+from tests.support.serving import serving
 
 
 @dataclass
@@ -59,19 +61,14 @@ class Receiver:
 
     async def __aenter__(self) -> Self:
         self._changed = asyncio.Condition()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server = await asyncio.start_server(self._accept, self.host, self.port, ssl=self.tls)
-        self.port = self._server.sockets[0].getsockname()[1]
+        self._serving = AsyncExitStack()
+        self.port = await self._serving.enter_async_context(serving(self._serve, self.host, self.port, self.tls))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
+        await self._serving.aclose()
 
     @property
     def url(self) -> str:
@@ -86,13 +83,10 @@ class Receiver:
         async with self._changed:
             self._changed.notify_all()
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self.open_connections += 1
-        task = asyncio.get_running_loop().create_task(self._serve(self.connections, reader, writer))
-        self._tasks.add(task)
-
-    async def _serve(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = self.connections
         try:
             with suppress(asyncio.IncompleteReadError, ConnectionError):
                 while not writer.is_closing():

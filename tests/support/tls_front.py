@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote, urlsplit, urlunsplit
+
+from tests.support.serving import serving
 
 _NO, _YES = b"N", b"S"
 _SSL_REQUEST = 80877103
@@ -20,15 +22,15 @@ class TlsFront:
     def __init__(self, database_url: str, certificate: Path) -> None:
         self._target = urlsplit(database_url)
         self._connections: set[asyncio.Task[None]] = set()
+        self._serving = AsyncExitStack()
         self.certificate = certificate
         self.taken = 0
 
     def url(self, ca_file: Path, host: str = "127.0.0.1") -> str:
         """The database's URL by way of this front, checked in full."""
-        port = self._server.sockets[0].getsockname()[1]
         login = self._target.netloc.rpartition("@")[0]
         query = f"sslmode=verify-full&sslrootcert={quote(str(ca_file), safe='')}"
-        return urlunsplit(self._target._replace(netloc=f"{login}@{host}:{port}", query=query))
+        return urlunsplit(self._target._replace(netloc=f"{login}@{host}:{self._port}", query=query))
 
     def cut(self) -> None:
         """Ends all connections."""
@@ -36,16 +38,13 @@ class TlsFront:
             connection.cancel()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._port = await self._serving.enter_async_context(serving(self._accept))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.close()
-        self.cut()
-        await asyncio.gather(*self._connections, return_exceptions=True)
-        await self._server.wait_closed()
+        await self._serving.aclose()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
